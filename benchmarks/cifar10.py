@@ -1,0 +1,111 @@
+"""The README's table: every row at one equal budget, then its floors.
+
+  python benchmarks/cifar10.py --data_dir=$PROTOJAX_DATA_DIR --workdir=runs/cifar10 [--rows ...]
+
+Runs each row with `python -m protojax.main` in a process of its own, one after another (rows that
+are done are not run again), and prints a Markdown table and JSON lines from what the runs left.
+"raw pixels" and "untrained encoder" are the floors: k-NN and linear accuracy without any training.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+
+from protojax import config as configs
+from protojax import main, snapshot, train
+from protojax.data import pipeline
+from protojax.evals import knn, linear
+
+ROWS = {
+  "dino joint": ["configs/dino_cifar10.py"],
+  "dino frozen": ["configs/frozen_cifar10.py"],
+  "dino mixture, plain": ["configs/gmm_cifar10.py:paper"],
+  "dino mixture, balanced": ["configs/gmm_cifar10.py:balanced"],
+  "dino mixture, default": ["configs/gmm_cifar10.py"],
+  "carp joint": ["configs/carp_cifar10.py"],
+  "carp mixture": ["configs/carp_cifar10.py:gmm"],
+}
+COLUMNS = {
+  "unique_0.025": ("unique .025", 100, ".1f"), "unique_0.05": (".05", 100, ".1f"),
+  "unique_0.1": (".1", 100, ".1f"), "unique_0.25": (".25", 100, ".1f"),
+  "unique_0.5": (".5", 100, ".1f"), "used": ("used %", 100, ".1f"),
+  "perplexity": ("perplexity", 1, ".0f"), "drift": ("drift", 1, ".3f"),
+  "relative_uniqueness": ("relative spacing", 1, ".2f"), "rankme": ("RankMe", 1, ".1f"),
+  "knn": ("k-NN %", 100, ".1f"), "linear_fitted": ("linear %", 100, ".1f"),
+  "img_per_s": ("img/s", 1, ".0f"), "seconds": ("wall s", 1, ".0f"), "seed": ("seed", 1, ".0f"),
+}  # fmt: skip
+
+
+def floors(data_dir: str) -> dict[str, dict[str, float]]:
+  """k-NN and linear accuracy of raw pixels and of the untrained encoder, same protocol."""
+  config = main.load("configs/frozen_cifar10.py")
+  config.data.data_dir = data_dir
+  train_source, bank, test = train.build_sources(config)
+  config = configs.resolve(config, len(train_source))
+
+  def pixels(data):
+    batches = pipeline.sequential(data, batch_size=1000, image_size=32)
+    rows = [(b["image"][b["mask"]], b["label"][b["mask"]]) for b in batches]
+    images = np.concatenate([r[0] for r in rows]).reshape(len(data), -1)
+    return images.astype(np.float32) / 255.0, np.concatenate([r[1] for r in rows])
+
+  a, b = pixels(bank), pixels(test)
+  raw = {
+    "knn": knn.accuracy(*a, *b, num_classes=10, k=config.probe.k,
+                        temperature=config.probe.temperature),
+    "linear_fitted": linear.evaluate(*a, *b, num_classes=10)["linear"],
+  }  # fmt: skip
+  program = train.Program(config)
+  view = snapshot.Snapshot(program, bank=bank, test=test)
+  with jax.set_mesh(program.mesh):
+    state = program.init(config.seed)
+    measures = view.monitor(state) | view.evaluate(state) | view.final(state)[0]
+  return {"raw pixels": raw, "untrained encoder": measures}
+
+
+def _short(measures: dict) -> dict[str, float]:
+  return {key.split("/")[-1]: value for key, value in measures.items()}
+
+
+def table(results: dict[str, dict]) -> str:
+  """Markdown."""
+  head = "| row | " + " | ".join(c[0] for c in COLUMNS.values()) + " |"
+  lines = [head, "|---" * (len(COLUMNS) + 1) + "|"]
+  for name, measures in results.items():
+    values = _short(measures)
+    cells = [
+      format(scale * values[key], form) if values.get(key) is not None else "–"
+      for key, (_, scale, form) in COLUMNS.items()
+    ]
+    lines.append(f"| {name} | " + " | ".join(cells) + " |")
+  return "\n".join(lines)
+
+
+if __name__ == "__main__":
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--data_dir", required=True)
+  parser.add_argument("--workdir", default="runs/cifar10")
+  parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS))
+  parser.add_argument("--no_floors", action="store_true")
+  parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="for every row")
+  arguments = parser.parse_args()
+  results = {}
+  for row in arguments.rows:
+    folder = pathlib.Path(arguments.workdir) / row.replace(",", "").replace(" ", "_")
+    subprocess.run(
+      [sys.executable, "-m", "protojax.main", f"--config={ROWS[row][0]}", f"--workdir={folder}",
+       f"--config.data.data_dir={arguments.data_dir}",
+       *(f"--config.{change}" for change in arguments.set)],
+      check=True,
+    )  # fmt: skip
+    results[row] = json.loads((folder / "eval/final/result.json").read_text())["measures"]
+  if not arguments.no_floors:
+    results |= floors(arguments.data_dir)
+  for row, measures in results.items():
+    print(json.dumps({"row": row, **_short(measures)}))
+  print(table(results))

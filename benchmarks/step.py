@@ -1,0 +1,122 @@
+"""Where a training step's time goes: python benchmarks/step.py --config=configs/gmm_cifar10.py
+
+Times the compiled step and its parts on images in memory (no decoding), each part a program of its
+own, the median of several runs taken in turn, so that a drifting machine drifts for all of them.
+Prints one JSON line. Shares are of the whole step; alone, parts are fused differently than inside
+it, so they need not add up to one. "backward" is value_and_grad minus forward; "update" is
+method.update: EM, teacher average, centre; "prototypes" is the EM step alone.
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import jax
+import numpy as np
+
+from protojax import config as configs
+from protojax import main, prototypes, sharding, train, train_step
+from protojax.data import augment
+
+
+def _set(config, assignment):
+  key, _, value = assignment.partition("=")
+  section, _, leaf = key.rpartition(".")
+  target = config[section] if section else config
+  old = target[leaf]
+  if isinstance(old, bool):
+    value = value == "True"
+  elif isinstance(old, (int, float)):
+    value = type(old)(value)
+  elif old is None:
+    value = json.loads(value)
+  target[leaf] = value
+
+
+def programs(program):
+  """{part: call without arguments} over arrays that are on the device."""
+  config, method, mesh = program.config, program.method, program.mesh
+  rng = np.random.default_rng(0)
+  size = config.data.image_size
+  batch = {
+    "image": rng.integers(0, 256, (config.batch_size, size, size, 3), np.uint8),
+    "size": np.full((config.batch_size, 2), size, np.int32),
+  }
+  batch = sharding.put_batch(batch, mesh)
+  key = jax.random.key(1)
+  state = program.init(config.seed)
+  variables = train_step.variables_of(state)
+  trained, frozen = train_step.split(variables, method.learns_prototypes)
+  augmented = jax.jit(augment.make(config.augment))
+  views = augmented(key, batch)
+  value = jax.jit(lambda t, f, v: method.loss(t, f, v, key, state.step))
+  gradient = jax.jit(
+    lambda t, f, v: jax.value_and_grad(method.loss, has_aux=True)(t, f, v, key, state.step)
+  )
+  stats = jax.block_until_ready(value(trained, frozen, views))[1].stats
+  update = jax.jit(lambda v, s: method.update(v, s, state.step))
+  calls = {
+    "augment": lambda: augmented(key, batch),
+    "forward": lambda: value(trained, frozen, views),
+    "gradient": lambda: gradient(trained, frozen, views),
+    "update": lambda: update(variables, stats),
+  }
+  if config.method.prototypes == "mixture" and "features" in stats:
+    move = jax.jit(prototypes.build(config).move)
+    calls["prototypes"] = lambda: move(variables.prototypes, stats["features"])
+
+  holder = [program.init(config.seed)]
+
+  def whole():  # donates its state
+    holder[0], metrics = program.step(holder[0], batch, None)
+    return metrics
+
+  return calls | {"step": whole}
+
+
+def measure(config, repeats: int) -> dict:
+  """Medians over `repeats` rounds, in milliseconds, with shares and memory."""
+  config = configs.resolve(config, 50_000)
+  program = train.Program(config)
+  with jax.set_mesh(program.mesh):
+    compiled = program.lower().compile()
+    calls = programs(program)
+    seconds = {name: [] for name in calls}
+    for i in range(repeats + 1):
+      for name, call in calls.items():
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        if i:
+          seconds[name].append(time.perf_counter() - start)
+  middle = {name: statistics.median(values) for name, values in seconds.items()}
+  middle["backward"] = middle.pop("gradient") - middle["forward"]
+  step = middle["step"]
+  memory = compiled.memory_analysis()
+  return {
+    "img_per_s": round(config.batch_size / step, 1),
+    "milliseconds": {k: round(1e3 * v, 2) for k, v in middle.items()},
+    "share_of_step": {k: round(v / step, 3) for k, v in middle.items() if k != "step"},
+    "peak_mib": round(
+      (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20, 1
+    ),
+    "batch_size": config.batch_size,
+    "backend": jax.default_backend(),
+    "device": jax.devices()[0].device_kind,
+    "devices": jax.device_count(),
+    "jax": jax.__version__,
+    "repeats": repeats,
+  }
+
+
+if __name__ == "__main__":
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--config", default="configs/gmm_cifar10.py")
+  parser.add_argument("--repeats", type=int, default=10)
+  parser.add_argument("--set", nargs="*", default=[], metavar="model.patch_size=4")
+  arguments = parser.parse_args()
+  recipe = main.load(arguments.config)
+  for change in arguments.set:
+    _set(recipe, change)
+  line = {"config": arguments.config, "set": arguments.set} | measure(recipe, arguments.repeats)
+  print(json.dumps(line))

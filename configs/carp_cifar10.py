@@ -1,0 +1,19 @@
+r"""CARP (arXiv 2306.10987) on CIFAR-10, small ViT; learned or, in mode "gmm", decoupled prototypes.
+
+  python -m protojax.main --config=configs/carp_cifar10.py --workdir=runs/carp_cifar10 \
+    --config.data.data_dir=$PROTOJAX_DATA_DIR
+  python -m protojax.main --config=configs/carp_cifar10.py:gmm --workdir=runs/carp_gmm_cifar10 \
+    --config.data.data_dir=$PROTOJAX_DATA_DIR
+"""
+
+from configs import common
+
+
+def get_config(mode: str = ""):
+  config = common.cifar10()
+  config.method.name = "carp"
+  config.method.prototypes = "mixture" if mode == "gmm" else "learned"
+  # As published: no normalisation at the end (the norm of the features is the inverse temperature)
+  # and batch norm inside, without which that norm starts near zero and learns slowly.
+  config.head.update({"l2": False, "norm": "batch"})
+  return config if mode == "gmm" else common.finish(config, mode)

@@ -1,0 +1,19 @@
+r"""Decoupled prototypes (arXiv 2510.20108) on CIFAR-10, small ViT, DINO's loss.
+
+  python -m protojax.main --config=configs/gmm_cifar10.py --workdir=runs/gmm_cifar10 \
+    --config.data.data_dir=$PROTOJAX_DATA_DIR
+"""
+
+from configs import common
+
+
+def get_config(mode: str = ""):
+  """Modes: "" the best trade-off found, "paper" the plain posterior, "balanced" Sinkhorn EM."""
+  config = common.cifar10()
+  if mode == "paper":
+    config.mixture.update({"balanced": False})
+    return config
+  if mode == "balanced":
+    config.mixture.update({"balanced": True})
+    return config
+  return common.finish(config, mode)

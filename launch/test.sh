@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Makes a virtual environment and runs everything that has to pass:
+#
+#   bash launch/test.sh                  lint, smoke on a newer Python, the whole test suite
+#   bash launch/test.sh tests/knn_test.py -k ties    the arguments go to pytest
+#
+# On Python 3.11 the environment holds exactly the floors of pyproject.toml, the oldest versions
+# that are supported. A second environment on Python 3.12 or later holds the newest of everything;
+# there the modules are imported, the mixture is tested and 20 steps are trained. Where 3.11 is
+# missing the suite itself runs on the newer Python with the newest packages.
+#
+# The last line of the output is pytest's. The status is not 0 when any part failed.
+#
+#   PROTOJAX_TEST_VENV   where the environment goes (default .venv-test; the second: *-newest)
+#   PROTOJAX_PYTHON      the interpreter of the suite, found by itself if not given
+#   PROTOJAX_DATA_DIR    prepared data sets (default ../shared/data); tests that need one it lacks
+#                        are skipped
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/venv.sh
+unset PYTHONPATH PYTHONHOME
+export JAX_PLATFORMS=cpu MPLBACKEND=Agg
+
+venv=${PROTOJAX_TEST_VENV:-$PWD/.venv-test}
+python=${PROTOJAX_PYTHON:-$(require_python 3.11 3.12 3.13)}
+
+# Compiled programs are kept, so that a second run of the suite takes a fraction of the time.
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$venv/xla_cache}
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3
+
+smoke() {
+  local python=$1 folder=$venv-newest status=0 run
+  make_venv "$folder" "$python" --upgrade --upgrade-strategy eager -e ".[test]" || return
+  "$folder/bin/python" -c "
+import importlib, pkgutil, jax, flax, protojax
+for module in pkgutil.walk_packages(protojax.__path__, 'protojax.'):
+  importlib.import_module(module.name)
+print(f'jax {jax.__version__}, flax {flax.__version__}: every module imports')" || return
+  "$folder/bin/python" -m pytest --quiet tests/mixture_test.py || return
+  run=$(mktemp -d)
+  "$folder/bin/python" -m protojax.main --config=configs/quickstart.py:debug --workdir="$run" \
+    --config.num_steps=20 || status=$?
+  rm -rf "$run"
+  return "$status"
+}
+
+failed=
+if "$python" -c "import sys; sys.exit(sys.version_info[:2] != (3, 11))"; then
+  make_venv "$venv" "$python" -c launch/floors.txt -e ".[test]"
+  export PROTOJAX_AT_FLOORS=1
+  if newer=$(find_python 3.12 3.13); then
+    echo "Smoke on $("$newer" -V) ($newer), newest packages"
+    smoke "$newer" || failed+=" smoke"
+  else
+    echo "Smoke on a newer Python left out: no Python 3.12 or 3.13 that runs was found here"
+  fi
+else
+  echo "No Python 3.11 chosen: the suite runs on $("$python" -V) with the newest packages"
+  make_venv "$venv" "$python" --upgrade --upgrade-strategy eager -e ".[test]"
+fi
+
+"$venv/bin/python" -m ruff check . || failed+=" ruff"
+"$venv/bin/python" -m pytest "$@" || failed+=" pytest"
+[ -z "$failed" ] || die "failed:$failed (see above)"

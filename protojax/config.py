@@ -1,0 +1,235 @@
+"""Every setting a user can type, with its default; recipes in configs/ change what they need."""
+
+import difflib
+import math
+
+import ml_collections
+from ml_collections import config_dict
+
+from protojax import errors
+
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+def default() -> ml_collections.ConfigDict:
+  """DINO on ViT-S/16 with decoupled prototypes; see the comments for units."""
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  config.num_steps = 0  # optimizer steps; give this or num_epochs
+  config.num_epochs = 0.0
+  config.steps_per_epoch = 0  # 0: records of the source // batch_size
+  config.batch_size = 1024  # global
+  config.precision = "float32"  # of the encoder's matrix products: float32 or bfloat16
+  config.accum_steps = 1  # microbatches of the encoder's forward inside one exact loss
+  config.resume = "auto"  # or "never": refuse a workdir that holds a run
+  config.overwrite = False  # delete the run in the workdir first
+  config.init_from = config_dict.placeholder(str)  # exported/encoder.safetensors of another run
+  config.log_every = 50
+  config.save_every = 1000
+  config.eval_every = 5000
+  config.keep_checkpoints = 2
+
+  config.data = ml_collections.ConfigDict({
+    "name": "digits",  # digits, folder, or any prepared TFDS data set
+    "data_dir": config_dict.placeholder(str),
+    "split": "train",
+    "image_size": 32,  # storage size of the host pipeline, pixels
+    "imbalance": config_dict.placeholder(float),  # largest class over smallest
+    "num_workers": 0,
+  })  # fmt: skip
+  config.probe = ml_collections.ConfigDict({  # labelled images for k-NN, linear probe, monitor
+    "name": config_dict.placeholder(str),  # None: data.name
+    "data_dir": config_dict.placeholder(str),  # None: data.data_dir
+    "train_split": "train",
+    "test_split": "test",
+    "batch_size": 64,  # of the online linear probe; 0 turns it off
+    "lr": 1e-3,
+    "k": 20,
+    "temperature": 0.07,
+    "crop": 1.0,  # centre crop of the evaluation transform; .875 is "resize 256, crop 224"
+    "limit": 0,  # evenly spread subset of the bank; 0 takes all of it
+  })  # fmt: skip
+  config.monitor = ml_collections.ConfigDict({
+    "every": 1000,
+    "images": 2048,
+    "stop_on_collapse": False,
+  })
+  config.augment = ml_collections.ConfigDict({
+    "global_size": 224,
+    "global_scale": (0.4, 1.0),
+    "local_size": 96,
+    "local_scale": (0.05, 0.4),
+    "num_local": 8,
+    "flip": 0.5,
+    "brightness": 0.4,
+    "contrast": 0.4,
+    "saturation": 0.2,
+    "hue": 0.1,
+    "jitter_prob": 0.8,
+    "gray_prob": 0.2,
+    "blur_prob": (1.0, 0.1, 0.5),  # first global view, second, local ones
+    "blur_sigma": (0.1, 2.0),
+    "solarize_prob": (0.0, 0.2, 0.0),
+    **IMAGENET,
+  })  # fmt: skip
+  config.model = ml_collections.ConfigDict({
+    "name": "vit_small",
+    "patch_size": 16,
+    "image_size": config_dict.placeholder(int),  # of the position embedding; None: global_size
+    "width": config_dict.placeholder(int),  # None: what the name says
+    "depth": config_dict.placeholder(int),
+    "heads": config_dict.placeholder(int),
+    "drop_path": 0.1,
+    "registers": 0,
+    "layer_scale": config_dict.placeholder(float),
+    "stem": "imagenet",  # ResNets: imagenet or cifar
+    "zero_init_residual": True,
+    "remat": False,
+  })  # fmt: skip
+  config.head = ml_collections.ConfigDict({
+    "layers": 3, "hidden": 2048, "bottleneck": 256, "norm": "none", "l2": True,
+  })  # fmt: skip
+  config.method = ml_collections.ConfigDict({
+    "name": "dino",
+    "prototypes": "mixture",  # learned, mixture or frozen
+    "num_prototypes": 65_536,
+    "train_prototype_norm": False,  # learned prototypes only
+    "em_order": "after_step",  # or before_loss, as in arXiv 2510.20108
+    "targets": "center",  # dino: center or sinkhorn
+    "sinkhorn_steps": 3,
+    "center_momentum": 0.9,
+    "student_temp": 0.1,
+    "teacher_temp_start": 0.04,
+    "teacher_temp": 0.07,
+    "teacher_temp_warmup_epochs": 30,
+    "partition_size": 512,  # carp
+  })  # fmt: skip
+  config.mixture = ml_collections.ConfigDict({
+    "horizon_steps": 2000.0,  # steps until a component forgets a factor e, at balanced usage
+    "horizon_final": config_dict.placeholder(float),
+    "mass": "ca",
+    "covariance": "isotropic",
+    "kappa": 20.0,
+    "learn_kappa": False,
+    "beta": 1.0,
+    "beta_final": config_dict.placeholder(float),
+    "anneal_steps": 0,  # horizon and beta move to their final values over these steps
+    "balanced": True,
+    "balance_steps": 3,
+    "use_pi": True,
+    "center_features": False,
+    "reseed": False,
+  })  # fmt: skip
+  config.optim = ml_collections.ConfigDict({
+    "name": "adamw",
+    "lr": 5e-4,  # per 256 images
+    "final_lr": 1e-6,
+    "warmup_epochs": 10.0,
+    "warmup_steps": 0,  # replaces warmup_epochs when not 0
+    "weight_decay": 0.04,
+    "final_weight_decay": 0.4,
+    "clip": 3.0,  # per tensor; 0 turns it off
+    "clip_mode": "tensor",
+    "freeze_prototypes_epochs": 1.0,
+    "freeze_prototypes_steps": 0,
+    "beta1": 0.9,
+    "beta2": 0.999,
+  })  # fmt: skip
+  config.teacher = ml_collections.ConfigDict({"momentum": 0.996})
+  config.mesh = ml_collections.ConfigDict({"data": -1, "model": 1})
+  return config
+
+
+def flat(config) -> dict[str, object]:
+  """{"model.name": ..., ...} of a nested config or dict, plain values."""
+  out = {}
+  for key, value in config.items():
+    if isinstance(value, dict | ml_collections.ConfigDict):
+      out |= {f"{key}.{k}": v for k, v in flat(value).items()}
+    else:
+      out[key] = value
+  return out
+
+
+def check_keys(overrides: list[str], config) -> None:
+  """Refuses an override of a key that does not exist, naming the nearest one.
+
+  Args:
+    overrides: dotted keys, "model.depth".
+
+  Raises:
+    UserError: one line.
+  """
+  known = flat(config)
+  for key in overrides:
+    if key not in known and not any(k.startswith(key + ".") for k in known):
+      near = difflib.get_close_matches(key, known, 1, 0.4)
+      hint = f"did you mean --config.{near[0]}?" if near else "see protojax/config.py for all keys"
+      raise errors.UserError(f"unknown config key --config.{key}: {hint}")
+
+
+def resolve(config, num_records: int) -> ml_collections.ConfigDict:
+  """Turns epochs into steps for a source of `num_records` images; the result is what a run is.
+
+  Raises:
+    UserError: if the length of the run is given twice or not at all, or a batch is larger than
+      the source.
+  """
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    if config.batch_size > num_records:
+      raise errors.UserError(
+        f"batch_size={config.batch_size} is more than the {num_records} images of "
+        f"data.name={config.data.name!r}: lower --config.batch_size"
+      )
+    if not config.steps_per_epoch:
+      config.steps_per_epoch = num_records // config.batch_size
+    if bool(config.num_steps) == bool(config.num_epochs):
+      raise errors.UserError(
+        f"num_steps={config.num_steps} and num_epochs={config.num_epochs}: set exactly one, the "
+        "other to 0"
+      )
+    if not config.num_steps:
+      config.num_steps = math.ceil(config.num_epochs * config.steps_per_epoch)
+    optim = config.optim
+    if not optim.warmup_steps:
+      # At most a tenth of the run, so that a short one learns at all.
+      steps = round(optim.warmup_epochs * config.steps_per_epoch)
+      optim.warmup_steps = min(steps, config.num_steps // 10)
+    if not optim.freeze_prototypes_steps:
+      steps = round(optim.freeze_prototypes_epochs * config.steps_per_epoch)
+      optim.freeze_prototypes_steps = steps
+    for section, key, default in (
+      (config.probe, "name", config.data.name),
+      (config.probe, "data_dir", config.data.data_dir),
+      (config.model, "image_size", config.augment.global_size),
+      (config.mixture, "horizon_final", config.mixture.horizon_steps),
+      (config.mixture, "beta_final", config.mixture.beta),
+    ):
+      if section[key] is None:
+        section[key] = default
+  return config
+
+
+def debug(config) -> ml_collections.ConfigDict:
+  """The same recipe as a minute's run on a CPU: `digits`, two blocks, at most 256 prototypes."""
+  config.update({
+    "num_steps": 20, "num_epochs": 0.0, "batch_size": 16, "log_every": 5, "save_every": 10,
+    "eval_every": 20, "steps_per_epoch": 0,
+  })  # fmt: skip
+  config.data.update({
+    "name": "digits", "data_dir": None, "split": "train", "image_size": 32, "num_workers": 0,
+  })  # fmt: skip
+  config.probe.update({
+    "name": None, "data_dir": None, "train_split": "train", "test_split": "test", "limit": 512,
+    "batch_size": 16,
+  })  # fmt: skip
+  config.monitor.update({"every": 10, "images": 128})
+  config.augment.update({
+    "global_size": 32, "local_size": 16, "num_local": min(config.augment.num_local, 2),
+  })  # fmt: skip
+  config.model.update({"depth": 2, "patch_size": 8, "width": 96, "heads": 3})
+  config.head.update({"hidden": 128, "bottleneck": 64})
+  config.method.num_prototypes = min(config.method.num_prototypes, 256)
+  config.method.partition_size = min(config.method.partition_size, 64)
+  return config

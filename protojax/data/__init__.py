@@ -1,0 +1,1 @@
+"""Sources, the deterministic host pipeline, and on-device augmentation."""

@@ -1,0 +1,233 @@
+"""Views of a batch, made on the device: multi-crop augmentation after DINO (arXiv 2104.14294).
+
+Random resized crop, flip, colour jitter in random order, grayscale, blur, solarise, normalise. A
+view is a function of (key, row of the global batch, number of the view): it depends neither on the
+number of devices nor on the number of other views.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from protojax import errors
+from protojax.data import color, resize
+
+_TRIES = 10
+_ASPECT = (3 / 4, 4 / 3)
+# The uniform numbers of one view, drawn at once. New ones go last, so that the others keep theirs.
+_DRAWS = {
+  "area": _TRIES, "aspect": _TRIES, "top": 1, "left": 1, "flip": 1, "jitter": 1, "order": 1,
+  "factors": 4, "gray": 1, "blur": 1, "sigma": 1, "solarize": 1,
+}  # fmt: skip
+
+
+def make(config) -> Callable[[jax.Array, dict[str, jax.Array]], dict[str, jax.Array]]:
+  """The augmentation that `config.augment` describes; defaults are in `protojax.config`.
+
+  Args:
+    config: `global_size`, `local_size` in pixels; `num_local`; `global_scale`, `local_scale`,
+      (low, high) fractions of the image's area; `flip`, `jitter_prob`, `gray_prob`, probabilities;
+      `brightness`, `contrast`, `saturation`, `hue`, strengths; `blur_prob` and `solarize_prob`,
+      one probability each for the first global view, the second, the local ones; `blur_sigma`,
+      (low, high) in pixels of the view; `mean`, `std` of the three channels.
+
+  Returns:
+    augment(key, batch) -> {"global": [B, 2, S, S, 3], "local": [B, L, s, s, 3]}, float32,
+    normalised; "local" is absent when `num_local` is 0. `key` is a typed key that the caller has
+    folded with seed and step. `batch` has "image" [B, H, W, 3] uint8, squashed from any shape, and
+    "size" [B, 2] int32, the height and width it had: area and aspect are those of the original.
+    Steps that no view of a group asks for are not compiled.
+
+  Raises:
+    UserError: if a value is out of range.
+  """
+  _check(config)
+  kinds = (0, 1) + (2,) * config.num_local
+  groups = {"global": (slice(0, 2), config.global_size, config.global_scale)}
+  if config.num_local:
+    groups["local"] = (slice(2, None), config.local_size, config.local_scale)
+
+  def augment(key, batch):
+    views = {}
+    uniform = draw(key, batch["image"].shape[0], len(kinds))
+    for name, (group, size, scale) in groups.items():
+      u = {name: values[:, group] for name, values in uniform.items()}
+      boxes = sample_boxes(u["area"], u["aspect"], u["top"], u["left"], batch["size"], scale)
+      boxes = _to_storage(boxes, batch["size"], batch["image"].shape[1:3])
+      mirrored = jnp.stack([boxes[..., i] for i in (0, 3, 2, 1)], axis=-1)
+      boxes = jnp.where(u["flip"][..., None] < config.flip, mirrored, boxes)
+      x = resize.crop_resize(batch["image"], boxes, size)
+      x = _recolor(x, u, config, kinds[group])
+      views[name] = _normalize(x, config.mean, config.std)
+    return views
+
+  return augment
+
+
+def evaluate(
+  images: jax.Array,
+  size: int,
+  mean,
+  std,
+  *,
+  crop: float = 1.0,
+  original: jax.Array | None = None,
+) -> jax.Array:
+  """The evaluation transform: resize, crop the centre, normalise.
+
+  Args:
+    images: [B, H, W, 3] uint8.
+    size: side of the result in pixels.
+    mean: three numbers.
+    std: three numbers.
+    crop: side of the centre crop over the side of the image; .875 is "resize 256, crop 224" at
+      size 224.
+    original: [B, 2] int32, height and width before the image was squashed. If given, the crop is
+      from the centre square of the original, as after a resize of its shorter side; else from the
+      whole squashed image.
+
+  Returns:
+    [B, size, size, 3] float32, normalised.
+
+  Raises:
+    UserError: if `crop` is not in (0, 1].
+  """
+  if not 0.0 < crop <= 1.0:
+    raise errors.UserError(f"evaluation crop={crop} must be in (0, 1]")
+  batch, height, width = images.shape[:3]
+  side = jnp.ones((batch, 2))
+  if original is not None:
+    side = jnp.min(original, axis=1, keepdims=True) / original
+  margin = (1.0 - crop * side) / 2.0
+  corners = jnp.concatenate([margin, 1.0 - margin], axis=1)
+  boxes = corners * jnp.array([height, width, height, width], jnp.float32)[None, :]
+  x = resize.crop_resize(images, boxes[:, None, :], size)
+  return _normalize(x, mean, std)[:, 0]
+
+
+def sample_boxes(area, aspect, top, left, sizes, scale: tuple[float, float]) -> jax.Array:
+  """Boxes of a random resized crop in whole pixels of the originals, as torchvision draws them.
+
+  Of ten candidates the first that fits is taken; if none does, the largest centre crop whose
+  aspect is in 3/4..4/3.
+
+  Args:
+    area: [B, V, 10] uniform in [0, 1).
+    aspect: [B, V, 10] likewise; width over height is log-uniform.
+    top: [B, V] likewise.
+    left: [B, V] likewise.
+    sizes: [B, 2] int32, height and width.
+    scale: range of the box's area as a fraction of the image's.
+
+  Returns:
+    [B, V, 4] float32 whole numbers: top, left, bottom, right.
+  """
+  height, width = (sizes[:, i, None].astype(jnp.float32) for i in range(2))
+  target = (height * width)[..., None] * (scale[0] + (scale[1] - scale[0]) * area)
+  log_aspect = math.log(_ASPECT[0]) + (math.log(_ASPECT[1]) - math.log(_ASPECT[0])) * aspect
+  tries_h = jnp.round(jnp.sqrt(target * jnp.exp(-log_aspect)))
+  tries_w = jnp.round(jnp.sqrt(target * jnp.exp(log_aspect)))
+  fits = (tries_h >= 1.0) & (tries_h <= height[..., None])
+  fits &= (tries_w >= 1.0) & (tries_w <= width[..., None])
+  chosen = fits & (jnp.cumsum(fits, axis=-1) == 1)
+  any_fits = jnp.any(fits, axis=-1)
+  whole_h = jnp.minimum(height, jnp.round(width / _ASPECT[0]))
+  whole_w = jnp.minimum(width, jnp.round(height * _ASPECT[1]))
+  h = jnp.where(any_fits, jnp.sum(jnp.where(chosen, tries_h, 0.0), axis=-1), whole_h)
+  w = jnp.where(any_fits, jnp.sum(jnp.where(chosen, tries_w, 0.0), axis=-1), whole_w)
+  y = jnp.floor(jnp.where(any_fits, top * (height - h + 1.0), (height - h) / 2.0))
+  x = jnp.floor(jnp.where(any_fits, left * (width - w + 1.0), (width - w) / 2.0))
+  return jnp.stack([y, x, y + h, x + w], axis=-1)
+
+
+def sample_slots(u: jax.Array) -> jax.Array:
+  """A uniform order of the four jitter operations from one uniform number: [...] -> [..., 4]."""
+  return jnp.asarray(color.ORDERS)[(u * len(color.ORDERS)).astype(jnp.int32)]
+
+
+def draw(key: jax.Array, batch: int, views: int) -> dict[str, jax.Array]:
+  """The uniform numbers behind every view: {name: [B, V] or [B, V, n]} float32 in [0, 1).
+
+  Those of a view depend on (key, row, number of the view) alone. Views 0 and 1 are global.
+  """
+  fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+  rows = fold(key, jnp.arange(batch))
+  keys = jax.vmap(fold, in_axes=(0, None))(rows, jnp.arange(views))
+  total = sum(_DRAWS.values())
+  u = jax.vmap(jax.vmap(lambda k: jax.random.uniform(k, (total,))))(keys)
+  stops = np.cumsum(list(_DRAWS.values()))[:-1].tolist()
+  parts = zip(_DRAWS.items(), jnp.split(u, stops, axis=-1), strict=True)
+  return {name: part if n > 1 else part[..., 0] for (name, n), part in parts}
+
+
+def _to_storage(boxes: jax.Array, sizes: jax.Array, shape: tuple[int, int]) -> jax.Array:
+  """[B, V, 4] boxes from pixels of the originals to (fractional) pixels of the stored images."""
+  ratio = jnp.array(shape, jnp.float32)[None, :] / sizes.astype(jnp.float32)
+  return boxes * jnp.tile(ratio, (1, 2))[:, None, :]
+
+
+def _recolor(x: jax.Array, u: dict[str, jax.Array], config, kinds: tuple[int, ...]) -> jax.Array:
+  """Jitter, grayscale, blur, solarise; `kinds` indexes the probabilities of each view's kind."""
+  strengths = (config.brightness, config.contrast, config.saturation, config.hue)
+  if config.jitter_prob and any(strengths):
+    low = [max(0.0, 1.0 - s) for s in strengths[:3]] + [-config.hue]
+    high = [1.0 + s for s in strengths[:3]] + [config.hue]
+    low, high = (jnp.array(bounds, jnp.float32)[None, None, :] for bounds in (low, high))
+    slots = jnp.where(u["jitter"][..., None] < config.jitter_prob, sample_slots(u["order"]), -1)
+    x = color.color_jitter(x, low + (high - low) * u["factors"], slots)
+  if config.gray_prob:
+    x = jnp.where(u["gray"][..., None, None, None] < config.gray_prob, color.grayscale(x), x)
+  blur, solarize = (
+    np.array([probs[k] for k in kinds], np.float32)[None, :]
+    for probs in (config.blur_prob, config.solarize_prob)
+  )
+  if blur.any():
+    low, high = config.blur_sigma
+    sigma = jnp.where(u["blur"] < blur, low + (high - low) * u["sigma"], 0.0)
+    x = color.gaussian_blur(x, sigma)
+  if solarize.any():
+    chosen = (u["solarize"] < solarize)[..., None, None, None]
+    x = jnp.where(chosen, color.solarize(x), x)
+  return x
+
+
+def _normalize(x: jax.Array, mean, std) -> jax.Array:
+  """[B, V, S, 3, S] in [0, 1] -> [B, V, S, S, 3]."""
+  mean, std = (np.array(c, np.float32).reshape(1, 1, 1, 3, 1) for c in (mean, std))
+  return ((x - mean) / std).swapaxes(-1, -2)
+
+
+def _check(config) -> None:
+  """Refuses values out of range with the name of the key."""
+
+  def refuse(name, rule):
+    raise errors.UserError(f"augment.{name}={config[name]} {rule}")
+
+  for name in ("global_scale", "local_scale", "blur_sigma"):
+    if len(config[name]) != 2 or not 0.0 < config[name][0] <= config[name][1]:
+      refuse(name, "must be two numbers (low, high) with 0 < low <= high")
+  for name in ("global_scale", "local_scale"):
+    if config[name][1] > 1.0:
+      refuse(name, "must not exceed 1, the whole image")
+  for name in ("blur_prob", "solarize_prob", "mean", "std"):
+    if len(config[name]) != 3:
+      refuse(name, "must be three numbers")
+  for name in ("flip", "jitter_prob", "gray_prob", "blur_prob", "solarize_prob"):
+    values = np.array(config[name])
+    if (values < 0.0).any() or (values > 1.0).any():
+      refuse(name, "must be a probability, 0 to 1")
+  for name in ("brightness", "contrast", "saturation", "hue"):
+    if config[name] < 0.0:
+      refuse(name, "must not be negative (0 turns it off)")
+  if config.hue > 0.5:
+    refuse("hue", "must be at most .5, half a turn")
+  if config.num_local < 0:
+    refuse("num_local", "must not be negative (0: no local views)")
+  for name in ("global_size", "local_size"):
+    if config[name] < 1:
+      refuse(name, "must be at least 1 pixel")
+  if min(config.std) <= 0.0:
+    refuse("std", "must be positive")

@@ -1,0 +1,241 @@
+"""Host batches as a pure function of (seed, step, global batch size).
+
+The global stream of rows is indexed first: position p = step * B + r holds row r of batch `step`,
+and process h of H owns the contiguous rows r in [h B / H, (h + 1) B / H) and decodes no others. So
+batches are equal for any number of worker processes and hosts, and a run resumes by its step alone.
+"""
+
+import itertools
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator
+
+import grain
+import numpy as np
+from absl import flags
+from PIL import Image
+
+from protojax import errors
+from protojax.data import source as sources
+
+_CHUNK = 64  # rows that a thread or worker decodes at a time
+_TRIES = 100
+
+
+def batches(
+  source: sources.Source,
+  *,
+  seed: int,
+  step: int,
+  batch_size: int,
+  image_size: int,
+  num_workers: int = 0,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:
+  """Endless shuffled batches from `step` on, the part of one process.
+
+  Every epoch has an order of its own and covers each row once; a batch may end one epoch and begin
+  the next. A corrupt record is replaced by the next readable row of the source.
+
+  Args:
+    source: from `source.build`.
+    seed: any integer; different seeds give unrelated orders.
+    step: number of the first batch.
+    batch_size: B, global.
+    image_size: S; images of another shape are squashed to S x S (bicubic, aspect not kept).
+    num_workers: processes that decode; 0 uses threads of this one.
+    process_index: h.
+    process_count: H; must divide B.
+
+  Returns:
+    A generator (`close()` stops threads and processes) of {"image": uint8 [b, S, S, 3], "index":
+    int32 [b], row in the source, "size": int32 [b, 2], height and width before the squash, "label":
+    int32 [b], -1 where there is none, "skipped": int32 [b], the corrupt row that was replaced,
+    or -1}, b = B / H. Reading on raises UserError if 100 records in a row are corrupt.
+
+  Raises:
+    UserError: if image_size or num_workers is out of range.
+  """
+  _check(image_size, num_workers)
+  # Nearby seeds must not share epochs: grain shuffles epoch e with seed + e.
+  shuffle = int(np.random.SeedSequence(seed % 2**64).generate_state(1)[0])
+  order = grain.MapDataset.range(len(source)).shuffle(seed=shuffle).repeat()
+  chunks = _Chunks(source, order, image_size, batch_size, process_index, process_count)
+  return _stream(chunks, step, num_workers)
+
+
+def sequential(
+  source: sources.Source,
+  *,
+  batch_size: int,
+  image_size: int,
+  limit: int | None = None,
+  num_workers: int = 0,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:
+  """One pass in the order of the source, for evaluation; the part of one process.
+
+  Args:
+    source: from `source.build`.
+    batch_size: B, global.
+    image_size: S, as in `batches`.
+    limit: at most so many rows, evenly spread over the source; None takes all.
+    num_workers: as in `batches`.
+    process_index: h.
+    process_count: H; must divide B.
+
+  Returns:
+    As `batches`, and "mask": bool [b], True where the row counts: False in the padding that fills
+    the last batch (index and label -1) and where a corrupt record has been replaced.
+
+  Raises:
+    UserError: as `batches`.
+  """
+  _check(image_size, num_workers)
+  rows = np.arange(len(source))
+  if limit is not None and limit < len(source):
+    rows = np.arange(limit) * len(source) // limit
+  order = np.pad(rows, (0, -len(rows) % batch_size), constant_values=-1)
+  chunks = _Chunks(source, order, image_size, batch_size, process_index, process_count)
+  return _masked(_stream(chunks, 0, num_workers))
+
+
+class SkippedLog:
+  """Counts the corrupt records replaced in the batches it is shown.
+
+  Attributes:
+    count: replaced records so far, each time one was drawn.
+
+  Args:
+    describe: name of a row, `Source.describe`.
+  """
+
+  def __init__(self, describe: Callable[[int], str]):
+    self.count = 0
+    self._describe = describe
+    self._seen = set()
+
+  def update(self, skipped: np.ndarray) -> list[str]:
+    """Takes "skipped" [b] of a batch; returns the names of rows it had not seen before."""
+    rows = [int(row) for row in skipped if row >= 0]
+    self.count += len(rows)
+    new = [row for row in dict.fromkeys(rows) if row not in self._seen]
+    self._seen.update(new)
+    return [self._describe(row) for row in new]
+
+
+class _Chunks:
+  """Random access to the batches of one process, in pieces of at most `_CHUNK` rows."""
+
+  def __init__(self, source, order, image_size, batch_size, process_index, process_count):
+    if batch_size % process_count:
+      raise ValueError(f"{process_count} processes do not divide a batch of {batch_size}")
+    self._source, self._order, self._image_size = source, order, image_size
+    self._global, self._local = batch_size, batch_size // process_count
+    self._first = process_index * self._local
+    self.per_batch = math.ceil(self._local / _CHUNK)
+
+  def __len__(self):
+    return len(self._order) // self._global * self.per_batch
+
+  def __getitem__(self, index):
+    step, piece = divmod(int(index), self.per_batch)
+    begin, end = piece * _CHUNK, min((piece + 1) * _CHUNK, self._local)
+    start = step * self._global + self._first
+    rows = [int(self._order[start + r]) for r in range(begin, end)]
+    real = self._source.read([row for row in rows if row >= 0])
+    records = [self._prepare(row, next(real) if row >= 0 else None) for row in rows]
+    return {key: np.stack([record[key] for record in records]) for key in records[0]}
+
+  def _prepare(self, row: int, record) -> dict[str, np.ndarray]:
+    if record is None:  # padding; a size of 0 would divide by zero later
+      image = np.zeros((self._image_size, self._image_size, 3), np.uint8)
+      return _record(image, row, image.shape[:2], -1, -1)
+    readable, record = self._readable(row, record)
+    image = record["image"]
+    skipped = -1 if readable == row else row
+    squashed = squash(image, self._image_size)
+    return _record(squashed, readable, image.shape[:2], record["label"], skipped)
+
+  def _readable(self, row: int, record) -> tuple[int, dict]:
+    """The first of row, row + 1, ... that is not corrupt, and its record."""
+    tries = min(_TRIES, len(self._source))
+    for offset in range(tries):
+      candidate = (row + offset) % len(self._source)
+      record = next(self._source.read([candidate])) if offset else record
+      if not isinstance(record, sources.CorruptImage):
+        return candidate, record
+    raise errors.UserError(
+      f"{tries} images in a row of {self._source.name} cannot be read, lastly {record}: check the "
+      "files"
+    )
+
+
+def squash(image: np.ndarray, size: int) -> np.ndarray:
+  """uint8 [H, W, 3] -> [size, size, 3], Pillow's bicubic; an image of that shape is left alone."""
+  if image.shape[:2] == (size, size):
+    return image
+  return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def _record(image, row, shape, label, skipped) -> dict[str, np.ndarray]:
+  numbers = {"index": row, "size": shape, "label": label, "skipped": skipped}
+  return {"image": image} | {key: np.array(value, np.int32) for key, value in numbers.items()}
+
+
+def _stream(chunks: _Chunks, step: int, num_workers: int) -> Iterator[dict[str, np.ndarray]]:
+  """Whole batches from pieces that threads or processes load ahead."""
+  data = grain.MapDataset.source(chunks)[step * chunks.per_batch :]
+  if num_workers:
+    _let_grain_read_its_flags()
+    ahead = math.ceil(chunks.per_batch / num_workers)
+    options = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=ahead)
+    data = data.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    data = data.mp_prefetch(options, worker_init_fn=_start_worker)
+  else:
+    threads = min(os.cpu_count() or 1, 8)
+    ahead = max(2 * chunks.per_batch, threads)
+    data = data.to_iter_dataset(grain.ReadOptions(threads, ahead))
+  iterator = iter(data)
+  try:
+    while pieces := list(itertools.islice(iterator, chunks.per_batch)):
+      # Copied in any case: pieces from a worker lie in shared memory that grain takes back.
+      yield {key: np.concatenate([np.asarray(p[key]) for p in pieces]) for key in pieces[0]}
+  finally:
+    iterator.close()
+
+
+def _masked(stream: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
+  try:
+    for batch in stream:
+      yield batch | {"mask": (batch["index"] >= 0) & (batch["skipped"] < 0)}
+  finally:
+    stream.close()
+
+
+def _start_worker(index: int, count: int) -> None:
+  """Ctrl-C reaches the whole group; the main process still needs its data to stop in order."""
+  del index, count
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _let_grain_read_its_flags() -> None:
+  """grain reads absl flags when it starts workers; a program without absl never parses them.
+
+  Its own flags count as given, with their defaults; all others keep complaining, and a later
+  parse works as ever.
+  """
+  if not flags.FLAGS.is_parsed():
+    for name in flags.FLAGS:
+      if name.startswith("grain_"):
+        flags.FLAGS[name].present = max(1, flags.FLAGS[name].present)
+
+
+def _check(image_size: int, num_workers: int) -> None:
+  if image_size < 1:
+    raise errors.UserError(f"data.image_size={image_size} must be at least 1 pixel")
+  if num_workers < 0:
+    raise errors.UserError(f"data.num_workers={num_workers} must not be negative (0: threads)")

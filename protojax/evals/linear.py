@@ -1,0 +1,270 @@
+"""Linear classifiers on frozen features: one that rides along in training, one fitted to the end.
+
+Both standardise every feature dimension: a linear classifier's speed and penalty depend on its
+inputs' scale, and that of pretrained features is anybody's guess.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import scipy.optimize
+
+from protojax import errors
+
+PyTree = Any
+
+_RATE = 0.05  # of the running mean and variance: the last 20 batches count
+_STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # strong first: each start helps the next
+
+
+class OnlineProbe(NamedTuple):
+  """Pure functions over the state of a linear classifier.
+
+  Attributes:
+    init: (key) -> state {"params", "opt_state", "mean" [D], "var" [D], "seen" int32 []}.
+    update: (state, features [B, D], labels int [B]) -> (state, {"probe/linear_loss",
+      "probe/linear_train"}), float32 [] each: cross entropy in nats and accuracy on this batch
+      before the update, 0 without a labelled row. A row with a negative label has no effect. No
+      gradient reaches the features.
+    predict: (state, features [B, D]) -> int32 [B].
+  """
+
+  init: Callable[[jax.Array], PyTree]
+  update: Callable[[PyTree, jax.Array, jax.Array], tuple[PyTree, dict[str, jax.Array]]]
+  predict: Callable[[PyTree, jax.Array], jax.Array]
+
+
+def _standardise(features, mean, var):
+  # Relative, so that the scale of the features as a whole does not matter.
+  floor = 1e-6 * jnp.mean(var) + 1e-30
+  return (features - mean[None, :]) * jax.lax.rsqrt(var + floor)[None, :]
+
+
+def _logits(params, inputs):
+  return inputs @ params["weight"] + params["bias"][None, :]
+
+
+def online_probe(num_classes: int, dim: int, *, learning_rate: float = 1e-3) -> OnlineProbe:
+  """Softmax classifier trained by Adam on features of the moment, in any training loop.
+
+  Features are standardised by a running mean and variance kept in the state: a plain average over
+  the first 20 batches, then an exponential one.
+
+  Args:
+    num_classes: C.
+    dim: D.
+    learning_rate: of Adam.
+  """
+  tx = optax.adam(learning_rate)
+
+  def init(key):
+    del key  # zero weights: a convex problem needs no noise
+    params = {"weight": jnp.zeros((dim, num_classes)), "bias": jnp.zeros(num_classes)}
+    return {
+      "params": params,
+      "opt_state": tx.init(params),
+      "mean": jnp.zeros(dim),
+      "var": jnp.ones(dim),
+      "seen": jnp.zeros((), jnp.int32),
+    }
+
+  def update(state, features, labels):
+    features = jax.lax.stop_gradient(features.astype(jnp.float32))
+    weight = (labels >= 0).astype(jnp.float32)
+    total = weight.sum()
+    share = weight / jnp.maximum(total, 1.0)
+
+    mean = jnp.einsum("b,bd->d", share, features)
+    # Around the running mean, so that a moving mean counts as spread.
+    rate = jnp.where(total > 0, jnp.maximum(_RATE, 1.0 / (1.0 + state["seen"])), 0.0)
+    mean = state["mean"] + rate * (mean - state["mean"])
+    var = jnp.einsum("b,bd->d", share, (features - mean[None, :]) ** 2)
+    var = state["var"] + rate * (var - state["var"])
+    inputs = _standardise(features, mean, var)
+
+    def loss_fn(params):
+      logits = _logits(params, inputs)
+      each = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
+      return jnp.sum(share * each), logits
+
+    (loss, logits), grads = jax.value_and_grad(loss_fn, has_aux=True)(state["params"])
+    updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
+    right = jnp.argmax(logits, axis=-1) == labels
+    state = {
+      "params": optax.apply_updates(state["params"], updates),
+      "opt_state": opt_state,
+      "mean": mean,
+      "var": var,
+      "seen": state["seen"] + (total > 0),
+    }
+    return state, {"probe/linear_loss": loss, "probe/linear_train": jnp.sum(share * right)}
+
+  def predict(state, features):
+    inputs = _standardise(jnp.asarray(features, jnp.float32), state["mean"], state["var"])
+    return jnp.argmax(_logits(state["params"], inputs), axis=-1).astype(jnp.int32)
+
+  return OnlineProbe(init, update, predict)
+
+
+class Classifier(NamedTuple):
+  """argmax of ((x - mean) * scale) @ weight + bias; float32 [D], [D], [D, C], [C]."""
+
+  mean: np.ndarray
+  scale: np.ndarray
+  weight: np.ndarray
+  bias: np.ndarray
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def _objective(flat, inputs, labels, l2, *, shape):
+  """Value and gradient of mean cross entropy + l2 / 2 |weight|^2 at flat [(D + 1) * C]."""
+
+  def value(flat):
+    matrix = flat.reshape(shape)
+    params = {"weight": matrix[:-1], "bias": matrix[-1]}
+    each = optax.softmax_cross_entropy_with_integer_labels(_logits(params, inputs), labels)
+    return each.mean() + 0.5 * l2 * jnp.sum(params["weight"] ** 2)
+
+  return jax.value_and_grad(value)(flat)
+
+
+def fit(
+  features: jax.Array,
+  labels: jax.Array,
+  *,
+  num_classes: int,
+  l2: float,
+  max_steps: int = 100,
+  start: Classifier | None = None,
+) -> Classifier:
+  """Multinomial logistic regression on standardised features by full-batch L-BFGS.
+
+  Minimises mean cross entropy + l2 / 2 |weight|^2 (the bias goes free): scikit-learn's C is
+  1 / (N l2). Deterministic. Gradients are computed on the default device.
+
+  Args:
+    features: [N, D], any float dtype.
+    labels: int [N], 0 to num_classes - 1.
+    num_classes: C.
+    l2: strength of the penalty.
+    max_steps: of L-BFGS.
+    start: classifier whose weights to start from; zeros without one.
+
+  Raises:
+    UserError: if a feature is not finite or a label out of range.
+  """
+  features, labels = np.asarray(features, np.float32), np.asarray(labels, np.int32)
+  if not labels.size or not 0 <= labels.min() <= labels.max() < num_classes:
+    raise errors.UserError(
+      f"linear probe: labels must be 0 to {num_classes - 1} on every one of the {labels.size} "
+      "training images: give labelled images"
+    )
+  if not np.isfinite(features).all():
+    raise errors.UserError(
+      "linear probe: the features hold NaN or infinity: the encoder has diverged, take an earlier "
+      "checkpoint"
+    )
+  mean = features.mean(axis=0, dtype=np.float64).astype(np.float32)
+  std = features.std(axis=0, dtype=np.float64)
+  # A dimension that varies by rounding alone is noise: it stays out.
+  dead = std <= 1e-6 * np.maximum(np.abs(mean), std.max())
+  scale = np.where(dead, 0.0, 1.0 / np.where(dead, 1.0, std)).astype(np.float32)
+  inputs = jnp.asarray((features - mean[None, :]) * scale[None, :])
+  shape = (features.shape[1] + 1, num_classes)
+  first = np.zeros(shape) if start is None else np.concatenate([start.weight, start.bias[None, :]])
+
+  def value_and_grad(flat):
+    value, grad = _objective(
+      jnp.asarray(flat, jnp.float32), inputs, jnp.asarray(labels), l2, shape=shape
+    )
+    return float(value), np.asarray(grad, np.float64)
+
+  found = scipy.optimize.minimize(
+    value_and_grad, first.ravel(), method="L-BFGS-B", jac=True,
+    # float32 knows the value to 1e-7: below that the search would follow rounding.
+    options={"maxiter": max_steps, "ftol": 1e-7, "gtol": 1e-6},
+  )  # fmt: skip
+  matrix = found.x.reshape(shape).astype(np.float32)
+  return Classifier(mean, scale, matrix[:-1], matrix[-1])
+
+
+def predict(classifier: Classifier, features: jax.Array) -> np.ndarray:
+  """int32 [M]: the most likely class of each row of [M, D]."""
+  inputs = (np.asarray(features, np.float32) - classifier.mean[None, :]) * classifier.scale[None, :]
+  logits = inputs @ classifier.weight + classifier.bias[None, :]
+  return logits.argmax(axis=-1).astype(np.int32)
+
+
+def _held_out(labels: np.ndarray) -> np.ndarray:
+  """bool [N]: every tenth row of each class, at random but always the same."""
+  order = np.lexsort((np.random.default_rng(0).random(labels.size), labels))
+  mask = np.zeros(labels.size, bool)
+  mask[order[5::10]] = True
+  return mask
+
+
+def evaluate(
+  train_features: jax.Array,
+  train_labels: jax.Array,
+  test_features: jax.Array,
+  test_labels: jax.Array,
+  *,
+  num_classes: int,
+  strengths: Sequence[float] = _STRENGTHS,
+  max_steps: int = 100,
+) -> dict[str, float]:
+  """Accuracy of a linear classifier whose penalty never saw the test images.
+
+  Each strength is fitted to 90 % of the training images; the best on the other 10 % (of equals the
+  strongest) is fitted again to all of them, and only then tested. Two worse ones in a row end the
+  search: the weaker ones are the slowest to fit.
+
+  Args:
+    train_features: [N, D].
+    train_labels: int [N].
+    test_features: [M, D].
+    test_labels: int [M].
+    num_classes: C.
+    strengths: candidates for `l2` of `fit`, from strong to weak: each starts where the last ended.
+    max_steps: of L-BFGS, for each fit.
+
+  Returns:
+    {"linear": accuracy on test, "l2": strength chosen, "held_out": its accuracy on the 10 %,
+    "train": accuracy on train}.
+
+  Raises:
+    UserError: as `fit`, and for fewer than ten training images.
+  """
+  features, labels = np.asarray(train_features, np.float32), np.asarray(train_labels)
+  if labels.size < 10:
+    raise errors.UserError(
+      f"linear probe: {labels.size} training images are too few to hold a tenth out: give 10"
+    )
+  held = _held_out(labels)
+  best, classifier, worse = None, None, 0
+  for l2 in strengths:
+    if worse == 2:
+      break
+    classifier = fit(
+      features[~held], labels[~held], num_classes=num_classes, l2=l2, max_steps=max_steps,
+      start=classifier,
+    )  # fmt: skip
+    accuracy = float(np.mean(predict(classifier, features[held]) == labels[held]))
+    worse = worse + 1 if best and accuracy < best[0] else 0
+    if best is None or accuracy > best[0]:
+      best = (accuracy, l2, classifier)
+  accuracy, l2, start = best
+  classifier = fit(
+    features, labels, num_classes=num_classes, l2=l2, max_steps=max_steps, start=start
+  )
+  return {
+    "linear": float(np.mean(predict(classifier, test_features) == np.asarray(test_labels))),
+    "l2": l2,
+    "held_out": accuracy,
+    "train": float(np.mean(predict(classifier, features) == labels)),
+  }

@@ -1,0 +1,120 @@
+"""The encoder as plain files: encoder.safetensors and config.json, readable without JAX.
+
+The weights file carries the configuration in its header too, and is replaced in one move, so that
+whatever happens a reader finds weights and the configuration that made them.
+"""
+
+import errno
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from protojax import errors
+
+PyTree = Any
+_WEIGHTS, _CONFIG = "encoder.safetensors", "config.json"
+
+
+def _names(tree: PyTree) -> dict[str, Any]:
+  """{"params.backbone.blocks_0.attn.qkv.kernel": leaf, ...}."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _replace(path: pathlib.Path, content: bytes) -> None:
+  """The whole content or the old file, never a part."""
+  temporary = path.with_name(path.name + ".tmp")
+  try:
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def write(folder: str | os.PathLike, tree: PyTree, info: dict) -> None:
+  """Writes `folder`/encoder.safetensors and config.json, over those of an earlier step.
+
+  Args:
+    folder: made if missing.
+    tree: {"params": ..., "batch_stats": ...} of host arrays; a tensor's name is its path with dots.
+    info: JSON: what is needed to build the encoder again, and where it comes from.
+
+  Raises:
+    UserError: if the disk is full or the folder cannot be written; what was there stays whole.
+  """
+  folder = pathlib.Path(folder)
+  tensors = {name: np.ascontiguousarray(leaf) for name, leaf in _names(tree).items()}
+  content = safetensors.numpy.save(tensors, metadata={"info": json.dumps(info)})
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / _WEIGHTS, content)
+    _replace(folder / _CONFIG, (json.dumps(info, indent=2, sort_keys=True) + "\n").encode())
+  except OSError as error:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+      raise errors.UserError(
+        f"no space left on device while exporting the encoder to {folder}: free some space and run "
+        "the same command again; what was exported before is intact"
+      ) from error
+    raise errors.UserError(f"cannot write to {folder}: {error.strerror}") from error
+
+
+def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:
+  """Reads what `write` wrote.
+
+  Args:
+    path: the folder, or the weights file itself.
+
+  Returns:
+    ({name: array}, info).
+
+  Raises:
+    UserError: if there is no such file or it is not one of ours.
+  """
+  path = pathlib.Path(path)
+  file = path / _WEIGHTS if path.is_dir() else path
+  if not file.is_file():
+    raise errors.UserError(
+      f"there is no {_WEIGHTS} at {path}: give the folder exported/ of a finished run"
+    )
+  try:
+    with safetensors.safe_open(file, framework="numpy") as opened:
+      info = json.loads(opened.metadata()["info"])
+      return {name: opened.get_tensor(name) for name in opened.keys()}, info
+  except (safetensors.SafetensorError, KeyError, TypeError, ValueError):
+    raise errors.UserError(
+      f"{file} is damaged or was not exported by protojax: export it again from its run"
+    ) from None
+
+
+def load(path: str | os.PathLike, template: PyTree) -> PyTree:
+  """The exported parameters as a pytree like `template`.
+
+  Args:
+    path: the folder, or the weights file itself.
+    template: pytree of anything with shape and dtype, like the "params" that were written.
+
+  Returns:
+    Pytree of NumPy arrays with the dtypes of `template`.
+
+  Raises:
+    UserError: if the file cannot be read, or a parameter is missing, left over or of another shape.
+  """
+  tensors, _ = read(path)
+  there = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("params.")}
+  here = {name: tuple(leaf.shape) for name, leaf in _names({"params": template}).items()}
+  wrong = sorted(k for k in there.keys() | here.keys() if there.get(k) != here.get(k))
+  if wrong:
+    first, more = wrong[0], f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+    raise errors.UserError(
+      f"{_WEIGHTS} at {path} does not fit this encoder: {first.removeprefix('params.')} has shape "
+      f"{there.get(first, 'none')} there and {here.get(first, 'none')} here{more}: use the model "
+      "and head settings it was trained with (config.json beside it)"
+    )
+  leaves = [tensors[k].astype(leaf.dtype) for k, leaf in _names({"params": template}).items()]
+  return jax.tree.unflatten(jax.tree.structure(template), leaves)

@@ -1,0 +1,123 @@
+"""Losses and entropies: arrays in, float32 out, nothing else.
+
+Views are [B, V, ...] and view t of a teacher is the same crop as view t of its student, so a pair
+counts only where the two differ. Arithmetic is float32 (float64 stays float64), products are
+summed at the highest precision, and no gradient reaches a teacher.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def _full(x: jax.Array) -> jax.Array:
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _mean_over_other_views(pair: jax.Array) -> jax.Array:
+  """Mean of [V, T] over the pairs whose views differ."""
+  other = 1.0 - jnp.eye(*pair.shape, dtype=pair.dtype)
+  return jnp.sum(pair * other) / jnp.sum(other)
+
+
+def _check(student: jax.Array, teacher: jax.Array, ndim: int) -> None:
+  same = student.shape[:1] + student.shape[2:] == teacher.shape[:1] + teacher.shape[2:]
+  if student.ndim != ndim or teacher.ndim != ndim or not same:
+    raise ValueError(f"student {student.shape} and teacher {teacher.shape} do not fit together")
+  if student.shape[1] < max(teacher.shape[1], 2):
+    raise ValueError(
+      f"student {student.shape} needs 2 views or more and those of teacher {teacher.shape}"
+    )
+
+
+def cross_view_entropy(
+  student_logits: jax.Array, teacher_probs: jax.Array, *, temperature: float
+) -> jax.Array:
+  """Cross entropy of every student view against the other views' targets (arXiv 2104.14294).
+
+  Args:
+    student_logits: [B, V, K] scores, any float dtype.
+    teacher_probs: [B, T, K] targets, rows sum to one, T <= V; no gradient.
+    temperature: the student's.
+
+  Returns:
+    [] float32, the mean over images and over the V T - T pairs of views.
+
+  Raises:
+    ValueError: if the shapes do not fit or there is no pair of different views.
+  """
+  _check(student_logits, teacher_probs, 3)
+  log_p = jax.nn.log_softmax(_full(student_logits) / temperature)
+  targets = _full(jax.lax.stop_gradient(teacher_probs))
+  pair = -jnp.einsum("bvk,btk->bvt", log_p, targets, precision=_HIGHEST).mean(axis=0)
+  return _mean_over_other_views(pair)
+
+
+def carp_consistency(student_scores: jax.Array, teacher_scores: jax.Array) -> jax.Array:
+  """-log of the probability that two views get the same prototype, block by block.
+
+  Inside a block assignments are softmaxes without temperature; the agreement <p, q> is clipped to
+  [eps, 1 - eps] with the eps of the dtype (arXiv 2306.10987; CARP's code).
+
+  Args:
+    student_scores: [B, V, P, n] scores, cut into P blocks of n prototypes; any float dtype.
+    teacher_scores: [B, T, P, n], cut alike, T <= V; no gradient.
+
+  Returns:
+    [] float32, the mean over images, blocks and the V T - T pairs of views.
+
+  Raises:
+    ValueError: if the shapes do not fit or there is no pair of different views.
+  """
+  _check(student_scores, teacher_scores, 4)
+  p = jax.nn.softmax(_full(student_scores))
+  q = jax.nn.softmax(_full(jax.lax.stop_gradient(teacher_scores)))
+  agreement = jnp.einsum("bvpn,btpn->bpvt", p, q, precision=_HIGHEST)
+  eps = float(jnp.finfo(agreement.dtype).eps)
+  pair = -jnp.log(jnp.clip(agreement, eps, 1.0 - eps)).mean(axis=(0, 1))
+  return _mean_over_other_views(pair)
+
+
+def carp_entropy(student_scores: jax.Array, teacher_scores: jax.Array) -> jax.Array:
+  """ln n minus the entropy of the mean assignment in a block: 0 if all prototypes are used alike.
+
+  The mean is over the rows of all student and teacher views of the global batch; the gradient flows
+  through the student's rows (arXiv 2306.10987; CARP's code).
+
+  Args:
+    student_scores: [B, V, P, n] scores, any float dtype.
+    teacher_scores: [B, T, P, n]; no gradient.
+
+  Returns:
+    [] float32 in [0, ln n], the mean over blocks.
+
+  Raises:
+    ValueError: if the shapes do not fit.
+  """
+  _check(student_scores, teacher_scores, 4)
+  p = jax.nn.softmax(_full(student_scores))
+  q = jax.nn.softmax(_full(jax.lax.stop_gradient(teacher_scores)))
+  rows = p.shape[0] * (p.shape[1] + q.shape[1])
+  mean = (p.sum(axis=(0, 1)) + q.sum(axis=(0, 1))) / rows
+  return jnp.mean(math.log(p.shape[-1]) - entropy(mean))
+
+
+def entropy(probs: jax.Array) -> jax.Array:
+  """Entropy in nats of each row, with 0 ln 0 = 0.
+
+  The cross entropy of a view minus the entropy of its targets is their Kullback-Leibler divergence:
+  with every target view in equally many pairs, `cross_view_entropy(...) - entropy(targets).mean()`
+  is the mean divergence of student from teacher.
+
+  Args:
+    probs: [..., K], rows sum to one, any float dtype.
+
+  Returns:
+    [...] float32.
+  """
+  p = _full(probs)
+  # The floor keeps the derivative at 0 finite.
+  return -jnp.sum(p * jnp.log(jnp.maximum(p, jnp.finfo(p.dtype).tiny)), axis=-1)

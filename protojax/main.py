@@ -1,0 +1,115 @@
+"""python -m protojax.main --config=configs/NAME.py --workdir=FOLDER [--config.KEY=VALUE ...]"""
+
+import importlib.util
+import pathlib
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from protojax import config as configs
+from protojax import errors
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, NAME.py or NAME.py:debug.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; resumed if it holds one.")
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator_address", None, "host:port of process 0, where no cluster is detected."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator_address.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator_address.")
+
+
+def load(path: str):
+  """The config of "file.py" or "file.py:argument".
+
+  Raises:
+    UserError: if there is no such file or no `get_config` in it.
+  """
+  name, _, argument = path.partition(":")
+  if not pathlib.Path(name).is_file():
+    near = ", ".join(sorted(str(p) for p in pathlib.Path("configs").glob("*.py")))
+    raise errors.UserError(
+      f"--config={path}: no file {name!r} here" + (f"; there are {near}" if near else "")
+    )
+  spec = importlib.util.spec_from_file_location("protojax_recipe", name)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  if not hasattr(module, "get_config"):
+    raise errors.UserError(f"--config={path}: {name} defines no get_config(mode)")
+  return module.get_config(argument) if argument else module.get_config()
+
+
+def parse(argv: list[str]) -> list[str]:
+  """absl's parser, with one line for a mistake instead of its traceback.
+
+  Raises:
+    UserError: for a missing or unknown flag, an unknown config key (with the nearest one) or a
+      value of the wrong type.
+  """
+  if any(a in ("--help", "--helpfull", "-h", "--helpshort") for a in argv):
+    return flags.FLAGS(argv)
+  given = {}
+  for i, argument in enumerate(argv[1:], 1):
+    if argument.startswith("-"):
+      key, separator, value = argument.lstrip("-").partition("=")
+      given[key] = value if separator else (argv[i + 1] if i + 1 < len(argv) else "")
+  for name in ("config", "workdir"):
+    if not given.get(name):
+      raise errors.UserError(
+        f"--{name} is missing: python -m protojax.main --config=configs/quickstart.py "
+        "--workdir=runs/quickstart"
+      )
+  config = load(given["config"])
+  prefix = "config."
+  configs.check_keys([k[len(prefix) :] for k in given if k.startswith(prefix)], config)
+  try:
+    return flags.FLAGS(argv)
+  except (flags.Error, TypeError, ValueError, AttributeError, KeyError) as error:
+    raise errors.UserError(" ".join(str(error).split())) from None
+
+
+def _connect() -> None:
+  """Joins the cluster that the flags or the environment name; one process is fine too."""
+  import jax
+
+  if _COORDINATOR.value:
+    jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+  else:
+    try:
+      jax.distributed.initialize()
+    except ValueError:  # no cluster: a single process
+      pass
+  logging.info(
+    "process %d of %d, %d local of %d devices (%s)", jax.process_index(), jax.process_count(),
+    jax.local_device_count(), jax.device_count(), jax.devices()[0].device_kind,
+  )  # fmt: skip
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise errors.UserError(f"unexpected argument {argv[1]!r}: flags start with --")
+  _connect()
+  from protojax import train
+
+  train.run(_CONFIG.value, _WORKDIR.value)
+
+
+def _guarded(call, argument):
+  """Runs `call`; a user's mistake becomes one line and status 2, an asked stop status 143."""
+  from protojax import workdir
+
+  try:
+    return call(argument)
+  except errors.UserError as error:
+    print(f"protojax: {error}", file=sys.stderr)
+    sys.exit(2)
+  except workdir.Interrupted as stop:
+    print(f"protojax: {stop}", file=sys.stderr)
+    sys.exit(143)
+
+
+if __name__ == "__main__":
+  logging.set_verbosity(logging.INFO)
+  app.run(
+    lambda argv: _guarded(main, argv), flags_parser=lambda argv: _guarded(parse, argv)
+  )

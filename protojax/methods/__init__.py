@@ -1,0 +1,1 @@
+"""Methods: one file each, `make(config) -> base.Method`, found by name."""

@@ -1,0 +1,67 @@
+"""The contract between a method and the training step."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+
+PyTree = Any
+Batch = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class Variables:
+  """What a method owns: the training state without step, optimizer state and key.
+
+  Attributes:
+    encoder: parameters trained by optax, {"backbone": ..., "head": ...}.
+    prototypes: a pytree of its own, never inside `encoder`: trained by optax when
+      `Method.learns_prototypes`, else moved (mixture) or left alone (frozen) by `Method.update`.
+    teacher: moving average of what is trained, float32; () without a teacher.
+    carry: dict of everything else without a gradient (centre, batch-norm statistics, ...).
+  """
+
+  encoder: PyTree
+  prototypes: PyTree
+  teacher: PyTree
+  carry: dict[str, PyTree]
+
+
+class LossOut(NamedTuple):
+  """What a loss hands on besides its value.
+
+  Attributes:
+    metrics: scalars, float32 [], logged as they are.
+    stats: input of `Method.update`; never differentiated.
+  """
+
+  metrics: dict[str, jax.Array]
+  stats: PyTree
+
+
+class Method(NamedTuple):
+  """A self-supervised method as pure functions.
+
+  Attributes:
+    learns_prototypes: whether `prototypes` is trained by gradient.
+    init: (key) -> Variables. Traceable; shapes come from the config.
+    loss: (trained, frozen, views, key, step) -> (float32 [], LossOut). `trained` is
+      {"encoder": ...} plus "prototypes" when `learns_prototypes`; `frozen` is a `Variables`
+      whose trained fields are (). `views` is {"global": [B, 2, S, S, 3], "local": [B, L, s, s, 3]}.
+    update: (variables, stats, step) -> Variables, after the optimizer step.
+    features: (variables, images [B, S, S, 3]) -> [B, D] float32, evaluation mode.
+    codes: (variables, images [B, S, S, 3]) -> {set: [B, K]} scores over each prototype set.
+    embeddings: (variables, images [B, S, S, 3]) -> {set: [B, D]}, what the codes compare with the
+      prototypes, any norm.
+    prototype_matrices: (variables) -> {set: [K, D]} unit rows, float32; {} if there are none.
+  """
+
+  learns_prototypes: bool
+  init: Callable[[jax.Array], Variables]
+  loss: Callable[[dict, Variables, Batch, jax.Array, jax.Array], tuple[jax.Array, LossOut]]
+  update: Callable[[Variables, PyTree, jax.Array], Variables]
+  features: Callable[[Variables, jax.Array], jax.Array]
+  codes: Callable[[Variables, jax.Array], dict[str, jax.Array]]
+  embeddings: Callable[[Variables, jax.Array], dict[str, jax.Array]]
+  prototype_matrices: Callable[[Variables], dict[str, jax.Array]]

@@ -1,0 +1,62 @@
+"""CARP: consistency over random partitions of the prototypes (arXiv 2306.10987).
+
+Each step cuts a random permutation of the K prototypes into blocks; inside each block the views of
+an image must agree, and the mean assignment must be spread. No temperature, centring or Sinkhorn;
+features are not normalised, so their norm is the inverse temperature. `method.prototypes` chooses
+between the joint baseline (learned), decoupled prototypes (mixture, arXiv 2510.20108) and the
+control (frozen). The published code moves the teacher before the optimizer step; here every
+teacher moves after it.
+"""
+
+import math
+
+import jax
+
+from protojax import assignment, errors, losses, student_teacher
+from protojax.methods import base
+
+
+def make(config) -> base.Method:
+  """CARP from `config.method.{num_prototypes, partition_size, ...}`.
+
+  Raises:
+    UserError: if the partition size does not divide the number of prototypes.
+  """
+  options = config.method
+  size = options.partition_size
+  if size < 2 or options.num_prototypes % size:
+    raise errors.UserError(
+      f"method.partition_size={size} does not cut method.num_prototypes={options.num_prototypes} "
+      "into equal blocks of at least 2: choose a divisor"
+    )
+  pair = student_teacher.build(config)
+
+  def loss(trained, frozen, views, key, step):
+    del step
+    net_key, partition_key = jax.random.split(key)
+    scores = pair.scores(trained, frozen, views, net_key)
+    order = assignment.random_partition(partition_key, options.num_prototypes)
+    student = assignment.partition(scores.student, order, size)  # [B, V, P, n]
+    teacher = assignment.partition(scores.teacher, order, size)  # [B, 2, P, n]
+    consistency = losses.carp_consistency(student, teacher)
+    spread = losses.carp_entropy(student, teacher)
+    q = jax.nn.softmax(teacher)
+    metrics = {
+      "loss": consistency + spread,
+      "consistency": consistency,
+      "entropy_gap": spread,
+      "teacher_entropy": losses.entropy(q).mean(),
+      "mean_entropy": math.log(size) - spread,
+    }
+    return consistency + spread, base.LossOut(metrics, scores.stats)
+
+  return base.Method(
+    learns_prototypes=pair.learns_prototypes,
+    init=pair.init,
+    loss=loss,
+    update=pair.update,
+    features=pair.features,
+    codes=pair.codes,
+    embeddings=pair.embeddings,
+    prototype_matrices=pair.prototype_matrices,
+  )

@@ -1,0 +1,1 @@
+"""Encoders and heads: linen modules, called only through `init` and `apply`."""

@@ -1,0 +1,203 @@
+"""Encoder: a backbone and a projection head, built from a config and used by plain functions."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from protojax import errors
+from protojax.models import heads, resnet, vit
+
+PyTree = Any
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+class Encoder(NamedTuple):
+  """Two modules whose parameters are {"backbone": ..., "head": ...}.
+
+  Attributes:
+    backbone: (images [B * V, S, S, 3], views, train) -> [B * V, F] float32.
+    head: (features [B * V, F], views, train) -> [B * V, D] float32.
+  """
+
+  backbone: nn.Module
+  head: heads.Projector
+
+
+def build(config: ml_collections.ConfigDict) -> Encoder:
+  """The encoder that a config describes.
+
+  Args:
+    config: `model.name` is one of vit_tiny, vit_small, vit_base, resnet8, resnet18, resnet50.
+      Optional, absent or None for the default: `precision`; of the transformers
+      model.{patch_size, image_size, width, depth, heads, drop_path, registers, layer_scale,
+      remat}; of the ResNets model.{width (resnet8), stem, zero_init_residual, joint_norm, remat};
+      head.{layers, hidden, bottleneck, norm, l2}. A field that the named model does not have is
+      ignored, so that `model.name` can be switched alone.
+
+  Raises:
+    UserError: a name or a number that no model has.
+  """
+  def given(section, **names):
+    section = config.get(section) or {}
+    values = {field: section.get(key) for field, key in names.items()}
+    return {field: value for field, value in values.items() if value is not None}
+
+  dtype = _DTYPES[_choice("precision", config.get("precision") or "float32", _DTYPES)]
+  names = (*vit.VARIANTS, "resnet8", *resnet.VARIANTS)
+  name = _choice("model.name", config.model.get("name"), names)
+  if name in vit.VARIANTS:
+    options = given(
+        "model", width="width", depth="depth", num_heads="heads", patch_size="patch_size",
+        image_size="image_size", drop_path="drop_path", registers="registers",
+        layer_scale="layer_scale", remat="remat")
+    # 0 switches LayerScale off: a factor that starts at 0 would kill the branch.
+    options["layer_scale"] = options.get("layer_scale") or None
+    backbone = vit.make(name, dtype=dtype, **options)
+  elif name == "resnet8":
+    backbone = resnet.ResNet8(dtype=dtype, **given("model", width="width"))
+  else:
+    options = given("model", stem="stem", zero_init_residual="zero_init_residual",
+                    joint_norm="joint_norm", remat="remat")
+    _choice("model.stem", options.get("stem", "imagenet"), resnet.STEMS)
+    backbone = resnet.ResNet(*resnet.VARIANTS[name], dtype=dtype, **options)
+
+  options = given("head", layers="layers", hidden="hidden", bottleneck="bottleneck", norm="norm",
+                  l2="l2") | given("model", joint_norm="joint_norm")
+  _choice("head.norm", options.get("norm", "none"), ("none", "batch"))
+  if options.get("layers", 1) < 1:
+    raise errors.UserError(f"head.layers={options['layers']} must be at least 1")
+  return Encoder(backbone, heads.Projector(dtype=dtype, **options))
+
+
+def init(encoder: Encoder, key: jax.Array, image_size: int) -> tuple[PyTree, PyTree]:
+  """Fresh variables; traceable.
+
+  Args:
+    encoder: from `build`.
+    key: random key.
+    image_size: S of the images that will be embedded, in pixels; only checked, since no
+      parameter depends on it (the position embedding is laid out for `model.image_size`).
+
+  Returns:
+    (params, batch_stats), each {"backbone": ..., "head": ...} float32; batch_stats lacks
+    a part without batch norm, so it is {} for an encoder without any.
+  """
+  key_backbone, key_head = jax.random.split(key)
+  variables = {
+      "backbone": encoder.backbone.init(key_backbone, jnp.zeros((1, image_size, image_size, 3))),
+      "head": encoder.head.init(key_head, jnp.zeros((1, feature_dim(encoder)))),
+  }
+  params = {part: value["params"] for part, value in variables.items()}
+  stats = {p: value["batch_stats"] for p, value in variables.items() if "batch_stats" in value}
+  return params, stats
+
+
+def embed(
+    encoder: Encoder,
+    params: PyTree,
+    batch_stats: PyTree,
+    views: dict[str, jax.Array],
+    *,
+    train: bool,
+    key: jax.Array | None = None,
+    accum_steps: int = 1,
+) -> tuple[jax.Array, PyTree]:
+  """Embeds all views of a batch: the backbone once a resolution, the head once.
+
+  Args:
+    encoder: from `build`.
+    params: {"backbone", "head"}.
+    batch_stats: running statistics of batch norm, as `init` returns them.
+    views: {"global": [B, G, S, S, 3], optional "local": [B, L, s, s, 3]}, normalised.
+    train: whether drop path acts and batch norm uses (and moves) the batch's statistics.
+    key: of drop path; may be None where the rate is 0 or `train` is False.
+    accum_steps: microbatches the forward is cut into. Each holds every accum_steps-th image,
+      so that it stays spread over the devices, and is recomputed in the backward pass.
+
+  Returns:
+    z [B, V, D] float32 with V = G + L, globals first; and batch_stats, moved if `train`.
+
+  Raises:
+    UserError: accum_steps > 1 with batch norm, or accum_steps does not divide B.
+  """
+  if accum_steps == 1:
+    return _forward(encoder, params, batch_stats, views, key, train)
+  if has_batch_norm(encoder):
+    raise errors.UserError(
+        f"accum_steps={accum_steps} would give batch norm the statistics of a microbatch; set "
+        "accum_steps=1, or use a model without batch norm and head.norm='none'"
+    )
+  batch = views["global"].shape[0]
+  if batch % accum_steps:
+    raise errors.UserError(
+        f"accum_steps={accum_steps} does not divide the batch of {batch} images; "
+        "choose a divisor of batch_size"
+    )
+
+  def split(x):  # [B, ...] -> [accum_steps, B / accum_steps, ...]
+    return x.reshape(batch // accum_steps, accum_steps, *x.shape[1:]).swapaxes(0, 1)
+
+  @jax.checkpoint
+  def forward(microbatch):
+    index, micro_views = microbatch
+    micro_key = None if key is None else jax.random.fold_in(key, index)
+    return _forward(encoder, params, batch_stats, micro_views, micro_key, train)[0]
+
+  z = jax.lax.map(forward, (jnp.arange(accum_steps), jax.tree.map(split, views)))
+  return z.swapaxes(0, 1).reshape(batch, *z.shape[2:]), batch_stats
+
+
+def features(
+    encoder: Encoder, params: PyTree, batch_stats: PyTree, images: jax.Array
+) -> jax.Array:
+  """Backbone features in evaluation mode: images [B, S, S, 3] normalised -> [B, F] float32."""
+  return _apply(encoder, "backbone", params, batch_stats, images)[0]
+
+
+def feature_dim(encoder: Encoder) -> int:
+  """F, the dimension of the backbone's features."""
+  return encoder.backbone.feature_dim
+
+
+def has_batch_norm(encoder: Encoder) -> bool:
+  """Whether any part of the encoder normalises over the batch."""
+  head_has = encoder.head.norm == "batch" and encoder.head.layers > 1
+  return isinstance(encoder.backbone, resnet.ResNet) or head_has
+
+
+def _forward(encoder, params, batch_stats, views, key, train):
+  """`embed` without microbatches."""
+  outputs = []
+  for i, name in enumerate(n for n in ("global", "local") if n in views):
+    batch, num_views, *image = views[name].shape
+    resolution_key = None if key is None else jax.random.fold_in(key, i)
+    y, batch_stats = _apply(
+        encoder, "backbone", params, batch_stats, views[name].reshape(batch * num_views, *image),
+        views=num_views, train=train, key=resolution_key)
+    outputs.append(y.reshape(batch, num_views, -1))
+  x = jnp.concatenate(outputs, axis=1)
+  batch, num_views, dim = x.shape
+  z, batch_stats = _apply(
+      encoder, "head", params, batch_stats, x.reshape(batch * num_views, dim), views=num_views,
+      train=train)
+  return z.reshape(batch, num_views, -1), batch_stats
+
+
+def _apply(encoder, part, params, batch_stats, x, views=1, train=False, key=None):
+  """Runs one part; its new running statistics replace the old ones in `batch_stats`."""
+  variables = {"params": params[part], "batch_stats": batch_stats.get(part, {})}
+  y, updated = getattr(encoder, part).apply(
+      variables, x, views=views, train=train, rngs=None if key is None else {"drop_path": key},
+      mutable=["batch_stats"] if train else [])
+  if updated.get("batch_stats"):
+    batch_stats = {**batch_stats, part: updated["batch_stats"]}
+  return y, batch_stats
+
+
+def _choice(field: str, value: str, available) -> str:
+  if value not in available:
+    raise errors.UserError(f"{field}={value!r} is unknown; available: {', '.join(available)}")
+  return value

@@ -1,0 +1,278 @@
+"""Vision transformer with a class token and a learned position embedding.
+
+Architecture: arXiv 2010.11929 in the pre-norm form that DINO trains (arXiv 2104.14294, table 1);
+registers: arXiv 2309.16588; LayerScale: arXiv 2103.17239; drop path: arXiv 1603.09382.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from protojax import errors
+
+# width, blocks, attention heads; the hidden layer of the MLP is four times as wide.
+VARIANTS = {
+    "vit_tiny": (192, 12, 3),
+    "vit_small": (384, 12, 6),
+    "vit_base": (768, 12, 12),
+}
+
+# Plain normal: `truncated_normal(.02)` of jax.nn would cut at two deviations, DINO's at 100.
+_normal = nn.initializers.normal(0.02)
+_CUBIC_A = -0.75
+
+
+def make(
+    name: str,
+    *,
+    width: int | None = None,
+    depth: int | None = None,
+    num_heads: int | None = None,
+    **options,
+) -> "ViT":
+  """A variant by name ("vit_tiny", "vit_small", "vit_base"), with parts of it overridden.
+
+  Args:
+    name: key of `VARIANTS`.
+    width: embedding dimension D, instead of the variant's.
+    depth: number of blocks, instead of the variant's.
+    num_heads: attention heads, instead of the variant's; they must divide the width.
+    **options: the other fields of `ViT`.
+
+  Raises:
+    UserError: the width cannot be shared among the heads, or the drop path rate is not a rate.
+  """
+  default_width, default_depth, default_heads = VARIANTS[name]
+  width, depth = width or default_width, depth or default_depth
+  num_heads = num_heads or default_heads
+  if width % num_heads:
+    raise errors.UserError(
+        f"model.width={width} cannot be shared among model.heads={num_heads}; "
+        "choose a number of heads that divides the width"
+    )
+  if not 0.0 <= options.get("drop_path", 0.0) < 1.0:
+    raise errors.UserError(
+        f"model.drop_path={options['drop_path']} is not in [0, 1); 0.1 is usual, 0 switches it off"
+    )
+  return ViT(width=width, depth=depth, num_heads=num_heads, **options)
+
+
+def position_weights(new: int, old: int) -> np.ndarray:
+  """Bicubic weights that resample `old` grid positions to `new`, [new, old] float64.
+
+  As DINO's checkpoints expect it: a = -.75, no antialiasing, half-pixel centres, border clamped,
+  and the scale (new + .1) / old rather than new / old (`jax.image.resize` differs in the first
+  two and cannot be given the third).
+  """
+  scale = (new + 0.1) / old
+  source = (np.arange(new) + 0.5) / scale - 0.5
+  first = np.floor(source).astype(int)
+  weights = np.zeros((new, old))
+  for tap in range(-1, 3):
+    distance = np.abs(source - (first + tap))
+    near = (_CUBIC_A + 2) * distance**3 - (_CUBIC_A + 3) * distance**2 + 1
+    far = _CUBIC_A * (distance**3 - 5 * distance**2 + 8 * distance - 4)
+    column = np.clip(first + tap, 0, old - 1)
+    # Several taps land on the border, hence the unbuffered sum.
+    np.add.at(weights, (np.arange(new), column), np.where(distance <= 1, near, far))
+  return weights
+
+
+def grid_size(height: int, width: int, patch_size: int) -> tuple[int, int]:
+  """Patches along each axis.
+
+  Raises:
+    UserError: the patches do not tile the image.
+  """
+  if height % patch_size or width % patch_size:
+    nearest = [max(patch_size, round(s / patch_size) * patch_size) for s in (height, width)]
+    raise errors.UserError(
+        f"an image of {height} x {width} pixels cannot be cut into patches of {patch_size} x "
+        f"{patch_size}; the nearest size that can is {nearest[0]} x {nearest[1]} (see "
+        "model.patch_size, model.image_size, augment.global_size, augment.local_size)"
+    )
+  return height // patch_size, width // patch_size
+
+
+def _rows(layer, x: jax.Array) -> jax.Array:
+  """`layer` over the last axis of x, as one matrix product over all leading axes.
+
+  XLA's CPU backend takes five times as long for the weight gradient of a product whose rows lie on
+  two axes, measured at [256, 17, 96] x [96, 384].
+  """
+  y = layer(x.reshape(-1, x.shape[-1]))
+  return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+class PatchEmbed(nn.Module):
+  """Linear map of non-overlapping patches: a strided convolution written as one matmul."""
+
+  patch_size: int
+  width: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, images: jax.Array) -> jax.Array:
+    """[N, H, W, 3] -> [N, H W / p^2, D]."""
+    n, height, width, channels = images.shape
+    p = self.patch_size
+    rows, columns = grid_size(height, width, p)
+    fan_in = channels * p * p
+
+    def uniform(key, shape):
+      return jax.random.uniform(key, shape, minval=-(fan_in**-0.5), maxval=fan_in**-0.5)
+
+    kernel = self.param("kernel", uniform, (p, p, channels, self.width)).astype(self.dtype)
+    bias = self.param("bias", uniform, (self.width,)).astype(self.dtype)
+    patches = images.astype(self.dtype).reshape(n, rows, p, columns, p, channels)
+    patches = patches.swapaxes(2, 3).reshape(n, rows * columns, fan_in)
+    kernel = kernel.reshape(fan_in, self.width)
+    return _rows(lambda x: x @ kernel, patches) + bias[None, None]
+
+
+class Attention(nn.Module):
+  """Self-attention; queries, keys and values come from one kernel [D, 3 D]."""
+
+  num_heads: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[N, T, D] -> [N, T, D]."""
+    n, tokens, width = x.shape
+    qkv = _rows(nn.Dense(3 * width, dtype=self.dtype, kernel_init=_normal, name="qkv"), x)
+    qkv = qkv.reshape(n, tokens, 3, self.num_heads, width // self.num_heads)
+    query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+    # Its logits and softmax are float32 whatever the inputs, its scale is head_width ** -.5.
+    x = jax.nn.dot_product_attention(query, key, value).reshape(n, tokens, width)
+    return _rows(nn.Dense(width, dtype=self.dtype, kernel_init=_normal, name="proj"), x)
+
+
+class Mlp(nn.Module):
+  """Two linear layers around an exact (erf) GELU."""
+
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[N, T, D] -> [N, T, D]."""
+    width = x.shape[-1]
+    x = _rows(nn.Dense(4 * width, dtype=self.dtype, kernel_init=_normal, name="fc1"), x)
+    x = jax.nn.gelu(x, approximate=False)
+    return _rows(nn.Dense(width, dtype=self.dtype, kernel_init=_normal, name="fc2"), x)
+
+
+class Block(nn.Module):
+  """Pre-norm block: x += branch(norm(x)) for attention, then for the MLP."""
+
+  num_heads: int
+  drop_path: float
+  layer_scale: float | None
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    """[N, T, D] float32 -> [N, T, D] float32."""
+    y = _layer_norm("norm1", self.dtype)(x)
+    y = Attention(self.num_heads, self.dtype, name="attn")(y)
+    x += self._finish_branch(y, "ls1", train)
+    y = _layer_norm("norm2", self.dtype)(x)
+    y = Mlp(self.dtype, name="mlp")(y)
+    return x + self._finish_branch(y, "ls2", train)
+
+  def _finish_branch(self, y: jax.Array, scale_name: str, train: bool) -> jax.Array:
+    """LayerScale and drop path: [N, T, D] -> [N, T, D] float32."""
+    # The residual stream stays float32: twelve bfloat16 sums would lose what a branch adds.
+    y = y.astype(jnp.float32)
+    if self.layer_scale is not None:
+      init = nn.initializers.constant(self.layer_scale)
+      y *= self.param(scale_name, init, (y.shape[-1],))[None, None]
+    if train and self.drop_path > 0:
+      keep = 1.0 - self.drop_path
+      kept = jax.random.bernoulli(self.make_rng("drop_path"), keep, (y.shape[0], 1, 1))
+      y = jnp.where(kept, y / keep, 0.0)
+    return y
+
+
+class ViT(nn.Module):
+  """Vision transformer; the representation is the normed class token.
+
+  Attributes:
+    width: embedding dimension D.
+    depth: number of blocks.
+    num_heads: attention heads, a divisor of `width`.
+    patch_size: side of a patch in pixels.
+    image_size: side in pixels of the images the position embedding is laid out for; other
+      sizes, square or not, interpolate it.
+    drop_path: rate of the last block; it grows linearly from 0 at the first.
+    registers: tokens without position that only take part in attention.
+    layer_scale: start of LayerScale's factors; None builds none.
+    remat: recompute each block in the backward pass instead of storing its activations.
+    dtype: of the matrix products. Parameters, norms, softmax and the residual stream are float32.
+  """
+
+  width: int
+  depth: int
+  num_heads: int
+  patch_size: int = 16
+  image_size: int = 224
+  drop_path: float = 0.0
+  registers: int = 0
+  layer_scale: float | None = None
+  remat: bool = False
+  dtype: jnp.dtype = jnp.float32
+
+  @property
+  def feature_dim(self) -> int:
+    return self.width
+
+  @nn.compact
+  def __call__(self, images: jax.Array, *, views: int = 1, train: bool = False) -> jax.Array:
+    """Embeds images.
+
+    Args:
+      images: [N, H, W, 3] normalised; H and W are multiples of the patch size.
+      views: part of the signature of every backbone; nothing here mixes rows.
+      train: whether drop path acts; it then draws from the rng collection "drop_path".
+
+    Returns:
+      [N, D] float32.
+
+    Raises:
+      UserError: the patches do not tile the images.
+    """
+    del views
+    n, height, width, _ = images.shape
+    x = PatchEmbed(self.patch_size, self.width, self.dtype, name="patch_embed")(images)
+    cls_token = self.param("cls_token", _normal, (1, 1, self.width))
+    x = jnp.concatenate([jnp.broadcast_to(cls_token, (n, 1, self.width)), x], axis=1)
+    x += self._position_embedding(grid_size(height, width, self.patch_size))
+    if self.registers:
+      registers = self.param("registers", _normal, (1, self.registers, self.width))
+      registers = jnp.broadcast_to(registers, (n, self.registers, self.width))
+      x = jnp.concatenate([x[:, :1], registers, x[:, 1:]], axis=1)
+
+    block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
+    for i, rate in enumerate(np.linspace(0.0, self.drop_path, self.depth)):
+      x = block(self.num_heads, float(rate), self.layer_scale, self.dtype, name=f"blocks_{i}")(
+          x, train)
+    return _layer_norm("norm", jnp.float32)(x[:, 0])
+
+  def _position_embedding(self, grid: tuple[int, int]) -> jax.Array:
+    """[1, 1 + rows * columns, D] float32."""
+    side, _ = grid_size(self.image_size, self.image_size, self.patch_size)
+    embedding = self.param("pos_embed", _normal, (1, 1 + side * side, self.width))
+    if grid == (side, side):
+      return embedding
+    rows, columns = (jnp.asarray(position_weights(new, side), jnp.float32) for new in grid)
+    patches = embedding[:, 1:].reshape(1, side, side, self.width)
+    patches = jnp.einsum("hi,nijd->nhjd", rows, patches, precision="highest")
+    patches = jnp.einsum("wj,nhjd->nhwd", columns, patches, precision="highest")
+    patches = patches.reshape(1, grid[0] * grid[1], self.width)
+    return jnp.concatenate([embedding[:, :1], patches], axis=1)
+
+
+def _layer_norm(name: str, dtype: jnp.dtype) -> nn.LayerNorm:
+  """Statistics in float32, the result in `dtype`."""
+  return nn.LayerNorm(epsilon=1e-6, use_fast_variance=False, dtype=dtype, name=name)

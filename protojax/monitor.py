@@ -1,0 +1,277 @@
+"""One verdict on a run, in words its user can act on, and the line that carries it.
+
+Measures come by the names of metrics.jsonl. One that is missing (None or absent) takes part in no
+rule and reads n/a.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+# What separates ill from well, each with its reason.
+LIMITS = {
+  # A loss within this of ln K, in nats, is ln K. Untrained nets start .17 and more above it and a
+  # healthy run crosses it on its way down with sharp targets, hence the second and third.
+  "loss_at_chance": 0.02,
+  "teacher_uniform": 0.05,  # nats below the largest entropy: a target that says nothing
+  "loss_at_chance_alone": 0.005,  # where nobody measured the entropy: 8.318 and not 8.3
+  "teacher_one_hot": 0.1,  # of the largest entropy; healthy targets may be this sharp, hence:
+  "codes_one_hot": 1.5,  # codes in use: all images have one and the same
+  "codes_clusters": 4.0,  # below it a code says less than two bits, whatever K (at most K / 8)
+  # Directions uniform on the sphere give 1, untrained ViTs .13 (digits, mean cosine .98) to .73.
+  "feature_std": 0.02,
+  # RankMe is not centred: an untrained ViT on digits has 2.9 from its common offset alone.
+  "rankme": 2.0,
+  # Features that are spread have no offset to blame: fewer directions than half of ten classes.
+  "rankme_spread": 5.0,
+  "feature_std_spread": 0.5,
+  # Copies beyond those of random prototypes, share of K. Decoupled prototypes have under .001
+  # (CAPI, arXiv 2510.20108), joint ones .9; a tenth of all is worth a warning.
+  "copies": 0.1,
+  # Prototype spacing over feature spread: copies give 0, equal spacing about 1.
+  "relative_uniqueness": 0.5,
+}
+HEADLINE = 0.025  # the cosine distance of the one uniqueness that is always shown
+
+# Methods whose loss is a cross entropy over all K, so that ln K is the loss of saying nothing.
+_CROSS_ENTROPY = ("dino",)
+
+
+class Verdict(NamedTuple):
+  """Attributes:
+  label: a few words, "ok" if all is well.
+  sentence: what was seen and what to try, one line.
+  collapsed: whether `monitor.stop_on_collapse` should end the run.
+  """
+
+  label: str
+  sentence: str
+  collapsed: bool
+
+
+def _show(value: float | None, form: str) -> str:
+  return "n/a" if value is None else format(value, form)
+
+
+def _used(measures: Mapping[str, float | None]) -> float | None:
+  """Share of K that is some image's code: of the whole bank if known, else of the sample."""
+  whole = measures.get("collapse/used")
+  return measures.get("collapse/used_sample") if whole is None else whole
+
+
+def _prototypes(measures: Mapping[str, float | None]) -> str:
+  """Uniqueness, and beside it everything without which it says nothing."""
+  get = measures.get
+  return (
+    f"unique {_show(get(f'collapse/unique_{HEADLINE}'), '.0%')} "
+    f"(random ones {_show(get(f'collapse/unique_{HEADLINE}_random'), '.0%')}, "
+    f"moved to cosine {_show(get('collapse/drift'), '.2f')}), "
+    f"used {_show(_used(measures), '.0%')}, perplexity {_show(get('collapse/perplexity'), '.0f')}"
+  )
+
+
+def _codes(measures: Mapping[str, float | None], num_prototypes: int) -> float | None:
+  """Codes in use, by the strictest measure there is."""
+  known = [measures[k] * num_prototypes for k in ("collapse/used", "collapse/used_sample")
+           if measures.get(k) is not None]  # fmt: skip
+  if measures.get("collapse/perplexity") is not None:
+    known.append(measures["collapse/perplexity"])
+  return min(known, default=None)
+
+
+def judge(
+  measures: Mapping[str, float | None],
+  *,
+  num_prototypes: int,
+  step: int,
+  grace_steps: int = 100,
+  chance: float | None = None,
+  max_entropy: float | None = None,
+  prototypes: str = "learned",
+) -> Verdict:
+  """The first of these that holds, from certain to faint.
+
+  non-finite, warming up, aliased teacher, uniform collapse, one-hot collapse, representation
+  collapse, cluster collapse, dimensional collapse, partial prototype collapse (or narrow cone: many
+  near prototypes because the features are near), ok.
+
+  An untrained net looks collapsed: its features are bunched, its centred targets uniform, its
+  teacher equal to the student. So before `grace_steps` only values that are not finite count.
+
+  Args:
+    measures: {name in metrics.jsonl: value or None}; read are train/{loss, teacher_entropy} and
+      collapse/{unique_0.025, unique_0.025_random, drift, used, used_sample, perplexity,
+      feature_std, mean_cosine, rankme, teacher_distance, relative_uniqueness}.
+    num_prototypes: K.
+    step: updates done.
+    grace_steps: steps without a verdict.
+    chance: loss of uniform predictions (ln K) if the loss is a cross entropy, else None.
+    max_entropy: largest entropy of a target, nats; None takes ln K.
+    prototypes: learned, mixture or frozen: what the advice is for.
+  """
+  bad = [k for k, v in measures.items() if v is not None and not math.isfinite(v)]
+  if bad:
+    return Verdict(
+      "non-finite",
+      f"{', '.join(bad)} not finite: lower optim.lr, lengthen optim.warmup_steps, set optim.clip, "
+      "or use precision=float32",
+      True,
+    )
+  if step < grace_steps:
+    return Verdict("warming up", f"no verdict before step {grace_steps}", False)
+
+  get, limit = measures.get, LIMITS
+  loss, entropy = get("train/loss"), get("train/teacher_entropy")
+  std, rank, cosine = (get(f"collapse/{k}") for k in ("feature_std", "rankme", "mean_cosine"))
+  codes, most = _codes(measures, num_prototypes), max_entropy or math.log(num_prototypes)
+
+  if get("collapse/teacher_distance") == 0:
+    return Verdict(
+      "aliased teacher",
+      f"the teacher equals the student after {step} steps: set teacher.momentum above 0 and "
+      "optim.lr above 0, and see that the two share no arrays",
+      True,
+    )
+  if chance is not None and loss is not None:
+    alone = entropy is None
+    near = limit["loss_at_chance_alone" if alone else "loss_at_chance"]
+    if abs(loss - chance) <= near and (alone or most - entropy <= limit["teacher_uniform"]):
+      return Verdict(
+        "uniform collapse",
+        f"loss {loss:.3f} = ln {round(math.exp(chance))} and targets of entropy "
+        f"{_show(entropy, '.3f')}: every image gets every prototype; lower method.teacher_temp, "
+        "raise batch_size or optim.lr, or set method.targets=sinkhorn",
+        True,
+      )
+  if codes is not None and codes < limit["codes_one_hot"] and entropy is not None:
+    if entropy < limit["teacher_one_hot"] * most:
+      advice = "raise method.teacher_temp or set method.targets=sinkhorn"
+      if chance is None:
+        advice = "lower optim.lr, or raise method.partition_size and batch_size"
+      return Verdict(
+        "one-hot collapse",
+        f"every image gets the same prototype with certainty (entropy {entropy:.2f} of {most:.2f}, "
+        f"loss {_show(loss, '.3f')}): {advice}",
+        True,
+      )
+  if std is not None and std < limit["feature_std"]:
+    return Verdict(
+      "representation collapse",
+      f"all images have nearly the same feature (std {std:.3f} of 1, mean cosine "
+      f"{_show(cosine, '.4f')}): lower optim.lr, raise teacher.momentum, or raise batch_size",
+      True,
+    )
+  if codes is not None and codes < min(limit["codes_clusters"], num_prototypes / 8):
+    advice = "lower optim.lr or" if chance is None else "set method.targets=sinkhorn or"
+    if prototypes == "mixture":
+      advice = "set mixture.balanced=True or"
+    return Verdict(
+      "cluster collapse",
+      f"{codes:.1f} of {num_prototypes} prototypes take nearly all images "
+      f"({_prototypes(measures)}): {advice} raise batch_size",
+      True,
+    )
+  if rank is not None:
+    spread = std is not None and std > limit["feature_std_spread"]
+    if rank < limit["rankme_spread" if spread else "rankme"]:
+      return Verdict(
+        "dimensional collapse",
+        f"the features span {rank:.1f} directions (RankMe): lower optim.lr or optim.weight_decay, "
+        "raise batch_size, or take a wider augment.local_scale",
+        True,
+      )
+  unique, null = (get(f"collapse/unique_{HEADLINE}{end}") for end in ("", "_random"))
+  if unique is not None and (1.0 if null is None else null) - unique > limit["copies"]:
+    seen = (
+      f"{1 - unique:.0%} of {num_prototypes} prototypes are copies (random ones: "
+      f"{_show(None if null is None else 1 - null, '.0%')}; {_prototypes(measures)})"
+    )
+    relative = get("collapse/relative_uniqueness")
+    if relative is not None and relative >= limit["relative_uniqueness"]:
+      return Verdict(
+        "narrow cone",
+        f"{seen}, but they stand {relative:.1f} times as far apart as features from theirs: the "
+        "features are near one another, not the prototypes redundant; set "
+        "mixture.center_features=True",
+        False,
+      )
+    advice = "set method.prototypes=mixture, or lower method.num_prototypes"
+    if prototypes == "mixture":
+      advice = "raise mixture.horizon_steps or set mixture.center_features=True"
+    return Verdict("partial prototype collapse", f"{seen}: {advice}", True)
+  return Verdict(
+    "ok",
+    f"prototypes {_prototypes(measures)}; features RankMe {_show(rank, '.0f')}, std "
+    f"{_show(std, '.2f')}; loss {_show(loss, '.2f')}, target entropy {_show(entropy, '.2f')} of "
+    f"{most:.2f}",
+    False,
+  )
+
+
+def _chance(config) -> float | None:
+  method = config.method
+  return math.log(method.num_prototypes) if method.name in _CROSS_ENTROPY else None
+
+
+def verdict(measures: Mapping[str, float | None], *, config, step: int) -> Verdict:
+  """`judge` for a run of protojax.
+
+  Args:
+    measures: {name in metrics.jsonl: value or None}.
+    config: resolved; reads num_steps, optim.warmup_steps and method.*.
+    step: updates done.
+  """
+  method = config.method
+  codes = method.partition_size if method.name == "carp" else method.num_prototypes
+  # At a quarter of the warm-up the learning rate is high enough to have moved the net; a run so
+  # short that this never comes is judged at its end.
+  grace = min(max(100, config.optim.warmup_steps // 4), config.num_steps // 2)
+  return judge(
+    measures,
+    num_prototypes=method.num_prototypes,
+    step=step,
+    grace_steps=grace,
+    chance=_chance(config),
+    max_entropy=math.log(codes),
+    prototypes=method.prototypes,
+  )
+
+
+def _clock(seconds: float) -> str:
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def log_line(step: int, measures: Mapping[str, float | None], verdict: Verdict, *, config) -> str:
+  """The line of a step; what was not measured is left out.
+
+  step 1200/5000  eta 3:12  loss 7.91 (ln K 8.32)  H 6.10  unique 100%  used 61%  rank 143
+  knn 71.2%  img/s 1630  wait 1%  [ok]
+
+  H is the entropy of the targets in nats, unique the share at cosine distance .025, rank is RankMe.
+
+  Args:
+    step: updates done.
+    measures: the latest value of every metric, by its name in metrics.jsonl.
+    verdict: from `verdict`.
+    config: resolved; reads num_steps, batch_size and method.*.
+  """
+  speed, chance = measures.get("time/img_per_s"), _chance(config)
+  eta = (config.num_steps - step) * config.batch_size / speed if speed else None
+  parts = [f"step {step}/{config.num_steps}"]
+  for name, value, form in (
+    ("eta", None if eta is None else _clock(eta), ""),
+    ("loss", measures.get("train/loss"), ".2f"),
+    ("H", measures.get("train/teacher_entropy"), ".2f"),
+    ("unique", measures.get(f"collapse/unique_{HEADLINE}"), ".0%"),
+    ("used", _used(measures), ".0%"),
+    ("rank", measures.get("collapse/rankme"), ".0f"),
+    ("knn", measures.get("probe/knn"), ".1%"),
+    ("img/s", speed, ".0f"),
+    ("wait", measures.get("time/data_wait"), ".0%"),
+  ):
+    if value is not None:
+      known = name == "loss" and chance is not None
+      parts.append(f"{name} {value:{form}}" + (f" (ln K {chance:.2f})" if known else ""))
+  return "  ".join([*parts, f"[{verdict.label}]"])

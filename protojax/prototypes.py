@@ -1,0 +1,135 @@
+"""One set of prototypes, whichever way it moves: learned, mixture or frozen.
+
+A method asks for rows and scores and never for the kind. What differs:
+
+  learned   weight-normalised rows, trained by optax with the encoder (the joint baseline);
+  mixture   means of a Gaussian mixture, moved by online EM on teacher features (arXiv 2510.20108);
+  frozen    the mixture's starting point, never moved: the control of every uniqueness claim.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from protojax import errors, mixture
+from protojax.models import heads
+
+PyTree = Any
+
+
+class PrototypeSet(NamedTuple):
+  """Pure functions over one set of K prototypes of dimension D.
+
+  Attributes:
+    learned: whether the state is trained by gradient.
+    init: (key) -> state.
+    rows: (state) -> float32 [K, D]; unit rows unless a learned norm is trained.
+    align: (state, features [..., D]) -> [..., D], the features in the coordinates of the rows: a
+      mixture that subtracts the running mean needs the loss to do so too.
+    move: (state, features [N, D]) -> state, one EM step; identity unless a mixture.
+  """
+
+  learned: bool
+  init: Callable[[jax.Array], PyTree]
+  rows: Callable[[PyTree], jax.Array]
+  align: Callable[[PyTree, jax.Array], jax.Array]
+  move: Callable[[PyTree, jax.Array], PyTree]
+
+
+def _stay(state, features):
+  del features
+  return state
+
+
+def _as_they_are(state, features):
+  del state
+  return features
+
+
+def unit(rows: jax.Array) -> jax.Array:
+  """Rows [..., D] over their Euclidean norm; a zero row stays zero."""
+  return rows * jax.lax.rsqrt(jnp.maximum(jnp.sum(rows**2, axis=-1, keepdims=True), 1e-24))
+
+
+def _learned(num: int, dim: int, train_norm: bool) -> PrototypeSet:
+  return PrototypeSet(
+    learned=True,
+    init=lambda key: heads.init_prototypes(key, num, dim, trainable_norm=train_norm),
+    rows=heads.prototype_rows,
+    align=_as_they_are,
+    move=_stay,
+  )
+
+
+def _frozen(num: int, dim: int) -> PrototypeSet:
+  return PrototypeSet(
+    learned=False,
+    init=lambda key: {"means": unit(jax.random.normal(key, (num, dim)))},
+    rows=lambda state: state["means"],
+    align=_as_they_are,
+    move=_stay,
+  )
+
+
+def _mixture(num: int, dim: int, config) -> PrototypeSet:
+  def ramp(start, final):
+    if config.anneal_steps:
+      return optax.linear_schedule(start, final, config.anneal_steps)
+    return start
+
+  tx = mixture.online_em(
+    num,
+    dim,
+    horizon_steps=ramp(config.horizon_steps, config.horizon_final),
+    mass=config.mass,
+    covariance=config.covariance,
+    kappa=config.kappa,
+    learn_kappa=config.learn_kappa,
+    beta=ramp(config.beta, config.beta_final),
+    balanced=config.balanced,
+    balance_steps=config.balance_steps,
+    use_pi=config.use_pi,
+    center_features=config.center_features,
+    reseed=config.reseed,
+  )
+
+  def align(state, features):
+    return mixture.center(state, features) if config.center_features else features
+
+  return PrototypeSet(
+    learned=False,
+    init=tx.init,
+    rows=lambda state: state.means,
+    align=align,
+    move=lambda state, features: tx.update(state, features)[0],
+  )
+
+
+def build(config) -> PrototypeSet:
+  """The prototype set that `config.method.prototypes` names.
+
+  Args:
+    config: reads `method.{prototypes, num_prototypes, train_prototype_norm}`, `head.bottleneck`
+      (D) and `mixture.*`.
+
+  Raises:
+    UserError: for an unknown kind or fewer than two prototypes.
+  """
+  num, dim, kind = config.method.num_prototypes, config.head.bottleneck, config.method.prototypes
+  if num < 2:
+    raise errors.UserError(
+      f"method.num_prototypes={num}: a method needs at least 2 prototypes; set "
+      "--config.method.num_prototypes"
+    )
+  if kind == "learned":
+    return _learned(num, dim, config.method.train_prototype_norm)
+  if kind == "mixture":
+    return _mixture(num, dim, config.mixture)
+  if kind == "frozen":
+    return _frozen(num, dim)
+  raise errors.UserError(
+    f"method.prototypes={kind!r} is unknown: choose learned, mixture or frozen"
+  )

@@ -1,0 +1,124 @@
+"""What a run says: metrics one step late, one verdict a line, a summary at the end."""
+
+import math
+import time
+
+import jax
+from absl import logging
+
+from protojax import errors, monitor, writer
+from protojax.data import pipeline
+
+
+class RunLog:
+  """Collects the metrics of the loop and writes them; a context manager.
+
+  The scalars of step n are fetched after step n + 1 is under way, so the device never waits.
+
+  Args:
+    folder: workdir.
+    config: resolved.
+    start: first step of this process.
+    describe: (row) -> name of a record, for corrupt images.
+
+  Attributes:
+    result: the latest value of every metric.
+  """
+
+  def __init__(self, folder, config, *, start: int, describe):
+    self.result = {}
+    self._config = config
+    self._pending = None
+    self._sums, self._count = {}, 0  # since the last line
+    self._since, self._waited = None, 0.0
+    self._skipped = pipeline.SkippedLog(describe)
+    self._writer = writer.Writer(folder, total_steps=config.num_steps, start_step=start)
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *error):
+    self._writer.__exit__(*error)
+
+  def step(self, step: int, metrics: dict[str, jax.Array], *, skipped, waited: float) -> None:
+    """Takes the metrics of update `step` and handles those of the one before.
+
+    Raises:
+      UserError: if the loss of the update before is not finite.
+    """
+    for name in self._skipped.update(skipped):
+      logging.warning("skipped corrupt image %s (%d so far)", name, self._skipped.count)
+    self._waited += waited
+    self.flush()
+    self._pending = (step + 1, metrics)
+    if self._since is None:  # the first step waits for the compiler, not for the machine
+      self._since, self._waited = time.perf_counter(), 0.0
+
+  def flush(self) -> None:
+    """Handles the metrics that are still on the device."""
+    if self._pending is None:
+      return
+    done, metrics = self._pending
+    self._pending = None
+    metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+    if not math.isfinite(metrics["train/loss"]):
+      self._writer.write(done, metrics)
+      raise errors.UserError(
+        f"the loss is {metrics['train/loss']} after step {done}: lower --config.optim.lr or use "
+        "--config.precision=float32; the last checkpoint is from before this step"
+      )
+    for key, value in metrics.items():
+      self._sums[key] = self._sums.get(key, 0.0) + value
+    self._count += 1
+    if done % self._config.log_every == 0 or done in (1, self._config.num_steps):
+      self._line(done)
+
+  def _line(self, done: int) -> None:
+    means = {k: v / self._count for k, v in self._sums.items()}
+    now = time.perf_counter()
+    if self._count > 1 and now > self._since:
+      seconds = now - self._since
+      means["time/img_per_s"] = self._count * self._config.batch_size / seconds
+      means["time/data_wait"] = min(1.0, self._waited / seconds)
+    if self._skipped.count:
+      means["data/skipped"] = self._skipped.count
+    self.result |= means
+    self._writer.write(done, means)
+    self._writer.progress(done, means.get("time/img_per_s"), means.get("time/data_wait"))
+    self._say(done)
+    self._sums, self._count = {}, 0
+    self._since, self._waited = time.perf_counter(), 0.0
+
+  def measures(self, done: int, values: dict[str, float]) -> None:
+    """Writes collapse measures and accuracies of the state after `done` updates, and says them."""
+    self.result |= values
+    self._writer.write(done, values)
+    self._say(done, full=True)
+    self._since, self._waited = None, 0.0
+
+  def verdict(self, done: int) -> "monitor.Verdict":
+    """The verdict on the latest measures."""
+    return monitor.verdict(self.result, config=self._config, step=done)
+
+  def _say(self, done: int, full: bool = False) -> None:
+    verdict = self.verdict(done)
+    self._writer.line(monitor.log_line(done, self.result, verdict, config=self._config))
+    if full and verdict.label != "ok":
+      self._writer.line(f"  {verdict.label}: {verdict.sentence}")
+
+  def summary(self, result: dict[str, float], picture) -> None:
+    """The last words: verdict, accuracies, where the picture lies."""
+    self.result |= result
+    verdict = self.verdict(int(result["step"]))
+    lines = [f"verdict   {verdict.label}: {verdict.sentence}"]
+    if "probe/knn" in result:
+      lines.append(
+        f"k-NN      {result['probe/knn']:.1%} (k={self._config.probe.k}, "
+        f"T={self._config.probe.temperature}, cosine, {self._config.probe.train_split} -> "
+        f"{self._config.probe.test_split})"
+      )
+    if "probe/linear_fitted" in result:
+      lines.append(f"linear    {result['probe/linear_fitted']:.1%} (fitted on frozen features)")
+    lines.append(f"picture   {picture}")
+    for line in lines:
+      self._writer.line(line)

@@ -1,0 +1,169 @@
+"""What a training state looks like: collapse measures, k-NN and linear accuracy.
+
+`Snapshot.monitor` is cheap and looks at a fixed sample; `Snapshot.evaluate` runs the whole labelled
+bank through the encoder. Features come from the teacher's backbone (the encoder's where there is no
+teacher) under the evaluation transform, detached: nothing here has a gradient.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from protojax import collapse, sharding, train_step
+from protojax.data import pipeline
+from protojax.evals import knn, linear
+
+
+class Snapshot:
+  """Measures of a state, compiled once.
+
+  Args:
+    program: `train.Program`.
+    bank: source whose images are looked at (and, if labelled, the k-NN's train set).
+    test: labelled source for k-NN and linear accuracy, or None.
+  """
+
+  def __init__(self, program, *, bank, test=None):
+    config, method = program.config, program.method
+    self._config, self._mesh, self._method = config, program.mesh, method
+    self._evaluation, self._probe = program.evaluation, program.probe
+    self._bank, self._test = bank, test
+    whole = sharding.replicated(self._mesh)
+    self._forward = jax.jit(self._forward_fn, out_shardings=whole)
+    self._matrices = jax.jit(lambda s: method.prototype_matrices(train_step.variables_of(s)))
+
+    @jax.jit
+    def start(seed):
+      method_key, _, _ = jax.random.split(jax.random.key(seed), 3)
+      return method.prototype_matrices(method.init(method_key))
+
+    # The prototypes of step 0 are a function of the seed: drift needs no copy of them.
+    self._start = functools.cache(lambda: jax.device_get(start(config.seed)))
+
+  def _forward_fn(self, state, batch):
+    """Features [B, D] and codes {set: [B]}; labels and mask come back too, whole everywhere."""
+    variables = train_step.variables_of(state)
+    images = self._evaluation(batch)
+    codes = {
+      name: jnp.argmax(scores, axis=-1).astype(jnp.int32)
+      for name, scores in self._method.codes(variables, images).items()
+    }
+    return {
+      "features": self._method.features(variables, images),
+      "embeddings": self._method.embeddings(variables, images),
+      "codes": codes,
+      "label": batch["label"],
+      "mask": batch["mask"],
+    }
+
+  def _run(self, state, source, limit=0, parts=("features", "codes", "label")):
+    """Rows of `source`, whole on the host of every process: {part: array or {set: array}}.
+
+    Args:
+      state: `train_step.TrainState`.
+      source: what to look at.
+      limit: evenly spread subset; 0 takes all.
+      parts: of what `_forward` returns; embeddings [N, D] are left on the device unless asked for.
+    """
+    config, mesh = self._config, self._mesh
+    size = -(-config.batch_size // mesh.shape["data"]) * mesh.shape["data"]
+    part, count = sharding.rows_of_process(size, mesh)
+    batches = pipeline.sequential(
+      source, batch_size=size, image_size=config.data.image_size, limit=limit or None,
+      num_workers=config.data.num_workers, process_index=part, process_count=count,
+    )  # fmt: skip
+    seen = []
+    for batch in batches:
+      batch = {k: batch[k] for k in ("image", "size", "label", "mask")}
+      out = self._forward(state, sharding.put_batch(batch, mesh))
+      out = jax.device_get({name: out[name] for name in (*parts, "mask")})
+      mask = out.pop("mask")
+      seen.append(jax.tree.map(lambda x, mask=mask: x[mask], out))
+    return jax.tree.map(lambda *rows: np.concatenate(rows), *seen)
+
+  def monitor(self, state) -> dict[str, float]:
+    """Collapse measures of the prototypes and of a fixed sample of the bank."""
+    config = self._config
+    limit = min(config.monitor.images, len(self._bank))
+    seen = self._run(state, self._bank, limit, ("features", "codes", "embeddings"))
+    features, codes = seen["features"], seen["codes"]
+    out = {
+      "collapse/feature_std": collapse.feature_std(features),
+      "collapse/mean_cosine": collapse.mean_pairwise_cosine(features),
+      "collapse/rankme": collapse.rankme(features),
+    }
+    if state.teacher != ():
+      out["collapse/teacher_distance"] = collapse.teacher_distance(
+        state.encoder, state.teacher["encoder"]
+      )
+    for name, matrix in self._matrices(state).items():
+      tag = "" if name == "prototypes" else f"{name}_"
+      out |= {f"collapse/{tag}{k}": v for k, v in self._prototypes(name, matrix).items()}
+      k = matrix.shape[0]
+      out[f"collapse/{tag}used_sample"] = collapse.used_fraction(codes[name], k)
+      out[f"collapse/{tag}relative_uniqueness"] = collapse.relative_uniqueness(
+        matrix, seen["embeddings"][name]
+      )
+      out[f"collapse/{tag}embedding_cosine"] = collapse.mean_pairwise_cosine(
+        seen["embeddings"][name]
+      )
+    return {k: float(v) for k, v in jax.device_get(out).items()}
+
+  def _prototypes(self, name, matrix) -> dict[str, float]:
+    num, dim = matrix.shape
+    counts = np.asarray(collapse.unique_counts(matrix)) / num
+    null = np.asarray(collapse.random_unique(num, dim)) / num
+    out = {f"unique_{t}": c for t, c in zip(collapse.THRESHOLDS, counts, strict=True)}
+    out |= {f"unique_{t}_random": c for t, c in zip(collapse.THRESHOLDS, null, strict=True)}
+    out["drift"] = collapse.drift(matrix, self._start()[name])
+    return out
+
+  def evaluate(self, state) -> dict[str, float]:
+    """Usage of the prototypes over the whole bank, and accuracies where there are labels."""
+    config = self._config
+    bank = self._run(state, self._bank, config.probe.limit)
+    out = {}
+    for name, code in bank["codes"].items():
+      tag = "" if name == "prototypes" else f"{name}_"
+      num = self._start()[name].shape[0]
+      out[f"collapse/{tag}used"] = collapse.used_fraction(code, num)
+      out[f"collapse/{tag}perplexity"] = collapse.usage_perplexity(code, num)
+    if self._test is not None:
+      test = self._run(state, self._test)
+      out["probe/knn"] = knn.accuracy(
+        bank["features"], bank["label"], test["features"], test["label"],
+        num_classes=self._bank.num_classes, k=config.probe.k, temperature=config.probe.temperature,
+      )  # fmt: skip
+      if self._probe is not None:
+        predicted = self._probe.predict(state.carry["probe"], test["features"])
+        out["probe/linear"] = np.mean(np.asarray(predicted) == test["label"])
+    return {k: float(v) for k, v in jax.device_get(out).items()}
+
+  def final(self, state) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """What only the end of a run asks for.
+
+    Returns:
+      Measures of a linear classifier fitted to frozen features ({} without labels); and the arrays
+      that the picture draws: "usage" [K], "nearest" and "nearest_random" (cosine distance of every
+      prototype to its nearest neighbour, [K]), "spectrum" [D].
+    """
+    bank = self._run(state, self._bank, self._config.probe.limit)
+    arrays = {"spectrum": np.asarray(collapse.spectrum(bank["features"]))}
+    if matrices := self._matrices(state):
+      name, matrix = next(iter(matrices.items()))
+      num, dim = matrix.shape
+      arrays["usage"] = np.bincount(bank["codes"][name], minlength=num)
+      arrays["nearest"] = np.asarray(collapse.nearest_distances(matrix))
+      arrays["nearest_random"] = np.asarray(
+        collapse.nearest_distances(collapse.random_prototypes(num, dim))
+      )
+    if self._test is None:
+      return {}, arrays
+    test = self._run(state, self._test)
+    fitted = linear.evaluate(
+      bank["features"], bank["label"], test["features"], test["label"],
+      num_classes=self._bank.num_classes,
+    )  # fmt: skip
+    return {"probe/linear_fitted": fitted["linear"]}, arrays

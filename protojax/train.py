@@ -1,0 +1,264 @@
+"""The training loop: build, restore, then save / next / step / log / evaluate."""
+
+import contextlib
+import functools
+import importlib
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+
+from protojax import checkpoint, errors, optim, report, runlog, sharding, snapshot, train_step
+from protojax import config as configs
+from protojax import workdir as workdirs
+from protojax.data import augment, pipeline, source
+from protojax.evals import linear
+
+
+def build_method(config):
+  """The `base.Method` of protojax/methods/<config.method.name>.py.
+
+  Raises:
+    UserError: if there is no such method.
+  """
+  name = config.method.name
+  files = (pathlib.Path(__file__).parent / "methods").glob("*.py")
+  names = sorted({f.stem for f in files} - {"__init__", "base"})
+  if name not in names:
+    raise errors.UserError(f"method.name={name!r} is unknown: choose one of {', '.join(names)}")
+  return importlib.import_module(f"protojax.methods.{name}").make(config)
+
+
+def build_sources(config):
+  """(pretraining source, bank to look at, labelled test source or None) of a config.
+
+  Raises:
+    UserError: if data is missing, or a probe was asked of data without labels.
+  """
+  data, probe = config.data, config.probe
+  train = source.build(
+    data.name, split=data.split, data_dir=data.data_dir, imbalance=data.imbalance, seed=config.seed
+  )
+  name, data_dir = probe.name or data.name, probe.data_dir or data.data_dir
+  own = probe.name is None and probe.data_dir is None
+  if name == "folder" and own and not (pathlib.Path(data_dir) / probe.test_split).is_dir():
+    logging.info(
+      "k-NN and linear probe are off: %s has no folder %r; name labelled images with "
+      "--config.probe.name and --config.probe.data_dir", data_dir, probe.test_split,
+    )  # fmt: skip
+    return train, train, None
+  bank = source.build(name, split=probe.train_split, data_dir=data_dir)
+  if own and not bank.num_classes:
+    logging.info("k-NN and linear probe are off: %s has no labels", bank.name)
+    return train, bank, None
+  source.require_labels(bank, "probe.train_split")
+  test = source.build(name, split=probe.test_split, data_dir=data_dir)
+  source.require_labels(test, "probe.test_split")
+  return train, bank, test
+
+
+def _no_batches():
+  """What `Program.batches` gives where there is no probe."""
+  while True:
+    yield None, (), 0.0
+
+
+class Program:
+  """A resolved config as compiled functions; the loop below and the benchmarks run it.
+
+  Attributes:
+    config: resolved; see `config.resolve`.
+    mesh, method, tx, evaluation, probe: what the step is made of.
+    abstract, shardings: of the `train_step.TrainState`.
+    init: jitted (seed) -> state 0.
+    step: jitted (state, batch, probe_batch) -> (state, metrics); donates the state.
+
+  Args:
+    config: resolved.
+    num_classes: of the labelled source; 0 leaves the online probe out.
+    devices: list of devices to use instead of all.
+  """
+
+  def __init__(self, config, num_classes: int = 0, devices=None):
+    self.config = config
+    self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.model, devices)
+    self.method = build_method(config)
+    self.tx = optim.build(config, num_steps=config.num_steps, batch_size=config.batch_size)
+    look = config.augment
+
+    def evaluation(batch):
+      return augment.evaluate(
+        batch["image"], look.global_size, look.mean, look.std, crop=config.probe.crop,
+        original=batch["size"],
+      )  # fmt: skip
+
+    self.evaluation = evaluation
+    self.probe = None
+    if num_classes and config.probe.batch_size:
+      image = jax.ShapeDtypeStruct((1, look.global_size, look.global_size, 3), jnp.float32)
+      features = jax.eval_shape(
+        lambda key, x: self.method.features(self.method.init(key), x), jax.random.key(0), image
+      )
+      self.probe = linear.online_probe(
+        num_classes, features.shape[-1], learning_rate=config.probe.lr
+      )
+
+    def init(seed):
+      return train_step.init_state(
+        jax.random.key(seed), method=self.method, tx=self.tx, probe=self.probe
+      )
+
+    self.abstract = jax.eval_shape(init, 0)
+    self.shardings = sharding.state_shardings(self.abstract, self.mesh)
+    self.init = jax.jit(init, out_shardings=self.shardings)
+    rows = sharding.batch_sharding(self.mesh)
+    self.step = jax.jit(
+      functools.partial(
+        train_step.train_step, method=self.method, tx=self.tx, augment=augment.make(look),
+        evaluation=self.evaluation, probe=self.probe,
+      ),
+      in_shardings=(self.shardings, rows, rows if self.probe else None),
+      out_shardings=(self.shardings, sharding.replicated(self.mesh)),
+      donate_argnums=0,
+    )  # fmt: skip
+
+  def lower(self):
+    """The step, traced for the config's batch: a mistake of size shows before training."""
+    config = self.config
+
+    def rows(count, **shapes):
+      return {
+        k: jax.ShapeDtypeStruct((count, *shape), dtype) for k, (shape, dtype) in shapes.items()
+      }
+
+    image = ((config.data.image_size, config.data.image_size, 3), jnp.uint8)
+    batch = rows(config.batch_size, image=image, size=((2,), jnp.int32))
+    probe_batch = None
+    if self.probe:
+      probe_batch = rows(
+        config.probe.batch_size, image=image, size=((2,), jnp.int32), label=((), jnp.int32)
+      )
+    with jax.set_mesh(self.mesh):
+      return self.step.lower(self.abstract, batch, probe_batch)
+
+  def batches(self, data, *, seed: int, step: int, batch_size: int, keys: tuple[str, ...]):
+    """Global batches of `data` from `step` on, two ahead of the device.
+
+    Yields:
+      ({key: global array}, rows replaced for a corrupt image int32 [b], seconds waited).
+    """
+    part, parts = sharding.rows_of_process(batch_size, self.mesh)
+    host = pipeline.batches(
+      data, seed=seed, step=step, batch_size=batch_size, image_size=self.config.data.image_size,
+      num_workers=self.config.data.num_workers, process_index=part, process_count=parts,
+    )  # fmt: skip
+    try:
+      ready = []
+      while True:
+        start = time.perf_counter()
+        while len(ready) < 2:
+          batch = next(host)
+          put = sharding.put_batch({k: batch[k] for k in keys}, self.mesh)
+          ready.append((put, batch["skipped"]))
+        yield *ready.pop(0), time.perf_counter() - start
+    finally:
+      host.close()
+
+
+def run(config, workdir: str) -> dict[str, float]:
+  """Trains to `config.num_steps`, resuming what the workdir holds.
+
+  Args:
+    config: unresolved config, as from `config.default()` and flags.
+    workdir: folder of this run.
+
+  Returns:
+    The measures of the final state, as written to eval/final/result.json.
+
+  Raises:
+    UserError: for a mistake of the user; nothing is written before the step has been traced.
+    workdir.Interrupted: on SIGTERM or Ctrl-C, after a checkpoint was written.
+  """
+  started = time.time()
+  train_source, bank, test = build_sources(config)
+  config = configs.resolve(config, len(train_source))
+  sharding.rows_of_process(config.batch_size, sharding.make_mesh(**config.mesh))
+  program = Program(config, bank.num_classes if test is not None else 0)
+  lowered = program.lower()
+
+  folder = workdirs.claim(workdir, config)
+  checkpoints = checkpoint.Checkpoints(folder, keep=config.keep_checkpoints)
+  target = jax.tree.map(
+    lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+    program.abstract, program.shardings,
+  )  # fmt: skip
+  restored = checkpoints.restore_latest(target)
+  if restored is None:
+    start, state = 0, program.init(config.seed)
+    state = workdirs.warm_start(state, config.init_from)
+  else:
+    start, state, _ = restored
+    logging.info("resumed at step %d", start)
+
+  view = snapshot.Snapshot(program, bank=bank, test=test)
+  log = runlog.RunLog(folder, config, start=start, describe=train_source.describe)
+  logging.info("compiling the step (%s)", optim.describe(config))
+  step_fn = lowered.compile()
+  batches = program.batches(
+    train_source, seed=config.seed, step=start, batch_size=config.batch_size, keys=("image", "size")
+  )
+  probe_batches = _no_batches()
+  if program.probe:
+    probe_batches = program.batches(
+      bank, seed=config.seed + 1, step=start, batch_size=config.probe.batch_size,
+      keys=("image", "size", "label"),
+    )  # fmt: skip
+
+  def save(step, state):
+    log.flush()
+    checkpoints.save(step, state, workdirs.metadata(config))
+    workdirs.export_encoder(folder, step, state, config, program.mesh)
+
+  # The order inside the loop is the meaning of a checkpoint: state n is saved before batch n is
+  # taken, so that n alone says where to go on.
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(contextlib.closing(checkpoints))
+    for stream in (batches, probe_batches):
+      stack.callback(stream.close)
+    log = stack.enter_context(log)
+    stop = stack.enter_context(workdirs.Stop())
+    for step in range(start, config.num_steps):
+      if step > start and step % config.save_every == 0:
+        save(step, state)
+      if stop.asked():
+        save(step, state)
+        raise workdirs.Interrupted(step)
+      with jax.transfer_guard("disallow"):
+        batch, skipped, waited = next(batches)
+        probe_batch, _, waited_too = next(probe_batches)
+        state, metrics = step_fn(state, batch, probe_batch)
+        log.step(step, metrics, skipped=skipped, waited=waited + waited_too)
+      done, last = step + 1, step + 1 == config.num_steps
+      if done % config.monitor.every == 0 or done % config.eval_every == 0 or last:
+        log.flush()
+        measures = view.monitor(state)
+        if done % config.eval_every == 0 or last:
+          measures |= view.evaluate(state)
+        log.measures(done, measures)
+        checkpoints.check_errors()
+        if config.monitor.stop_on_collapse and log.verdict(done).collapsed:
+          save(done, state)
+          raise errors.UserError(
+            f"stopped at step {done}, {log.verdict(done).label}: {log.verdict(done).sentence} "
+            "(--config.monitor.stop_on_collapse=False goes on)"
+          )
+    save(config.num_steps, state)
+    extra, arrays = view.final(state)
+    result = log.result | extra
+    result |= {"step": config.num_steps, "seed": config.seed, "seconds": time.time() - started}
+    if jax.process_index() == 0:
+      workdirs.write_result(folder, result, arrays, config, bank=bank, test=test)
+      log.summary(result, report.picture(folder))
+  return result

@@ -1,0 +1,206 @@
+"""What a run leaves behind, and who may write into it."""
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import shutil
+import signal
+import sys
+import threading
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from protojax import __version__, checkpoint, errors, export, sharding
+
+_OURS = (
+  "config.json", "env.json", "checkpoints", "exported", "metrics.jsonl", "train.log", "eval",
+  "report.png",
+)  # fmt: skip
+
+
+class Interrupted(Exception):
+  """The run was asked to stop and has saved state `step`."""
+
+  def __init__(self, step: int):
+    super().__init__(f"stopped at step {step}; run the same command to go on")
+    self.step = step
+
+
+class Stop:
+  """SIGTERM or Ctrl-C asks for a checkpoint and a clean exit; a second Ctrl-C insists."""
+
+  def __init__(self):
+    self._asked, self._old = False, {}
+
+  def __enter__(self):
+    if threading.current_thread() is threading.main_thread():
+      self._old = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
+    return self
+
+  def _ask(self, number, frame):
+    del frame
+    if self._asked and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    self._asked = True
+
+  def __exit__(self, *unused):
+    for number, handler in self._old.items():
+      signal.signal(number, handler)
+
+  def asked(self) -> bool:
+    """Whether any process was asked to stop; every process gets the same answer."""
+    if jax.process_count() == 1:
+      return self._asked
+    return bool(multihost_utils.process_allgather(np.asarray(self._asked)).any())
+
+
+def _write_json(path: pathlib.Path, content: dict) -> None:
+  """Whole or not at all."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(path.name + ".tmp")
+  temporary.write_text(json.dumps(content, indent=2, sort_keys=True, default=str) + "\n")
+  os.replace(temporary, path)
+
+
+def metadata(config) -> dict:
+  """What a checkpoint says about its run."""
+  return {"config": config.to_dict(), "version": __version__}
+
+
+def claim(workdir: str, config) -> pathlib.Path:
+  """Makes the folder this run's own, or finds that it is.
+
+  Writes config.json and env.json when the folder is new.
+
+  Args:
+    workdir: any path, made if missing.
+    config: resolved.
+
+  Raises:
+    UserError: if the folder holds another run, or a run while `config.resume` is "never".
+  """
+  if config.resume not in ("auto", "never"):
+    raise errors.UserError(f"resume={config.resume!r} is unknown: choose auto or never")
+  folder = pathlib.Path(workdir).expanduser().absolute()
+  if folder.exists() and not folder.is_dir():
+    raise errors.UserError(f"--workdir={workdir} is a file: give a folder")
+  lead = jax.process_index() == 0
+  if config.overwrite and lead:
+    for name in _OURS:
+      path = folder / name
+      shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    for events in folder.glob("events.out.tfevents.*"):
+      events.unlink()
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices("workdir")
+  known = folder / "config.json"
+  if known.exists():
+    if config.resume == "never":
+      raise errors.UserError(
+        f"--workdir={workdir} already holds a run and resume=never: choose another --workdir or "
+        "set --config.overwrite=True"
+      )
+    try:
+      old = json.loads(known.read_text())
+    except ValueError:
+      raise errors.UserError(
+        f"{known} is not readable JSON: choose another --workdir or set --config.overwrite=True"
+      ) from None
+    checkpoint.refuse_mismatch({"config": old}, config)
+  elif (folder / "checkpoints").exists():
+    raise errors.UserError(
+      f"--workdir={workdir} holds checkpoints but no config.json, so it is not a run of protojax: "
+      "choose another --workdir"
+    )
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices("workdir_checked")
+  if lead and not known.exists():
+    try:
+      folder.mkdir(parents=True, exist_ok=True)
+      _write_json(folder / "env.json", environment())
+      _write_json(known, config.to_dict())
+    except OSError as error:
+      raise errors.UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from None
+  return folder
+
+
+def environment() -> dict:
+  """Versions, machine and command line, for env.json."""
+  packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+  return {
+    "protojax": __version__,
+    "python": platform.python_version(),
+    "platform": platform.platform(),
+    "packages": {name: importlib.metadata.version(name) for name in packages},
+    "backend": jax.default_backend(),
+    "devices": [d.device_kind for d in jax.devices()],
+    "processes": jax.process_count(),
+    "command": sys.argv,
+  }
+
+
+def _encoder_of(state) -> tuple[str, dict]:
+  which = "teacher" if state.teacher != () else "encoder"
+  params = state.teacher["encoder"] if which == "teacher" else state.encoder
+  stats = state.carry.get("batch_stats", {})
+  stats = stats.get("teacher" if which == "teacher" else "student", {})
+  return which, {"params": params, "batch_stats": stats}
+
+
+def export_encoder(folder: pathlib.Path, step: int, state, config, mesh) -> None:
+  """Writes exported/encoder.safetensors and config.json: the teacher where there is one."""
+  which, tree = _encoder_of(state)
+  whole = jax.jit(lambda t: t, out_shardings=sharding.replicated(mesh))
+  tree = jax.device_get(whole(tree))
+  if jax.process_index() == 0:
+    info = {"weights": which, "step": step, "version": __version__}
+    for section in ("model", "head", "method"):
+      info[section] = config[section].to_dict()
+    info["image"] = {k: config.augment[k] for k in ("global_size", "mean", "std")}
+    export.write(folder / "exported", tree, info)
+
+
+def write_result(folder: pathlib.Path, result: dict, arrays: dict, config, *, bank, test) -> None:
+  """eval/final/: result.json, every number with the protocol it was made by; arrays.npz."""
+  protocol = {
+    "bank": f"{bank.name} ({len(bank)} images)",
+    "test": None if test is None else f"{test.name} ({len(test)} images)",
+    "limit": config.probe.limit,
+    "k": config.probe.k,
+    "temperature": config.probe.temperature,
+    "features": "backbone of the teacher (of the encoder where there is none), last layer",
+    "transform": f"{config.augment.global_size} px, centre crop {config.probe.crop:g}",
+    "knn": "cosine, weights exp(similarity / temperature)",
+    "linear": "logistic regression on frozen features, strength chosen on a tenth of the bank",
+    "usage": "share of prototypes that are the argmax of any bank image",
+  }
+  final = folder / "eval" / "final"
+  _write_json(
+    final / "result.json",
+    {"measures": result, "protocol": protocol, "environment": environment()},
+  )
+  np.savez(final / "arrays.npz", **arrays)
+
+
+def warm_start(state, path: str | None):
+  """State 0 with the encoder (student and teacher) of an exported one; as it is if path is None.
+
+  Args:
+    state: fresh `train_step.TrainState`.
+    path: folder exported/ of another run, or its encoder.safetensors.
+
+  Raises:
+    UserError: if a parameter is missing there or has another shape.
+  """
+  if path is None:
+    return state
+  loaded = export.load(pathlib.Path(path), state.encoder)
+  place = jax.tree.map(lambda old, new: jax.device_put(new, old.sharding), state.encoder, loaded)
+  if state.teacher == ():
+    return state.replace(encoder=place)
+  copy = jax.tree.map(lambda old, new: jax.device_put(new, old.sharding), state.encoder, loaded)
+  return state.replace(encoder=place, teacher={**state.teacher, "encoder": copy})

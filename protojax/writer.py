@@ -1,0 +1,176 @@
+"""Where the numbers of a run go: metrics.jsonl, TensorBoard events, train.log and the terminal.
+
+Step n is "after n updates". Only process 0 writes. Every record is on its way to the disk when the
+call returns, on the calling thread, so a full disk is an OSError here and not a stuck thread later.
+"""
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Mapping
+
+import jax
+from absl import logging
+
+
+def _until(path: pathlib.Path, step: int) -> None:
+  """Drops the lines of a metrics.jsonl after `step`, and torn ones; whole or not at all."""
+  kept, torn = [], 0
+  for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+    try:
+      if line.endswith("\n") and json.loads(line)["step"] <= step:
+        kept.append(line)
+    except (ValueError, KeyError, TypeError):
+      torn += 1
+  if torn:
+    logging.warning("%s: dropped %d unreadable lines", path, torn)
+  temporary = path.with_name(path.name + ".tmp")
+  with open(temporary, "w", encoding="utf-8") as file:
+    file.writelines(kept)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(temporary, path)
+
+
+class Writer:
+  """The four outputs of a run; a context manager.
+
+  On resuming, metrics.jsonl loses what an interrupted run wrote beyond the checkpoint, so that it
+  ends up as an uninterrupted run would have written it; TensorBoard is told to forget the same.
+  train.log keeps its history.
+
+  Args:
+    workdir: existing folder.
+    total_steps: end of the run, for the progress bar.
+    start_step: step of the restored state, 0 for a new run.
+    stream: text stream of the terminal; None takes stderr. A progress bar shows only on a TTY.
+    lead: whether this process writes; None asks whether it is process 0.
+
+  Raises:
+    OSError: here and in every method, if the disk is full or the folder not writable.
+  """
+
+  def __init__(
+    self, workdir, *, total_steps: int, start_step: int = 0, stream=None, lead: bool | None = None
+  ):
+    self._lead = jax.process_index() == 0 if lead is None else lead
+    self._stream = sys.stderr if stream is None else stream
+    self._bar = self._events = None
+    self._files = contextlib.ExitStack()
+    if not self._lead:
+      return
+    workdir = pathlib.Path(workdir)
+    metrics = workdir / "metrics.jsonl"
+    resumed = start_step > 0 and metrics.exists()
+    if resumed:
+      _until(metrics, start_step)
+
+    def opened(path, mode):
+      return self._files.enter_context(open(path, mode, encoding="utf-8"))
+
+    with contextlib.ExitStack() as undo:
+      undo.callback(self._files.close)
+      self._metrics = opened(metrics, "a" if resumed else "w")
+      self._text = opened(workdir / "train.log", "a")
+      self._open_events(workdir, start_step)
+      undo.pop_all()
+    if self._stream.isatty():
+      import tqdm  # here, like tensorboardX below: `import protojax` stays light
+
+      self._bar = tqdm.tqdm(
+        total=total_steps, initial=start_step, file=self._stream, unit="step", dynamic_ncols=True
+      )
+      self._files.callback(self._bar.close)
+
+  def _open_events(self, workdir: pathlib.Path, start_step: int) -> None:
+    # Not SummaryWriter: its thread dies of a full disk and then blocks whoever flushes or closes.
+    from tensorboardX import event_file_writer, summary
+    from tensorboardX.proto import event_pb2
+
+    earlier = any(workdir.glob("events.out.tfevents.*"))
+    # The suffix keeps two starts within one second apart.
+    self._events = event_file_writer.EventsWriter(
+      str(workdir / "events"), filename_suffix=f".{start_step}.{os.getpid()}"
+    )
+    self._files.callback(self._events.close)
+    self._event, self._scalar = event_pb2.Event, summary.scalar
+    if earlier:
+      start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+      self._events.write_event(
+        self._event(wall_time=time.time(), step=start_step + 1, session_log=start)
+      )
+    self._events.flush()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, *unused):
+    # A full disk fails again when its buffers are closed: the first error is the one to see.
+    with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
+      self.close()
+
+  def write(self, step: int, metrics: Mapping[str, float | str]) -> None:
+    """Appends {"step": step, **metrics} as one line, and every finite number to TensorBoard.
+
+    Args:
+      step: updates done, int.
+      metrics: {name: scalar (Python, NumPy or jax) or text}. NaN and infinities are written as
+        null, their names under "non_finite": a line is always JSON.
+    """
+    if not self._lead:
+      return
+    values = {k: v if isinstance(v, str) else float(v) for k, v in metrics.items()}
+    numbers = {k: v for k, v in values.items() if not isinstance(v, str)}
+    bad = [k for k, v in numbers.items() if not math.isfinite(v)]
+    record = {"step": int(step), **values, **dict.fromkeys(bad)}
+    if bad:
+      record["non_finite"] = bad
+    self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
+    self._metrics.flush()
+    now = time.time()
+    for name, value in numbers.items():
+      if name not in bad:
+        event = self._event(wall_time=now, step=int(step), summary=self._scalar(name, value))
+        self._events.write_event(event)
+    self._events.flush()
+
+  def line(self, text: str) -> None:
+    """One line for people: to train.log with the time of day, and to the terminal."""
+    if not self._lead:
+      return
+    self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+    self._text.flush()
+    if self._bar is None:
+      print(text, file=self._stream, flush=True)
+    else:
+      self._bar.write(text, file=self._stream)
+
+  def progress(self, step: int, img_per_s: float | None = None, wait: float | None = None) -> None:
+    """Moves the bar to `step`; silent where there is no terminal.
+
+    Args:
+      step: updates done.
+      img_per_s: images a second.
+      wait: share of the time spent waiting for data, 0 to 1.
+    """
+    if self._bar is None:
+      return
+    notes = [] if img_per_s is None else [f"{img_per_s:.0f} img/s"]
+    notes += [] if wait is None else [f"wait {wait:.0%}"]
+    self._bar.set_postfix_str(", ".join(notes), refresh=False)
+    self._bar.update(step - self._bar.n)
+
+  def flush(self) -> None:
+    """Everything written so far is on the disk, also after a power cut."""
+    if self._lead:
+      for file in (self._metrics, self._text):
+        file.flush()
+        os.fsync(file.fileno())
+
+  def close(self) -> None:
+    """Closes all outputs; a second call does nothing."""
+    self._files.close()

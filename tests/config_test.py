@@ -1,0 +1,67 @@
+import pathlib
+
+import pytest
+
+from protojax import config as configs
+from protojax import errors, main
+
+RECIPES = sorted(
+  p for p in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py") if p.stem != "common"
+)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_recipe_changes_only_known_keys_and_its_debug_mode_is_small(path):
+  known = set(configs.flat(configs.default()))
+  for mode in ("", ":debug"):
+    assert set(configs.flat(main.load(f"{path}{mode}"))) == known
+  debug = main.load(f"{path}:debug")
+  assert debug.data.name == "digits" and debug.data.data_dir is None
+  assert debug.model.depth == 2 and debug.method.num_prototypes <= 256
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_recipe_says_its_command(path):
+  text = path.read_text()
+  assert f"--config=configs/{path.name}" in text.split('"""')[1]
+
+
+def test_unknown_key_names_the_nearest():
+  with pytest.raises(errors.UserError, match=r"model.patchsize: did you mean --config.model.patch"):
+    configs.check_keys(["model.patchsize"], configs.default())
+  configs.check_keys(["model.patch_size", "seed"], configs.default())
+
+
+def test_length_is_given_exactly_once():
+  config = configs.default()
+  config.batch_size = 10
+  with pytest.raises(errors.UserError, match="exactly one"):
+    configs.resolve(config, 100)
+  config.num_steps, config.num_epochs = 5, 1.0
+  with pytest.raises(errors.UserError, match="exactly one"):
+    configs.resolve(config, 100)
+
+
+def test_epochs_become_steps_and_the_original_stays():
+  config = configs.default()
+  config.update({"batch_size": 10, "num_epochs": 30.0})
+  out = configs.resolve(config, 105)
+  assert (out.steps_per_epoch, out.num_steps) == (10, 300)
+  assert out.optim.warmup_steps == 30  # ten epochs would be 100: a tenth of the run at most
+  assert out.optim.freeze_prototypes_steps == 10
+  assert out.mixture.horizon_final == out.mixture.horizon_steps
+  assert config.num_steps == 0 and config.probe.name is None and out.probe.name == "digits"
+
+
+def test_warmup_that_is_asked_for_in_steps_is_kept():
+  config = configs.default()
+  config.update({"batch_size": 10, "num_steps": 50})
+  config.optim.warmup_steps = 40
+  assert configs.resolve(config, 100).optim.warmup_steps == 40
+
+
+def test_batch_larger_than_the_source_is_refused():
+  config = configs.default()
+  config.num_steps = 5
+  with pytest.raises(errors.UserError, match="batch_size=1024 is more than the 100 images"):
+    configs.resolve(config, 100)

@@ -1,0 +1,234 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from protojax import collapse, monitor
+from protojax import config as configs
+
+LN_K = math.log(4096)
+# A run that is well: every measure there is.
+WELL = {
+  "train/loss": 7.91, "train/teacher_entropy": 6.10, "collapse/unique_0.025": 1.0,
+  "collapse/unique_0.025_random": 1.0, "collapse/drift": 0.4, "collapse/used": 0.61,
+  "collapse/used_sample": 0.2, "collapse/perplexity": 1200.0, "collapse/feature_std": 0.8,
+  "collapse/mean_cosine": 0.3, "collapse/rankme": 143.2, "collapse/teacher_distance": 0.01,
+  "probe/knn": 0.712, "time/img_per_s": 1630.4, "time/data_wait": 0.013,
+}  # fmt: skip
+
+
+def judge(changes=(), **options):
+  """The verdict on WELL with changes; None takes a measure away."""
+  given = {"num_prototypes": 4096, "step": 1200, "chance": LN_K}
+  return monitor.judge({**WELL, **dict(changes)}, **{**given, **options})
+
+
+def test_a_run_that_is_well_is_ok():
+  verdict = judge()
+  assert verdict.label == "ok" and not verdict.collapsed
+  for part in ("unique 100%", "random ones 100%", "cosine 0.40", "used 61%", "perplexity 1200"):
+    assert part in verdict.sentence
+
+
+@pytest.mark.parametrize(
+  ("changes", "label", "words"),
+  [
+    ({"train/loss": math.nan}, "non-finite", ("train/loss", "optim.lr")),
+    ({"collapse/rankme": math.inf}, "non-finite", ("collapse/rankme",)),
+    ({"collapse/teacher_distance": 0.0}, "aliased teacher", ("share no arrays",)),
+    (
+      {"train/loss": 8.3178, "train/teacher_entropy": 8.317}, "uniform collapse",
+      ("loss 8.318 = ln 4096", "method.teacher_temp"),
+    ),
+    (
+      {"train/loss": 8.3178, "train/teacher_entropy": None}, "uniform collapse",
+      ("loss 8.318 = ln 4096", "n/a"),
+    ),
+    (
+      {"train/loss": 0.01, "train/teacher_entropy": 0.005, "collapse/perplexity": 1.01},
+      "one-hot collapse", ("same prototype", "method.teacher_temp"),
+    ),
+    ({"collapse/feature_std": 0.004}, "representation collapse", ("std 0.004",)),
+    ({"collapse/perplexity": 2.5}, "cluster collapse", ("2.5 of 4096", "sinkhorn")),
+    ({"collapse/used_sample": 2 / 4096}, "cluster collapse", ("2.0 of 4096",)),
+    ({"collapse/rankme": 1.4, "collapse/feature_std": 0.1}, "dimensional collapse", ("1.4",)),
+    ({"collapse/rankme": 4.0}, "dimensional collapse", ("4.0 directions",)),
+    (
+      {"collapse/unique_0.025": 0.37}, "partial prototype collapse",
+      ("63% of 4096 prototypes are copies (random ones: 0%", "method.prototypes=mixture"),
+    ),
+  ],
+)  # fmt: skip
+def test_every_collapse_has_its_name_and_advice(changes, label, words):
+  verdict = judge(changes)
+  assert verdict.label == label and verdict.collapsed
+  assert "\n" not in verdict.sentence
+  for word in words:
+    assert word in verdict.sentence
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"train/loss": 8.3178},  # crosses ln K on its way down, with targets that say something
+    {"train/loss": 8.30, "train/teacher_entropy": None},
+    {"train/teacher_entropy": 0.02},  # sharp and diverse is healthy
+    {"collapse/unique_0.025": 0.93},
+    {"collapse/unique_0.025": 0.4, "collapse/unique_0.025_random": 0.42},  # no room for more
+    {"collapse/feature_std": 0.134, "collapse/rankme": 2.9},  # untrained ViT on digits
+  ],
+)
+def test_healthy_oddities_are_ok(changes):
+  assert judge(changes).label == "ok"
+
+
+def test_loss_at_ln_k_says_nothing_where_the_loss_is_no_cross_entropy():
+  uniform = {"train/loss": LN_K, "train/teacher_entropy": LN_K}
+  assert judge(uniform).label == "uniform collapse"
+  assert judge(uniform, chance=None).label == "ok"
+
+
+def test_one_hot_collapse_reads_the_largest_entropy():
+  """CARP's targets spread over a block of the prototypes."""
+  changes = {"train/teacher_entropy": 0.3, "collapse/perplexity": 1.0}
+  assert judge(changes, chance=None).label == "one-hot collapse"
+  verdict = judge(changes, chance=None, max_entropy=math.log(8))
+  assert verdict.label == "cluster collapse"
+
+
+def test_first_steps_are_warming_up_unless_something_is_not_finite():
+  """At step 0 teacher and student are equal and a centred target uniform: that is no collapse."""
+  fresh = {
+    "collapse/teacher_distance": 0.0, "train/loss": LN_K, "train/teacher_entropy": LN_K,
+    "collapse/feature_std": 0.01, "collapse/used_sample": 1 / 4096,
+  }  # fmt: skip
+  verdict = judge(fresh, step=99)
+  assert verdict.label == "warming up" and not verdict.collapsed
+  assert judge(fresh, step=100).label == "aliased teacher"
+  assert judge({**fresh, "train/loss": math.inf}, step=1).label == "non-finite"
+
+
+def test_nothing_measured_is_no_collapse_and_reads_not_available():
+  for measures in ({}, dict.fromkeys(WELL)):
+    verdict = monitor.judge(measures, num_prototypes=64, step=500, chance=math.log(64))
+    assert verdict.label == "ok"
+    assert verdict.sentence.count("n/a") == 9
+
+
+def test_near_prototypes_among_near_features_are_a_narrow_cone():
+  changes = {"collapse/unique_0.025": 0.04, "collapse/relative_uniqueness": 1.3}
+  verdict = judge(changes, prototypes="mixture")
+  assert verdict.label == "narrow cone" and not verdict.collapsed
+  copies = {**changes, "collapse/relative_uniqueness": 0.01}
+  assert judge(copies, prototypes="mixture").label == "partial prototype collapse"
+
+
+def test_advice_fits_the_run():
+  few = {"collapse/unique_0.025": 0.1}
+  assert "method.prototypes=mixture" not in judge(few, prototypes="mixture").sentence
+  assert "mixture.horizon_steps" in judge(few, prototypes="mixture").sentence
+  one = {"collapse/perplexity": 1.0}
+  assert "sinkhorn" not in judge(one, chance=None).sentence
+
+
+def test_advice_names_settings_that_exist():
+  import re
+
+  known = configs.flat(configs.default())
+  every = " ".join(
+    judge(c, chance=k, prototypes=p).sentence
+    for k in (None, LN_K) for p in ("learned", "mixture")
+    for c in (
+      {"train/loss": math.nan}, {"collapse/teacher_distance": 0.0},
+      {"train/loss": LN_K, "train/teacher_entropy": LN_K},
+      {"train/teacher_entropy": 0.0, "collapse/perplexity": 1.0}, {"collapse/perplexity": 1.0},
+      {"collapse/feature_std": 0.0}, {"collapse/rankme": 1.0}, {"collapse/unique_0.025": 0.0},
+      {"collapse/unique_0.025": 0.0, "collapse/relative_uniqueness": 1.0},
+    )
+  )  # fmt: skip
+  sections = "optim|method|mixture|teacher|augment|model|head|data|monitor"
+  named = set(re.findall(rf"\b(?:{sections})\.[a-z_]+", every))
+  assert len(named) > 8
+  assert named <= set(known)
+  assert {"batch_size", "precision"} <= set(known)
+
+
+def test_measures_of_collapsed_arrays_reach_the_right_verdict():
+  rng = np.random.default_rng(0)
+  good = rng.normal(size=(400, 32))
+  rows = np.asarray(collapse.random_prototypes(64, 32))
+
+  def label(features=good, matrix=rows, codes=None, teacher_scale=1.01):
+    encoder = {"w": jnp.ones((3, 3))}
+    teacher = jax.tree.map(lambda x: x * teacher_scale, encoder)
+    codes = rng.integers(64, size=400) if codes is None else codes
+    measures = {
+      "collapse/feature_std": collapse.feature_std(features),
+      "collapse/rankme": collapse.rankme(features),
+      "collapse/unique_0.025": collapse.unique_counts(matrix)[0] / 64,
+      "collapse/unique_0.025_random": collapse.random_unique(64, 32)[0] / 64,
+      "collapse/perplexity": collapse.usage_perplexity(codes, 64),
+      "collapse/teacher_distance": collapse.teacher_distance(encoder, teacher),
+    }
+    measures = {k: float(v) for k, v in measures.items()}
+    return monitor.judge(measures, num_prototypes=64, step=500).label
+
+  assert label() == "ok"
+  assert label(matrix=np.repeat(rows[:8], 8, axis=0)) == "partial prototype collapse"
+  assert label(codes=np.zeros(400, int)) == "cluster collapse"
+  assert label(features=np.ones((400, 32)) + 1e-4 * good) == "representation collapse"
+  assert label(features=good[:, :3] @ rows[:3]) == "dimensional collapse"
+  assert label(teacher_scale=1.0) == "aliased teacher"
+
+
+def _config(**method):
+  config = configs.default()
+  config.update({"num_steps": 5000, "batch_size": 82})
+  config.method.update({"num_prototypes": 4096, **method})
+  config.optim.warmup_steps = 100
+  return config
+
+
+def test_log_line_is_the_documented_one():
+  config = _config()
+  verdict = monitor.verdict(WELL, config=config, step=1200)
+  assert monitor.log_line(1200, WELL, verdict, config=config) == (
+    "step 1200/5000  eta 3:11  loss 7.91 (ln K 8.32)  H 6.10  unique 100%  used 61%  rank 143  "
+    "knn 71.2%  img/s 1630  wait 1%  [ok]"
+  )
+
+
+def test_log_line_leaves_out_what_was_not_measured():
+  config = _config(name="carp")
+  measures = {"train/loss": 1.5, "probe/knn": None, "collapse/used_sample": 0.25}
+  verdict = monitor.verdict(measures, config=config, step=3)
+  line = monitor.log_line(3, measures, verdict, config=config)
+  assert line == "step 3/5000  loss 1.50  used 25%  [warming up]"
+
+
+def test_long_runs_have_hours():
+  config = _config()
+  verdict = monitor.Verdict("ok", "", False)
+  line = monitor.log_line(0, {"time/img_per_s": 50.0}, verdict, config=config)
+  assert "eta 2:16:40" in line
+
+
+def test_verdict_reads_the_config():
+  uniform = {"train/loss": LN_K, "train/teacher_entropy": LN_K}
+  assert monitor.verdict(uniform, config=_config(), step=100).label == "uniform collapse"
+  assert monitor.verdict(uniform, config=_config(), step=99).label == "warming up"
+  assert monitor.verdict(uniform, config=_config(name="carp"), step=100).label == "ok"
+  sharp = {"train/loss": LN_K, "train/teacher_entropy": 7.0}
+  assert monitor.verdict(sharp, config=_config(), step=100).label == "ok"
+  certain = {"train/teacher_entropy": 0.5, "collapse/perplexity": 1.0}  # of ln 512
+  carp = _config(name="carp", partition_size=512)
+  assert monitor.verdict(certain, config=carp, step=100).label == "one-hot collapse"
+  longer = _config()
+  longer.optim.warmup_steps = 2000
+  assert monitor.verdict(uniform, config=longer, step=499).label == "warming up"
+  assert monitor.verdict(uniform, config=longer, step=500).label == "uniform collapse"
+  short = _config()
+  short.num_steps = 20
+  assert monitor.verdict(uniform, config=short, step=20).label == "uniform collapse"

@@ -1,0 +1,274 @@
+"""What the package promises before any array exists: its imports, its size, its scripts."""
+
+import ast
+import importlib.metadata
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+_ROOT = pathlib.Path(__file__).resolve().parent.parent
+_PROJECT = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]
+_SCRIPTS = [*sorted((_ROOT / "launch").glob("*.sh")), _ROOT / ".ci" / "run"]
+# Only checkpoint.py knows orbax, only these know flax, so that either can be exchanged.
+_LAYERS = {
+  "orbax": ("protojax/checkpoint.py",),
+  "flax": ("protojax/models/", "protojax/train_step.py", "protojax/methods/base.py"),
+}
+
+
+def _canonical(name: str) -> str:
+  return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _floors(requirements: list[str]) -> dict[str, str]:
+  """{canonical name: version} of lines such as "name>=1.2,<3" or "name==1.2"."""
+  matches = [re.match(r"([\w.-]+)(?:>=|==)([\w.]+)", r) for r in requirements]
+  assert all(matches), f"a requirement has no floor: {requirements}"
+  return {_canonical(m[1]): m[2] for m in matches}
+
+
+def _declared(*extras: str) -> dict[str, str]:
+  lines = _PROJECT["dependencies"] + sum(
+    (_PROJECT["optional-dependencies"][extra] for extra in extras), []
+  )
+  return _floors(lines)
+
+
+def _constraints() -> dict[str, str]:
+  lines = (_ROOT / "launch" / "floors.txt").read_text().splitlines()
+  return _floors([line for line in lines if line and not line.startswith("#")])
+
+
+def _files(*folders: str) -> list[pathlib.Path]:
+  files = sorted(f for folder in folders for f in (_ROOT / folder).rglob("*.py"))
+  assert files
+  return files
+
+
+def _imports(file: pathlib.Path) -> set[str]:
+  """The dotted names that a file imports anywhere, also inside functions."""
+  names = set()
+  for node in ast.walk(ast.parse(file.read_text(), str(file))):
+    if isinstance(node, ast.Import):
+      names |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom) and not node.level:
+      names.add(node.module)
+  return names
+
+
+def _top(names: set[str]) -> set[str]:
+  return {name.partition(".")[0] for name in names}
+
+
+def _name(file: pathlib.Path) -> str:
+  return file.relative_to(_ROOT).as_posix()
+
+
+def _python(code: str) -> str:
+  environment = {**os.environ, "PYTHONPATH": str(_ROOT), "JAX_PLATFORMS": "cpu"}
+  done = subprocess.run(
+    [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
+  )
+  assert done.returncode == 0, done.stderr
+  return done.stdout.strip()
+
+
+def test_floors_file_agrees_with_pyproject():
+  assert _constraints() == _declared("test")
+
+
+@pytest.mark.skipif(
+  "PROTOJAX_AT_FLOORS" not in os.environ, reason="this environment was not made from the floors"
+)
+def test_the_suite_runs_with_exactly_the_floors():
+  assert {name: importlib.metadata.version(name) for name in _constraints()} == _constraints()
+
+
+@pytest.mark.parametrize(
+  "folder, extras",
+  [("protojax", ()), ("configs", ()), ("tests", ("test",)), ("benchmarks", ("test", "peers"))],
+)
+def test_every_import_is_a_declared_dependency(folder, extras):
+  declared = set(_declared(*extras))
+  distributions = importlib.metadata.packages_distributions()
+  own = {"protojax", "configs", "benchmarks", "tests"} | set(sys.stdlib_module_names)
+  own |= {file.stem for file in _files("tests")}
+  undeclared = {
+    f"{_name(file)}: {module}"
+    for file in _files(folder)
+    for module in _top(_imports(file)) - own
+    if not declared & {_canonical(d) for d in distributions.get(module, [module])}
+  }
+  assert not undeclared
+
+
+def test_no_module_imports_tensorflow_or_torch():
+  assert not [_name(f) for f in _files("protojax") if {"tensorflow", "torch"} & _top(_imports(f))]
+
+
+@pytest.mark.parametrize("library", _LAYERS)
+def test_a_replaceable_library_is_imported_only_by_its_layer(library):
+  users = {_name(f) for f in _files("protojax") if library in _top(_imports(f))}
+  assert not {u for u in users if not u.startswith(_LAYERS[library])}
+
+
+def test_importing_every_module_loads_no_tensorflow_and_starts_no_backend():
+  # Once a backend runs, JAX refuses another number of CPU devices.
+  seen = _python("""
+import importlib, pkgutil, sys
+import jax, protojax
+modules = [m.name for m in pkgutil.walk_packages(protojax.__path__, "protojax.")]
+for module in modules:
+  importlib.import_module(module)
+  jax.config.update("jax_num_cpu_devices", 3)
+assert jax.device_count() == 3
+print(len(modules), "tensorflow" in sys.modules, "torch" in sys.modules)
+""")
+  number, *loaded = seen.split()
+  assert int(number) >= len([f for f in _files("protojax") if f.name != "__init__.py"])
+  assert loaded == ["False", "False"]
+
+
+def test_tensorflow_datasets_comes_up_without_tensorflow():
+  code = "import sys, tensorflow_datasets; print('tensorflow' in sys.modules)"
+  assert _python(code) == "False"
+
+
+def test_every_folder_of_modules_is_a_package_that_gets_installed():
+  folders = {file.parent for file in _files("protojax")}
+  assert not [_name(folder) for folder in folders if not (folder / "__init__.py").exists()]
+
+
+def test_version_is_said_twice_alike():
+  assert f'__version__ = "{_PROJECT["version"]}"' in (_ROOT / "protojax/__init__.py").read_text()
+
+
+def test_modules_stay_small():
+  length = {_name(f): len(f.read_text().splitlines()) for f in _files("protojax")}
+  limit = {name: 150 if name.startswith("protojax/methods/") else 300 for name in length}
+  assert not {name: n for name, n in length.items() if n > limit[name]}
+
+
+@pytest.mark.parametrize("script", _SCRIPTS, ids=lambda s: s.name)
+def test_script_parses_and_stops_at_the_first_failure(script):
+  subprocess.run(["bash", "-n", script], check=True)
+  if script.name != "venv.sh":  # only sourced
+    assert "\nset -euo pipefail\n" in script.read_text()
+
+
+def test_ci_entry_is_executable():
+  assert os.access(_ROOT / ".ci" / "run", os.X_OK)
+
+
+def _command(path: pathlib.Path, text: str) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(f"#!/bin/sh\n{text}\n")
+  path.chmod(0o755)
+
+
+def _bash(code: str, **environment) -> subprocess.CompletedProcess:
+  # Found here, so that a test may give it another PATH.
+  command = [shutil.which("bash"), "-c", f"source '{_ROOT}/launch/venv.sh'\n{code}"]
+  environment = {"PATH": os.environ["PATH"], **environment}
+  return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_a_python_command_that_does_not_run_is_passed_over(tmp_path):
+  this = f"{sys.version_info.major}.{sys.version_info.minor}"
+  working = tmp_path / ".pyenv" / "versions" / f"{this}.0" / "bin" / "python"
+  _command(tmp_path / "bin" / f"python{this}", "exit 127")
+  _command(working, f'exec "{sys.executable}" "$@"')
+  done = _bash(f"find_python 3.99 {this}", HOME=str(tmp_path), PATH=str(tmp_path / "bin"))
+  assert done.stdout.strip() == str(working), done.stderr
+
+
+def test_a_missing_python_is_one_line(tmp_path):
+  done = _bash("require_python 3.98 3.99", HOME=str(tmp_path))
+  assert done.returncode == 1 and done.stdout == ""
+  assert len(done.stderr.strip().splitlines()) == 1 and "3.98 3.99" in done.stderr
+
+
+def test_an_environment_is_not_made_over_other_files(tmp_path):
+  (tmp_path / "thesis.tex").write_text("x")
+  done = _bash(f"cd '{_ROOT}' && make_venv '{tmp_path}' '{sys.executable}' -e .", HOME="/")
+  assert done.returncode == 1 and "move it away" in done.stderr
+  assert (tmp_path / "thesis.tex").exists()
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+  """A git clone that holds one commit and the launch scripts."""
+  folder = tmp_path_factory.mktemp("clone")
+  shutil.copytree(_ROOT / "launch", folder / "launch")
+  identity = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+  for command in ["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "x"]:
+    subprocess.run(["git", *command], cwd=folder, check=True)
+  return folder
+
+
+def _tpu(clone, *arguments, **names):
+  environment = {"PATH": os.environ["PATH"], "HOME": str(clone), **names}
+  command = ["bash", "launch/tpu_pod.sh", "--dry-run", "--config=configs/x.py", *arguments]
+  return subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True)
+
+
+def test_tpu_dry_run_prints_every_command_and_needs_no_gcloud(clone):
+  done = _tpu(clone, "--workdir=gs://b/run", NAME="pod", ZONE="z", PROJECT="p")
+  assert done.returncode == 0, done.stderr
+  lines = done.stdout.strip().splitlines()
+  assert [line.split()[:2] for line in lines[:2]] == [["gcloud", "compute"], ["git", "archive"]]
+  gcloud = [line for line in lines if line.startswith("gcloud")]
+  assert len(gcloud) == 4
+  assert all(x in line for line in gcloud for x in ("pod", "--zone=z", "--project=p", "worker=all"))
+  assert "make_venv" in gcloud[2] and "ServerAliveInterval" in gcloud[3]
+  assert all(x in gcloud[3] for x in ("protojax.main", "--config=configs/x.py", "gs://b/run"))
+
+
+@pytest.mark.parametrize("missing", ["NAME", "ZONE", "PROJECT"])
+def test_tpu_launch_asks_for_what_it_lacks(clone, missing):
+  names = {name: "x" for name in ("NAME", "ZONE", "PROJECT") if name != missing}
+  done = _tpu(clone, "--workdir=gs://b/run", **names)
+  assert done.returncode != 0 and done.stdout == "" and f"{missing}: " in done.stderr
+
+
+@pytest.mark.parametrize("workdir", ["runs/x", "gs://"])
+def test_tpu_launch_refuses_a_workdir_that_hosts_do_not_share(clone, workdir):
+  done = _tpu(clone, f"--workdir={workdir}", NAME="pod", ZONE="z", PROJECT="p")
+  assert done.returncode == 1 and done.stdout == "" and "must be a bucket" in done.stderr
+
+
+def _launch(script: str, tmp_path, *arguments, **names) -> subprocess.CompletedProcess:
+  """Runs a launch script with stand-ins from `tmp_path`: commands in bin, an environment in env."""
+  path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+  names = {"PATH": path, "HOME": str(tmp_path), "VIRTUAL_ENV": str(tmp_path / "env"), **names}
+  command = ["bash", _ROOT / "launch" / script, *arguments]
+  return subprocess.run(command, env=names, capture_output=True, text=True, timeout=60)
+
+
+def test_slurm_process_takes_every_gpu_of_its_node(tmp_path):
+  _command(tmp_path / "bin" / "srun", 'while [ "$1" != bash ]; do shift; done; exec "$@"')
+  _command(tmp_path / "env" / "bin" / "python", 'echo "$JAX_LOCAL_DEVICE_IDS" "$@"')
+  names = {"SLURM_SUBMIT_DIR": str(_ROOT), "SLURM_GPUS_ON_NODE": "4"}
+  done = _launch("slurm.sh", tmp_path, "--config=x", "--config.name=two words", **names)
+  expected = "0,1,2,3 -m protojax.main --config=x --config.name=two words"
+  assert done.stdout.strip() == expected, done.stderr
+
+
+def test_gpu_launch_without_a_gpu_is_one_line(tmp_path):
+  _command(tmp_path / "bin" / "nvidia-smi", "exit 9")
+  done = _launch("gpu_local.sh", tmp_path, "--config=x")
+  assert done.returncode == 1 and done.stdout == ""
+  assert len(done.stderr.strip().splitlines()) == 1 and "no NVIDIA GPU" in done.stderr
+
+
+def test_gpu_launch_with_a_gpu_but_a_jax_for_cpu_says_what_to_install(tmp_path):
+  _command(tmp_path / "bin" / "nvidia-smi", "exit 0")
+  _command(tmp_path / "env" / "bin" / "python", "exit 1")
+  done = _launch("gpu_local.sh", tmp_path, "--config=x")
+  assert done.returncode == 1 and done.stdout == "" and "pip install -e '.[cuda]'" in done.stderr

@@ -1,0 +1,74 @@
+"""The smallest config that still has every part, and batches of random images for it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from protojax import config as configs
+from protojax import sharding, train
+
+
+def config(name="dino", prototypes="mixture", **overrides):
+  """A resolved config: one block, 16 px, K = 32, D = 16, batch 16; overrides by dotted key."""
+  c = configs.debug(configs.default())
+  c.update({"num_steps": 6, "steps_per_epoch": 4, "log_every": 1, "save_every": 100,
+            "eval_every": 100})  # fmt: skip
+  c.monitor.update({"every": 100, "images": 32})
+  c.probe.update({"limit": 64, "batch_size": 16})
+  c.augment.update({"global_size": 16, "local_size": 8, "num_local": 2})
+  c.model.update({"depth": 1, "width": 32, "heads": 2, "drop_path": 0.0})
+  carp = name == "carp"
+  norm = "batch" if carp else "none"
+  c.head.update({"hidden": 32, "bottleneck": 16, "l2": not carp, "norm": norm})
+  c.method.update({
+    "name": name, "prototypes": prototypes, "num_prototypes": 32, "partition_size": 8,
+  })  # fmt: skip
+  c.optim.update({"freeze_prototypes_epochs": 0.0, "lr": 0.05})
+  c.mixture.horizon_steps = 20.0
+  for key, value in overrides.items():
+    section, _, leaf = key.replace("__", ".").rpartition(".")
+    (c[section] if section else c)[leaf] = value
+  return configs.resolve(c, 64)
+
+
+def batch(c, seed=0):
+  """A host batch of random smooth images, as `data.pipeline.batches` gives them."""
+  rng = np.random.default_rng(seed)
+  size = c.data.image_size
+  low = rng.uniform(0, 255, (c.batch_size, 4, 4, 3))
+  image = np.asarray(jax.image.resize(low, (c.batch_size, size, size, 3), "linear"))
+  return {
+    "image": image.clip(0, 255).astype(np.uint8),
+    "size": np.full((c.batch_size, 2), size, np.int32),
+  }
+
+
+def run_steps(c, steps, devices=None, num_classes=0):
+  """(program, state, [metrics]) after `steps` updates on the same random batch."""
+  program = train.Program(c, num_classes, devices=devices)
+  with jax.set_mesh(program.mesh):
+    state = program.init(c.seed)
+    rows = sharding.put_batch(batch(c), program.mesh)
+    probe_rows = None
+    if num_classes:
+      label = np.arange(c.probe.batch_size, dtype=np.int32) % num_classes
+      other = {k: v[: c.probe.batch_size] for k, v in batch(c, 1).items()}
+      probe_rows = sharding.put_batch({**other, "label": label}, program.mesh)
+    metrics = []
+    for _ in range(steps):
+      state, out = program.step(state, rows, probe_rows)
+      metrics.append({k: float(v) for k, v in out.items()})
+  return program, state, metrics
+
+
+def abstract_views(c):
+  """Shapes of the views of a batch."""
+  look = c.augment
+  return {
+    "global": jax.ShapeDtypeStruct(
+      (c.batch_size, 2, look.global_size, look.global_size, 3), jnp.float32
+    ),
+    "local": jax.ShapeDtypeStruct(
+      (c.batch_size, look.num_local, look.local_size, look.local_size, 3), jnp.float32
+    ),
+  }

@@ -1,0 +1,182 @@
+"""Resuming to the bit: with other workers, after SIGTERM and kill -9; one process and two."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import chex
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import tiny
+
+from protojax import checkpoint, main, runlog, train, workdir
+
+ROOT = pathlib.Path(__file__).parents[1]
+# The same little run for the library and for the program: 6 steps on digits.
+CHANGES = {
+  "num_steps": 6, "batch_size": 16, "log_every": 1, "save_every": 2, "eval_every": 6,
+  "monitor.every": 6, "monitor.images": 32, "probe.limit": 64, "augment.global_size": 16,
+  "augment.local_size": 8, "model.depth": 1, "model.width": 48, "head.hidden": 32,
+  "head.bottleneck": 16, "method.num_prototypes": 32,
+}  # fmt: skip
+
+
+def _config(**more):
+  config = main.load(str(ROOT / "configs" / "quickstart.py:debug"))
+  for key, value in (CHANGES | more).items():
+    section, _, leaf = key.rpartition(".")
+    (config[section] if section else config)[leaf] = value
+  return config
+
+
+def _final(folder, config):
+  """The last checkpoint's leaves as NumPy."""
+  resolved = train.configs.resolve(config, len(train.build_sources(config)[0]))
+  program = train.Program(resolved, 10)
+  target = jax.tree.map(
+    lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+    program.abstract, program.shardings,
+  )  # fmt: skip
+  saved = checkpoint.Checkpoints(folder)
+  step, state, _ = saved.restore_latest(target)
+  saved.close()
+  return step, jax.device_get(state.replace(key=jax.random.key_data(state.key)))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("whole") / "run"
+  train.run(_config(), str(folder))
+  return folder
+
+
+def _stop_after(monkeypatch, step):
+  """Sends SIGTERM to this process once `step` steps are done."""
+  original = runlog.RunLog.step
+
+  def stepping(self, number, *args, **kwargs):
+    original(self, number, *args, **kwargs)
+    if number + 1 == step:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  monkeypatch.setattr(runlog.RunLog, "step", stepping)
+
+
+def _losses(folder):
+  lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+  return {r["step"]: r["train/loss"] for r in lines if "train/loss" in r}
+
+
+def test_stopped_and_resumed_run_equals_the_whole_one_to_the_bit(whole, tmp_path, monkeypatch):
+  folder = tmp_path / "run"
+  with monkeypatch.context() as patch:
+    _stop_after(patch, 3)
+    with pytest.raises(workdir.Interrupted, match="stopped at step 3"):
+      train.run(_config(), str(folder))
+  train.run(_config(**{"data.num_workers": 2}), str(folder))
+  step, state = _final(folder, _config())
+  expected_step, expected = _final(whole, _config())
+  assert step == expected_step == 6
+  chex.assert_trees_all_equal(state, expected)
+  assert _losses(folder) == _losses(whole)
+
+
+def test_run_that_is_done_does_nothing_more(whole):
+  before = (whole / "metrics.jsonl").read_text()
+  train.run(_config(), str(whole))
+  assert _losses(whole) == {
+    r["step"]: r["train/loss"] for r in map(json.loads, before.splitlines()) if "train/loss" in r
+  }
+
+
+def test_every_file_of_a_run_is_there(whole):
+  for name in (
+    "config.json", "env.json", "metrics.jsonl", "train.log", "report.png",
+    "exported/encoder.safetensors", "exported/config.json", "eval/final/result.json",
+  ):  # fmt: skip
+    assert (whole / name).stat().st_size > 0, name
+  assert list(whole.glob("events.out.tfevents.*"))
+  assert len(list((whole / "checkpoints").iterdir())) >= 2
+  assert json.loads((whole / "exported" / "config.json").read_text())["weights"] == "teacher"
+
+
+def test_exported_encoder_is_the_teacher_and_starts_another_run(whole, tmp_path):
+  _, state = _final(whole, _config())
+  saved = safetensors.numpy.load_file(whole / "exported" / "encoder.safetensors")
+  leaves = jax.tree.leaves(state.teacher["encoder"])
+  assert sum(leaf.size for leaf in leaves) == sum(v.size for v in saved.values())
+  program = train.Program(tiny.config())
+  with pytest.raises(workdir.errors.UserError, match="encoder.safetensors"):
+    workdir.warm_start(program.init(0), str(whole / "exported"))
+  resolved = train.configs.resolve(_config(), 1000)
+  started = workdir.warm_start(train.Program(resolved).init(7), str(whole / "exported"))
+  chex.assert_trees_all_equal(jax.device_get(started.encoder), state.teacher["encoder"])
+
+
+def _command(folder, *more):
+  flags = [f"--config.{k}={v}" for k, v in CHANGES.items()]
+  config = ROOT / "configs" / "quickstart.py:debug"
+  return [
+    sys.executable, "-m", "protojax.main", f"--config={config}", f"--workdir={folder}", *flags,
+    *more,
+  ]  # fmt: skip
+
+
+def test_killed_run_resumes_to_the_bit(whole, tmp_path):
+  folder = tmp_path / "run"
+  environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", }
+  process = subprocess.Popen(
+    _command(folder), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
+  )  # fmt: skip
+  deadline = time.time() + 240
+  while not (folder / "checkpoints" / "2").exists():  # complete: orbax renames when it is whole
+    assert process.poll() is None and time.time() < deadline
+    time.sleep(0.02)
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+  train.run(_config(), str(folder))
+  chex.assert_trees_all_equal(_final(folder, _config())[1], _final(whole, _config())[1])
+  assert _losses(folder) == _losses(whole)
+
+
+def _pair(folder, *more):
+  """Runs two processes of two devices each to the end; returns their outputs."""
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    port = probe.getsockname()[1]
+  processes = [
+    subprocess.Popen(
+      _command(folder, f"--coordinator_address=127.0.0.1:{port}", "--num_processes=2",
+               f"--process_id={i}", *more),
+      cwd=ROOT, env={**os.environ, "JAX_NUM_CPU_DEVICES": "2"}, text=True,
+      stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )
+    for i in range(2)
+  ]  # fmt: skip
+  return [(p.communicate(timeout=300)[0], p.returncode) for p in processes]
+
+
+def test_two_processes_train_and_resume_as_one(whole, tmp_path):
+  folder = tmp_path / "run"
+  for output, status in _pair(folder):
+    assert status == 0, output
+  losses = _losses(folder)
+  assert set(losses) == set(range(1, 7))
+  for step, loss in _losses(whole).items():
+    np.testing.assert_allclose(losses[step], loss, rtol=1e-4)
+  np.testing.assert_allclose(losses[1], _losses(whole)[1], rtol=1e-5)
+  # Take the last two steps away and let two processes do them again from checkpoint 4.
+  shutil.rmtree(folder / "checkpoints" / "6")
+  for output, status in _pair(folder):
+    assert status == 0, output
+    assert "resumed at step 4" in output
+  assert _losses(folder) == losses
