@@ -1,13 +1,13 @@
 """Checkpoints of a run: saved in the background, restored to the bit, never half-written.
 
-The only file that imports orbax. A checkpoint is the folder <workdir>/checkpoints/<step> with the
-state, a small JSON (`metadata`) and the sizes and checksums of both (`files.json`); it gets its
-name when all of that is on disk, so whatever has a number for a name is whole. The checksums are
-ours: orbax reads a flipped bit without complaint.
+The only file that imports orbax. Folder <workdir>/checkpoints/<step> holds the state, a small JSON
+(`metadata`) and `seal.json`, checksums of the files and shapes of the leaves. It gets its name when
+all of that is on disk. Without our seal, orbax would read a flipped bit as if nothing had happened.
 """
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import pathlib
@@ -23,7 +23,7 @@ from protojax import config as configs
 from protojax import errors
 
 PyTree = Any
-_SUMS = "files.json"
+_SEAL = "seal.json"
 _TEMPORARY = ".orbax-checkpoint-tmp"  # orbax's own suffix
 _START_ANEW = "choose another --workdir or set --config.overwrite=True"
 
@@ -65,22 +65,32 @@ def _not_from_orbax(record) -> bool:
   return f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
-def _sum(path: pathlib.Path) -> list[int]:
-  """[bytes, CRC-32] of a file."""
+def _sum(path: pathlib.Path) -> int:
+  """CRC-32 of a file."""
   crc = 0
   with open(path, "rb") as file:
     while block := file.read(1 << 22):
       crc = zlib.crc32(block, crc)
-  return [path.stat().st_size, crc]
+  return crc
+
+
+def _shapes(tree: PyTree) -> dict[str, str]:
+  """{"encoder/head/kernel": "float32[4, 6]"}."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+  return {name(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
 
 
 def _one_line(error: Exception) -> str:
-  lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-  return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+  first, *_ = str(error).strip().splitlines() or [""]
+  return f"{type(error).__name__}: {first[:200]}"
 
 
 class Checkpoints:
   """The checkpoints of one run. Every process makes the same calls in the same order.
+
+  A save runs in the background; if it fails because of the disk, the next call of any method says
+  so in one line (UserError).
 
   Args:
     workdir: folder of the run; nothing is made before the first save.
@@ -96,12 +106,11 @@ class Checkpoints:
     self._manager = None
     self._newest = None  # step of the last save or restore that did not fail
     self._unreadable = []  # newer than the restored one
+    self._shapes = {}  # of the state that is being saved
     self._swept = False
     if keep < 2:
-      raise errors.UserError(
-        f"keep_checkpoints={keep}: keep at least 2, so that a damaged one has another before it"
-      )
-    if self._folder.exists() and not self._folder.is_dir():
+      raise errors.UserError(f"keep_checkpoints={keep}: keep at least 2, in case one is damaged")
+    if self._folder.is_file():
       raise errors.UserError(f"{self._folder} is not a folder: choose another --workdir")
     # Its errors come back as exceptions; its tracebacks and progress would drown ours.
     logging.get_absl_logger().addFilter(_not_from_orbax)
@@ -113,10 +122,9 @@ class Checkpoints:
         options=ocp.CheckpointManagerOptions(
           preservation_policy=ocp.checkpoint_managers.LatestN(self._keep),
           async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
-          save_root_metadata=False,
-          lightweight_initialize=True,
+          save_root_metadata=False, lightweight_initialize=True,
         ),
-      )
+      )  # fmt: skip
     return self._manager
 
   def save(self, step: int, state: PyTree, metadata: dict) -> None:
@@ -128,7 +136,6 @@ class Checkpoints:
       metadata: JSON: {"config": ..., "version": ...}.
 
     Raises:
-      UserError: if the disk is full, now or during the save before this one.
       ValueError: if a later step is there already.
     """
     if step == self._newest:
@@ -139,38 +146,53 @@ class Checkpoints:
       manager = self._open()
       if not self._swept:
         self._sweep()
-      for damaged in self._unreadable:
-        manager.delete(damaged)
-      self._unreadable = []
+      while self._unreadable:
+        manager.delete(self._unreadable.pop())
       steps = manager.all_steps()
       if steps and max(steps) > step:
         raise ValueError(f"{self._folder} holds step {max(steps)}, later than {step}")
       if step not in steps:
-        items = {
-          "state": ocp.args.StandardSave(state),
-          "metadata": ocp.args.JsonSave(metadata),
-        }
+        self._require_space(state)
+        self._shapes = _shapes(state)
+        items = {"state": ocp.args.StandardSave(state), "metadata": ocp.args.JsonSave(metadata)}
         manager.save(step, args=ocp.args.Composite(**items), force=True)
 
+  def _require_space(self, state: PyTree) -> None:
+    """Refuses beforehand, where one process decides: orbax leaves a mess if space ends half-way."""
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    if jax.process_count() == 1 and shutil.disk_usage(self._folder).free < size:
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
   def _seal(self) -> None:
-    """Adds the checksums. orbax calls it in process 0, when all is written but not yet named."""
+    """orbax calls it in process 0, when all is written but not yet named."""
     folder = self._folder / f"{self._newest}{_TEMPORARY}"
     files = sorted(f for item in ("state", "metadata") for f in (folder / item).rglob("*"))
     sums = {f.relative_to(folder).as_posix(): _sum(f) for f in files if f.is_file()}
-    (folder / _SUMS).write_text(json.dumps(sums))
+    (folder / _SEAL).write_text(json.dumps({"files": sums, "leaves": self._shapes}))
 
   def _damage(self, step: int) -> str | None:
     """What is wrong with the files of a checkpoint, if anything."""
     folder = self._folder / str(step)
     try:
-      for name, expected in json.loads((folder / _SUMS).read_text()).items():
+      for name, expected in json.loads((folder / _SEAL).read_text())["files"].items():
         if _sum(folder / name) != expected:
           return f"{name} is damaged"
     except FileNotFoundError as error:
       return f"{pathlib.Path(error.filename).relative_to(folder)} is missing"
-    except (ValueError, AttributeError, OSError) as error:
-      return f"{_SUMS}: {_one_line(error)}"
+    except (ValueError, KeyError, OSError) as error:
+      return f"{_SEAL}: {_one_line(error)}"
     return None
+
+  def _require_fit(self, step: int, abstract: PyTree) -> None:
+    there = json.loads((self._folder / str(step) / _SEAL).read_text())["leaves"]
+    here = _shapes(abstract)
+    wrong = sorted(k for k in there.keys() | here.keys() if there.get(k) != here.get(k))
+    if wrong:
+      raise errors.UserError(
+        f"checkpoint {step} in {self._folder} is of another program: {wrong[0]} is "
+        f"{there.get(wrong[0], 'missing')} there and {here.get(wrong[0], 'missing')} here, "
+        f"{len(wrong)} differences in all: {_START_ANEW}"
+      )
 
   def restore_latest(self, abstract: PyTree) -> tuple[int, PyTree, dict] | None:
     """The newest checkpoint that can be read, on any mesh.
@@ -184,84 +206,66 @@ class Checkpoints:
       (step, state, metadata), or None if there is no checkpoint.
 
     Raises:
-      UserError: if there are checkpoints and none can be read.
+      UserError: if there are checkpoints and none can be read, or the state has other leaves.
     """
-    wanted = {"state": ocp.args.StandardRestore(abstract), "metadata": ocp.args.JsonRestore()}
-    found = self._first_readable(wanted)
-    if found is None:
+    if (found := self._restore(abstract)) is None:
       return None
     self._newest, restored, reasons = found
     self._unreadable = list(reasons)
     if reasons:
-      listed = ", ".join(f"{step} ({why})" for step, why in reasons.items())
       logging.warning(
-        "cannot read checkpoint %s in %s: going on from checkpoint %d", listed, self._folder,
-        self._newest,
+        "cannot read checkpoint %s in %s: going on from checkpoint %d",
+        ", ".join(reasons.values()), self._folder, self._newest,
       )  # fmt: skip
     return self._newest, restored["state"], restored["metadata"]
 
   def latest_metadata(self) -> dict | None:
-    """The metadata of the newest checkpoint that can be read; None if there is no checkpoint.
-
-    Raises:
-      UserError: if there are checkpoints and none can be read.
-    """
-    found = self._first_readable({"metadata": ocp.args.JsonRestore()})
+    """The metadata of the checkpoint that `restore_latest` would take, or None."""
+    found = self._restore(None)
     return found and found[1]["metadata"]
 
-  def _first_readable(self, wanted: dict):
-    """(step, items, {newer step: why it could not be read}), or None without checkpoints."""
+  def _restore(self, abstract: PyTree | None):
+    """(step, items, {newer step: "step (why it could not be read)"}); None without checkpoints."""
     if not self._folder.is_dir():
       return None
+    wanted = {"metadata": ocp.args.JsonRestore()}
+    if abstract is not None:
+      wanted["state"] = ocp.args.StandardRestore(abstract)
     manager = self._open()
     self.wait()
     reasons = {}
     for step in sorted(manager.all_steps(), reverse=True):
-      reasons[step] = self._damage(step)
-      if reasons[step] is None:
+      reason = self._damage(step)
+      if reason is None:
+        if abstract is not None:
+          self._require_fit(step, abstract)
         try:
-          items = manager.restore(step, args=ocp.args.Composite(**wanted))
+          return step, manager.restore(step, args=ocp.args.Composite(**wanted)), reasons
         except Exception as error:  # orbax and tensorstore raise whatever they like
-          reasons[step] = _one_line(error)
-        else:
-          del reasons[step]
-          return step, items, reasons
+          reason = _one_line(error)
+      reasons[step] = f"{step} ({reason})"
     if reasons:
-      listed = ", ".join(f"{step} ({why})" for step, why in reasons.items())
       raise errors.UserError(
-        f"no checkpoint in {self._folder} can be read: {listed}: {_START_ANEW}"
+        f"no checkpoint in {self._folder} can be read: {', '.join(reasons.values())}: {_START_ANEW}"
       )
     return None
 
   def check_errors(self) -> None:
-    """Raises what a save in the background has raised by now, without waiting for it.
-
-    Raises:
-      UserError: if the disk is full.
-    """
+    """Raises what a save in the background has raised by now, without waiting for it."""
     if self._manager is not None:
       with self._reporting():
-        if self._manager.is_saving_in_progress():
-          self._manager.check_for_errors()
-        else:
-          self._manager.wait_until_finished()  # it has; this raises its error
+        self._manager.check_for_errors()
+        if not self._manager.is_saving_in_progress():
+          self.wait()  # the first call misses errors of array data, this one does not
 
   def wait(self) -> None:
-    """Returns when the last save is on disk.
-
-    Raises:
-      UserError: if the disk is full.
-    """
+    """Returns when the last save is on disk."""
     if self._manager is not None:
       with self._reporting():
         self._manager.wait_until_finished()
 
   def close(self) -> None:
-    """Waits for the last save and ends the background threads.
-
-    Raises:
-      UserError: if the disk is full.
-    """
+    """Waits for the last save and ends the background threads."""
     if self._manager is not None:
       manager, self._manager = self._manager, None
       with self._reporting():
@@ -281,14 +285,11 @@ class Checkpoints:
       yield
     except (OSError, ValueError) as error:
       text = str(error)
-      code = getattr(error, "errno", None)
-      if code is None and "os_error_code=" not in text:  # tensorstore's way to name one
+      if not isinstance(error, OSError) and "os_error_code=" not in text:  # as tensorstore says it
         raise
-      full = code in (errno.ENOSPC, errno.EDQUOT) or any(
-        os.strerror(c) in text for c in (errno.ENOSPC, errno.EDQUOT)
-      )
-      what = "no space left on device" if full else _one_line(error)
-      advice = "free some space" if full else "mend it"
+      what, advice = _one_line(error), "mend it"
+      if any(os.strerror(code) in text for code in (errno.ENOSPC, errno.EDQUOT)):
+        what, advice = "no space left on device", "free some space"
       self._sweep()
       steps = [int(p.name) for p in self._folder.glob("*") if p.name.isdigit()]
       intact = f"checkpoint {max(steps)} is intact" if steps else "there is none before it"

@@ -158,7 +158,7 @@ def online_em(
     (learn_kappa and callable(kappa), "learn_kappa starts from a number, not from a schedule"),
     (balance_steps < 1, f"{balance_steps=}: must be at least 1"),
     (not 0.0 <= momentum < 1.0, f"{momentum=}: must be at least 0 and below 1"),
-    (reseed and not 1 <= reseed_max <= num_components, f"{reseed_max=}: must be from 1 to K"),
+    (reseed_max < 1, f"{reseed_max=}: must be at least 1"),
     *((not (value is None or callable(value) or value > 0.0), f"{name}={value}: must be positive")
       for name, value in positive.items()),
   ):  # fmt: skip
@@ -178,10 +178,10 @@ def online_em(
       sums=means.copy(),  # donated states must not share buffers
       squares=means**2 + 1.0 / dim if diagonal else None,
       means=means,
-      variances=jnp.full(shape, 1.0 / dim) if diagonal else None,
+      variances=jnp.full(shape, 1.0 / dim, jnp.float32) if diagonal else None,
       kappa=None if diagonal else jnp.asarray(_at(kappa, 0), jnp.float32),
       scatter=jnp.zeros(()) if learn_kappa else None,
-      usage=jnp.full(num_components, 1.0 / num_components),
+      usage=jnp.full(num_components, 1.0 / num_components, jnp.float32),
       feature_mean=jnp.zeros(dim) if center_features else None,
       key=reseed_key if reseed else None,
     )
@@ -248,10 +248,10 @@ def online_em(
 
   def move_unused(state: MixtureState, rows: jax.Array) -> MixtureState:
     row_key, noise_key = jax.random.split(jax.random.fold_in(state.key, state.step))
-    lowest, index = jax.lax.top_k(-state.usage, reseed_max)
+    lowest, index = jax.lax.top_k(-state.usage, min(reseed_max, num_components))
     # An index out of range is dropped by the scatter.
     index = jnp.where(-lowest < reseed_threshold / num_components, index, num_components)
-    means = rows[jax.random.randint(row_key, (reseed_max,), 0, rows.shape[0])]
+    means = rows[jax.random.randint(row_key, index.shape, 0, rows.shape[0])]
     noise = reseed_noise * rows.std(axis=0)[None, :] * jax.random.normal(noise_key, means.shape)
     means = _unit(means + noise) if normalize else means + noise
     # Everything as at the start, but for the means.

@@ -72,6 +72,7 @@ def _without_head():
      r"more has shape none there and \(2,\) here"),
     (_without_head, r"head.scale has shape \(4,\) there and none here"),
   ],
+  ids=["shape", "missing", "left over"],
 )  # fmt: skip
 def test_another_encoder_is_refused_in_one_line(tmp_path, template, words):
   export.write(tmp_path, _tree(), INFO)
@@ -114,6 +115,15 @@ def test_full_disk_leaves_a_whole_export(tmp_path, monkeypatch, broken):
   np.testing.assert_array_equal(tensors["params.head.scale"], expected)
   assert seed == (0 if broken.startswith("encoder") else 1)
   assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_reader_of_the_old_file_sees_it_whole_while_it_is_replaced(tmp_path):
+  export.write(tmp_path, _tree(0), INFO)
+  old = (tmp_path / "encoder.safetensors").read_bytes()
+  with open(tmp_path / "encoder.safetensors", "rb") as reader:
+    export.write(tmp_path, _tree(1), INFO)
+    assert reader.read() == old
+  assert (tmp_path / "encoder.safetensors").read_bytes() != old
 
 
 def test_folder_that_cannot_be_made_is_one_line(tmp_path):

@@ -82,9 +82,10 @@ def online_probe(num_classes: int, dim: int, *, learning_rate: float = 1e-3) -> 
     mean = jnp.einsum("b,bd->d", share, features)
     # Around the running mean, so that a moving mean counts as spread.
     rate = jnp.where(total > 0, jnp.maximum(_RATE, 1.0 / (1.0 + state["seen"])), 0.0)
-    mean = state["mean"] + rate * (mean - state["mean"])
+    mean = (1.0 - rate) * state["mean"] + rate * mean
     var = jnp.einsum("b,bd->d", share, (features - mean[None, :]) ** 2)
-    var = state["var"] + rate * (var - state["var"])
+    # In this form a rate of 1 forgets the initial 1 exactly, however small the variance.
+    var = (1.0 - rate) * state["var"] + rate * var
     inputs = _standardise(features, mean, var)
 
     def loss_fn(params):

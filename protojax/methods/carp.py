@@ -11,6 +11,7 @@ teacher moves after it.
 import math
 
 import jax
+import jax.numpy as jnp
 
 from protojax import assignment, errors, losses, student_teacher
 from protojax.methods import base
@@ -43,6 +44,7 @@ def make(config) -> base.Method:
     q = jax.nn.softmax(teacher)
     metrics = {
       "loss": consistency + spread,
+      "ln_k": jnp.float32(math.log(size)),  # of a student that says nothing: K is a block's size
       "consistency": consistency,
       "entropy_gap": spread,
       "teacher_entropy": losses.entropy(q).mean(),

@@ -5,6 +5,8 @@ arXiv 2510.20108) and the control (frozen). `method.targets` is "center", as pub
 "sinkhorn" (three log-domain iterations over the global batch, arXiv 2304.07193).
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -53,6 +55,7 @@ def make(config) -> base.Method:
     entropy = losses.entropy(q).mean()
     metrics = {
       "loss": value,
+      "ln_k": jnp.float32(math.log(options.num_prototypes)),  # of a student that says nothing
       "teacher_entropy": entropy,
       "kl": value - entropy,
       "mean_entropy": losses.entropy(q.mean(axis=(0, 1))),
