@@ -1,4 +1,6 @@
-r"""CARP (arXiv 2306.10987) on CIFAR-10, small ViT; learned or, in mode "gmm", decoupled prototypes.
+r"""CARP (Silva, Ramírez Rivera, NeurIPS 2023) on CIFAR-10, small ViT.
+
+Prototypes are learned or, in mode "gmm", decoupled.
 
   python -m protojax.main --config=configs/carp_cifar10.py --workdir=runs/carp_cifar10 \
     --config.data.data_dir=$PROTOJAX_DATA_DIR

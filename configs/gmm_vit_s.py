@@ -26,5 +26,7 @@ def get_config(mode: str = ""):
     "teacher_temp": 0.04, "teacher_temp_warmup_epochs": 0,
   })  # fmt: skip
   # 1,000 units of responsibility at K = 65,536 and 1,024 teacher rows are 64,000 balanced steps.
-  config.mixture.update({"balanced": False, "horizon_steps": 64_000.0})
+  config.mixture.update({
+    "balanced": False, "center_features": False, "kappa": 20.0, "horizon_steps": 64_000.0,
+  })  # fmt: skip
   return common.finish(config, mode)

@@ -21,6 +21,5 @@ def get_config(mode: str = ""):
     "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5),
   })  # fmt: skip
   config.method.num_prototypes = 256
-  config.mixture.horizon_steps = 100.0
   config.optim.warmup_steps = 30
   return common.finish(config, mode)

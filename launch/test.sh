@@ -60,5 +60,5 @@ else
 fi
 
 "$venv/bin/python" -m ruff check . || failed+=" ruff"
-"$venv/bin/python" -m pytest "$@" || failed+=" pytest"
+"$venv/bin/python" -m pytest --durations=10 "$@" || failed+=" pytest"
 [ -z "$failed" ] || die "failed:$failed (see above)"

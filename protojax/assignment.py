@@ -104,7 +104,7 @@ def random_partition(key: jax.Array, num_prototypes: int) -> jax.Array:
 
 
 def partition(scores: jax.Array, permutation: jax.Array, block: int) -> jax.Array:
-  """Cuts reordered scores into blocks of prototypes (arXiv 2306.10987).
+  """Cuts reordered scores into blocks of prototypes (Silva and Ramírez Rivera, NeurIPS 2023).
 
   Args:
     scores: [..., K].

@@ -78,7 +78,7 @@ def _shapes(tree: PyTree) -> dict[str, str]:
   """{"encoder/head/kernel": "float32[4, 6]"}."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
-  return {name(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+  return {name(path): f"{list(leaf.shape)}" for path, leaf in leaves}
 
 
 def _one_line(error: Exception) -> str:
@@ -104,7 +104,7 @@ class Checkpoints:
     self._folder = pathlib.Path(workdir).expanduser().absolute() / "checkpoints"
     self._keep = keep
     self._manager = None
-    self._newest = None  # step of the last save or restore that did not fail
+    self._newest = None  # step of the last save or restore
     self._unreadable = []  # newer than the restored one
     self._shapes = {}  # of the state that is being saved
     self._swept = False
@@ -138,8 +138,6 @@ class Checkpoints:
     Raises:
       ValueError: if a later step is there already.
     """
-    if step == self._newest:
-      return
     self.wait()
     self._newest = step
     with self._reporting():
@@ -293,8 +291,7 @@ class Checkpoints:
       self._sweep()
       steps = [int(p.name) for p in self._folder.glob("*") if p.name.isdigit()]
       intact = f"checkpoint {max(steps)} is intact" if steps else "there is none before it"
-      step, self._newest = self._newest, None
       raise errors.UserError(
-        f"{what} while saving checkpoint {step} in {self._folder}: {advice} and run the same "
-        f"command again; {intact}"
+        f"{what} while saving checkpoint {self._newest} in {self._folder}: {advice} and run the "
+        f"same command again; {intact}"
       ) from error

@@ -105,11 +105,15 @@ def default() -> ml_collections.ConfigDict:
     "partition_size": 512,  # carp
   })  # fmt: skip
   config.mixture = ml_collections.ConfigDict({
-    "horizon_steps": 2000.0,  # steps until a component forgets a factor e, at balanced usage
-    "horizon_final": config_dict.placeholder(float),
+    # The defaults are the best trade-off found between unique and used; see the README's table.
+    # Steps until a component with balanced usage forgets a factor e; 0 takes horizon_epochs, and
+    # where that is 0 too, 1.25 times the run.
+    "horizon_steps": 0.0,
+    "horizon_epochs": 0.0,
+    "horizon_final": config_dict.placeholder(float),  # None: no change; see anneal_steps
     "mass": "ca",
     "covariance": "isotropic",
-    "kappa": 20.0,
+    "kappa": 100.0,  # 1 / temperature of the posterior over cosines
     "learn_kappa": False,
     "beta": 1.0,
     "beta_final": config_dict.placeholder(float),
@@ -117,7 +121,7 @@ def default() -> ml_collections.ConfigDict:
     "balanced": True,
     "balance_steps": 3,
     "use_pi": True,
-    "center_features": False,
+    "center_features": True,
     "reseed": False,
   })  # fmt: skip
   config.optim = ml_collections.ConfigDict({
@@ -199,6 +203,10 @@ def resolve(config, num_records: int) -> ml_collections.ConfigDict:
     if not optim.freeze_prototypes_steps:
       steps = round(optim.freeze_prototypes_epochs * config.steps_per_epoch)
       optim.freeze_prototypes_steps = steps
+    mixture = config.mixture
+    if not mixture.horizon_steps:
+      epochs = mixture.horizon_epochs * config.steps_per_epoch
+      mixture.horizon_steps = float(epochs or 1.25 * config.num_steps)
     for section, key, default in (
       (config.probe, "name", config.data.name),
       (config.probe, "data_dir", config.data.data_dir),

@@ -60,7 +60,7 @@ def carp_consistency(student_scores: jax.Array, teacher_scores: jax.Array) -> ja
   """-log of the probability that two views get the same prototype, block by block.
 
   Inside a block assignments are softmaxes without temperature; the agreement <p, q> is clipped to
-  [eps, 1 - eps] with the eps of the dtype (arXiv 2306.10987; CARP's code).
+  [eps, 1 - eps] with the eps of the dtype (Silva and Ramírez Rivera, NeurIPS 2023; CARP's code).
 
   Args:
     student_scores: [B, V, P, n] scores, cut into P blocks of n prototypes; any float dtype.
@@ -85,7 +85,7 @@ def carp_entropy(student_scores: jax.Array, teacher_scores: jax.Array) -> jax.Ar
   """ln n minus the entropy of the mean assignment in a block: 0 if all prototypes are used alike.
 
   The mean is over the rows of all student and teacher views of the global batch; the gradient flows
-  through the student's rows (arXiv 2306.10987; CARP's code).
+  through the student's rows (Silva and Ramírez Rivera, NeurIPS 2023; CARP's code).
 
   Args:
     student_scores: [B, V, P, n] scores, any float dtype.

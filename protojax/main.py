@@ -1,5 +1,6 @@
 """python -m protojax.main --config=configs/NAME.py --workdir=FOLDER [--config.KEY=VALUE ...]"""
 
+import errno
 import importlib.util
 import pathlib
 import sys
@@ -102,6 +103,14 @@ def _guarded(call, argument):
     return call(argument)
   except errors.UserError as error:
     print(f"protojax: {error}", file=sys.stderr)
+    sys.exit(2)
+  except OSError as error:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+      raise
+    print(
+      f"protojax: no space left on device for {error.filename or 'the workdir'}: free some space "
+      "and run the same command again; the last checkpoint is intact", file=sys.stderr,
+    )  # fmt: skip
     sys.exit(2)
   except workdir.Interrupted as stop:
     print(f"protojax: {stop}", file=sys.stderr)

@@ -48,7 +48,7 @@ def decay_mask(params: PyTree) -> PyTree:
 
 
 def _clip(grads: PyTree, limit: float, mode: str) -> PyTree:
-  """Scales by min(1, limit / (norm + 1e-2)), the norm of each tensor or of all of them."""
+  """Scales by min(1, limit / (norm + 1e-6)), the norm of each tensor or of all of them."""
 
   def factor(norm):
     return jnp.minimum(1.0, limit / (norm + 1e-6))

@@ -262,7 +262,9 @@ saved.close()
 def _child(code, folder):
   """A process of its own that runs `code` after _CHILD."""
   code = (_CHILD + code).format(root=str(ROOT), folder=str(folder))
-  return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+  return subprocess.Popen(
+    [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  )
 
 
 def test_kill_in_the_middle_of_a_save_leaves_the_one_before(tmp_path):
@@ -324,8 +326,9 @@ def test_full_disk_is_one_line_and_costs_no_checkpoint(small_disk, capfd):
 def test_disk_that_fills_up_during_a_save_is_the_same_line(small_disk):
   """In its own process: orbax (0.12.8) leaves writes behind that end in a closed event loop."""
   with _child(_FILLED, small_disk / "run") as process:
-    output, _ = process.communicate(timeout=60)
+    output, log = process.communicate(timeout=60)
   assert process.returncode == 0 and re.fullmatch(_FULL + "\n", output)
+  assert "ERROR" not in log
   _check_intact(small_disk / "run")
 
 

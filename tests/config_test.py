@@ -3,7 +3,7 @@ import pathlib
 import pytest
 
 from protojax import config as configs
-from protojax import errors, main
+from protojax import errors, main, train
 
 RECIPES = sorted(
   p for p in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py") if p.stem != "common"
@@ -18,6 +18,15 @@ def test_recipe_changes_only_known_keys_and_its_debug_mode_is_small(path):
   debug = main.load(f"{path}:debug")
   assert debug.data.name == "digits" and debug.data.data_dir is None
   assert debug.model.depth == 2 and debug.method.num_prototypes <= 256
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_debug_step_of_a_recipe_traces(path):
+  config = main.load(f"{path}:debug")
+  train_source, bank, test = train.build_sources(config)
+  assert test is not None
+  program = train.Program(configs.resolve(config, len(train_source)), bank.num_classes)
+  assert "stablehlo" in program.lower().as_text()
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
@@ -49,7 +58,7 @@ def test_epochs_become_steps_and_the_original_stays():
   assert (out.steps_per_epoch, out.num_steps) == (10, 300)
   assert out.optim.warmup_steps == 30  # ten epochs would be 100: a tenth of the run at most
   assert out.optim.freeze_prototypes_steps == 10
-  assert out.mixture.horizon_final == out.mixture.horizon_steps
+  assert out.mixture.horizon_final == out.mixture.horizon_steps == 375.0
   assert config.num_steps == 0 and config.probe.name is None and out.probe.name == "digits"
 
 

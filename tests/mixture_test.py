@@ -23,6 +23,13 @@ def unit(x):
   return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
+def check_distances(aux, before, after, rows):
+  """`movement` and `max_cos` of one update, from the means before and after it."""
+  before, after, rows = (unit(np.asarray(x, np.float64)) for x in (before, after, rows))
+  np.testing.assert_allclose(aux.movement, (1 - (before * after).sum(axis=1)).mean(), atol=1e-6)
+  np.testing.assert_allclose(aux.max_cos, (rows @ before.T).max(axis=1).mean(), atol=1e-6)
+
+
 def make(num=K, dim=D, **options):
   if "window" not in options:
     options = {"horizon_steps": 3.0, **options}
@@ -116,8 +123,10 @@ def test_recursion_equals_its_float64_transcription(mass, covariance, use_pi, ba
   state = tx.init(jax.random.key(0))
   reference = Reference(state.means, N, horizon=3.0, beta=0.7, **options)
   for rows in batches(5):
+    before = state.means
     state, aux = tx.update(state, jnp.asarray(rows))
     q = reference.step(rows)
+    check_distances(aux, before, state.means, rows)
     np.testing.assert_allclose(state.means, reference.mu, atol=1e-5)
     np.testing.assert_allclose(mixture.weights(state), reference.pi, atol=1e-5)
     unit_mass = reference.window if mass == "ca" else N / K
@@ -139,8 +148,10 @@ def test_without_normalisation_it_is_a_plain_gaussian_mixture(covariance):
   reference = Reference(means, N, horizon=3.0, mass="ema", covariance=covariance, use_pi=True,
                         balanced=False, kappa=2.0, normalize=False)  # fmt: skip
   for rows in batches(5):
-    state, _ = tx.update(state, jnp.asarray(rows))
+    before = state.means
+    state, aux = tx.update(state, jnp.asarray(rows))
     reference.step(rows)
+    check_distances(aux, before, state.means, rows)
   np.testing.assert_allclose(state.means, reference.mu, atol=1e-5)
   np.testing.assert_allclose(mixture.weights(state), reference.pi, atol=1e-5)
 
@@ -318,6 +329,14 @@ def test_learned_kappa_finds_the_concentration(normalize):
   assert float(state.kappa) == 10.0
   state, _ = run(tx, state, rows.astype(np.float32))
   np.testing.assert_allclose(state.kappa, 60.0 if normalize else 4.0, rtol=0.05)
+
+
+def test_variances_stay_above_the_floor():
+  for floor, expected in ((None, 0.05 / D), (0.02, 0.02)):
+    tx = make(covariance="diagonal", horizon_steps=0.1, variance_floor=floor, normalize=False)
+    means = np.arange(K)[:, None] * np.ones(D)
+    state, _ = run(tx, tx.init(jax.random.key(0), means), [np.repeat(means, 4, 0)] * 3)
+    np.testing.assert_allclose(state.variances, np.full((K, D), expected), rtol=1e-6)
 
 
 def test_learned_kappa_stays_between_one_and_the_floor_of_the_variance():
@@ -499,17 +518,17 @@ def test_schedules_are_functions_of_past_updates(name):
   assert np.abs(ignored.means - state.means).max() > 1e-4
 
 
-@pytest.mark.parametrize("covariance", ["isotropic", "diagonal"])
-def test_reseeding_moves_the_least_used_components_to_the_batch(covariance):
+@pytest.mark.parametrize(("covariance", "most"), [("isotropic", 2), ("diagonal", 5)])
+def test_reseeding_moves_the_least_used_components_to_the_batch(covariance, most):
   tx, state, features = opposite_means(
-    reseed=True, reseed_threshold=0.5, reseed_max=2, reseed_noise=0.01, covariance=covariance
+    reseed=True, reseed_threshold=0.5, reseed_max=most, reseed_noise=0.01, covariance=covariance
   )
   usage = jnp.asarray([0.9, 0.01, 0.02, 0.03, 0.2, 0.5])  # 1, 2 and 3 are below .5 / 6
   state = state._replace(usage=usage, mass=state.mass * 2)
   rows = jnp.asarray(features[0])
   new, _ = tx.update(state, rows)
   moved = np.abs(new.means - state.means).max(axis=1) > 0.5
-  np.testing.assert_array_equal(moved, [False, True, True, False, False, False])
+  np.testing.assert_array_equal(moved, [False, True, True, most == 5, False, False])
   np.testing.assert_allclose(np.linalg.norm(new.means, axis=1), np.ones(K), rtol=1e-5)
   nearest = (np.asarray(new.means) @ unit(features[0]).T).max(axis=1)
   assert (nearest[1:3] > 0.999).all()

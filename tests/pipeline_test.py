@@ -1,13 +1,16 @@
 """Batches: the same for any number of workers, processes and restarts."""
 
 import itertools
+import multiprocessing
 import os
 import pathlib
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
+import tensorflow_datasets  # noqa: F401  (patches `import` while it loads: not beside threads)
 from PIL import Image
 
 from protojax import errors
@@ -75,6 +78,23 @@ def test_batches_are_equal_for_any_number_of_workers_and_resume_at_any_step(digi
   for workers in (0, 1, 2):
     options = _TRAIN | {"step": 7, "num_workers": workers}
     assert_same(take(pipeline.batches(digits, **options), 3), whole[7:])
+    assert not multiprocessing.active_children()
+
+
+def test_an_abandoned_stream_stops_its_threads(digits):
+  def threads():
+    return [t for t in threading.enumerate() if t.name.startswith("grain-prefetch")]
+
+  closed, abandoned = (pipeline.batches(digits, **_TRAIN) for _ in range(2))
+  masked = pipeline.sequential(digits, batch_size=64, image_size=32)
+  for stream in (closed, abandoned, masked):
+    next(stream)
+  assert threads()
+  closed.close()
+  del stream, abandoned, masked
+  for thread in threads():
+    thread.join(timeout=20)
+  assert not threads()
 
 
 def test_batches_of_processes_are_the_contiguous_rows_of_the_global_batch(digits):

@@ -1,4 +1,4 @@
-"""CARP: consistency over random partitions of the prototypes (arXiv 2306.10987).
+"""CARP: consistency over random partitions of prototypes (Silva, Ramírez Rivera, NeurIPS 2023).
 
 Each step cuts a random permutation of the K prototypes into blocks; inside each block the views of
 an image must agree, and the mean assignment must be spread. No temperature, centring or Sinkhorn;
