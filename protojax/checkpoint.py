@@ -78,7 +78,7 @@ def _shapes(tree: PyTree) -> dict[str, str]:
   """{"encoder/head/kernel": "float32[4, 6]"}."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
-  return {name(path): f"{list(leaf.shape)}" for path, leaf in leaves}
+  return {name(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
 
 
 def _one_line(error: Exception) -> str:

@@ -50,6 +50,8 @@ def test_mistake_found_after_the_flags_is_one_line_too(tmp_path):
   assert "Traceback" not in stderr and not (tmp_path / "run").exists()
 
 
+# ml_collections 1.1 loads config files with a call that Python 3.12 has deprecated.
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 @pytest.mark.parametrize(
   ("arguments", "words"),
   [

@@ -274,7 +274,7 @@ if __name__ == "__main__":
   raise RuntimeError("left the loop")
 """)
   done = subprocess.run(
-    [sys.executable, str(script)], capture_output=True, text=True, timeout=60,
+    [sys.executable, str(script)], capture_output=True, text=True, timeout=240,
     env=os.environ | {"PYTHONPATH": str(_REPO)},
   )  # fmt: skip
   lines = done.stdout.splitlines()
