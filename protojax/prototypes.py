@@ -116,7 +116,7 @@ def build(config) -> PrototypeSet:
       (D) and `mixture.*`.
 
   Raises:
-    UserError: for an unknown kind or fewer than two prototypes.
+    UserError: for an unknown kind, fewer than two prototypes or mixture options out of range.
   """
   num, dim, kind = config.method.num_prototypes, config.head.bottleneck, config.method.prototypes
   if num < 2:
@@ -127,7 +127,10 @@ def build(config) -> PrototypeSet:
   if kind == "learned":
     return _learned(num, dim, config.method.train_prototype_norm)
   if kind == "mixture":
-    return _mixture(num, dim, config.mixture)
+    try:
+      return _mixture(num, dim, config.mixture)
+    except ValueError as error:
+      raise errors.UserError(f"mixture: {error}; see --config.mixture.*") from None
   if kind == "frozen":
     return _frozen(num, dim)
   raise errors.UserError(

@@ -127,6 +127,7 @@ def test_unknown_names(tmp_path):
   _refused(tmp_path, "method.name='simclr' is unknown.*carp, dino", method__name="simclr")
   _refused(tmp_path, "model.name='vit_huge'", model__name="vit_huge")
   _refused(tmp_path, "method.prototypes='gmm'", method__prototypes="gmm")
+  _refused(tmp_path, "mixture: .*mass='sum'.*ca or ema", mixture__mass="sum")
 
 
 def test_corrupt_images_are_skipped_counted_and_named(tmp_path, caplog):

@@ -204,6 +204,9 @@ def _stream(chunks: _Chunks, step: int, num_workers: int) -> Iterator[dict[str, 
     while pieces := list(itertools.islice(iterator, chunks.per_batch)):
       # Copied in any case: pieces from a worker lie in shared memory that grain takes back.
       yield {key: np.concatenate([np.asarray(p[key]) for p in pieces]) for key in pieces[0]}
+  except errors.UserError as error:  # some versions of grain put the worker's traceback before it
+    line = str(error).strip().splitlines()[-1]
+    raise errors.UserError(line.removeprefix("protojax.errors.UserError: ")) from None
   finally:
     iterator.close()
 
