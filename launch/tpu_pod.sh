@@ -3,11 +3,12 @@
 # same program on all of them. Run it on your own machine, from the clone, with gcloud set up:
 #
 #   NAME=my-tpu ZONE=us-east5-a PROJECT=my-project bash launch/tpu_pod.sh \
-#     --config=configs/gmm_vit_s.py --workdir=gs://my-bucket/gmm
+#     --config=configs/gmm_vit_s.py --workdir=/mnt/shared/gmm
 #
 # With --dry-run as its first argument it only prints the commands. What runs is the last commit,
-# not the files of the working tree. The workdir is a bucket, because all hosts write into one
-# checkpoint. JAX finds the other hosts and all chips by itself; no XLA flag is needed.
+# not the files of the working tree. The workdir lies on a file system that all hosts mount at the
+# same path (Filestore, or a bucket through gcsfuse), because all hosts write into one checkpoint.
+# JAX finds the other hosts and all chips by itself; no XLA flag is needed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/venv.sh
@@ -27,8 +28,8 @@ for argument in "$@"; do
     --workdir=*) workdir=${argument#--workdir=} ;;
   esac
 done
-[[ $workdir == gs://?* ]] ||
-  die "--workdir=$workdir must be a bucket, gs://BUCKET/FOLDER: all hosts write one checkpoint"
+[[ $workdir == /?* ]] ||
+  die "--workdir=$workdir must be an absolute path that all hosts mount: they write one checkpoint"
 
 commit=$(git rev-parse --short HEAD) || die "this is no git clone with a commit to copy"
 [ -z "$(git status --porcelain)" ] || echo "Uncommitted changes stay here; $commit runs." >&2

@@ -85,6 +85,10 @@ def claim(workdir: str, config) -> pathlib.Path:
   """
   if config.resume not in ("auto", "never"):
     raise errors.UserError(f"resume={config.resume!r} is unknown: choose auto or never")
+  if "://" in workdir:
+    raise errors.UserError(
+      f"--workdir={workdir} is an address: give a folder; a bucket can be mounted (gcsfuse)"
+    )
   folder = pathlib.Path(workdir).expanduser().absolute()
   if folder.exists() and not folder.is_dir():
     raise errors.UserError(f"--workdir={workdir} is a file: give a folder")

@@ -219,7 +219,7 @@ def _tpu(clone, *arguments, **names):
 
 
 def test_tpu_dry_run_prints_every_command_and_needs_no_gcloud(clone):
-  done = _tpu(clone, "--workdir=gs://b/run", NAME="pod", ZONE="z", PROJECT="p")
+  done = _tpu(clone, "--workdir=/mnt/shared/run", NAME="pod", ZONE="z", PROJECT="p")
   assert done.returncode == 0, done.stderr
   lines = done.stdout.strip().splitlines()
   assert [line.split()[:2] for line in lines[:2]] == [["gcloud", "compute"], ["git", "archive"]]
@@ -227,20 +227,20 @@ def test_tpu_dry_run_prints_every_command_and_needs_no_gcloud(clone):
   assert len(gcloud) == 4
   assert all(x in line for line in gcloud for x in ("pod", "--zone=z", "--project=p", "worker=all"))
   assert "make_venv" in gcloud[2] and "ServerAliveInterval" in gcloud[3]
-  assert all(x in gcloud[3] for x in ("protojax.main", "--config=configs/x.py", "gs://b/run"))
+  assert all(x in gcloud[3] for x in ("protojax.main", "--config=configs/x.py", "/mnt/shared/run"))
 
 
 @pytest.mark.parametrize("missing", ["NAME", "ZONE", "PROJECT"])
 def test_tpu_launch_asks_for_what_it_lacks(clone, missing):
   names = {name: "x" for name in ("NAME", "ZONE", "PROJECT") if name != missing}
-  done = _tpu(clone, "--workdir=gs://b/run", **names)
+  done = _tpu(clone, "--workdir=/mnt/shared/run", **names)
   assert done.returncode != 0 and done.stdout == "" and f"{missing}: " in done.stderr
 
 
-@pytest.mark.parametrize("workdir", ["runs/x", "gs://"])
+@pytest.mark.parametrize("workdir", ["runs/x", "gs://b/run", "/"])
 def test_tpu_launch_refuses_a_workdir_that_hosts_do_not_share(clone, workdir):
   done = _tpu(clone, f"--workdir={workdir}", NAME="pod", ZONE="z", PROJECT="p")
-  assert done.returncode == 1 and done.stdout == "" and "must be a bucket" in done.stderr
+  assert done.returncode == 1 and done.stdout == "" and "must be an absolute path" in done.stderr
 
 
 def _launch(script: str, tmp_path, *arguments, **names) -> subprocess.CompletedProcess:
