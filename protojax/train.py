@@ -56,6 +56,11 @@ def build_sources(config):
   source.require_labels(bank, "probe.train_split")
   test = source.build(name, split=probe.test_split, data_dir=data_dir)
   source.require_labels(test, "probe.test_split")
+  if bank.class_names != test.class_names:
+    raise errors.UserError(
+      f"{bank.name} and {test.name} have different classes ({bank.num_classes} and "
+      f"{test.num_classes}): give both the same sub-folders"
+    )
   return train, bank, test
 
 

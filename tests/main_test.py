@@ -115,6 +115,14 @@ def test_labels_asked_of_unlabelled_data(tmp_path):
   )  # fmt: skip
 
 
+def test_splits_with_different_classes(tmp_path):
+  names = [f"train/{c}/{i}.png" for c in "abc" for i in range(8)]
+  root = _folder(tmp_path / "two", names + [f"test/{c}/{i}.png" for c in "ac" for i in range(4)])
+  _refused(
+    tmp_path, "different classes .3 and 2.", data__name="folder", data__data_dir=str(root),
+  )  # fmt: skip
+
+
 def test_batch_that_the_devices_do_not_divide(tmp_path):
   _refused(tmp_path, "batch_size=12 cannot be split over 8 devices", batch_size=12)
 
