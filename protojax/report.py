@@ -56,6 +56,7 @@ def picture(workdir: pathlib.Path) -> pathlib.Path:
     step, value = _curve(lines, key)
     axis.plot(step, 100 * value, style, color=_INK, label=label)
   axis.set(title="Accuracy on the test images, %", xlabel="step")
+  axis.set_xlim(left=0)
   axis.legend(frameon=False)
 
   axis = axes[1, 0]
@@ -72,12 +73,15 @@ def picture(workdir: pathlib.Path) -> pathlib.Path:
     axis.plot(np.arange(1, len(usage) + 1), usage, color=_INK)
     axis.axhline(usage.mean(), color=_MUTED, linestyle="--", label="balanced")
     axis.set_yscale("symlog", linthresh=1)
+    axis.set_ylim(bottom=0)
     axis.legend(frameon=False)
   axis.set(title="Images per prototype", xlabel="prototype, by rank")
 
   axis = axes[1, 2]
-  spectrum = np.maximum(arrays["spectrum"], 1e-12)
-  axis.semilogy(np.arange(1, len(spectrum) + 1), np.sort(spectrum)[::-1], color=_INK)
+  spectrum = np.sort(arrays["spectrum"])[::-1]
+  axis.semilogy(np.arange(1, len(spectrum) + 1), spectrum, color=_INK)
+  # A layer norm leaves one direction empty: noise of float32, not worth half the axis.
+  axis.set_ylim(bottom=max(spectrum[spectrum > 1e-7 * spectrum[0]].min(initial=spectrum[0]), 1e-30))
   axis.set(title="Feature covariance, eigenvalues", xlabel="rank")
 
   for axis in axes.flat:
