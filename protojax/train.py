@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from protojax import checkpoint, errors, optim, report, runlog, sharding, snapshot, train_step
+from protojax import checkpoint, errors, optim, runlog, sharding, snapshot, train_step
 from protojax import config as configs
 from protojax import workdir as workdirs
 from protojax.data import augment, pipeline, source
@@ -233,6 +233,9 @@ def run(config, workdir: str) -> dict[str, float]:
     for stream in (batches, probe_batches):
       stack.callback(stream.close)
     log = stack.enter_context(log)
+    if start == config.num_steps and (result := workdirs.read_result(folder)):
+      log.summary(result, folder / "report.png")
+      return result
     stop = stack.enter_context(workdirs.Stop())
     for step in range(start, config.num_steps):
       if step > start and step % config.save_every == 0:
@@ -259,11 +262,13 @@ def run(config, workdir: str) -> dict[str, float]:
             f"stopped at step {done}, {log.verdict(done).label}: {log.verdict(done).sentence} "
             "(--config.monitor.stop_on_collapse=False goes on)"
           )
+    if start == config.num_steps:  # stopped between the last checkpoint and the result
+      log.measures(start, view.monitor(state) | view.evaluate(state))
     save(config.num_steps, state)
     extra, arrays = view.final(state)
     result = log.result | extra
     result |= {"step": config.num_steps, "seed": config.seed, "seconds": time.time() - started}
     if jax.process_index() == 0:
-      workdirs.write_result(folder, result, arrays, config, bank=bank, test=test)
-      log.summary(result, report.picture(folder))
+      picture = workdirs.write_result(folder, result, arrays, config, bank=bank, test=test)
+      log.summary(result, picture)
   return result

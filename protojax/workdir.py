@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from protojax import __version__, checkpoint, errors, export, sharding
+from protojax import __version__, checkpoint, errors, export, report, sharding
 
 _OURS = (
   "config.json", "env.json", "checkpoints", "exported", "metrics.jsonl", "train.log", "eval",
@@ -168,8 +168,13 @@ def export_encoder(folder: pathlib.Path, step: int, state, config, mesh) -> None
     export.write(folder / "exported", tree, info)
 
 
-def write_result(folder: pathlib.Path, result: dict, arrays: dict, config, *, bank, test) -> None:
-  """eval/final/: result.json, every number with the protocol it was made by; arrays.npz."""
+def write_result(
+  folder: pathlib.Path, result: dict, arrays: dict, config, *, bank, test
+) -> pathlib.Path:
+  """Writes eval/final/: arrays.npz, and result.json, every number with the protocol it was made by.
+
+  Draws report.png between the two, so that a run with a result has everything; returns its path.
+  """
   protocol = {
     "bank": f"{bank.name} ({len(bank)} images)",
     "test": None if test is None else f"{test.name} ({len(test)} images)",
@@ -183,11 +188,20 @@ def write_result(folder: pathlib.Path, result: dict, arrays: dict, config, *, ba
     "usage": "share of prototypes that are the argmax of any bank image",
   }
   final = folder / "eval" / "final"
+  final.mkdir(parents=True, exist_ok=True)
+  np.savez(final / "arrays.npz", **arrays)
+  picture = report.picture(folder)
   _write_json(
     final / "result.json",
     {"measures": result, "protocol": protocol, "environment": environment()},
   )
-  np.savez(final / "arrays.npz", **arrays)
+  return picture
+
+
+def read_result(folder: pathlib.Path) -> dict[str, float] | None:
+  """The measures that `write_result` wrote, or None."""
+  path = folder / "eval" / "final" / "result.json"
+  return json.loads(path.read_text())["measures"] if path.exists() else None
 
 
 def warm_start(state, path: str | None):

@@ -89,12 +89,16 @@ def test_stopped_and_resumed_run_equals_the_whole_one_to_the_bit(whole, tmp_path
   assert _losses(folder) == _losses(whole)
 
 
-def test_run_that_is_done_does_nothing_more(whole):
-  before = (whole / "metrics.jsonl").read_text()
-  train.run(_config(), str(whole))
-  assert _losses(whole) == {
-    r["step"]: r["train/loss"] for r in map(json.loads, before.splitlines()) if "train/loss" in r
-  }
+def test_run_that_is_done_reports_again_and_changes_nothing(whole):
+  names = ("metrics.jsonl", "eval/final/result.json", "exported/encoder.safetensors")
+  before = [(whole / name).read_bytes() for name in names]
+  result = train.run(_config(), str(whole))
+  assert [(whole / name).read_bytes() for name in names] == before
+  assert result["step"] == 6 and "probe/knn" in result
+  result_file = whole / "eval" / "final" / "result.json"
+  result_file.rename(whole / "eval" / "away.json")  # as if stopped right after the last checkpoint
+  again = train.run(_config(), str(whole))
+  assert again["probe/knn"] == result["probe/knn"] and result_file.exists()
 
 
 def test_every_file_of_a_run_is_there(whole):
