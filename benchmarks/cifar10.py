@@ -93,6 +93,7 @@ if __name__ == "__main__":
   parser.add_argument("--no_floors", action="store_true")
   parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="for every row")
   arguments = parser.parse_args()
+  lowest = {} if arguments.no_floors else floors(arguments.data_dir)
   results = {}
   for row in arguments.rows:
     folder = pathlib.Path(arguments.workdir) / row.replace(",", "").replace(" ", "_")
@@ -105,8 +106,7 @@ if __name__ == "__main__":
     if done.returncode:
       sys.exit(done.returncode)
     results[row] = json.loads((folder / "eval/final/result.json").read_text())["measures"]
-  if not arguments.no_floors:
-    results |= floors(arguments.data_dir)
+  results |= lowest
   for row, measures in results.items():
     print(json.dumps({"row": row, **_short(measures)}))
   print(table(results))

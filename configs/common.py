@@ -1,12 +1,13 @@
 """What several recipes share. Not a recipe: it has no command of its own."""
 
 from protojax import config as configs
+from protojax import errors
 
 
 def finish(config, mode: str):
   """Applies the mode of `--config=FILE.py:MODE`: "" or "debug" (a minute's run, `digits`, CPU)."""
   if mode not in ("", "debug"):
-    raise ValueError(f"unknown mode {mode!r}: only 'debug' is there")
+    raise errors.UserError(f"--config=FILE.py:{mode} is unknown: the mode of every recipe is debug")
   return configs.debug(config) if mode == "debug" else config
 
 

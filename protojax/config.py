@@ -35,6 +35,7 @@ def default() -> ml_collections.ConfigDict:
     "split": "train",
     "image_size": 32,  # storage size of the host pipeline, pixels
     "imbalance": config_dict.placeholder(float),  # largest class over smallest
+    "num_records": 0,  # 0: found out at the start; a run goes on only with as many
     "num_workers": 0,
   })  # fmt: skip
   config.probe = ml_collections.ConfigDict({  # labelled images for k-NN, linear probe, monitor
@@ -84,6 +85,7 @@ def default() -> ml_collections.ConfigDict:
     "layer_scale": config_dict.placeholder(float),
     "stem": "imagenet",  # ResNets: imagenet or cifar
     "zero_init_residual": True,
+    "joint_norm": False,  # batch norm over all views together instead of view by view
     "remat": False,
   })  # fmt: skip
   config.head = ml_collections.ConfigDict({
@@ -140,7 +142,9 @@ def default() -> ml_collections.ConfigDict:
     "beta2": 0.999,
   })  # fmt: skip
   config.teacher = ml_collections.ConfigDict({"momentum": 0.996})
-  config.mesh = ml_collections.ConfigDict({"data": -1, "model": 1})
+  # rules: ((regular expression, "replicate" | "fsdp" | "prototypes"), ...) over the state's paths,
+  # first match wins; () takes sharding.DEFAULT_RULES.
+  config.mesh = ml_collections.ConfigDict({"data": -1, "model": 1, "rules": ()})
   return config
 
 
@@ -180,7 +184,14 @@ def resolve(config, num_records: int) -> ml_collections.ConfigDict:
       the source.
   """
   config = config.copy_and_resolve_references()
+  _check_positive(config)
   with config.unlocked():
+    if config.data.num_records not in (0, num_records):
+      raise errors.UserError(
+        f"data.num_records={config.data.num_records} but data.name={config.data.name!r} has "
+        f"{num_records} images: leave data.num_records at 0"
+      )
+    config.data.num_records = num_records
     if config.batch_size > num_records:
       raise errors.UserError(
         f"batch_size={config.batch_size} is more than the {num_records} images of "
@@ -202,7 +213,7 @@ def resolve(config, num_records: int) -> ml_collections.ConfigDict:
       optim.warmup_steps = min(steps, config.num_steps // 10)
     if not optim.freeze_prototypes_steps:
       steps = round(optim.freeze_prototypes_epochs * config.steps_per_epoch)
-      optim.freeze_prototypes_steps = steps
+      optim.freeze_prototypes_steps = min(steps, config.num_steps // 10)
     mixture = config.mixture
     if not mixture.horizon_steps:
       epochs = mixture.horizon_epochs * config.steps_per_epoch
@@ -217,6 +228,23 @@ def resolve(config, num_records: int) -> ml_collections.ConfigDict:
       if section[key] is None:
         section[key] = default
   return config
+
+
+def _check_positive(config) -> None:
+  """Refuses counts below one before anything divides by them."""
+  known = flat(config)
+  for key in (
+    "batch_size", "accum_steps", "log_every", "save_every", "eval_every", "monitor.every",
+    "data.image_size", "head.bottleneck", "probe.k",
+  ):  # fmt: skip
+    if known[key] < 1:
+      raise errors.UserError(f"{key}={known[key]} must be at least 1: set --config.{key}")
+  if config.monitor.images < 2:
+    raise errors.UserError(
+      f"monitor.images={config.monitor.images}: the collapse measures need at least 2 images"
+    )
+  if config.num_steps < 0 or config.num_epochs < 0:
+    raise errors.UserError("num_steps and num_epochs must not be negative")
 
 
 def debug(config) -> ml_collections.ConfigDict:

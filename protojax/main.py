@@ -32,6 +32,10 @@ def load(path: str):
     raise errors.UserError(
       f"--config={path}: no file {name!r} here" + (f"; there are {near}" if near else "")
     )
+  # Recipes share code as `from configs import common`, from wherever the program is started.
+  clone = str(pathlib.Path(name).resolve().parent.parent)
+  if clone not in sys.path:
+    sys.path.append(clone)
   spec = importlib.util.spec_from_file_location("protojax_recipe", name)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
@@ -74,6 +78,8 @@ def _connect() -> None:
   import jax
 
   if _COORDINATOR.value:
+    if _NUM_PROCESSES.value is None or _PROCESS_ID.value is None:
+      raise errors.UserError("--coordinator_address needs --num_processes and --process_id too")
     jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   else:
     try:

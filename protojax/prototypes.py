@@ -75,6 +75,11 @@ def _frozen(num: int, dim: int) -> PrototypeSet:
 
 
 def _mixture(num: int, dim: int, config) -> PrototypeSet:
+  if not config.anneal_steps and (config.horizon_final, config.beta_final) != (
+    config.horizon_steps, config.beta,
+  ):  # fmt: skip
+    raise ValueError("horizon_final and beta_final need anneal_steps above 0")
+
   def ramp(start, final):
     if config.anneal_steps:
       return optax.linear_schedule(start, final, config.anneal_steps)

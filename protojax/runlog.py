@@ -30,7 +30,7 @@ class RunLog:
     self._config = config
     self._pending = None
     self._sums, self._count = {}, 0  # since the last line
-    self._since, self._waited = None, 0.0
+    self._since, self._timed, self._waited = None, 0, 0.0  # since the clock was last set
     self._skipped = pipeline.SkippedLog(describe)
     self._writer = writer.Writer(folder, total_steps=config.num_steps, start_step=start)
 
@@ -52,7 +52,12 @@ class RunLog:
     self.flush()
     self._pending = (step + 1, metrics)
     if self._since is None:  # the first step waits for the compiler, not for the machine
-      self._since, self._waited = time.perf_counter(), 0.0
+      self._since, self._timed, self._waited = time.perf_counter(), 0, 0.0
+
+  def sync(self) -> None:
+    """`flush`, and everything written so far is on the disk."""
+    self.flush()
+    self._writer.flush()
 
   def flush(self) -> None:
     """Handles the metrics that are still on the device."""
@@ -70,15 +75,16 @@ class RunLog:
     for key, value in metrics.items():
       self._sums[key] = self._sums.get(key, 0.0) + value
     self._count += 1
+    self._timed += 1
     if done % self._config.log_every == 0 or done in (1, self._config.num_steps):
       self._line(done)
 
   def _line(self, done: int) -> None:
     means = {k: v / self._count for k, v in self._sums.items()}
     now = time.perf_counter()
-    if self._count > 1 and now > self._since:
+    if self._timed > 1 and self._since is not None:
       seconds = now - self._since
-      means["time/img_per_s"] = self._count * self._config.batch_size / seconds
+      means["time/img_per_s"] = self._timed * self._config.batch_size / seconds
       means["time/data_wait"] = min(1.0, self._waited / seconds)
     if self._skipped.count:
       means["data/skipped"] = self._skipped.count
@@ -87,14 +93,14 @@ class RunLog:
     self._writer.progress(done, means.get("time/img_per_s"), means.get("time/data_wait"))
     self._say(done)
     self._sums, self._count = {}, 0
-    self._since, self._waited = time.perf_counter(), 0.0
+    self._since, self._timed, self._waited = time.perf_counter(), 0, 0.0
 
   def measures(self, done: int, values: dict[str, float]) -> None:
     """Writes collapse measures and accuracies of the state after `done` updates, and says them."""
     self.result |= values
     self._writer.write(done, values)
     self._say(done, full=True)
-    self._since, self._waited = None, 0.0
+    self._since, self._timed, self._waited = None, 0, 0.0  # evaluating is not training
 
   def verdict(self, done: int) -> "monitor.Verdict":
     """The verdict on the latest measures."""

@@ -1,7 +1,7 @@
 """Meshes, placement by regular expression, and batches as global arrays.
 
 The mesh has two axes: "data" splits the batch, "model" splits the prototypes. Axes are `Auto`, and
-said so: `jax.make_mesh` means `Explicit` when it is told nothing, and explicit axes refuse the
+said so: JAX is moving to `Explicit` where it is told nothing, and explicit axes refuse the
 covariances and batch statistics that prototype methods are made of.
 """
 
@@ -34,7 +34,8 @@ def make_mesh(data: int = -1, model: int = 1, devices=None) -> jax.sharding.Mesh
   Raises:
     UserError: if the sizes do not multiply to the number of devices.
   """
-  count = jax.device_count() if devices is None else len(devices)
+  devices = jax.devices() if devices is None else devices
+  count = len(devices)
   if data == -1 and model > 0 and count % model == 0:
     data = count // model
   if data < 1 or model < 1 or data * model != count:
@@ -42,8 +43,11 @@ def make_mesh(data: int = -1, model: int = 1, devices=None) -> jax.sharding.Mesh
       f"mesh.data={data} x mesh.model={model} does not cover {count} device(s): choose sizes "
       "whose product is the number of devices (mesh.data=-1 takes what is left)"
     )
-  kinds = (AxisType.Auto,) * 2
-  return jax.make_mesh((data, model), ("data", "model"), axis_types=kinds, devices=devices)
+  # In the order of processes, not of the torus as jax.make_mesh would: the rows of a process are
+  # contiguous then, which is what makes batches equal for any number of hosts.
+  ordered = sorted(devices, key=lambda d: (d.process_index, d.id))
+  grid = np.array(ordered).reshape(data, model)
+  return jax.sharding.Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
 
 def _fsdp(shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> PartitionSpec:
@@ -93,12 +97,12 @@ def state_shardings(abstract, mesh: jax.sharding.Mesh, rules=DEFAULT_RULES):
       if re.search(pattern, name):
         if tactic not in _TACTICS:
           raise errors.UserError(
-            f"mesh.rules: unknown placement {tactic!r} for {pattern!r}; there are "
+            f"sharding rules: unknown placement {tactic!r} for {pattern!r}; there are "
             f"{', '.join(_TACTICS)}"
           )
         return NamedSharding(mesh, _TACTICS[tactic](leaf.shape, mesh))
     raise errors.UserError(
-      f"mesh.rules: no rule matches {name!r}; end the rules with ('.*', 'replicate')"
+      f"sharding rules: no rule matches {name!r}; end the rules with ('.*', 'replicate')"
     )
 
   return jax.tree_util.tree_map_with_path(place, abstract)
@@ -113,11 +117,18 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def rows_of_process(batch_size: int, mesh: jax.sharding.Mesh) -> tuple[int, int]:
+def rows_of_process(
+  batch_size: int, mesh: jax.sharding.Mesh, name: str = "batch_size"
+) -> tuple[int, int]:
   """Which contiguous rows of the global batch this process loads, as (part, number of parts).
 
   Processes that hold the same slice of "data" (the mesh splits only "model" between them) load
   the same rows.
+
+  Args:
+    batch_size: global.
+    mesh: from `make_mesh`.
+    name: of the setting, for the message.
 
   Raises:
     UserError: if the batch cannot be split over the data axis.
@@ -125,7 +136,7 @@ def rows_of_process(batch_size: int, mesh: jax.sharding.Mesh) -> tuple[int, int]
   data = mesh.shape["data"]
   if batch_size < 1 or batch_size % data:
     raise errors.UserError(
-      f"batch_size={batch_size} cannot be split over {data} devices (mesh.data={data}): use a "
+      f"{name}={batch_size} cannot be split over {data} devices (mesh.data={data}): use a "
       f"multiple of {data}"
     )
   mine = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))

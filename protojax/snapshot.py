@@ -32,7 +32,9 @@ class Snapshot:
     self._bank, self._test = bank, test
     whole = sharding.replicated(self._mesh)
     self._forward = jax.jit(self._forward_fn, out_shardings=whole)
-    self._matrices = jax.jit(lambda s: method.prototype_matrices(train_step.variables_of(s)))
+    self._matrices = jax.jit(
+      lambda s: method.prototype_matrices(train_step.variables_of(s)), out_shardings=whole
+    )
 
     @jax.jit
     def start(seed):

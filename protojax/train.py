@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from protojax import checkpoint, errors, optim, runlog, sharding, snapshot, train_step
+from protojax import checkpoint, errors, export, optim, runlog, sharding, snapshot, train_step
 from protojax import config as configs
 from protojax import workdir as workdirs
 from protojax.data import augment, pipeline, source
@@ -43,7 +43,8 @@ def build_sources(config):
   )
   name, data_dir = probe.name or data.name, probe.data_dir or data.data_dir
   own = probe.name is None and probe.data_dir is None
-  if name == "folder" and own and not (pathlib.Path(data_dir) / probe.test_split).is_dir():
+  root = pathlib.Path(data_dir or "").expanduser()
+  if name == "folder" and own and not (root / probe.test_split).is_dir():
     logging.info(
       "k-NN and linear probe are off: %s has no folder %r; name labelled images with "
       "--config.probe.name and --config.probe.data_dir", data_dir, probe.test_split,
@@ -116,7 +117,8 @@ class Program:
       )
 
     self.abstract = jax.eval_shape(init, 0)
-    self.shardings = sharding.state_shardings(self.abstract, self.mesh)
+    rules = config.mesh.rules or sharding.DEFAULT_RULES
+    self.shardings = sharding.state_shardings(self.abstract, self.mesh, rules)
     self.init = jax.jit(init, out_shardings=self.shardings)
     rows = sharding.batch_sharding(self.mesh)
     self.step = jax.jit(
@@ -189,9 +191,21 @@ def run(config, workdir: str) -> dict[str, float]:
   started = time.time()
   train_source, bank, test = build_sources(config)
   config = configs.resolve(config, len(train_source))
-  sharding.rows_of_process(config.batch_size, sharding.make_mesh(**config.mesh))
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.model)
+  sharding.rows_of_process(config.batch_size, mesh)
+  if test is not None:
+    if config.probe.batch_size:
+      sharding.rows_of_process(config.probe.batch_size, mesh, "probe.batch_size")
+    if config.probe.k > (rows := min(config.probe.limit or len(bank), len(bank))):
+      raise errors.UserError(
+        f"probe.k={config.probe.k} neighbours of a bank of {rows} images: lower --config.probe.k"
+      )
   program = Program(config, bank.num_classes if test is not None else 0)
   lowered = program.lower()
+  start_from = None
+  if config.init_from:
+    path = pathlib.Path(config.init_from).expanduser()
+    start_from = export.load(path, program.abstract.encoder)
 
   folder = workdirs.claim(workdir, config)
   checkpoints = checkpoint.Checkpoints(folder, keep=config.keep_checkpoints)
@@ -202,7 +216,8 @@ def run(config, workdir: str) -> dict[str, float]:
   restored = checkpoints.restore_latest(target)
   if restored is None:
     start, state = 0, program.init(config.seed)
-    state = workdirs.warm_start(state, config.init_from)
+    if start_from is not None:
+      state = workdirs.warm_start(state, start_from)
   else:
     start, state, _ = restored
     logging.info("resumed at step %d", start)
@@ -222,7 +237,7 @@ def run(config, workdir: str) -> dict[str, float]:
     )  # fmt: skip
 
   def save(step, state):
-    log.flush()
+    log.sync()
     checkpoints.save(step, state, workdirs.metadata(config))
     workdirs.export_encoder(folder, step, state, config, program.mesh)
 
@@ -240,7 +255,7 @@ def run(config, workdir: str) -> dict[str, float]:
     for step in range(start, config.num_steps):
       if step > start and step % config.save_every == 0:
         save(step, state)
-      if stop.asked():
+      if stop.asked(step):
         save(step, state)
         raise workdirs.Interrupted(step)
       with jax.transfer_guard("disallow"):

@@ -26,7 +26,9 @@ class Interrupted(Exception):
   """The run was asked to stop and has saved state `step`."""
 
   def __init__(self, step: int):
-    super().__init__(f"stopped at step {step}; run the same command to go on")
+    super().__init__(
+      f"stopped at step {step}; run the same command (without --config.overwrite) to go on"
+    )
     self.step = step
 
 
@@ -51,10 +53,15 @@ class Stop:
     for number, handler in self._old.items():
       signal.signal(number, handler)
 
-  def asked(self) -> bool:
-    """Whether any process was asked to stop; every process gets the same answer."""
+  def asked(self, step: int) -> bool:
+    """Whether any process was asked to stop; every process gets the same answer.
+
+    Several processes talk about it every tenth step only: the exchange waits for the device.
+    """
     if jax.process_count() == 1:
       return self._asked
+    if step % 10:
+      return False
     return bool(multihost_utils.process_allgather(np.asarray(self._asked)).any())
 
 
@@ -93,12 +100,12 @@ def claim(workdir: str, config) -> pathlib.Path:
   if folder.exists() and not folder.is_dir():
     raise errors.UserError(f"--workdir={workdir} is a file: give a folder")
   lead = jax.process_index() == 0
-  if config.overwrite and lead:
-    for name in _OURS:
-      path = folder / name
-      shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    for events in folder.glob("events.out.tfevents.*"):
-      events.unlink()
+  if config.overwrite and lead and (folder / "env.json").exists():
+    try:
+      for path in (*(folder / name for name in _OURS), *folder.glob("events.out.tfevents.*")):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    except OSError as error:
+      raise errors.UserError(f"cannot overwrite --workdir={workdir}: {error.strerror}") from None
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices("workdir")
   known = folder / "config.json"
@@ -204,21 +211,17 @@ def read_result(folder: pathlib.Path) -> dict[str, float] | None:
   return json.loads(path.read_text())["measures"] if path.exists() else None
 
 
-def warm_start(state, path: str | None):
-  """State 0 with the encoder (student and teacher) of an exported one; as it is if path is None.
+def warm_start(state, params):
+  """State 0 with the encoder, student and teacher, of an exported one.
 
   Args:
     state: fresh `train_step.TrainState`.
-    path: folder exported/ of another run, or its encoder.safetensors.
-
-  Raises:
-    UserError: if a parameter is missing there or has another shape.
+    params: from `export.load`, host arrays.
   """
-  if path is None:
-    return state
-  loaded = export.load(pathlib.Path(path), state.encoder)
-  place = jax.tree.map(lambda old, new: jax.device_put(new, old.sharding), state.encoder, loaded)
+
+  def placed():  # twice: student and teacher must not share buffers
+    return jax.tree.map(lambda old, new: jax.device_put(new, old.sharding), state.encoder, params)
+
   if state.teacher == ():
-    return state.replace(encoder=place)
-  copy = jax.tree.map(lambda old, new: jax.device_put(new, old.sharding), state.encoder, loaded)
-  return state.replace(encoder=place, teacher={**state.teacher, "encoder": copy})
+    return state.replace(encoder=placed())
+  return state.replace(encoder=placed(), teacher={**state.teacher, "encoder": placed()})

@@ -131,6 +131,27 @@ def test_crop_that_the_patch_does_not_divide(tmp_path):
   _refused(tmp_path, "patch", augment__local_size=12)
 
 
+@pytest.mark.parametrize(
+  ("changes", "words"),
+  [
+    ({"batch_size": 0}, "batch_size=0"),
+    ({"log_every": 0}, "log_every=0"),
+    ({"monitor__images": 1}, "monitor.images=1"),
+    ({"probe__batch_size": 12}, "probe.batch_size=12 cannot be split over 8"),
+    ({"probe__k": 600}, "probe.k=600"),
+    ({"init_from": "/nowhere"}, "no encoder.safetensors"),
+    ({"mixture__beta_final": 2.0}, "anneal_steps"),
+  ],
+)
+def test_numbers_out_of_range(tmp_path, changes, words):
+  _refused(tmp_path, words, **changes)
+
+
+def test_unknown_mode_of_a_recipe():
+  with pytest.raises(errors.UserError, match="debgu is unknown"):
+    main.load(QUICKSTART.replace(":debug", ":debgu"))
+
+
 def test_unknown_names(tmp_path):
   _refused(tmp_path, "method.name='simclr' is unknown.*carp, dino", method__name="simclr")
   _refused(tmp_path, "model.name='vit_huge'", model__name="vit_huge")

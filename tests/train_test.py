@@ -17,7 +17,7 @@ import pytest
 import safetensors.numpy
 import tiny
 
-from protojax import checkpoint, main, runlog, train, workdir
+from protojax import checkpoint, errors, export, main, runlog, train, workdir
 
 ROOT = pathlib.Path(__file__).parents[1]
 # The same little run for the library and for the program: 6 steps on digits.
@@ -112,16 +112,16 @@ def test_every_file_of_a_run_is_there(whole):
   assert json.loads((whole / "exported" / "config.json").read_text())["weights"] == "teacher"
 
 
-def test_exported_encoder_is_the_teacher_and_starts_another_run(whole, tmp_path):
+def test_exported_encoder_is_the_teacher_and_starts_another_run(whole):
   _, state = _final(whole, _config())
   saved = safetensors.numpy.load_file(whole / "exported" / "encoder.safetensors")
   leaves = jax.tree.leaves(state.teacher["encoder"])
   assert sum(leaf.size for leaf in leaves) == sum(v.size for v in saved.values())
   program = train.Program(tiny.config())
-  with pytest.raises(workdir.errors.UserError, match="encoder.safetensors"):
-    workdir.warm_start(program.init(0), str(whole / "exported"))
-  resolved = train.configs.resolve(_config(), 1000)
-  started = workdir.warm_start(train.Program(resolved).init(7), str(whole / "exported"))
+  with pytest.raises(errors.UserError, match="encoder.safetensors"):
+    export.load(whole / "exported", program.abstract.encoder)
+  fresh = train.Program(train.configs.resolve(_config(), 1000)).init(7)
+  started = workdir.warm_start(fresh, export.load(whole / "exported", fresh.encoder))
   chex.assert_trees_all_equal(jax.device_get(started.encoder), state.teacher["encoder"])
 
 
