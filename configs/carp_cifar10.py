@@ -6,6 +6,8 @@ Prototypes are learned or, in mode "gmm", decoupled.
     --config.data.data_dir=$PROTOJAX_DATA_DIR
   python -m protojax.main --config=configs/carp_cifar10.py:gmm --workdir=runs/carp_gmm_cifar10 \
     --config.data.data_dir=$PROTOJAX_DATA_DIR
+
+Cost and result: not measured yet.
 """
 
 from configs import common

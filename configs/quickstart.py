@@ -1,6 +1,9 @@
-r"""Two minutes on a laptop: decoupled prototypes on the handwritten digits inside scikit-learn.
+r"""Two minutes on a laptop: decoupled prototypes on the handwritten digits of scikit-learn.
 
   python -m protojax.main --config=configs/quickstart.py --workdir=runs/quickstart
+
+Cost: 2 min 17 s on two CPU cores at 430 img/s, installing apart. k-NN 62.3 %, linear 92.4 %,
+26 % of the prototypes used, verdict ok; seed 0, measured at commit ca6c7f4 with these settings typed.
 """
 
 from configs import common
@@ -8,12 +11,11 @@ from configs import common
 
 def get_config(mode: str = ""):
   config = common.cifar10()
-  config.num_steps = 300
+  config.num_steps = 700
   config.batch_size = 64
-  config.log_every = 25
-  config.save_every = 150
-  config.eval_every = 150
-  config.monitor.every = 50
+  config.save_every = 350
+  config.eval_every = 350
+  config.monitor.every = 100
   config.data.name = "digits"
   # Digits have one colour and a reading direction: no flip, no colour.
   config.augment.update({
@@ -21,5 +23,5 @@ def get_config(mode: str = ""):
     "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5),
   })  # fmt: skip
   config.method.num_prototypes = 256
-  config.optim.warmup_steps = 30
+  config.optim.update({"lr": 4e-3, "warmup_steps": 70})
   return common.finish(config, mode)
