@@ -3,7 +3,7 @@ r"""Two minutes on a laptop: decoupled prototypes on the handwritten digits of s
   python -m protojax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 Cost: 2 min 17 s on two CPU cores at 430 img/s, installing apart. k-NN 62.3 %, linear 92.4 %,
-26 % of the prototypes used, verdict ok; seed 0, measured at commit ca6c7f4 with these settings typed.
+26 % of the prototypes used, verdict ok; seed 0, commit ca6c7f4 with these settings typed.
 """
 
 from configs import common
