@@ -109,7 +109,7 @@ def default() -> ml_collections.ConfigDict:
   config.mixture = ml_collections.ConfigDict({
     # The defaults are the best trade-off found between unique and used; see the README's table.
     # Steps until a component with balanced usage forgets a factor e; 0 takes horizon_epochs, and
-    # where that is 0 too, 1.25 times the run.
+    # where that is 0 too, twice the run.
     "horizon_steps": 0.0,
     "horizon_epochs": 0.0,
     "horizon_final": config_dict.placeholder(float),  # None: no change; see anneal_steps
@@ -217,7 +217,7 @@ def resolve(config, num_records: int) -> ml_collections.ConfigDict:
     mixture = config.mixture
     if not mixture.horizon_steps:
       epochs = mixture.horizon_epochs * config.steps_per_epoch
-      mixture.horizon_steps = float(epochs or 1.25 * config.num_steps)
+      mixture.horizon_steps = float(epochs or 2 * config.num_steps)
     for section, key, default in (
       (config.probe, "name", config.data.name),
       (config.probe, "data_dir", config.data.data_dir),
