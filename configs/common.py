@@ -11,13 +11,13 @@ def finish(config, mode: str):
   return configs.debug(config) if mode == "debug" else config
 
 
-def cifar10():
+def cifar10(method: str = "dino"):
   """CIFAR-10 with a net that trains at some hundred images a second on two CPU cores.
 
   ViT of .45 M parameters (patch 8, width 96, 4 blocks), 1,024 prototypes of dimension 128, two
-  global views of 32 px and two local ones of 16 px, Sinkhorn targets.
+  global views of 32 px and two local ones of 16 px.
   """
-  config = configs.default()
+  config = configs.default(method)
   config.num_steps = 2000
   config.batch_size = 128
   config.save_every = 500
@@ -33,13 +33,20 @@ def cifar10():
     "name": "vit_tiny", "patch_size": 8, "width": 96, "depth": 4, "heads": 3, "drop_path": 0.0,
   })  # fmt: skip
   config.head.update({"hidden": 512, "bottleneck": 128})
-  config.method.update({
-    "num_prototypes": 1024, "targets": "sinkhorn", "teacher_temp_start": 0.05,
-    "teacher_temp": 0.05, "teacher_temp_warmup_epochs": 0, "partition_size": 128,
-  })  # fmt: skip
+  config.method.num_prototypes = 1024
   config.optim.update({
     "lr": 1e-3, "final_lr": 1e-5, "weight_decay": 0.04, "final_weight_decay": 0.04,
     "warmup_steps": 200, "freeze_prototypes_epochs": 0.0,
   })  # fmt: skip
   config.teacher.momentum = 0.99
+  return config
+
+
+def dino_cifar10():
+  """`cifar10` with DINO's loss and Sinkhorn targets at temperature .05."""
+  config = cifar10("dino")
+  config.method.update({
+    "targets": "sinkhorn", "teacher_temp_start": 0.05, "teacher_temp": 0.05,
+    "teacher_temp_warmup_epochs": 0,
+  })  # fmt: skip
   return config

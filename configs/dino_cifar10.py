@@ -10,6 +10,6 @@ from configs import common
 
 
 def get_config(mode: str = ""):
-  config = common.cifar10()
+  config = common.dino_cifar10()
   config.method.prototypes = "learned"
   return common.finish(config, mode)

@@ -11,6 +11,6 @@ from configs import common
 
 
 def get_config(mode: str = ""):
-  config = common.cifar10()
+  config = common.dino_cifar10()
   config.method.prototypes = "frozen"
   return common.finish(config, mode)

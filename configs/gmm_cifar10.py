@@ -13,7 +13,7 @@ from configs import common
 
 def get_config(mode: str = ""):
   """Modes: "" the best trade-off found, "paper" the plain mixture, "debug" a minute's run."""
-  config = common.cifar10()
+  config = common.dino_cifar10()
   if mode == "paper":
     # 1,000 units of responsibility, as in the specification of the method: 4,000 balanced steps.
     config.mixture.update({

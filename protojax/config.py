@@ -6,13 +6,20 @@ import math
 import ml_collections
 from ml_collections import config_dict
 
-from protojax import errors
+from protojax import errors, methods
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
-def default() -> ml_collections.ConfigDict:
-  """DINO on ViT-S/16 with decoupled prototypes; see the comments for units."""
+def default(method: str = "dino") -> ml_collections.ConfigDict:
+  """ViT-S/16 with decoupled prototypes; see the comments for units.
+
+  Args:
+    method: name of a file in protojax/methods, whose OPTIONS join `config.method`.
+
+  Raises:
+    UserError: if there is no such method.
+  """
   config = ml_collections.ConfigDict()
   config.seed = 0
   config.num_steps = 0  # optimizer steps; give this or num_epochs
@@ -89,22 +96,16 @@ def default() -> ml_collections.ConfigDict:
     "remat": False,
   })  # fmt: skip
   config.head = ml_collections.ConfigDict({
-    "layers": 3, "hidden": 2048, "bottleneck": 256, "norm": "none", "l2": True,
+    "layers": 3, "hidden": 2048, "bottleneck": 256, "norm": "none", "norm_output": False,
+    "activation": "gelu", "init": "normal", "l2": True,
   })  # fmt: skip
   config.method = ml_collections.ConfigDict({
-    "name": "dino",
-    "prototypes": "mixture",  # learned, mixture or frozen
+    "name": method,
+    "prototypes": "mixture",  # learned, mixture or frozen; "none" where a method has none
     "num_prototypes": 65_536,
     "train_prototype_norm": False,  # learned prototypes only
     "em_order": "after_step",  # or before_loss, as in arXiv 2510.20108
-    "targets": "center",  # dino: center or sinkhorn
-    "sinkhorn_steps": 3,
-    "center_momentum": 0.9,
-    "student_temp": 0.1,
-    "teacher_temp_start": 0.04,
-    "teacher_temp": 0.07,
-    "teacher_temp_warmup_epochs": 30,
-    "partition_size": 512,  # carp
+    **methods.load(method).OPTIONS,
   })  # fmt: skip
   config.mixture = ml_collections.ConfigDict({
     # The defaults are the best trade-off found between unique and used; see the README's table.
@@ -186,6 +187,10 @@ def resolve(config, num_records: int) -> ml_collections.ConfigDict:
   config = config.copy_and_resolve_references()
   _check_positive(config)
   with config.unlocked():
+    # What --config.method.name=... brought in after the recipe was made.
+    for key, value in methods.load(config.method.name).OPTIONS.items():
+      if key not in config.method:
+        config.method[key] = value
     if config.data.num_records not in (0, num_records):
       raise errors.UserError(
         f"data.num_records={config.data.num_records} but data.name={config.data.name!r} has "
@@ -267,5 +272,6 @@ def debug(config) -> ml_collections.ConfigDict:
   config.model.update({"depth": 2, "patch_size": 8, "width": 96, "heads": 3})
   config.head.update({"hidden": 128, "bottleneck": 64})
   config.method.num_prototypes = min(config.method.num_prototypes, 256)
-  config.method.partition_size = min(config.method.partition_size, 64)
+  if "partition_size" in config.method:
+    config.method.partition_size = min(config.method.partition_size, 64)
   return config

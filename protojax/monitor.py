@@ -5,8 +5,10 @@ rule and reads n/a.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
+
+from protojax import config as configs
 
 # What separates ill from well, each with its reason.
 LIMITS = {
@@ -32,9 +34,6 @@ LIMITS = {
   "relative_uniqueness": 0.5,
 }
 HEADLINE = 0.025  # the cosine distance of the one uniqueness that is always shown
-
-# Methods whose loss is a cross entropy over all K, so that ln K is the loss of saying nothing.
-_CROSS_ENTROPY = ("dino",)
 
 
 class Verdict(NamedTuple):
@@ -85,8 +84,7 @@ def judge(
   num_prototypes: int,
   step: int,
   grace_steps: int = 100,
-  chance: float | None = None,
-  max_entropy: float | None = None,
+  settings: Collection[str] | None = None,
   prototypes: str = "learned",
 ) -> Verdict:
   """The first of these that holds, from certain to faint.
@@ -99,14 +97,15 @@ def judge(
   teacher equal to the student. So before `grace_steps` only values that are not finite count.
 
   Args:
-    measures: {name in metrics.jsonl: value or None}; read are train/{loss, teacher_entropy} and
-      collapse/{unique_0.025, unique_0.025_random, drift, used, used_sample, perplexity,
-      feature_std, mean_cosine, rankme, teacher_distance, relative_uniqueness}.
-    num_prototypes: K.
+    measures: {name in metrics.jsonl: value or None}; read are train/{loss, ln_k, target_entropy}
+      and collapse/{unique_0.025, unique_0.025_random, drift, used, used_sample, perplexity,
+      feature_std, mean_cosine, rankme, teacher_distance, relative_uniqueness}. train/ln_k is both
+      the loss of uniform predictions and the largest entropy of a target.
+    num_prototypes: K; 0 where a method has none.
     step: updates done.
     grace_steps: steps without a verdict.
-    chance: loss of uniform predictions (ln K) if the loss is a cross entropy, else None.
-    max_entropy: largest entropy of a target, nats; None takes ln K.
+    settings: names of the settings the run has, "method.teacher_temp"; advice names no others. None
+      allows any.
     prototypes: learned, mixture or frozen: what the advice is for.
   """
   bad = [k for k, v in measures.items() if v is not None and not math.isfinite(v)]
@@ -121,9 +120,16 @@ def judge(
     return Verdict("warming up", f"no verdict before step {grace_steps}", False)
 
   get, limit = measures.get, LIMITS
-  loss, entropy = get("train/loss"), get("train/teacher_entropy")
+  loss, entropy = get("train/loss"), get("train/target_entropy")
   std, rank, cosine = (get(f"collapse/{k}") for k in ("feature_std", "rankme", "mean_cosine"))
-  codes, most = _codes(measures, num_prototypes), max_entropy or math.log(num_prototypes)
+  codes, chance = _codes(measures, num_prototypes), get("train/ln_k")
+  most = chance or math.log(max(num_prototypes, 2))
+
+  def advise(*changes):
+    """"lower a, raise b or set c=d" of the changes whose setting this run has."""
+    known = [c for c in changes if settings is None or c.split()[1].split("=")[0] in settings]
+    return " or ".join([*([", ".join(known[:-1])] if known[:-1] else []), known[-1]])
+
 
   if get("collapse/teacher_distance") == 0:
     return Verdict(
@@ -139,15 +145,15 @@ def judge(
       return Verdict(
         "uniform collapse",
         f"loss {loss:.3f} = ln {round(math.exp(chance))} and targets of entropy "
-        f"{_show(entropy, '.3f')}: every image gets every prototype; lower method.teacher_temp, "
-        "raise batch_size or optim.lr, or set method.targets=sinkhorn",
+        f"{_show(entropy, '.3f')}: every image gets every prototype; "
+        + advise("lower method.teacher_temp", "set method.targets=sinkhorn", "raise batch_size",
+                 "raise optim.lr"),
         True,
       )
   if codes is not None and codes < limit["codes_one_hot"] and entropy is not None:
     if entropy < limit["teacher_one_hot"] * most:
-      advice = "raise method.teacher_temp or set method.targets=sinkhorn"
-      if chance is None:
-        advice = "lower optim.lr, or raise method.partition_size and batch_size"
+      advice = advise("raise method.teacher_temp", "set method.targets=sinkhorn",
+                      "raise method.partition_size", "lower optim.lr", "raise batch_size")
       return Verdict(
         "one-hot collapse",
         f"every image gets the same prototype with certainty (entropy {entropy:.2f} of {most:.2f}, "
@@ -162,13 +168,12 @@ def judge(
       True,
     )
   if codes is not None and codes < min(limit["codes_clusters"], num_prototypes / 8):
-    advice = "lower optim.lr or" if chance is None else "set method.targets=sinkhorn or"
-    if prototypes == "mixture":
-      advice = "set mixture.balanced=True or"
+    balance = "mixture.balanced=True" if prototypes == "mixture" else "method.targets=sinkhorn"
+    advice = advise(f"set {balance}", "lower optim.lr", "raise batch_size")
     return Verdict(
       "cluster collapse",
       f"{codes:.1f} of {num_prototypes} prototypes take nearly all images "
-      f"({_prototypes(measures)}): {advice} raise batch_size",
+      f"({_prototypes(measures)}): {advice}",
       True,
     )
   if rank is not None:
@@ -208,32 +213,24 @@ def judge(
   )
 
 
-def _chance(config) -> float | None:
-  method = config.method
-  return math.log(method.num_prototypes) if method.name in _CROSS_ENTROPY else None
-
-
 def verdict(measures: Mapping[str, float | None], *, config, step: int) -> Verdict:
   """`judge` for a run of protojax.
 
   Args:
     measures: {name in metrics.jsonl: value or None}.
-    config: resolved; reads num_steps, optim.warmup_steps and method.*.
+    config: resolved; reads num_steps, optim.warmup_steps, method.* and the names.
     step: updates done.
   """
-  method = config.method
-  codes = method.partition_size if method.name == "carp" else method.num_prototypes
   # At a quarter of the warm-up the learning rate is high enough to have moved the net; a run so
   # short that this never comes is judged at its end.
   grace = min(max(100, config.optim.warmup_steps // 4), config.num_steps // 2)
   return judge(
     measures,
-    num_prototypes=method.num_prototypes,
+    num_prototypes=config.method.num_prototypes,
     step=step,
     grace_steps=grace,
-    chance=_chance(config),
-    max_entropy=math.log(codes),
-    prototypes=method.prototypes,
+    settings=configs.flat(config),
+    prototypes=config.method.prototypes,
   )
 
 
@@ -255,15 +252,15 @@ def log_line(step: int, measures: Mapping[str, float | None], verdict: Verdict, 
     step: updates done.
     measures: the latest value of every metric, by its name in metrics.jsonl.
     verdict: from `verdict`.
-    config: resolved; reads num_steps, batch_size and method.*.
+    config: resolved; reads num_steps and batch_size.
   """
-  speed, chance = measures.get("time/img_per_s"), _chance(config)
+  speed, chance = measures.get("time/img_per_s"), measures.get("train/ln_k")
   eta = (config.num_steps - step) * config.batch_size / speed if speed else None
   parts = [f"step {step}/{config.num_steps}"]
   for name, value, form in (
     ("eta", None if eta is None else _clock(eta), ""),
     ("loss", measures.get("train/loss"), ".2f"),
-    ("H", measures.get("train/teacher_entropy"), ".2f"),
+    ("H", measures.get("train/target_entropy"), ".2f"),
     ("unique", measures.get(f"collapse/unique_{HEADLINE}"), ".0%"),
     ("used", _used(measures), ".0%"),
     ("rank", measures.get("collapse/rankme"), ".0f"),

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import importlib
 import pathlib
 import time
 
@@ -10,25 +9,21 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from protojax import checkpoint, errors, export, optim, runlog, sharding, snapshot, train_step
+from protojax import (
+  checkpoint,
+  errors,
+  export,
+  methods,
+  optim,
+  runlog,
+  sharding,
+  snapshot,
+  train_step,
+)
 from protojax import config as configs
 from protojax import workdir as workdirs
 from protojax.data import augment, pipeline, source
 from protojax.evals import linear
-
-
-def build_method(config):
-  """The `base.Method` of protojax/methods/<config.method.name>.py.
-
-  Raises:
-    UserError: if there is no such method.
-  """
-  name = config.method.name
-  files = (pathlib.Path(__file__).parent / "methods").glob("*.py")
-  names = sorted({f.stem for f in files} - {"__init__", "base"})
-  if name not in names:
-    raise errors.UserError(f"method.name={name!r} is unknown: choose one of {', '.join(names)}")
-  return importlib.import_module(f"protojax.methods.{name}").make(config)
 
 
 def build_sources(config):
@@ -90,7 +85,7 @@ class Program:
   def __init__(self, config, num_classes: int = 0, devices=None):
     self.config = config
     self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.model, devices)
-    self.method = build_method(config)
+    self.method = methods.load(config.method.name).make(config)
     self.tx = optim.build(config, num_steps=config.num_steps, batch_size=config.batch_size)
     look = config.augment
 

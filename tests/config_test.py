@@ -12,10 +12,9 @@ RECIPES = sorted(
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_recipe_changes_only_known_keys_and_its_debug_mode_is_small(path):
-  known = set(configs.flat(configs.default()))
-  for mode in ("", ":debug"):
-    assert set(configs.flat(main.load(f"{path}{mode}"))) == known
-  debug = main.load(f"{path}:debug")
+  full, debug = main.load(str(path)), main.load(f"{path}:debug")
+  known = set(configs.flat(configs.default(full.method.name)))
+  assert set(configs.flat(full)) == known and set(configs.flat(debug)) == known
   assert debug.data.name == "digits" and debug.data.data_dir is None
   assert debug.model.depth == 2 and debug.method.num_prototypes <= 256
 
@@ -74,3 +73,11 @@ def test_batch_larger_than_the_source_is_refused():
   config.num_steps = 5
   with pytest.raises(errors.UserError, match="batch_size=1024 is more than the 100 images"):
     configs.resolve(config, 100)
+
+
+def test_a_method_named_on_the_command_line_brings_its_options():
+  config = configs.debug(configs.default())
+  config.method.name = "carp"
+  assert configs.resolve(config, 64).method.partition_size == 512
+  with pytest.raises(errors.UserError, match="method.name='crap' is unknown: choose one of carp,"):
+    configs.default("crap")

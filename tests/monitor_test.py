@@ -7,11 +7,13 @@ import pytest
 
 from protojax import collapse, monitor
 from protojax import config as configs
+from protojax.methods import carp
 
 LN_K = math.log(4096)
 # A run that is well: every measure there is.
 WELL = {
-  "train/loss": 7.91, "train/teacher_entropy": 6.10, "collapse/unique_0.025": 1.0,
+  "train/loss": 7.91, "train/ln_k": LN_K, "train/target_entropy": 6.10,
+  "collapse/unique_0.025": 1.0,
   "collapse/unique_0.025_random": 1.0, "collapse/drift": 0.4, "collapse/used": 0.61,
   "collapse/used_sample": 0.2, "collapse/perplexity": 1200.0, "collapse/feature_std": 0.8,
   "collapse/mean_cosine": 0.3, "collapse/rankme": 143.2, "collapse/teacher_distance": 0.01,
@@ -21,7 +23,7 @@ WELL = {
 
 def judge(changes=(), **options):
   """The verdict on WELL with changes; None takes a measure away."""
-  given = {"num_prototypes": 4096, "step": 1200, "chance": LN_K}
+  given = {"num_prototypes": 4096, "step": 1200}
   return monitor.judge({**WELL, **dict(changes)}, **{**given, **options})
 
 
@@ -39,15 +41,15 @@ def test_a_run_that_is_well_is_ok():
     ({"collapse/rankme": math.inf}, "non-finite", ("collapse/rankme",)),
     ({"collapse/teacher_distance": 0.0}, "aliased teacher", ("share no arrays",)),
     (
-      {"train/loss": 8.3178, "train/teacher_entropy": 8.317}, "uniform collapse",
+      {"train/loss": 8.3178, "train/target_entropy": 8.317}, "uniform collapse",
       ("loss 8.318 = ln 4096", "method.teacher_temp"),
     ),
     (
-      {"train/loss": 8.3178, "train/teacher_entropy": None}, "uniform collapse",
+      {"train/loss": 8.3178, "train/target_entropy": None}, "uniform collapse",
       ("loss 8.318 = ln 4096", "n/a"),
     ),
     (
-      {"train/loss": 0.01, "train/teacher_entropy": 0.005, "collapse/perplexity": 1.01},
+      {"train/loss": 0.01, "train/target_entropy": 0.005, "collapse/perplexity": 1.01},
       "one-hot collapse", ("same prototype", "method.teacher_temp"),
     ),
     ({"collapse/feature_std": 0.004}, "representation collapse", ("std 0.004",)),
@@ -73,8 +75,8 @@ def test_every_collapse_has_its_name_and_advice(changes, label, words):
   "changes",
   [
     {"train/loss": 8.3178},  # crosses ln K on its way down, with targets that say something
-    {"train/loss": 8.30, "train/teacher_entropy": None},
-    {"train/teacher_entropy": 0.02},  # sharp and diverse is healthy
+    {"train/loss": 8.30, "train/target_entropy": None},
+    {"train/target_entropy": 0.02},  # sharp and diverse is healthy
     {"collapse/unique_0.025": 0.93},
     {"collapse/unique_0.025": 0.4, "collapse/unique_0.025_random": 0.42},  # no room for more
     {"collapse/feature_std": 0.134, "collapse/rankme": 2.9},  # untrained ViT on digits
@@ -84,24 +86,30 @@ def test_healthy_oddities_are_ok(changes):
   assert judge(changes).label == "ok"
 
 
-def test_loss_at_ln_k_says_nothing_where_the_loss_is_no_cross_entropy():
-  uniform = {"train/loss": LN_K, "train/teacher_entropy": LN_K}
+def test_a_loss_says_nothing_where_a_method_names_no_ln_k():
+  uniform = {"train/loss": LN_K, "train/target_entropy": LN_K}
   assert judge(uniform).label == "uniform collapse"
-  assert judge(uniform, chance=None).label == "ok"
+  assert judge({**uniform, "train/ln_k": None}).label == "ok"
+
+
+def test_a_method_without_prototypes_is_judged_by_its_features():
+  features = {"train/loss": 3.0, "collapse/feature_std": 0.8, "collapse/rankme": 40.0}
+  assert monitor.judge(features, num_prototypes=0, step=500).label == "ok"
+  bad = {**features, "collapse/feature_std": 0.001}
+  assert monitor.judge(bad, num_prototypes=0, step=500).label == "representation collapse"
 
 
 def test_one_hot_collapse_reads_the_largest_entropy():
   """CARP's targets spread over a block of the prototypes."""
-  changes = {"train/teacher_entropy": 0.3, "collapse/perplexity": 1.0}
-  assert judge(changes, chance=None).label == "one-hot collapse"
-  verdict = judge(changes, chance=None, max_entropy=math.log(8))
-  assert verdict.label == "cluster collapse"
+  changes = {"train/target_entropy": 0.3, "collapse/perplexity": 1.0}
+  assert judge(changes).label == "one-hot collapse"
+  assert judge({**changes, "train/ln_k": math.log(8)}).label == "cluster collapse"
 
 
 def test_first_steps_are_warming_up_unless_something_is_not_finite():
   """At step 0 teacher and student are equal and a centred target uniform: that is no collapse."""
   fresh = {
-    "collapse/teacher_distance": 0.0, "train/loss": LN_K, "train/teacher_entropy": LN_K,
+    "collapse/teacher_distance": 0.0, "train/loss": LN_K, "train/target_entropy": LN_K,
     "collapse/feature_std": 0.01, "collapse/used_sample": 1 / 4096,
   }  # fmt: skip
   verdict = judge(fresh, step=99)
@@ -112,7 +120,7 @@ def test_first_steps_are_warming_up_unless_something_is_not_finite():
 
 def test_nothing_measured_is_no_collapse_and_reads_not_available():
   for measures in ({}, dict.fromkeys(WELL)):
-    verdict = monitor.judge(measures, num_prototypes=64, step=500, chance=math.log(64))
+    verdict = monitor.judge(measures, num_prototypes=64, step=500)
     assert verdict.label == "ok"
     assert verdict.sentence.count("n/a") == 9
 
@@ -130,7 +138,8 @@ def test_advice_fits_the_run():
   assert "method.prototypes=mixture" not in judge(few, prototypes="mixture").sentence
   assert "mixture.horizon_steps" in judge(few, prototypes="mixture").sentence
   one = {"collapse/perplexity": 1.0}
-  assert "sinkhorn" not in judge(one, chance=None).sentence
+  assert "method.targets=sinkhorn" in judge(one).sentence
+  assert "method.targets" not in judge(one, settings=["optim.lr", "batch_size"]).sentence
 
 
 def test_advice_names_settings_that_exist():
@@ -138,12 +147,12 @@ def test_advice_names_settings_that_exist():
 
   known = configs.flat(configs.default())
   every = " ".join(
-    judge(c, chance=k, prototypes=p).sentence
-    for k in (None, LN_K) for p in ("learned", "mixture")
+    judge(c, settings=s, prototypes=p).sentence
+    for s in (None, known) for p in ("learned", "mixture")
     for c in (
       {"train/loss": math.nan}, {"collapse/teacher_distance": 0.0},
-      {"train/loss": LN_K, "train/teacher_entropy": LN_K},
-      {"train/teacher_entropy": 0.0, "collapse/perplexity": 1.0}, {"collapse/perplexity": 1.0},
+      {"train/loss": LN_K, "train/target_entropy": LN_K},
+      {"train/target_entropy": 0.0, "collapse/perplexity": 1.0}, {"collapse/perplexity": 1.0},
       {"collapse/feature_std": 0.0}, {"collapse/rankme": 1.0}, {"collapse/unique_0.025": 0.0},
       {"collapse/unique_0.025": 0.0, "collapse/relative_uniqueness": 1.0},
     )
@@ -151,7 +160,7 @@ def test_advice_names_settings_that_exist():
   sections = "optim|method|mixture|teacher|augment|model|head|data|monitor"
   named = set(re.findall(rf"\b(?:{sections})\.[a-z_]+", every))
   assert len(named) > 8
-  assert named <= set(known)
+  assert named <= set(known) | {f"method.{key}" for key in carp.OPTIONS}
   assert {"batch_size", "precision"} <= set(known)
 
 
@@ -183,8 +192,8 @@ def test_measures_of_collapsed_arrays_reach_the_right_verdict():
   assert label(teacher_scale=1.0) == "aliased teacher"
 
 
-def _config(**method):
-  config = configs.default()
+def _config(name="dino", **method):
+  config = configs.default(name)
   config.update({"num_steps": 5000, "batch_size": 82})
   config.method.update({"num_prototypes": 4096, **method})
   config.optim.warmup_steps = 100
@@ -216,15 +225,16 @@ def test_long_runs_have_hours():
 
 
 def test_verdict_reads_the_config():
-  uniform = {"train/loss": LN_K, "train/teacher_entropy": LN_K}
+  uniform = {"train/loss": LN_K, "train/ln_k": LN_K, "train/target_entropy": LN_K}
   assert monitor.verdict(uniform, config=_config(), step=100).label == "uniform collapse"
   assert monitor.verdict(uniform, config=_config(), step=99).label == "warming up"
-  assert monitor.verdict(uniform, config=_config(name="carp"), step=100).label == "ok"
-  sharp = {"train/loss": LN_K, "train/teacher_entropy": 7.0}
+  assert "method.targets" in monitor.verdict(uniform, config=_config(), step=100).sentence
+  sentence = monitor.verdict(uniform, config=_config("carp"), step=100).sentence
+  assert "method.t" not in sentence and "optim.lr" in sentence
+  sharp = {**uniform, "train/target_entropy": 7.0}
   assert monitor.verdict(sharp, config=_config(), step=100).label == "ok"
-  certain = {"train/teacher_entropy": 0.5, "collapse/perplexity": 1.0}  # of ln 512
-  carp = _config(name="carp", partition_size=512)
-  assert monitor.verdict(certain, config=carp, step=100).label == "one-hot collapse"
+  certain = {"train/target_entropy": 0.5, "train/ln_k": math.log(512), "collapse/perplexity": 1.0}
+  assert monitor.verdict(certain, config=_config("carp"), step=100).label == "one-hot collapse"
   longer = _config()
   longer.optim.warmup_steps = 2000
   assert monitor.verdict(uniform, config=longer, step=499).label == "warming up"

@@ -10,19 +10,15 @@ from protojax import sharding, train
 
 def config(name="dino", prototypes="mixture", **overrides):
   """A resolved config: one block, 16 px, K = 32, D = 16, batch 16; overrides by dotted key."""
-  c = configs.debug(configs.default())
+  c = configs.debug(configs.default(name))
   c.update({"num_steps": 6, "steps_per_epoch": 4, "log_every": 1, "save_every": 100,
             "eval_every": 100})  # fmt: skip
   c.monitor.update({"every": 100, "images": 32})
   c.probe.update({"limit": 64, "batch_size": 16})
   c.augment.update({"global_size": 16, "local_size": 8, "num_local": 2})
   c.model.update({"depth": 1, "width": 32, "heads": 2, "drop_path": 0.0})
-  carp = name == "carp"
-  norm = "batch" if carp else "none"
-  c.head.update({"hidden": 32, "bottleneck": 16, "l2": not carp, "norm": norm})
-  c.method.update({
-    "name": name, "prototypes": prototypes, "num_prototypes": 32, "partition_size": 8,
-  })  # fmt: skip
+  c.head.update({"hidden": 32, "bottleneck": 16})
+  c.method.update({"prototypes": prototypes, "num_prototypes": 32})
   c.optim.update({"freeze_prototypes_epochs": 0.0, "lr": 0.05})
   c.mixture.horizon_steps = 20.0
   for key, value in overrides.items():

@@ -1,1 +1,20 @@
-"""Methods: one file each, `make(config) -> base.Method`, found by name."""
+"""Methods: one file each with `OPTIONS` and `make(config) -> base.Method`, found by name."""
+
+import importlib
+import pathlib
+import types
+
+from protojax import errors
+
+
+def load(name: str) -> types.ModuleType:
+  """The module protojax/methods/<name>.py.
+
+  Raises:
+    UserError: if there is no such method.
+  """
+  files = pathlib.Path(__file__).parent.glob("*.py")
+  names = sorted({f.stem for f in files} - {"__init__", "base"})
+  if name not in names:
+    raise errors.UserError(f"method.name={name!r} is unknown: choose one of {', '.join(names)}")
+  return importlib.import_module(f"protojax.methods.{name}")

@@ -16,9 +16,11 @@ import jax.numpy as jnp
 from protojax import assignment, errors, losses, student_teacher
 from protojax.methods import base
 
+OPTIONS = {"partition_size": 512}  # prototypes a block
+
 
 def make(config) -> base.Method:
-  """CARP from `config.method.{num_prototypes, partition_size, ...}`.
+  """CARP from `config.method.{num_prototypes, partition_size}`.
 
   Raises:
     UserError: if the partition size does not divide the number of prototypes.
@@ -47,7 +49,7 @@ def make(config) -> base.Method:
       "ln_k": jnp.float32(math.log(size)),  # of a student that says nothing: K is a block's size
       "consistency": consistency,
       "entropy_gap": spread,
-      "teacher_entropy": losses.entropy(q).mean(),
+      "target_entropy": losses.entropy(q).mean(),
       "mean_entropy": math.log(size) - spread,
     }
     return consistency + spread, base.LossOut(metrics, scores.stats)

@@ -13,9 +13,19 @@ import jax.numpy as jnp
 from protojax import assignment, errors, losses, schedules, student_teacher
 from protojax.methods import base
 
+OPTIONS = {
+  "targets": "center",  # or "sinkhorn"
+  "sinkhorn_steps": 3,
+  "center_momentum": 0.9,
+  "student_temp": 0.1,
+  "teacher_temp_start": 0.04,
+  "teacher_temp": 0.07,
+  "teacher_temp_warmup_epochs": 30,
+}
+
 
 def make(config) -> base.Method:
-  """DINO from `config.method.{targets, student_temp, teacher_temp*, center_momentum, ...}`.
+  """DINO from `config.method`: OPTIONS and `num_prototypes`.
 
   Raises:
     UserError: for unknown options.
@@ -56,7 +66,7 @@ def make(config) -> base.Method:
     metrics = {
       "loss": value,
       "ln_k": jnp.float32(math.log(options.num_prototypes)),  # of a student that says nothing
-      "teacher_entropy": entropy,
+      "target_entropy": entropy,
       "kl": value - entropy,
       "mean_entropy": losses.entropy(q.mean(axis=(0, 1))),
       "teacher_temp": teacher_temp(step),

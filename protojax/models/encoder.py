@@ -34,7 +34,8 @@ def build(config: ml_collections.ConfigDict) -> Encoder:
       Optional, absent or None for the default: `precision`; of the transformers
       model.{patch_size, image_size, width, depth, heads, drop_path, registers, layer_scale,
       remat}; of the ResNets model.{width (resnet8), stem, zero_init_residual, joint_norm, remat};
-      head.{layers, hidden, bottleneck, norm, l2}. A field that the named model does not have is
+      head.{layers, hidden, bottleneck, norm, norm_output,
+      activation, init, l2}. A field that the named model does not have is
       ignored, so that `model.name` can be switched alone.
 
   Raises:
@@ -65,8 +66,11 @@ def build(config: ml_collections.ConfigDict) -> Encoder:
     backbone = resnet.ResNet(*resnet.VARIANTS[name], dtype=dtype, **options)
 
   options = given("head", layers="layers", hidden="hidden", bottleneck="bottleneck", norm="norm",
-                  l2="l2") | given("model", joint_norm="joint_norm")
+                  norm_output="norm_output", activation="activation", init="init", l2="l2")
+  options |= given("model", joint_norm="joint_norm")
   _choice("head.norm", options.get("norm", "none"), ("none", "batch"))
+  _choice("head.activation", options.get("activation", "gelu"), heads.ACTIVATIONS)
+  _choice("head.init", options.get("init", "normal"), heads.INITS)
   if options.get("layers", 1) < 1:
     raise errors.UserError(f"head.layers={options['layers']} must be at least 1")
   return Encoder(backbone, heads.Projector(dtype=dtype, **options))
@@ -164,7 +168,8 @@ def feature_dim(encoder: Encoder) -> int:
 
 def has_batch_norm(encoder: Encoder) -> bool:
   """Whether any part of the encoder normalises over the batch."""
-  head_has = encoder.head.norm == "batch" and encoder.head.layers > 1
+  head = encoder.head
+  head_has = head.norm_output or (head.norm == "batch" and head.layers > 1)
   return isinstance(encoder.backbone, resnet.ResNet) or head_has
 
 

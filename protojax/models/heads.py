@@ -6,17 +6,36 @@ import jax.numpy as jnp
 
 from protojax.models import norm as norm_lib
 
+ACTIVATIONS = {
+  "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+  "relu": jax.nn.relu,
+  "leaky_relu": lambda x: jax.nn.leaky_relu(x, 0.01),
+}
+
+
+def _uniform(key, shape, dtype=jnp.float32):
+  bound = shape[0] ** -0.5
+  return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+# Of the weights; "uniform" is U(-1/sqrt(fan in), 1/sqrt(fan in)), the default of PyTorch.
+INITS = {"normal": nn.initializers.normal(0.02), "uniform": _uniform}
+
 
 class Projector(nn.Module):
   """MLP from features to the space the prototypes live in (arXiv 2104.14294).
 
-  layers - 1 times (Linear, norm, exact GELU), then Linear; weights N(0, .02), biases 0.
+  layers - 1 times (Linear, norm, activation), then Linear and, if `norm_output`, a norm. Biases
+  start at 0.
 
   Attributes:
     layers: number of linear layers; 1 is a single Linear.
     hidden: width between the layers.
     bottleneck: output dimension D.
-    norm: "none" or "batch", before each GELU.
+    norm: "none" or "batch", before each activation.
+    norm_output: batch norm after the last Linear.
+    activation: a key of ACTIVATIONS.
+    init: of the weights, a key of INITS.
     joint_norm: batch norm over all views together instead of view by view.
     l2: normalise the output to length one.
     dtype: of the matrix products; parameters, norms and output are float32.
@@ -26,6 +45,9 @@ class Projector(nn.Module):
   hidden: int = 2048
   bottleneck: int = 256
   norm: str = "none"
+  norm_output: bool = False
+  activation: str = "gelu"
+  init: str = "normal"
   joint_norm: bool = False
   l2: bool = True
   dtype: jnp.dtype = jnp.float32
@@ -43,16 +65,19 @@ class Projector(nn.Module):
       [B * V, D] float32.
     """
     def dense(width, i):
-      init = nn.initializers.normal(0.02)
-      return nn.Dense(width, dtype=self.dtype, kernel_init=init, name=f"fc{i}")
+      return nn.Dense(width, dtype=self.dtype, kernel_init=INITS[self.init], name=f"fc{i}")
+
+    def batch_norm(i, dtype):
+      return norm_lib.BatchNorm(joint=self.joint_norm, dtype=dtype, name=f"norm{i}")
 
     for i in range(1, self.layers):
       x = dense(self.hidden, i)(x)
       if self.norm == "batch":
-        batch_norm = norm_lib.BatchNorm(joint=self.joint_norm, dtype=self.dtype, name=f"norm{i}")
-        x = batch_norm(x, views=views, train=train)
-      x = jax.nn.gelu(x, approximate=False)
+        x = batch_norm(i, self.dtype)(x, views=views, train=train)
+      x = ACTIVATIONS[self.activation](x)
     x = dense(self.bottleneck, self.layers)(x).astype(jnp.float32)
+    if self.norm_output:
+      x = batch_norm(self.layers, jnp.float32)(x, views=views, train=train)
     return l2_normalize(x) if self.l2 else x
 
 
