@@ -57,7 +57,7 @@ def test_epochs_become_steps_and_the_original_stays():
   assert (out.steps_per_epoch, out.num_steps) == (10, 300)
   assert out.optim.warmup_steps == 30  # ten epochs would be 100: a tenth of the run at most
   assert out.optim.freeze_prototypes_steps == 10
-  assert out.mixture.horizon_final == out.mixture.horizon_steps == 375.0
+  assert out.mixture.horizon_final == out.mixture.horizon_steps == 600.0
   assert config.num_steps == 0 and config.probe.name is None and out.probe.name == "digits"
 
 

@@ -66,11 +66,11 @@ def build(config: ml_collections.ConfigDict) -> Encoder:
     backbone = resnet.ResNet(*resnet.VARIANTS[name], dtype=dtype, **options)
 
   options = given("head", layers="layers", hidden="hidden", bottleneck="bottleneck", norm="norm",
-                  norm_output="norm_output", activation="activation", init="init", l2="l2")
+                  norm_output="norm_output", activation="activation", kernel_init="init", l2="l2")
   options |= given("model", joint_norm="joint_norm")
   _choice("head.norm", options.get("norm", "none"), ("none", "batch"))
   _choice("head.activation", options.get("activation", "gelu"), heads.ACTIVATIONS)
-  _choice("head.init", options.get("init", "normal"), heads.INITS)
+  _choice("head.init", options.get("kernel_init", "normal"), heads.INITS)
   if options.get("layers", 1) < 1:
     raise errors.UserError(f"head.layers={options['layers']} must be at least 1")
   return Encoder(backbone, heads.Projector(dtype=dtype, **options))
