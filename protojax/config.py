@@ -27,7 +27,9 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
   config.steps_per_epoch = 0  # 0: records of the source // batch_size
   config.batch_size = 1024  # global
   config.precision = "float32"  # of the encoder's matrix products: float32 or bfloat16
-  config.accum_steps = 1  # microbatches of the encoder's forward inside one exact loss
+  # Microbatches of the encoder's forward inside one exact loss; another number on resume redraws
+  # drop path.
+  config.accum_steps = 1
   config.resume = "auto"  # or "never": refuse a workdir that holds a run
   config.overwrite = False  # delete the run in the workdir first
   config.init_from = config_dict.placeholder(str)  # exported/encoder.safetensors of another run

@@ -124,34 +124,19 @@ class Snapshot:
 
   def evaluate(self, state) -> dict[str, float]:
     """Usage of the prototypes over the whole bank, and accuracies where there are labels."""
-    config = self._config
-    bank = self._run(state, self._bank, config.probe.limit)
-    out = {}
-    for name, code in bank["codes"].items():
-      tag = "" if name == "prototypes" else f"{name}_"
-      num = self._start()[name].shape[0]
-      out[f"collapse/{tag}used"] = collapse.used_fraction(code, num)
-      out[f"collapse/{tag}perplexity"] = collapse.usage_perplexity(code, num)
-    if self._test is not None:
-      test = self._run(state, self._test)
-      out["probe/knn"] = knn.accuracy(
-        bank["features"], bank["label"], test["features"], test["label"],
-        num_classes=self._bank.num_classes, k=config.probe.k, temperature=config.probe.temperature,
-      )  # fmt: skip
-      if self._probe is not None:
-        predicted = self._probe.predict(state.carry["probe"], test["features"])
-        out["probe/linear"] = np.mean(np.asarray(predicted) == test["label"])
-    return {k: float(v) for k, v in jax.device_get(out).items()}
+    return self._judge(state, *self._encode(state))
 
   def final(self, state) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """What only the end of a run asks for.
+    """Everything about the end of a run.
 
     Returns:
-      Measures of a linear classifier fitted to frozen features ({} without labels); and the arrays
-      that the picture draws: "usage" [K], "nearest" and "nearest_random" (cosine distance of every
-      prototype to its nearest neighbour, [K]), "spectrum" [D].
+      Measures: those of `monitor` and `evaluate` and, with labels, "probe/linear_fitted", the
+      accuracy of a linear classifier fitted to frozen features; and the arrays that the picture
+      draws: "usage" [K], "nearest" and "nearest_random" (cosine distance of every prototype to its
+      nearest neighbour, [K]), "spectrum" [D].
     """
-    bank = self._run(state, self._bank, self._config.probe.limit)
+    bank, test = self._encode(state)
+    measures = self.monitor(state) | self._judge(state, bank, test)
     arrays = {"spectrum": np.asarray(collapse.spectrum(bank["features"]))}
     if matrices := self._matrices(state):
       name, matrix = next(iter(matrices.items()))
@@ -161,11 +146,32 @@ class Snapshot:
       arrays["nearest_random"] = np.asarray(
         collapse.nearest_distances(collapse.random_prototypes(num, dim))
       )
-    if self._test is None:
-      return {}, arrays
-    test = self._run(state, self._test)
-    fitted = linear.evaluate(
-      bank["features"], bank["label"], test["features"], test["label"],
-      num_classes=self._bank.num_classes,
-    )  # fmt: skip
-    return {"probe/linear_fitted": fitted["linear"]}, arrays
+    if test is not None:
+      fitted = linear.evaluate(
+        bank["features"], bank["label"], test["features"], test["label"],
+        num_classes=self._bank.num_classes,
+      )  # fmt: skip
+      measures["probe/linear_fitted"] = fitted["linear"]
+    return measures, arrays
+
+  def _encode(self, state):
+    """Rows of the bank and, or None, of the test images."""
+    bank = self._run(state, self._bank, self._config.probe.limit)
+    return bank, None if self._test is None else self._run(state, self._test)
+
+  def _judge(self, state, bank, test) -> dict[str, float]:
+    config, out = self._config, {}
+    for name, code in bank["codes"].items():
+      tag = "" if name == "prototypes" else f"{name}_"
+      num = self._start()[name].shape[0]
+      out[f"collapse/{tag}used"] = collapse.used_fraction(code, num)
+      out[f"collapse/{tag}perplexity"] = collapse.usage_perplexity(code, num)
+    if test is not None:
+      out["probe/knn"] = knn.accuracy(
+        bank["features"], bank["label"], test["features"], test["label"],
+        num_classes=self._bank.num_classes, k=config.probe.k, temperature=config.probe.temperature,
+      )  # fmt: skip
+      if self._probe is not None:
+        predicted = self._probe.predict(state.carry["probe"], test["features"])
+        out["probe/linear"] = np.mean(np.asarray(predicted) == test["label"])
+    return {k: float(v) for k, v in jax.device_get(out).items()}

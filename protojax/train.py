@@ -210,17 +210,16 @@ def run(config, workdir: str) -> dict[str, float]:
   )  # fmt: skip
   restored = checkpoints.restore_latest(target)
   if restored is None:
-    start, state = 0, program.init(config.seed)
+    start, state, before = 0, program.init(config.seed), 0.0
     if start_from is not None:
       state = workdirs.warm_start(state, start_from)
   else:
-    start, state, _ = restored
+    start, state, metadata = restored
+    before = metadata.get("seconds", 0.0)
     logging.info("resumed at step %d", start)
 
   view = snapshot.Snapshot(program, bank=bank, test=test)
   log = runlog.RunLog(folder, config, start=start, describe=train_source.describe)
-  logging.info("compiling the step (%s)", optim.describe(config))
-  step_fn = lowered.compile()
   batches = program.batches(
     train_source, seed=config.seed, step=start, batch_size=config.batch_size, keys=("image", "size")
   )
@@ -231,9 +230,12 @@ def run(config, workdir: str) -> dict[str, float]:
       keys=("image", "size", "label"),
     )  # fmt: skip
 
+  def seconds():
+    return before + time.time() - started
+
   def save(step, state):
     log.sync()
-    checkpoints.save(step, state, workdirs.metadata(config))
+    checkpoints.save(step, state, workdirs.metadata(config, seconds()))
     workdirs.export_encoder(folder, step, state, config, program.mesh)
 
   # The order inside the loop is the meaning of a checkpoint: state n is saved before batch n is
@@ -246,6 +248,8 @@ def run(config, workdir: str) -> dict[str, float]:
     if start == config.num_steps and (result := workdirs.read_result(folder)):
       log.summary(result, folder / "report.png")
       return result
+    logging.info("compiling the step (%s)", optim.describe(config))
+    step_fn = lowered.compile()
     stop = stack.enter_context(workdirs.Stop())
     for step in range(start, config.num_steps):
       if step > start and step % config.save_every == 0:
@@ -258,13 +262,11 @@ def run(config, workdir: str) -> dict[str, float]:
         probe_batch, _, waited_too = next(probe_batches)
         state, metrics = step_fn(state, batch, probe_batch)
         log.step(step, metrics, skipped=skipped, waited=waited + waited_too)
-      done, last = step + 1, step + 1 == config.num_steps
-      if done % config.monitor.every == 0 or done % config.eval_every == 0 or last:
+      done = step + 1
+      look, test_it = done % config.monitor.every == 0, done % config.eval_every == 0
+      if done < config.num_steps and (look or test_it):
         log.flush()
-        measures = view.monitor(state)
-        if done % config.eval_every == 0 or last:
-          measures |= view.evaluate(state)
-        log.measures(done, measures)
+        log.measures(done, view.monitor(state) | (view.evaluate(state) if test_it else {}))
         checkpoints.check_errors()
         if config.monitor.stop_on_collapse and log.verdict(done).collapsed:
           save(done, state)
@@ -272,12 +274,11 @@ def run(config, workdir: str) -> dict[str, float]:
             f"stopped at step {done}, {log.verdict(done).label}: {log.verdict(done).sentence} "
             "(--config.monitor.stop_on_collapse=False goes on)"
           )
-    if start == config.num_steps:  # stopped between the last checkpoint and the result
-      log.measures(start, view.monitor(state) | view.evaluate(state))
+    # Saved before it is measured: a stop from here on costs no step.
     save(config.num_steps, state)
-    extra, arrays = view.final(state)
-    result = log.result | extra
-    result |= {"step": config.num_steps, "seed": config.seed, "seconds": time.time() - started}
+    measures, arrays = view.final(state)
+    log.measures(config.num_steps, measures)
+    result = log.result | {"step": config.num_steps, "seed": config.seed, "seconds": seconds()}
     if jax.process_index() == 0:
       picture = workdirs.write_result(folder, result, arrays, config, bank=bank, test=test)
       log.summary(result, picture)

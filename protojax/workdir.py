@@ -73,9 +73,9 @@ def _write_json(path: pathlib.Path, content: dict) -> None:
   os.replace(temporary, path)
 
 
-def metadata(config) -> dict:
-  """What a checkpoint says about its run."""
-  return {"config": config.to_dict(), "version": __version__}
+def metadata(config, seconds: float) -> dict:
+  """What a checkpoint says about its run; `seconds` of all processes that worked on it so far."""
+  return {"config": config.to_dict(), "version": __version__, "seconds": seconds}
 
 
 def claim(workdir: str, config) -> pathlib.Path:

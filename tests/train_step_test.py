@@ -63,7 +63,9 @@ def _three_steps(row, devices):
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(train_step, "train_step", counted)
-    program, state, metrics = tiny.run_steps(row.config(), 3, jax.devices()[:devices])
+    # Not Adam: of a gradient that is zero but for rounding, a bias before a norm, it makes a step.
+    config = row.config(optim__name="sgd")
+    program, state, metrics = tiny.run_steps(config, 3, jax.devices()[:devices])
   start = jax.device_get(program.init(program.config.seed).replace(key=()))
   return program, start, state, metrics, len(traces)
 
@@ -128,14 +130,11 @@ def test_one_two_and_eight_devices_agree(row):
     for key in ("train/loss", "train/grad_norm"):
       np.testing.assert_allclose(other[0][key], metrics[0][key], rtol=1e-5)
       np.testing.assert_allclose(other[2][key], metrics[2][key], rtol=1e-4)
-    for (path, a), b in zip(
-      jax.tree.leaves_with_path((one.encoder, one.teacher)),
-      jax.tree.leaves((state.encoder, state.teacher)),
+    for a, b in zip(
+      jax.tree.leaves((one.encoder, one.teacher)), jax.tree.leaves((state.encoder, state.teacher)),
       strict=True,
-    ):
-      # A key's bias has no gradient in exact arithmetic; Adam makes full steps of the noise.
-      if "['qkv']['bias']" not in jax.tree_util.keystr(path):
-        np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=1e-4)
+    ):  # fmt: skip
+      np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=1e-4)
 
 
 @every_method
