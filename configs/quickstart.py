@@ -10,7 +10,7 @@ from configs import common
 
 
 def get_config(mode: str = ""):
-  config = common.cifar10()
+  config = common.dino_cifar10()
   config.num_steps = 700
   config.batch_size = 64
   config.save_every = 350
