@@ -3,7 +3,9 @@ r"""The joint baseline: DINO with learned prototypes on CIFAR-10, small ViT.
   python -m protojax.main --config=configs/dino_cifar10.py --workdir=runs/dino_cifar10 \
     --config.data.data_dir=$PROTOJAX_DATA_DIR
 
-Cost and result: not measured yet.
+Cost: 2,000 steps, 14 minutes on two CPU cores that did other work too (326 img/s). CIFAR-10 (JPEG
+copy), seed 0, commit cdca7fe: unique 100 % at every threshold, used 51.5 %, k-NN 35.4 %, linear
+41.2 %.
 """
 
 from configs import common
