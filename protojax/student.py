@@ -3,8 +3,12 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+
+from protojax import prototypes
 from protojax.methods import base
 from protojax.models import encoder as encoders
+from protojax.models import heads
 
 PyTree = Any
 
@@ -57,3 +61,69 @@ def build(config) -> Student:
     return z[:, 0]
 
   return Student(init, embed, carry, features, project)
+
+
+class PrototypeStudent(NamedTuple):
+  """Pure functions; see `build_with_prototypes`. Those of `base.Method` have its signatures.
+
+  Attributes:
+    embed: (trained, frozen, views, key) -> (z float32 [B, V, D] with a gradient, the state of the
+      prototypes that the loss scores with, stats); views 0 and 1 are the global ones.
+    scores: (state, z [..., D]) -> float32 [..., K].
+    update: (variables, stats) -> Variables, with the stats of `embed`.
+  """
+
+  learns_prototypes: bool
+  init: Callable
+  embed: Callable
+  scores: Callable
+  update: Callable
+  features: Callable
+  codes: Callable
+  embeddings: Callable
+  prototype_matrices: Callable
+
+
+def build_with_prototypes(config) -> PrototypeStudent:
+  """The encoder of `build` over one prototype set, in `Variables.prototypes`.
+
+  A mixture moves on the student's features of the two global views, without a gradient; with
+  `method.em_order = "before_loss"` in `embed`, else in `update`.
+
+  Raises:
+    UserError: for an unknown `method.em_order` or `method.prototypes`.
+  """
+  net, bank = build(config), prototypes.build(config)
+
+  def init(key):
+    encoder_key, prototype_key = jax.random.split(key)
+    params, carry = net.init(encoder_key)
+    return base.Variables(params, bank.init(prototype_key), teacher=(), carry=carry)
+
+  def embed(trained, frozen, views, key):
+    z, batch_stats = net.embed(trained, frozen, views, key)
+    rows = z[:, :2].reshape(-1, z.shape[-1])
+    state, moved = prototypes.in_loss(bank, trained, frozen, rows)
+    return z, state, {"batch_stats": batch_stats, "prototypes": moved}
+
+  def scores(state, z):
+    return heads.prototype_scores(bank.rows(state), bank.align(state, z))
+
+  def update(variables, stats):
+    return variables.replace(
+      prototypes=prototypes.after_step(bank, variables.prototypes, stats["prototypes"]),
+      carry=net.carry(variables, stats["batch_stats"]),
+    )
+
+  def codes(variables, images):
+    return {"prototypes": scores(variables.prototypes, net.project(variables, images))}
+
+  def embeddings(variables, images):
+    return {"prototypes": bank.align(variables.prototypes, net.project(variables, images))}
+
+  def prototype_matrices(variables):
+    return {"prototypes": prototypes.unit(bank.rows(variables.prototypes))}
+
+  return PrototypeStudent(
+    bank.learned, init, embed, scores, update, net.features, codes, embeddings, prototype_matrices
+  )
