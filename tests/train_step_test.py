@@ -46,6 +46,11 @@ _GEDI = (("head__l2", False), ("head__norm", "batch"))
 
 _GEDI_GEN = (("method__generative", True), ("method__sgld_steps", 3), ("method__sgld_rate", 0.1))
 
+_TWO_VIEWS = (
+  ("augment__num_local", 0), ("head__l2", False), ("head__norm", "batch"),
+  ("head__activation", "relu"), ("head__bias", False), ("head__init", "uniform"),
+)  # fmt: skip
+
 # A new method adds its row here.
 METHODS = (
   Row("dino", "learned", learns=_DINO),
@@ -61,6 +66,11 @@ METHODS = (
   Row("gedi", "mixture", _GEDI),
   Row("gedi", "frozen", _GEDI),
   Row("gedi", "learned", _GEDI_GEN),
+  Row("barlow_twins", "none", _TWO_VIEWS),
+  Row("vicreg", "none", _TWO_VIEWS),
+  Row("self_classifier", "learned"),
+  Row("self_classifier", "mixture"),
+  Row("self_classifier", "frozen"),
 )
 every_method = pytest.mark.parametrize("row", METHODS, ids=lambda r: f"{r.name}-{r.prototypes}")
 
