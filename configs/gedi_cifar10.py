@@ -34,6 +34,7 @@ def get_config(mode: str = ""):
   })  # fmt: skip
   # No batch norm in an energy, and unit features to bound it.
   config.head.update({"norm": "none", "l2": True})
+  # As many clusters as images a batch: more could not all be used in one, as this term asks.
   config.method.update({
     "generative": True, "weight_generative": 1.0, "weight_invariance": 50.0,
     "weight_uniformity": 50.0, "num_prototypes": 128,
