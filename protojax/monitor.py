@@ -146,8 +146,8 @@ def judge(
         "uniform collapse",
         f"loss {loss:.3f} = ln {round(math.exp(chance))} and targets of entropy "
         f"{_show(entropy, '.3f')}: every image gets every prototype; "
-        + advise("lower method.teacher_temp", "set method.targets=sinkhorn", "raise batch_size",
-                 "raise optim.lr"),
+        + advise("lower method.teacher_temp", "lower method.epsilon", "set method.targets=sinkhorn",
+                 "raise batch_size", "raise optim.lr"),
         True,
       )
   if codes is not None and codes < limit["codes_one_hot"] and entropy is not None:

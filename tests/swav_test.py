@@ -55,8 +55,8 @@ def _swapped(z, v, q, temperature=0.1):
 def _parts(kind="learned", **changes):
   """(config, method, variables, views, jitted loss)."""
   c = tiny.config("swav", kind, **{**_QUEUE, **changes})
-  method = train.Program(c).method
-  variables = method.init(jax.random.key(0))
+  method = swav.make(c)
+  variables = jax.jit(method.init)(jax.random.key(0))
   views = jax.tree.map(
     lambda s: jax.random.normal(jax.random.key(1), s.shape), tiny.abstract_views(c)
   )
@@ -73,8 +73,8 @@ def _parts(kind="learned", **changes):
 
 def _features(c, variables, views):
   net = encoders.build(c)
-  z, _ = encoders.embed(net, variables.encoder, {}, views, train=True, key=jax.random.key(0))
-  return np.asarray(z, np.float64)
+  embed = jax.jit(lambda params, views: encoders.embed(net, params, {}, views, train=True)[0])
+  return np.asarray(embed(variables.encoder, views), np.float64)
 
 
 def _queue(seed=0):
