@@ -4,7 +4,9 @@ r"""VICReg (arXiv 2105.04906) on CIFAR-10, small ViT.
     --config.data.data_dir=$PROTOJAX_DATA_DIR
 
 Views, weights and depth of the head are those of solo-learn's recipe for CIFAR; the head is half as
-wide, and AdamW, which suits a ViT, takes the place of LARS.
+wide, and AdamW, which suits a ViT, takes the place of LARS. That recipe is for a ResNet-18 and
+1,000 epochs at a batch of 256, with optim.name=lars, lr=.3, weight_decay=1e-4, trust=.02 and
+lars_clip=True.
 
 Cost and result: not measured yet.
 """
