@@ -33,7 +33,8 @@ def cifar10(method: str = "dino"):
     "name": "vit_tiny", "patch_size": 8, "width": 96, "depth": 4, "heads": 3, "drop_path": 0.0,
   })  # fmt: skip
   config.head.update({"hidden": 512, "bottleneck": 128})
-  config.method.num_prototypes = 1024
+  if config.method.prototypes != "none":
+    config.method.num_prototypes = 1024
   config.optim.update({
     "lr": 1e-3, "final_lr": 1e-5, "weight_decay": 0.04, "final_weight_decay": 0.04,
     "warmup_steps": 200, "freeze_prototypes_epochs": 0.0,

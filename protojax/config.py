@@ -99,7 +99,7 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
   })  # fmt: skip
   config.head = ml_collections.ConfigDict({
     "layers": 3, "hidden": 2048, "bottleneck": 256, "norm": "none", "norm_output": False,
-    "activation": "gelu", "init": "normal", "l2": True,
+    "activation": "gelu", "bias": True, "init": "normal", "l2": True,
   })  # fmt: skip
   config.method = ml_collections.ConfigDict({
     "name": method,
@@ -139,14 +139,16 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
     "final_weight_decay": 0.4,
     "clip": 3.0,  # per tensor; 0 turns it off
     "clip_mode": "tensor",
+    "trust": 0.001,  # of LARS: length of a step over that of the weights, at learning rate 1
+    "lars_clip": False,  # LARS no faster than SGD: trust ratio over learning rate, at most 1
     "freeze_prototypes_epochs": 1.0,
     "freeze_prototypes_steps": 0,
     "beta1": 0.9,
     "beta2": 0.999,
   })  # fmt: skip
   config.teacher = ml_collections.ConfigDict({"momentum": 0.996})
-  # rules: ((regular expression, "replicate" | "fsdp" | "prototypes"), ...) over the state's paths,
-  # first match wins; () takes sharding.DEFAULT_RULES.
+  # rules: ((regular expression, "replicate" | "fsdp" | "prototypes" | "rows"), ...) over the
+  # state's paths, first match wins; () takes sharding.DEFAULT_RULES.
   config.mesh = ml_collections.ConfigDict({"data": -1, "model": 1, "rules": ()})
   return config
 
@@ -255,7 +257,14 @@ def _check_positive(config) -> None:
 
 
 def debug(config) -> ml_collections.ConfigDict:
-  """The same recipe as a minute's run on a CPU: `digits`, two blocks, at most 256 prototypes."""
+  """The same recipe as a minute's run on a CPU: `digits`, two blocks, at most 256 prototypes.
+
+  A ResNet-50 becomes a ResNet-18, and every classifier of several has at most 256 classes.
+  """
+  if config.model.name == "resnet50":
+    config.model.name = "resnet18"
+  if "more_classifiers" in config.method:
+    config.method.more_classifiers = tuple(min(k, 256) for k in config.method.more_classifiers)
   config.update({
     "num_steps": 20, "num_epochs": 0.0, "batch_size": 16, "log_every": 5, "save_every": 10,
     "eval_every": 20, "steps_per_epoch": 0,
@@ -274,6 +283,10 @@ def debug(config) -> ml_collections.ConfigDict:
   config.model.update({"depth": 2, "patch_size": 8, "width": 96, "heads": 3})
   config.head.update({"hidden": 128, "bottleneck": 64})
   config.method.num_prototypes = min(config.method.num_prototypes, 256)
-  if "partition_size" in config.method:
-    config.method.partition_size = min(config.method.partition_size, 64)
+  for key, most in (
+    ("partition_size", 64), ("queue_length", 64), ("queue_start_epoch", 0.0), ("buffer_size", 64),
+    ("sgld_steps", 4),
+  ):  # fmt: skip
+    if key in config.method:
+      config.method[key] = min(config.method[key], most)
   return config

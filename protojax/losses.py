@@ -17,7 +17,7 @@ def _full(x: jax.Array) -> jax.Array:
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _mean_over_other_views(pair: jax.Array) -> jax.Array:
+def mean_over_other_views(pair: jax.Array) -> jax.Array:
   """Mean of [V, T] over the pairs whose views differ."""
   other = 1.0 - jnp.eye(*pair.shape, dtype=pair.dtype)
   return jnp.sum(pair * other) / jnp.sum(other)
@@ -53,7 +53,7 @@ def cross_view_entropy(
   log_p = jax.nn.log_softmax(_full(student_logits) / temperature)
   targets = _full(jax.lax.stop_gradient(teacher_probs))
   pair = -jnp.einsum("bvk,btk->bvt", log_p, targets, precision=_HIGHEST).mean(axis=0)
-  return _mean_over_other_views(pair)
+  return mean_over_other_views(pair)
 
 
 def carp_consistency(student_scores: jax.Array, teacher_scores: jax.Array) -> jax.Array:
@@ -78,7 +78,7 @@ def carp_consistency(student_scores: jax.Array, teacher_scores: jax.Array) -> ja
   agreement = jnp.einsum("bvpn,btpn->bpvt", p, q, precision=_HIGHEST)
   eps = float(jnp.finfo(agreement.dtype).eps)
   pair = -jnp.log(jnp.clip(agreement, eps, 1.0 - eps)).mean(axis=(0, 1))
-  return _mean_over_other_views(pair)
+  return mean_over_other_views(pair)
 
 
 def carp_entropy(student_scores: jax.Array, teacher_scores: jax.Array) -> jax.Array:

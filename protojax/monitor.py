@@ -146,8 +146,8 @@ def judge(
         "uniform collapse",
         f"loss {loss:.3f} = ln {round(math.exp(chance))} and targets of entropy "
         f"{_show(entropy, '.3f')}: every image gets every prototype; "
-        + advise("lower method.teacher_temp", "set method.targets=sinkhorn", "raise batch_size",
-                 "raise optim.lr"),
+        + advise("lower method.teacher_temp", "lower method.epsilon", "lower method.column_temp",
+                 "set method.targets=sinkhorn", "raise batch_size", "raise optim.lr"),
         True,
       )
   if codes is not None and codes < limit["codes_one_hot"] and entropy is not None:
@@ -204,10 +204,14 @@ def judge(
     if prototypes == "mixture":
       advice = "raise mixture.horizon_steps or set mixture.center_features=True"
     return Verdict("partial prototype collapse", f"{seen}: {advice}", True)
+  features = (
+    f"features RankMe {_show(rank, '.0f')}, std {_show(std, '.2f')}; loss {_show(loss, '.2f')}"
+  )
+  if prototypes == "none":
+    return Verdict("ok", features, False)
   return Verdict(
     "ok",
-    f"prototypes {_prototypes(measures)}; features RankMe {_show(rank, '.0f')}, std "
-    f"{_show(std, '.2f')}; loss {_show(loss, '.2f')}, target entropy {_show(entropy, '.2f')} of "
+    f"prototypes {_prototypes(measures)}; {features}, target entropy {_show(entropy, '.2f')} of "
     f"{most:.2f}",
     False,
   )

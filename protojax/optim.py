@@ -15,7 +15,6 @@ import optax
 from protojax import errors, schedules
 
 PyTree = Any
-_TRUST = 0.001  # of LARS, as in SwAV, CARP and Barlow Twins
 
 
 class OptimState(NamedTuple):
@@ -59,12 +58,13 @@ def _clip(grads: PyTree, limit: float, mode: str) -> PyTree:
   return jax.tree.map(lambda g: g * factor(optax.tree.norm(g)), grads)
 
 
-def _adapt(decay) -> optax.GradientTransformation:
+def _adapt(options, rate, decay) -> optax.GradientTransformation:
   """Layer-wise adaptation of LARS (arXiv 1708.03888) in the form of SwAV's and solo-learn's code.
 
   Weights: (g + decay w) * trust |w| / (|g| + decay |w| + 1e-8), plain g where either norm is 0.
-  Everything else: plain g. `optax.lars` puts |g + decay w| in the denominator, decays zero-norm
-  weights and multiplies by the learning rate before the momentum.
+  Everything else: plain g. `optim.lars_clip` divides the ratio by the learning rate and cuts it at
+  1, so that no weight moves faster than under SGD. `optax.lars` puts |g + decay w| in the
+  denominator, decays zero-norm weights and multiplies by the learning rate before the momentum.
   """
 
   def update(grads, state, params):
@@ -72,7 +72,9 @@ def _adapt(decay) -> optax.GradientTransformation:
       if not is_weight:
         return g
       norm_g, norm_w = optax.tree.norm(g), optax.tree.norm(w)
-      ratio = _TRUST * norm_w / (norm_g + decay * norm_w + 1e-8)
+      ratio = options.trust * norm_w / (norm_g + decay * norm_w + 1e-8)
+      if options.lars_clip:
+        ratio = jnp.minimum(ratio / jnp.maximum(rate, 1e-12), 1.0)  # the rate starts at 0
       return jnp.where((norm_g > 0) & (norm_w > 0), ratio * (g + decay * w), g)
 
     return jax.tree.map(leaf, grads, params, decay_mask(params)), state
@@ -80,7 +82,7 @@ def _adapt(decay) -> optax.GradientTransformation:
   return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def _rule(options, decay) -> optax.GradientTransformation:
+def _rule(options, rate, decay) -> optax.GradientTransformation:
   """Gradient -> direction, still to be multiplied by minus the learning rate."""
   if options.name == "adamw":
     return optax.chain(
@@ -88,7 +90,7 @@ def _rule(options, decay) -> optax.GradientTransformation:
       optax.add_decayed_weights(decay, mask=decay_mask),
     )
   if options.name == "lars":
-    return optax.chain(_adapt(decay), optax.trace(decay=options.beta1))
+    return optax.chain(_adapt(options, rate, decay), optax.trace(decay=options.beta1))
   if options.name == "sgd":
     return optax.chain(
       optax.add_decayed_weights(decay, mask=decay_mask), optax.trace(decay=options.beta1)
@@ -134,7 +136,7 @@ def build(config, *, num_steps: int, batch_size: int) -> optax.GradientTransform
 
   Args:
     config: reads `optim.{name, lr, final_lr, warmup_steps, weight_decay, final_weight_decay, clip,
-      clip_mode, freeze_prototypes_steps, beta1, beta2}`.
+      clip_mode, trust, lars_clip, freeze_prototypes_steps, beta1, beta2}`.
     num_steps: length of the schedules.
     batch_size: global, scales `optim.lr`.
 
@@ -146,7 +148,7 @@ def build(config, *, num_steps: int, batch_size: int) -> optax.GradientTransform
     raise errors.UserError(
       f"optim.clip_mode={options.clip_mode!r} is unknown: choose tensor or global"
     )
-  start = _rule(options, 0.0)
+  start = _rule(options, 0.0, 0.0)
   rate = learning_rate(config, num_steps=num_steps, batch_size=batch_size)
   decay = weight_decay(config, num_steps=num_steps)
 
@@ -157,7 +159,8 @@ def build(config, *, num_steps: int, batch_size: int) -> optax.GradientTransform
   def update(grads, state, trained):
     if options.clip:
       grads = _clip(grads, options.clip, options.clip_mode)
-    rule = _rule(options, decay(state.step))
+    lr = rate(state.step)
+    rule = _rule(options, lr, decay(state.step))
     updates, parts = {}, {}
     for name, old in state.parts.items():
       direction, new = rule.update(grads[name], old, trained[name])
@@ -168,7 +171,6 @@ def build(config, *, num_steps: int, batch_size: int) -> optax.GradientTransform
           lambda a, b, live=live: jnp.where(live, a, b), (direction, new), (still, old)
         )
       updates[name], parts[name] = direction, new
-    lr = rate(state.step)
     updates = jax.tree.map(lambda d: (-lr * d).astype(d.dtype), updates)
     return updates, OptimState(optax.safe_increment(state.step), parts)
 

@@ -1,9 +1,11 @@
 """One set of prototypes, whichever way it moves: learned, mixture or frozen.
 
-A method asks for rows and scores and never for the kind. What differs:
+A method asks for rows and scores and never for the kind: `in_loss` gives the state it scores with,
+`after_step` the state of the next step. What differs:
 
   learned   weight-normalised rows, trained by optax with the encoder (the joint baseline);
-  mixture   means of a Gaussian mixture, moved by online EM on teacher features (arXiv 2510.20108);
+  mixture   means of a Gaussian mixture, moved by online EM on features without a gradient, the
+            teacher's where there is one (arXiv 2510.20108);
   frozen    the mixture's starting point, never moved: the control of every uniqueness claim.
 """
 
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from protojax import errors, mixture
+from protojax.methods import base
 from protojax.models import heads
 
 PyTree = Any
@@ -30,6 +33,7 @@ class PrototypeSet(NamedTuple):
     align: (state, features [..., D]) -> [..., D], the features in the coordinates of the rows: a
       mixture that subtracts the running mean needs the loss to do so too.
     move: (state, features [N, D]) -> state, one EM step; identity unless a mixture.
+    before_loss: whether a step moves the state before its loss or after the optimizer.
   """
 
   learned: bool
@@ -37,6 +41,7 @@ class PrototypeSet(NamedTuple):
   rows: Callable[[PyTree], jax.Array]
   align: Callable[[PyTree, jax.Array], jax.Array]
   move: Callable[[PyTree, jax.Array], PyTree]
+  before_loss: bool = False
 
 
 def _stay(state, features):
@@ -52,6 +57,35 @@ def _as_they_are(state, features):
 def unit(rows: jax.Array) -> jax.Array:
   """Rows [..., D] over their Euclidean norm; a zero row stays zero."""
   return rows * jax.lax.rsqrt(jnp.maximum(jnp.sum(rows**2, axis=-1, keepdims=True), 1e-24))
+
+
+def in_loss(
+  bank: PrototypeSet, trained: dict, frozen: base.Variables, features: jax.Array
+) -> tuple[PyTree, PyTree]:
+  """The state that a loss scores with.
+
+  Args:
+    bank: from `build`.
+    trained: as in `base.Method.loss`.
+    frozen: likewise.
+    features: [N, D] of the global batch that a mixture moves on; no gradient reaches them.
+
+  Returns:
+    (state, with a gradient only if learned; what `after_step` needs, for `LossOut.stats`).
+  """
+  if bank.learned:
+    return trained["prototypes"], ()
+  features = jax.lax.stop_gradient(features)
+  state = bank.move(frozen.prototypes, features) if bank.before_loss else frozen.prototypes
+  state = jax.lax.stop_gradient(state)
+  return state, state if bank.before_loss else features
+
+
+def after_step(bank: PrototypeSet, state: PyTree, moved: PyTree) -> PyTree:
+  """The state of the next step, for `base.Method.update`; `moved` is from `in_loss`."""
+  if bank.learned:
+    return state
+  return moved if bank.before_loss else bank.move(state, moved)
 
 
 def _learned(num: int, dim: int, train_norm: bool) -> PrototypeSet:
@@ -117,13 +151,18 @@ def build(config) -> PrototypeSet:
   """The prototype set that `config.method.prototypes` names.
 
   Args:
-    config: reads `method.{prototypes, num_prototypes, train_prototype_norm}`, `head.bottleneck`
-      (D) and `mixture.*`.
+    config: reads `method.{prototypes, num_prototypes, train_prototype_norm, em_order}`,
+      `head.bottleneck` (D) and `mixture.*`.
 
   Raises:
-    UserError: for an unknown kind, fewer than two prototypes or mixture options out of range.
+    UserError: for an unknown kind or `method.em_order`, fewer than two prototypes or mixture
+      options out of range.
   """
   num, dim, kind = config.method.num_prototypes, config.head.bottleneck, config.method.prototypes
+  if config.method.em_order not in ("after_step", "before_loss"):
+    raise errors.UserError(
+      f"method.em_order={config.method.em_order!r} is unknown: choose after_step or before_loss"
+    )
   if num < 2:
     raise errors.UserError(
       f"method.num_prototypes={num}: a method needs at least 2 prototypes; set "
@@ -133,9 +172,10 @@ def build(config) -> PrototypeSet:
     return _learned(num, dim, config.method.train_prototype_norm)
   if kind == "mixture":
     try:
-      return _mixture(num, dim, config.mixture)
+      bank = _mixture(num, dim, config.mixture)
     except ValueError as error:
       raise errors.UserError(f"mixture: {error}; see --config.mixture.*") from None
+    return bank._replace(before_loss=config.method.em_order == "before_loss")
   if kind == "frozen":
     return _frozen(num, dim)
   raise errors.UserError(

@@ -19,6 +19,7 @@ DEFAULT_RULES = (
   (r"(^|/)prototypes/(step|kappa|key|feature_mean)$", "replicate"),
   (r"(^|/)prototypes/", "prototypes"),
   (r"(^|/)carry/center$", "prototypes"),
+  (r"(^|/)carry/(queue|replay)$", "rows"),
   (r".*", "replicate"),
 )
 
@@ -76,6 +77,8 @@ _TACTICS = {
   "replicate": lambda shape, mesh: PartitionSpec(),
   "fsdp": _fsdp,
   "prototypes": _prototypes,
+  # A memory [B, S, ...] of S batches, each row where it came from: nothing is gathered to keep it.
+  "rows": lambda shape, mesh: PartitionSpec("data"),
 }
 
 
@@ -85,7 +88,7 @@ def state_shardings(abstract, mesh: jax.sharding.Mesh, rules=DEFAULT_RULES):
   Args:
     abstract: pytree; a leaf's path is its keys joined with "/".
     mesh: from `make_mesh`.
-    rules: pairs (regular expression, "replicate" | "fsdp" | "prototypes").
+    rules: pairs (regular expression, "replicate" | "fsdp" | "prototypes" | "rows").
 
   Raises:
     UserError: if a leaf matches no rule or a rule names no known placement.

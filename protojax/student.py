@@ -3,8 +3,14 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+
+from protojax import config as configs
+from protojax import errors, prototypes
 from protojax.methods import base
 from protojax.models import encoder as encoders
+from protojax.models import heads
 
 PyTree = Any
 
@@ -57,3 +63,131 @@ def build(config) -> Student:
     return z[:, 0]
 
   return Student(init, embed, carry, features, project)
+
+
+def check_pairs(z: jax.Array) -> jax.Array:
+  """Embeddings [B, 2, D] of two views, any float dtype -> the same in float32 (float64 stays).
+
+  Raises:
+    ValueError: for another shape, or one image, which has no batch statistics.
+  """
+  if z.ndim != 3 or z.shape[0] < 2 or z.shape[1] != 2:
+    raise ValueError(f"embeddings {z.shape} must be [B, 2, D] with 2 images or more")
+  return z.astype(jnp.promote_types(z.dtype, jnp.float32))
+
+
+def two_views(config, objective: Callable) -> base.Method:
+  """A method that compares the embeddings of the two global views and has no prototypes.
+
+  Args:
+    config: its `method.prototypes` must be "none", and it may not ask for local views or for
+      embeddings of length one, of which such objectives could make nothing.
+    objective: (z float32 [B, 2, D] with a gradient) -> (float32 [], {name: float32 []}).
+
+  Raises:
+    UserError: if the config asks for them, or for a batch of one image.
+  """
+  settings = configs.flat(config)
+  for key, only in (("method.prototypes", "none"), ("augment.num_local", 0), ("head.l2", False)):
+    if settings[key] != only:
+      raise errors.UserError(
+        f"{key}={settings[key]!r}: method.name={config.method.name!r} compares two global views "
+        f"by batch statistics, without prototypes; set --config.{key}={only}"
+      )
+  if config.batch_size < 2:
+    raise errors.UserError("batch_size=1: statistics over the batch need 2 images or more")
+  net = build(config)
+
+  def init(key):
+    params, carry = net.init(key)
+    return base.Variables(params, prototypes=(), teacher=(), carry=carry)
+
+  def loss(trained, frozen, views, key, step):
+    del step
+    z, batch_stats = net.embed(trained, frozen, views, key)
+    value, metrics = objective(z)
+    return value, base.LossOut({"loss": value, **metrics}, batch_stats)
+
+  def update(variables, batch_stats, step):
+    del step
+    return variables.replace(carry=net.carry(variables, batch_stats))
+
+  def nothing(*_):
+    return {}
+
+  return base.Method(
+    learns_prototypes=False,
+    init=init,
+    loss=loss,
+    update=update,
+    features=net.features,
+    codes=nothing,
+    embeddings=nothing,
+    prototype_matrices=nothing,
+  )
+
+
+class PrototypeStudent(NamedTuple):
+  """Pure functions; see `build_with_prototypes`. Those of `base.Method` have its signatures.
+
+  Attributes:
+    embed: (trained, frozen, views, key) -> (z float32 [B, V, D] with a gradient, the state of the
+      prototypes that the loss scores with, stats); views 0 and 1 are the global ones.
+    scores: (state, z [..., D]) -> float32 [..., K].
+    update: (variables, stats) -> Variables, with the stats of `embed`.
+  """
+
+  learns_prototypes: bool
+  init: Callable
+  embed: Callable
+  scores: Callable
+  update: Callable
+  features: Callable
+  codes: Callable
+  embeddings: Callable
+  prototype_matrices: Callable
+
+
+def build_with_prototypes(config) -> PrototypeStudent:
+  """The encoder of `build` over one prototype set, in `Variables.prototypes`.
+
+  A mixture moves on the student's features of the two global views, without a gradient; with
+  `method.em_order = "before_loss"` in `embed`, else in `update`.
+
+  Raises:
+    UserError: for an unknown `method.em_order` or `method.prototypes`.
+  """
+  net, bank = build(config), prototypes.build(config)
+
+  def init(key):
+    encoder_key, prototype_key = jax.random.split(key)
+    params, carry = net.init(encoder_key)
+    return base.Variables(params, bank.init(prototype_key), teacher=(), carry=carry)
+
+  def embed(trained, frozen, views, key):
+    z, batch_stats = net.embed(trained, frozen, views, key)
+    rows = z[:, :2].reshape(-1, z.shape[-1])
+    state, moved = prototypes.in_loss(bank, trained, frozen, rows)
+    return z, state, {"batch_stats": batch_stats, "prototypes": moved}
+
+  def scores(state, z):
+    return heads.prototype_scores(bank.rows(state), bank.align(state, z))
+
+  def update(variables, stats):
+    return variables.replace(
+      prototypes=prototypes.after_step(bank, variables.prototypes, stats["prototypes"]),
+      carry=net.carry(variables, stats["batch_stats"]),
+    )
+
+  def codes(variables, images):
+    return {"prototypes": scores(variables.prototypes, net.project(variables, images))}
+
+  def embeddings(variables, images):
+    return {"prototypes": bank.align(variables.prototypes, net.project(variables, images))}
+
+  def prototype_matrices(variables):
+    return {"prototypes": prototypes.unit(bank.rows(variables.prototypes))}
+
+  return PrototypeStudent(
+    bank.learned, init, embed, scores, update, net.features, codes, embeddings, prototype_matrices
+  )

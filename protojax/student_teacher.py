@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from protojax import errors, prototypes, schedules
+from protojax import prototypes, schedules
 from protojax.methods import base
 from protojax.models import encoder as encoders
 from protojax.models import heads
@@ -56,11 +56,6 @@ def build(config) -> StudentTeacher:
   Raises:
     UserError: for an unknown `method.em_order` or `method.prototypes`.
   """
-  if config.method.em_order not in ("after_step", "before_loss"):
-    raise errors.UserError(
-      f"method.em_order={config.method.em_order!r} is unknown: choose after_step or before_loss"
-    )
-  before_loss = config.method.em_order == "before_loss"
   bank = prototypes.build(config)
   student_net = encoders.build(config)
   calm = config.copy_and_resolve_references()
@@ -94,32 +89,24 @@ def build(config) -> StudentTeacher:
       {"global": views["global"]}, train=True, accum_steps=config.accum_steps,
     )  # fmt: skip
     z_teacher = jax.lax.stop_gradient(z_teacher)
-    stats = {"batch_stats": {"student": student_stats, "teacher": teacher_stats}}
-
-    if bank.learned:
-      state, teacher_state = trained["prototypes"], frozen.teacher["prototypes"]
-    else:
-      rows = z_teacher.reshape(-1, z_teacher.shape[-1])
-      state = bank.move(frozen.prototypes, rows) if before_loss else frozen.prototypes
-      stats |= {"prototypes": state} if before_loss else {"features": rows}
-      state = teacher_state = jax.lax.stop_gradient(state)
+    rows = z_teacher.reshape(-1, z_teacher.shape[-1])
+    state, moved = prototypes.in_loss(bank, trained, frozen, rows)
+    teacher_state = frozen.teacher["prototypes"] if bank.learned else state
     return Scores(
       student=heads.prototype_scores(bank.rows(state), bank.align(state, z_student)),
       teacher=heads.prototype_scores(
         bank.rows(teacher_state), bank.align(teacher_state, z_teacher)
       ),
-      stats=stats,
-    )
+      stats={
+        "batch_stats": {"student": student_stats, "teacher": teacher_stats}, "prototypes": moved,
+      },
+    )  # fmt: skip
 
   def update(variables, stats, step):
     averaged = {"encoder": variables.encoder}
-    state = variables.prototypes
+    state = prototypes.after_step(bank, variables.prototypes, stats["prototypes"])
     if bank.learned:
       averaged["prototypes"] = state
-    elif before_loss:
-      state = stats["prototypes"]
-    else:
-      state = bank.move(state, stats["features"])
     return base.Variables(
       encoder=variables.encoder,
       prototypes=state,

@@ -65,6 +65,14 @@ def test_weights_start_normal_and_biases_at_zero():
     np.testing.assert_array_equal(layer["bias"], 0.0)
 
 
+def test_projector_without_biases_keeps_those_of_its_norms():
+  head = heads.Projector(layers=2, norm="batch", bias=False)
+  params = jax.eval_shape(lambda: head.init(jax.random.key(0), rows())["params"])
+  assert {name: set(part) for name, part in params.items()} == {
+    "fc1": {"kernel"}, "norm1": {"scale", "bias"}, "fc2": {"kernel"},
+  }  # fmt: skip
+
+
 def test_bfloat16_projector_returns_float32_unit_rows():
   head = heads.Projector(hidden=32, bottleneck=8, dtype=jnp.bfloat16)
   params = head.init(jax.random.key(0), rows())["params"]

@@ -94,7 +94,8 @@ def test_a_loss_says_nothing_where_a_method_names_no_ln_k():
 
 def test_a_method_without_prototypes_is_judged_by_its_features():
   features = {"train/loss": 3.0, "collapse/feature_std": 0.8, "collapse/rankme": 40.0}
-  assert monitor.judge(features, num_prototypes=0, step=500).label == "ok"
+  verdict = monitor.judge(features, num_prototypes=0, step=500, prototypes="none")
+  assert verdict.label == "ok" and "prototype" not in verdict.sentence
   bad = {**features, "collapse/feature_std": 0.001}
   assert monitor.judge(bad, num_prototypes=0, step=500).label == "representation collapse"
 

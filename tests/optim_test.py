@@ -14,7 +14,7 @@ def _config(**changes):
   values = {
     "name": "adamw", "lr": 0.01, "final_lr": 1e-4, "warmup_steps": 3, "weight_decay": 0.04,
     "final_weight_decay": 0.4, "clip": 0.5, "clip_mode": "tensor", "freeze_prototypes_steps": 0,
-    "beta1": 0.9, "beta2": 0.999,
+    "beta1": 0.9, "beta2": 0.999, "trust": 0.001, "lars_clip": False,
   } | changes  # fmt: skip
   return ml_collections.ConfigDict({"optim": values, "batch_size": 512})
 
@@ -61,7 +61,9 @@ def _schedules(steps, warmup, peak):
   return lr, wd
 
 
-def _reference(name, params, grads, *, clip, mode, freeze, steps):
+def _reference(
+  name, params, grads, *, clip, mode, freeze, steps, trust=0.001, lars_clip=False
+):
   """Parameters after every step, by the formulas of torch's AdamW and SGD and SwAV's LARS."""
   lr, wd = _schedules(steps, 3, 0.02)
   w = dict(params)
@@ -88,7 +90,10 @@ def _reference(name, params, grads, *, clip, mode, freeze, steps):
         g = g + decay * w[k]
       elif k.rpartition(".")[2] in _DECAYED:
         norm_w, norm_g = np.linalg.norm(w[k].ravel()), np.linalg.norm(g.ravel())
-        g = 0.001 * norm_w / (norm_g + decay * norm_w + 1e-8) * (g + decay * w[k])
+        ratio = trust * norm_w / (norm_g + decay * norm_w + 1e-8)
+        if lars_clip:
+          ratio = min(ratio / lr[step], 1.0) if lr[step] else 1.0
+        g = ratio * (g + decay * w[k])
       m[k] = 0.9 * m[k] + g
       w[k] = w[k] - lr[step] * m[k]
   return w
@@ -118,6 +123,21 @@ def test_nine_steps_match_numpy_in_float64(name, mode, clip):
   for key, value in _flat(trained).items():
     np.testing.assert_allclose(value, expected[key], rtol=2e-5, atol=2e-6, err_msg=key)
     assert np.abs(expected[key] - _flat(start)[key]).max() > 1e-5
+
+
+def test_clipped_lars_with_another_trust_matches_numpy_on_both_sides_of_the_clip():
+  config = _config(name="lars", clip=0.0, trust=0.02, lars_clip=True)
+  start = _params()
+  # Small gradients give ratios above the learning rate, large ones below it.
+  grads = [jax.tree.map(lambda x, s=s: x * (0.1 if s % 2 else 20.0), _params(s)) for s in range(9)]
+  trained, _ = _train(config, start, grads, 9)
+  flat = [_flat(g) for g in grads]
+  options = {"clip": 0.0, "mode": "tensor", "freeze": 0, "steps": 9}
+  expected = _reference("lars", _flat(start), flat, **options, trust=0.02, lars_clip=True)
+  whole = _reference("lars", _flat(start), flat, **options, trust=0.02)
+  for key, value in _flat(trained).items():
+    np.testing.assert_allclose(value, expected[key], rtol=2e-5, atol=2e-6, err_msg=key)
+  assert np.abs(whole["prototypes.v"] - expected["prototypes.v"]).max() > 0.01
 
 
 def test_what_decays_is_decided_by_name_and_dimensions():

@@ -60,11 +60,10 @@ def run_steps(c, steps, devices=None, num_classes=0):
 def abstract_views(c):
   """Shapes of the views of a batch."""
   look = c.augment
+  shapes = {"global": (2, look.global_size, look.global_size, 3)}
+  if look.num_local:
+    shapes["local"] = (look.num_local, look.local_size, look.local_size, 3)
   return {
-    "global": jax.ShapeDtypeStruct(
-      (c.batch_size, 2, look.global_size, look.global_size, 3), jnp.float32
-    ),
-    "local": jax.ShapeDtypeStruct(
-      (c.batch_size, look.num_local, look.local_size, look.local_size, 3), jnp.float32
-    ),
+    name: jax.ShapeDtypeStruct((c.batch_size, *shape), jnp.float32)
+    for name, shape in shapes.items()
   }

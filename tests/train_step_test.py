@@ -40,6 +40,17 @@ _DINO = (("method__targets", "sinkhorn"),)
 
 _CARP = (("head__l2", False), ("head__norm", "batch"), ("method__partition_size", 8))
 
+_SWAV = (("method__queue_length", 32),)  # two batches: the third step uses it
+
+_GEDI = (("head__l2", False), ("head__norm", "batch"))
+
+_GEDI_GEN = (("method__generative", True), ("method__sgld_steps", 3), ("method__sgld_rate", 0.1))
+
+_TWO_VIEWS = (
+  ("augment__num_local", 0), ("head__l2", False), ("head__norm", "batch"),
+  ("head__activation", "relu"), ("head__bias", False), ("head__init", "uniform"),
+)  # fmt: skip
+
 # A new method adds its row here.
 METHODS = (
   Row("dino", "learned", learns=_DINO),
@@ -48,6 +59,18 @@ METHODS = (
   Row("carp", "learned", _CARP),
   Row("carp", "mixture", _CARP),
   Row("carp", "frozen", _CARP),
+  Row("swav", "learned", _SWAV),
+  Row("swav", "mixture", _SWAV),
+  Row("swav", "frozen", _SWAV),
+  Row("gedi", "learned", _GEDI),
+  Row("gedi", "mixture", _GEDI),
+  Row("gedi", "frozen", _GEDI),
+  Row("gedi", "learned", _GEDI_GEN),
+  Row("barlow_twins", "none", _TWO_VIEWS),
+  Row("vicreg", "none", _TWO_VIEWS),
+  Row("self_classifier", "learned"),
+  Row("self_classifier", "mixture"),
+  Row("self_classifier", "frozen"),
 )
 every_method = pytest.mark.parametrize("row", METHODS, ids=lambda r: f"{r.name}-{r.prototypes}")
 

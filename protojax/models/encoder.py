@@ -35,7 +35,7 @@ def build(config: ml_collections.ConfigDict) -> Encoder:
       model.{patch_size, image_size, width, depth, heads, drop_path, registers, layer_scale,
       remat}; of the ResNets model.{width (resnet8), stem, zero_init_residual, joint_norm, remat};
       head.{layers, hidden, bottleneck, norm, norm_output,
-      activation, init, l2}. A field that the named model does not have is
+      activation, bias, init, l2}. A field that the named model does not have is
       ignored, so that `model.name` can be switched alone.
 
   Raises:
@@ -66,7 +66,8 @@ def build(config: ml_collections.ConfigDict) -> Encoder:
     backbone = resnet.ResNet(*resnet.VARIANTS[name], dtype=dtype, **options)
 
   options = given("head", layers="layers", hidden="hidden", bottleneck="bottleneck", norm="norm",
-                  norm_output="norm_output", activation="activation", kernel_init="init", l2="l2")
+                  norm_output="norm_output", activation="activation", bias="bias",
+                  kernel_init="init", l2="l2")
   options |= given("model", joint_norm="joint_norm")
   _choice("head.norm", options.get("norm", "none"), ("none", "batch"))
   _choice("head.activation", options.get("activation", "gelu"), heads.ACTIVATIONS)

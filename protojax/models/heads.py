@@ -35,6 +35,7 @@ class Projector(nn.Module):
     norm: "none" or "batch", before each activation.
     norm_output: batch norm after the last Linear.
     activation: a key of ACTIVATIONS.
+    bias: whether the Linears have one; before a norm it does nothing.
     kernel_init: of the weights, a key of INITS.
     joint_norm: batch norm over all views together instead of view by view.
     l2: normalise the output to length one.
@@ -47,6 +48,7 @@ class Projector(nn.Module):
   norm: str = "none"
   norm_output: bool = False
   activation: str = "gelu"
+  bias: bool = True
   kernel_init: str = "normal"
   joint_norm: bool = False
   l2: bool = True
@@ -65,7 +67,8 @@ class Projector(nn.Module):
       [B * V, D] float32.
     """
     def dense(width, i):
-      return nn.Dense(width, dtype=self.dtype, kernel_init=INITS[self.kernel_init], name=f"fc{i}")
+      return nn.Dense(width, use_bias=self.bias, dtype=self.dtype,
+                      kernel_init=INITS[self.kernel_init], name=f"fc{i}")
 
     def batch_norm(i, dtype):
       return norm_lib.BatchNorm(joint=self.joint_norm, dtype=dtype, name=f"norm{i}")

@@ -1,0 +1,30 @@
+r"""SwAV (arXiv 2006.09882) on CIFAR-10, small ViT.
+
+Prototypes are learned or, in mode "gmm", decoupled.
+
+  python -m protojax.main --config=configs/swav_cifar10.py --workdir=runs/swav_cifar10 \
+    --config.data.data_dir=$PROTOJAX_DATA_DIR
+  python -m protojax.main --config=configs/swav_cifar10.py:gmm --workdir=runs/swav_gmm_cifar10 \
+    --config.data.data_dir=$PROTOJAX_DATA_DIR
+
+Cost and result: not measured yet.
+"""
+
+from configs import common
+
+
+def get_config(mode: str = ""):
+  config = common.cifar10("swav")
+  # With fewer images a batch than prototypes, Sinkhorn wants a queue: 30 batches here.
+  config.method.update({
+    "prototypes": "mixture" if mode == "gmm" else "learned", "queue_length": 3840,
+    "queue_start_epoch": 1.0,
+  })  # fmt: skip
+  config.head.update({"layers": 2, "norm": "batch", "activation": "relu", "init": "uniform"})
+  # Both global views get the same strong colours, and none is solarised.
+  config.augment.update({
+    "brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2,
+    "blur_prob": (0.5, 0.5, 0.5), "solarize_prob": (0.0, 0.0, 0.0),
+  })  # fmt: skip
+  config.optim.freeze_prototypes_epochs = 1.0
+  return config if mode == "gmm" else common.finish(config, mode)

@@ -1,0 +1,45 @@
+r"""SwAV (arXiv 2006.09882), ResNet-50, ImageNet-1k: the published recipe for a batch of 256.
+
+  python -m protojax.main --config=configs/swav_resnet50.py --workdir=runs/swav_resnet50 \
+    --config.data.data_dir=$PROTOJAX_DATA_DIR
+
+The length, 200 epochs, is a choice, not a constant of the method. The published recipe for a batch
+of 4,096 differs in: optim.lr=.3 (per 256), optim.final_lr=.0048, optim.warmup_epochs=10 (there from
+.3, here from 0), method.queue_length=0, optim.freeze_prototypes_steps=313.
+
+Cost and result: not measured yet.
+"""
+
+from configs import common
+from protojax import config as configs
+
+
+def get_config(mode: str = ""):
+  config = configs.default("swav")
+  config.num_epochs = 200.0
+  config.batch_size = 256
+  config.precision = "bfloat16"
+  config.data.update({"name": "imagenet2012", "image_size": 256, "num_workers": 8})
+  config.probe.update({"test_split": "validation", "batch_size": 256, "crop": 0.875})
+  config.eval_every = 50_000
+  config.save_every = 5000
+  config.augment.update({
+    "global_scale": (0.14, 1.0), "local_scale": (0.05, 0.14), "num_local": 6,
+    "brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2,
+    "blur_prob": (0.5, 0.5, 0.5), "solarize_prob": (0.0, 0.0, 0.0),
+    "std": (0.228, 0.224, 0.225),
+  })  # fmt: skip
+  config.model.update({"name": "resnet50", "joint_norm": True})
+  config.head.update({
+    "layers": 2, "hidden": 2048, "bottleneck": 128, "norm": "batch", "activation": "relu",
+    "init": "uniform",
+  })  # fmt: skip
+  config.method.update({
+    "prototypes": "learned", "num_prototypes": 3000, "queue_length": 3840,
+    "queue_start_epoch": 15.0,
+  })  # fmt: skip
+  config.optim.update({
+    "name": "lars", "lr": 0.6, "final_lr": 6e-4, "warmup_epochs": 0.0, "weight_decay": 1e-6,
+    "final_weight_decay": 1e-6, "clip": 0.0, "freeze_prototypes_steps": 5005,
+  })  # fmt: skip
+  return common.finish(config, mode)

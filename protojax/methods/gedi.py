@@ -1,0 +1,149 @@
+"""GEDI: clusters that are invariant, evenly used and, in full, a model of the images.
+
+Logits s_k are scores over the prototypes over `temperature`; p = softmax(s), its mean over the
+global batch p-bar, view by view. The loss is the weighted sum of
+
+  uniformity   - mean_k ln p-bar_k: ln K if all clusters are used alike, else more;
+  invariance   cross entropy of one view's p against another's, with gradient through both;
+  generative   mean f(samples) - mean f(data), f = logsumexp_k s_k the log density up to a constant
+               (`method.generative`). Samples are Langevin chains from a replay buffer; f is that
+               of the network in evaluation mode, batch norm included.
+
+The default weights are those of the released form, which has no generative term and takes the *sum*
+over clusters, of the first view alone and in one direction: `method.legacy` restores that. Its last
+layer is plainly linear; here it is prototypes over the head's output, unit rows if learned without
+`method.train_prototype_norm`. They may also be a mixture, fed by the student's features, or frozen.
+The full form's code could not be read: equations from its objective, sampler's constants from JEM.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from protojax import errors, langevin, losses, student
+from protojax.methods import base
+
+OPTIONS = {
+  "temperature": 0.1,
+  "weight_uniformity": 0.5,
+  "weight_invariance": 0.05,
+  "legacy": False,  # the released sum over clusters, of view 1 only and in one direction
+  "generative": False,
+  # With `generative` only:
+  "weight_generative": 1.0,
+  "input_noise": 0.03,  # standard deviation added to the data, in units of the network's input
+  "buffer_size": 10_000,  # images, cut to a multiple of batch_size
+  "sgld_steps": 20,
+  "sgld_rate": 1.0,  # of the gradient
+  "sgld_noise": 0.01,  # standard deviation a step, in units of the network's input
+  "sgld_restart": 0.05,  # probability of a chain to start anew, uniform in [-1, 1)
+}
+
+
+def uniformity(logits: jax.Array) -> jax.Array:
+  """-mean_k ln p-bar_k of each view: float32 logits [B, V, K] -> [V], at least ln K.
+
+  The logarithm of the mean is a logsumexp over the batch: a mean of probabilities underflows.
+  """
+  log_mean = jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=0) - math.log(logits.shape[0])
+  return -log_mean.mean(axis=-1)
+
+
+def cross_entropies(logits: jax.Array) -> jax.Array:
+  """-sum_k p^t_k ln p^v_k, mean over images, for all views v and global views t.
+
+  Args:
+    logits: [B, V, K] float32; views 0 and 1 are the global ones.
+
+  Returns:
+    [V, 2] float32, with gradient through both sides.
+  """
+  log_p = jax.nn.log_softmax(logits)
+  p = jnp.exp(log_p[:, :2])
+  return -jnp.einsum("bvk,btk->bvt", log_p, p, precision="highest").mean(axis=0)
+
+
+def make(config) -> base.Method:
+  """GEDI from `config.method`: OPTIONS, `num_prototypes`, `prototypes`.
+
+  Raises:
+    UserError: for a temperature, a buffer or a chain out of range.
+  """
+  options = config.method
+  slots = options.buffer_size // config.batch_size
+  if options.temperature <= 0.0:
+    raise errors.UserError(f"method.temperature={options.temperature} must be above 0")
+  if options.generative and (slots < 1 or options.sgld_steps < 1):
+    raise errors.UserError(
+      f"method.buffer_size={options.buffer_size}, method.sgld_steps={options.sgld_steps}: set the "
+      f"first to at least the batch of {config.batch_size} images, the second to at least 1"
+    )
+  net = student.build_with_prototypes(config)
+  size = config.augment.global_size
+
+  def init(key):
+    variables = net.init(key)
+    if not options.generative:
+      return variables
+    shape = (config.batch_size, slots, size, size, 3)
+    replay = langevin.init(jax.random.fold_in(key, 1), shape)
+    return variables.replace(carry={**variables.carry, "replay": replay})
+
+  def log_density(variables, images):
+    scores = net.codes(variables, images)["prototypes"]
+    return jax.nn.logsumexp(scores / options.temperature, axis=-1)
+
+  def generative(variables, data, key):
+    """The term, and for `update` the slot of the chains and where they ended."""
+    noise_key, start_key, chain_key = jax.random.split(key, 3)
+    still = jax.lax.stop_gradient(variables)
+    slot, x = langevin.start(still.carry["replay"], start_key, restart=options.sgld_restart)
+    samples = langevin.run(
+      functools.partial(log_density, still), x, chain_key,
+      num_steps=options.sgld_steps, rate=options.sgld_rate, noise=options.sgld_noise,
+    )  # fmt: skip
+    data += options.input_noise * jax.random.normal(noise_key, data.shape)
+    f = functools.partial(log_density, variables)
+    return langevin.contrast(f, data, samples), (slot, samples)
+
+  def loss(trained, frozen, views, key, step):
+    del step
+    net_key, sample_key = jax.random.split(key)
+    z, state, stats = net.embed(trained, frozen, views, net_key)
+    logits = net.scores(state, z) / options.temperature
+    even, pairs = uniformity(logits[:, :2]), cross_entropies(logits)
+    if options.legacy:
+      even, invariant = options.num_prototypes * even[0], pairs[0, 1]
+    else:
+      even, invariant = even.mean(), losses.mean_over_other_views(pairs)
+    p = jax.nn.softmax(logits[:, :2])
+    metrics = {
+      "loss": options.weight_uniformity * even + options.weight_invariance * invariant,
+      "uniformity": even,
+      "invariance": invariant,
+      "target_entropy": losses.entropy(p).mean(),
+      "mean_entropy": losses.entropy(p.mean(axis=(0, 1))),
+    }
+    if options.generative:
+      variables = jax.lax.stop_gradient(frozen).replace(
+        encoder=trained["encoder"], prototypes=state
+      )
+      term, stats["chains"] = generative(variables, views["global"][:, 0], sample_key)
+      metrics |= {"loss": metrics["loss"] + options.weight_generative * term, "generative": term}
+    return metrics["loss"], base.LossOut(metrics, stats)
+
+  def update(variables, stats, step):
+    del step
+    variables = net.update(variables, stats)
+    if not options.generative:
+      return variables
+    replay = langevin.put(variables.carry["replay"], *stats["chains"])
+    return variables.replace(carry={**variables.carry, "replay": replay})
+
+  return base.Method(
+    learns_prototypes=net.learns_prototypes, init=init, loss=loss, update=update,
+    features=net.features, codes=net.codes, embeddings=net.embeddings,
+    prototype_matrices=net.prototype_matrices,
+  )  # fmt: skip

@@ -1,0 +1,125 @@
+"""SwAV: predict the balanced assignment of one view from another (arXiv 2006.09882).
+
+Targets are Sinkhorn assignments of the two global views, each view balanced by itself over the
+global batch and, if there is one, a queue of earlier features; every view predicts the targets of
+the others. There is no teacher. `method.prototypes` chooses between learned ones, as published
+(`optim.freeze_prototypes_*` holds them still at the start), a mixture fed by the student's features
+and frozen ones.
+
+What differs from the published code: Sinkhorn runs in the log domain; learned prototypes are
+weight-normalised, where that code projects them on the sphere before each step; the queue fills
+from step 0, where that code makes it at `queue_start_epoch` and waits until it is full.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from protojax import assignment, errors, losses, student
+from protojax.methods import base
+
+OPTIONS = {
+  "temperature": 0.1,  # of the predictions
+  "epsilon": 0.05,  # Sinkhorn's temperature; smaller is sharper
+  "sinkhorn_steps": 3,
+  "queue_length": 0,  # features a view, cut to a multiple of batch_size; 0 turns the queue off
+  "queue_start_epoch": 15.0,  # Sinkhorn sees the queue from here on, once it is full
+}
+
+
+def targets(scores: jax.Array, *, epsilon: float, num_steps: int = 3) -> jax.Array:
+  """Assignments of a batch, each view balanced over the batch and what is queued.
+
+  Args:
+    scores: [B, 1 + S, T, K] cosines to the prototypes, any float dtype. [:, 0] is the batch, the
+      rest are S earlier ones.
+    epsilon: Sinkhorn's temperature.
+    num_steps: of Sinkhorn.
+
+  Returns:
+    [B, T, K] float32, rows sum to one; no gradient.
+  """
+  balance = functools.partial(assignment.sinkhorn, temperature=epsilon, num_steps=num_steps)
+  rows = scores.reshape(-1, *scores.shape[2:])
+  return jax.vmap(balance, in_axes=1, out_axes=1)(rows).reshape(scores.shape)[:, 0]
+
+
+def make(config) -> base.Method:
+  """SwAV from `config.method`: OPTIONS, `num_prototypes`, `prototypes`.
+
+  Raises:
+    UserError: for options out of range.
+  """
+  options = config.method
+  if options.epsilon <= 0.0 or options.temperature <= 0.0 or options.sinkhorn_steps < 1:
+    raise errors.UserError(
+      f"method.epsilon={options.epsilon}, method.temperature={options.temperature}, "
+      f"method.sinkhorn_steps={options.sinkhorn_steps}: set the first two above 0, the last to 1 "
+      "or more"
+    )
+  if options.queue_length < 0 or 0 < options.queue_length < config.batch_size:
+    raise errors.UserError(
+      f"method.queue_length={options.queue_length} does not hold a batch of {config.batch_size}: "
+      "set it to 0 or to batch_size and more"
+    )
+  slots = options.queue_length // config.batch_size
+  queue_start = max(slots, round(options.queue_start_epoch * config.steps_per_epoch))
+  net = student.build_with_prototypes(config)
+  balanced = functools.partial(
+    targets, epsilon=options.epsilon, num_steps=options.sinkhorn_steps
+  )
+
+  def init(key):
+    variables = net.init(key)
+    if not slots:
+      return variables
+    # A ring of batches, to Sinkhorn the same as a queue: it does not see the order of its rows.
+    queue = jnp.zeros((config.batch_size, slots, 2, config.head.bottleneck), jnp.float32)
+    return variables.replace(carry={**variables.carry, "queue": queue})
+
+  def loss(trained, frozen, views, key, step):
+    z, state, stats = net.embed(trained, frozen, views, key)
+    scores = net.scores(state, z)
+    seen = jax.lax.stop_gradient(scores[:, None, :2])
+    if slots:
+      queue, still = jax.lax.stop_gradient((frozen.carry["queue"], state))
+      q = jax.lax.cond(
+        step >= queue_start,
+        lambda: balanced(jnp.concatenate([seen, net.scores(still, queue)], axis=1)),
+        lambda: balanced(seen),
+      )
+      stats |= {"queued": jax.lax.stop_gradient(z[:, None, :2])}
+    else:
+      q = balanced(seen)
+    value = losses.cross_view_entropy(scores, q, temperature=options.temperature)
+    entropy = losses.entropy(q).mean()
+    metrics = {
+      "loss": value,
+      "ln_k": jnp.float32(math.log(options.num_prototypes)),  # of a student that says nothing
+      "target_entropy": entropy,
+      "kl": value - entropy,
+      "mean_entropy": losses.entropy(q.mean(axis=(0, 1))),
+    }
+    return value, base.LossOut(metrics, stats)
+
+  def update(variables, stats, step):
+    variables = net.update(variables, stats)
+    if not slots:
+      return variables
+    queue = jax.lax.dynamic_update_slice_in_dim(
+      variables.carry["queue"], stats["queued"], step % slots, axis=1
+    )
+    return variables.replace(carry={**variables.carry, "queue": queue})
+
+  return base.Method(
+    learns_prototypes=net.learns_prototypes,
+    init=init,
+    loss=loss,
+    update=update,
+    features=net.features,
+    codes=net.codes,
+    embeddings=net.embeddings,
+    prototype_matrices=net.prototype_matrices,
+  )
