@@ -143,8 +143,8 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
     "beta2": 0.999,
   })  # fmt: skip
   config.teacher = ml_collections.ConfigDict({"momentum": 0.996})
-  # rules: ((regular expression, "replicate" | "fsdp" | "prototypes"), ...) over the state's paths,
-  # first match wins; () takes sharding.DEFAULT_RULES.
+  # rules: ((regular expression, "replicate" | "fsdp" | "prototypes" | "dictionary"), ...) over the
+  # state's paths, first match wins; () takes sharding.DEFAULT_RULES.
   config.mesh = ml_collections.ConfigDict({"data": -1, "model": 1, "rules": ()})
   return config
 
@@ -269,9 +269,12 @@ def debug(config) -> ml_collections.ConfigDict:
   config.augment.update({
     "global_size": 32, "local_size": 16, "num_local": min(config.augment.num_local, 2),
   })  # fmt: skip
-  config.model.update({"depth": 2, "patch_size": 8, "width": 96, "heads": 3})
+  # The stem for large images is the cheap one.
+  config.model.update({"depth": 2, "patch_size": 8, "width": 96, "heads": 3, "stem": "imagenet"})
   config.head.update({"hidden": 128, "bottleneck": 64})
   config.method.num_prototypes = min(config.method.num_prototypes, 256)
   if "partition_size" in config.method:
     config.method.partition_size = min(config.method.partition_size, 64)
+  if "chunk_size" in config.method:
+    config.method.chunk_size = min(config.method.chunk_size, 64)
   return config

@@ -5,6 +5,7 @@ said so: JAX is moving to `Explicit` where it is told nothing, and explicit axes
 covariances and batch statistics that prototype methods are made of.
 """
 
+import functools
 import math
 import re
 
@@ -17,6 +18,7 @@ from protojax import errors
 # First match wins; every leaf must match. Paths look like "teacher/prototypes/v".
 DEFAULT_RULES = (
   (r"(^|/)prototypes/(step|kappa|key|feature_mean)$", "replicate"),
+  (r"(^|/)prototypes/dictionary$", "dictionary"),
   (r"(^|/)prototypes/", "prototypes"),
   (r"(^|/)carry/center$", "prototypes"),
   (r".*", "replicate"),
@@ -60,22 +62,25 @@ def _fsdp(shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> PartitionSpec:
   return PartitionSpec(*[None] * largest, "data")
 
 
-def _prototypes(shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> PartitionSpec:
-  """The K axis, which comes first, over "model"."""
+def _prototypes(
+  shape: tuple[int, ...], mesh: jax.sharding.Mesh, axis: int = 0
+) -> PartitionSpec:
+  """The K axis, which comes first in rows, over "model"."""
   if not shape or mesh.shape["model"] == 1:
     return PartitionSpec()
-  if shape[0] % mesh.shape["model"]:
+  if shape[axis] % mesh.shape["model"]:
     raise errors.UserError(
-      f"{shape[0]} prototypes cannot be split over mesh.model={mesh.shape['model']}: choose a "
+      f"{shape[axis]} prototypes cannot be split over mesh.model={mesh.shape['model']}: choose a "
       "number of prototypes that mesh.model divides"
     )
-  return PartitionSpec("model")
+  return PartitionSpec(*[None] * axis, "model")
 
 
 _TACTICS = {
   "replicate": lambda shape, mesh: PartitionSpec(),
   "fsdp": _fsdp,
   "prototypes": _prototypes,
+  "dictionary": functools.partial(_prototypes, axis=1),  # [D, K]
 }
 
 
@@ -85,7 +90,7 @@ def state_shardings(abstract, mesh: jax.sharding.Mesh, rules=DEFAULT_RULES):
   Args:
     abstract: pytree; a leaf's path is its keys joined with "/".
     mesh: from `make_mesh`.
-    rules: pairs (regular expression, "replicate" | "fsdp" | "prototypes").
+    rules: pairs (regular expression, "replicate" | "fsdp" | "prototypes" | "dictionary").
 
   Raises:
     UserError: if a leaf matches no rule or a rule names no known placement.
