@@ -146,23 +146,24 @@ def test_gradients_are_the_published_formulas():
     np.testing.assert_allclose(forward, expected, atol=1e-12)
 
 
-def _value_and_gradient(codes, x, chunk_size, scale):
-  """All terms in one number, each with a weight of its own; and the gradient."""
+@functools.partial(jax.jit, static_argnames="chunk_size")
+def _value_and_gradient(codes, x, *, chunk_size, scale):
+  """All terms in one number, each with a weight of its own; and the gradient in x."""
 
   def value(x):
     c = dictionary.compare(codes, x, scale=scale, chunk_size=chunk_size)
     weights = jnp.arange(1.0, 1.0 + c.cross_entropy.size).reshape(c.cross_entropy.shape)
     return jnp.sum(weights * c.cross_entropy) - 3.0 * c.mean_entropy[0] + 2.0 * c.uniform[1]
 
-  return jax.jit(jax.value_and_grad(value))(x)
+  return jax.value_and_grad(value)(x)
 
 
 @pytest.mark.parametrize(("assign", "scale"), [("l2", 18.42), ("tanh", 147.4)])
 def test_chunks_change_neither_value_nor_gradient(assign, scale):
   codes, x = _codes(16, 24), _place(_normal(6, 4, 16), assign)
-  value, gradient = _value_and_gradient(codes, x, 0, scale)
+  value, gradient = _value_and_gradient(codes, x, chunk_size=0, scale=scale)
   for chunk_size in (1, 8, 24):
-    other, other_gradient = _value_and_gradient(codes, x, chunk_size, scale)
+    other, other_gradient = _value_and_gradient(codes, x, chunk_size=chunk_size, scale=scale)
     np.testing.assert_allclose(other, value, rtol=1e-5)
     gap = np.linalg.norm(other_gradient - gradient) / np.linalg.norm(gradient)
     assert gap < 1e-5
@@ -173,8 +174,8 @@ def test_chunks_bound_the_memory_of_the_gradient():
   codes, x = _codes(16, 4096), _normal(32, 2, 16)
 
   def bytes_needed(chunk_size):
-    value = functools.partial(_value_and_gradient, codes, chunk_size=chunk_size, scale=1.0)
-    return jax.jit(value).lower(x).compile().memory_analysis().temp_size_in_bytes
+    lowered = _value_and_gradient.lower(codes, x, chunk_size=chunk_size, scale=1.0)
+    return lowered.compile().memory_analysis().temp_size_in_bytes
 
   scores = 32 * 2 * 4096 * 4
   assert bytes_needed(0) > scores > 2 * bytes_needed(64)
@@ -189,7 +190,8 @@ def test_certain_assignments_are_finite_however_wrong(chunk_size):
   collapse = jnp.broadcast_to(codes[None, None, :, 0], (8, 2, 64))
   assert np.exp(np.float32(-147.4)) == 0.0
   for x in (agree, differ, collapse):
-    value, gradient = _value_and_gradient(codes, x.astype(jnp.float32), chunk_size, 147.4)
+    x = x.astype(jnp.float32)
+    value, gradient = _value_and_gradient(codes, x, chunk_size=chunk_size, scale=147.4)
     assert np.isfinite(value) and np.isfinite(gradient).all()
   assert float(compare(codes, differ, scale=147.4).cross_entropy[0, 1]) > 50.0
 

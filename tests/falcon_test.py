@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from protojax import checkpoint, dictionary, errors, student, train
-from protojax.methods import falcon
+from protojax.methods import base, falcon
 
 _HEAD = {
   "head__layers": 1, "head__norm_output": True, "head__init": "uniform", "head__l2": False,
@@ -37,9 +37,18 @@ def bare(monkeypatch):
   return falcon.make
 
 
-def _call(method, z, codes):
-  frozen = falcon.base.Variables((), {"dictionary": jnp.asarray(codes, jnp.int8)}, (), {})
-  return method.loss({"encoder": z}, frozen, None, None, None)
+def _loss(method):
+  """Compiled (z [B, V, D], codes [D, K]) -> ((value, LossOut), gradient in z)."""
+
+  def value(z, codes):
+    frozen = base.Variables((), {"dictionary": codes}, (), {})
+    return method.loss({"encoder": z}, frozen, None, None, None)
+
+  return jax.jit(jax.value_and_grad(value, has_aux=True))
+
+
+def _codes(dim=16, num=32):
+  return dictionary.init(jax.random.key(0), dim, num)
 
 
 def _reference(z, codes, *, eps, assign, prior, beta, tau_batch):
@@ -63,9 +72,10 @@ def _reference(z, codes, *, eps, assign, prior, beta, tau_batch):
   return np.mean(spread) + beta * np.mean(agreement)
 
 
-@pytest.mark.parametrize("assign", ["l2", "tanh"])
-@pytest.mark.parametrize("prior", ["reverse", "forward"])
-@pytest.mark.parametrize("chunk_size", [0, 4])
+@pytest.mark.parametrize(
+  ("assign", "prior", "chunk_size"),
+  [("l2", "reverse", 0), ("l2", "forward", 4), ("tanh", "reverse", 4), ("tanh", "forward", 0)],
+)
 def test_loss_and_gradient_match_numpy_in_float64(bare, assign, prior, chunk_size):
   options = {"eps": 0.01, "assign": assign, "prior": prior, "beta": 0.5, "tau_batch": 3}
   config = _config(
@@ -75,8 +85,8 @@ def test_loss_and_gradient_match_numpy_in_float64(bare, assign, prior, chunk_siz
   rng = np.random.default_rng(0)
   z, codes = rng.normal(size=(4, 3, 5)), rng.choice((-1, 1), size=(5, 12))
   with jax.enable_x64(True):
-    method = bare(config)
-    value, gradient = jax.value_and_grad(lambda z: _call(method, z, codes)[0])(jnp.asarray(z))
+    (value, _), gradient = _loss(bare(config))(jnp.asarray(z), jnp.int8(codes))
+    value, gradient = jax.device_get((value, gradient))
   np.testing.assert_allclose(value, _reference(z, codes, **options), rtol=1e-6)
   numeric = np.zeros(z.shape)
   for index in np.ndindex(*z.shape):
@@ -88,43 +98,39 @@ def test_loss_and_gradient_match_numpy_in_float64(bare, assign, prior, chunk_siz
 
 
 def test_uniform_and_collapsed_assignments_cost_ln_k_and_spread_ones_less(bare):
-  method = bare(_config(head__bottleneck=16))
-  codes = np.asarray(dictionary.init(jax.random.key(0), 16, 32)["dictionary"])
+  loss, codes = _loss(bare(_config())), _codes()["dictionary"]
   spread = np.stack([codes.T[:8]] * 2, axis=1)
   states = np.zeros((8, 2, 16)), np.broadcast_to(spread[:1], spread.shape), spread
   costs = []
   for z in states:
-    value, out = _call(method, jnp.asarray(z, jnp.float32), codes)
+    (value, out), gradient = loss(z.astype(np.float32), codes)
     np.testing.assert_allclose(out.metrics["ln_k"], np.log(32), rtol=1e-6)
     costs.append(float(value))
-    gradient = jax.grad(lambda z: _call(method, z, codes)[0])(jnp.asarray(z, jnp.float32))
     assert np.isfinite(gradient).all()
   np.testing.assert_allclose(costs, [np.log(32), np.log(32), np.log(32 / 8)], atol=0.1)
 
 
 @pytest.mark.parametrize("changes", [{"method__prior": "forward"}, {"method__beta": 2.0}])
 def test_ln_k_is_left_out_where_a_uniform_prediction_costs_something_else(bare, changes):
-  method = bare(_config(head__bottleneck=16, **changes))
-  _, out = _call(method, jnp.ones((2, 2, 16)), np.ones((16, 32)))
+  (_, out), _ = _loss(bare(_config(**changes)))(jnp.ones((2, 2, 16)), jnp.ones((16, 32), jnp.int8))
   assert "ln_k" not in out.metrics and float(out.metrics["target_entropy"]) > 3.4
 
 
 @pytest.mark.parametrize("prior", ["reverse", "forward"])
 def test_saturated_tanh_is_finite(bare, prior):
   """Views that are certain of opposite corners, with gradients through the tanh."""
-  method = bare(_config(head__bottleneck=16, method__assign="tanh", method__prior=prior))
-  codes = np.asarray(dictionary.init(jax.random.key(0), 16, 32)["dictionary"])
+  loss = _loss(bare(_config(method__assign="tanh", method__prior=prior)))
+  codes = _codes()["dictionary"]
+  corners = np.asarray(codes.T[:2], np.float32)
   for size in (4.0, 100.0):
-    z = size * jnp.stack([codes.T[:2], -codes.T[:2]], axis=1).astype(jnp.float32)
-    value, gradient = jax.value_and_grad(lambda z: _call(method, z, codes)[0])(z)
+    (value, _), gradient = loss(size * np.stack([corners, -corners], axis=1), codes)
     assert np.isfinite(value) and float(value) > 20.0 and np.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize(("assign", "best"), [("l2", 18.4207), ("tanh", 8 * 18.4207)])
 def test_scores_do_not_depend_on_the_batch(bare, assign, best):
-  method = bare(_config(head__bottleneck=16, method__assign=assign))
-  codes = dictionary.init(jax.random.key(0), 16, 32)
-  variables = falcon.base.Variables((), codes, (), {})
+  method, codes = bare(_config(method__assign=assign)), _codes()
+  variables = base.Variables((), codes, (), {})
   z = 20.0 * codes["dictionary"].T[:8].astype(jnp.float32)
   scores = np.asarray(method.codes(variables, z)["prototypes"])
   np.testing.assert_allclose(np.diag(scores), best, rtol=1e-5)
