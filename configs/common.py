@@ -51,3 +51,27 @@ def dino_cifar10():
     "teacher_temp_warmup_epochs": 0,
   })  # fmt: skip
   return config
+
+
+def falcon_resnet_cifar10(model: str):
+  """CIFAR-10 as the code of arXiv 2410.04959 has it: two asymmetric views, Adam with L2, batch 64.
+
+  16,384 codes; `head.bottleneck` and the length of the run are left to the recipe.
+  """
+  config = configs.default("falcon")
+  config.batch_size = 64
+  config.eval_every = 20_000
+  config.save_every = 5000
+  config.data.update({"name": "cifar10", "image_size": 32})
+  config.augment.update({
+    "global_size": 32, "global_scale": (0.08, 1.0), "num_local": 0, "blur_prob": (0.0, 0.0, 0.0),
+    "mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616),
+  })  # fmt: skip
+  config.model.update({"name": model, "zero_init_residual": False})
+  config.head.update({"layers": 1, "norm_output": True, "init": "uniform", "l2": False})
+  config.method.num_prototypes = 16_384
+  config.optim.update({
+    "name": "adam", "lr": 1e-3, "final_lr": 0.0, "weight_decay": 1e-4, "final_weight_decay": 1e-4,
+    "warmup_epochs": 10.0, "clip": 0.0,
+  })  # fmt: skip
+  return config

@@ -147,8 +147,8 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
     "beta2": 0.999,
   })  # fmt: skip
   config.teacher = ml_collections.ConfigDict({"momentum": 0.996})
-  # rules: ((regular expression, "replicate" | "fsdp" | "prototypes" | "rows"), ...) over the
-  # state's paths, first match wins; () takes sharding.DEFAULT_RULES.
+  # rules: ((regular expression, "replicate" | "fsdp" | "prototypes" | "dictionary" | "rows"), ...)
+  # over the state's paths, first match wins; () takes sharding.DEFAULT_RULES.
   config.mesh = ml_collections.ConfigDict({"data": -1, "model": 1, "rules": ()})
   return config
 
@@ -280,12 +280,13 @@ def debug(config) -> ml_collections.ConfigDict:
   config.augment.update({
     "global_size": 32, "local_size": 16, "num_local": min(config.augment.num_local, 2),
   })  # fmt: skip
-  config.model.update({"depth": 2, "patch_size": 8, "width": 96, "heads": 3})
+  # The stem for large images is the cheap one.
+  config.model.update({"depth": 2, "patch_size": 8, "width": 96, "heads": 3, "stem": "imagenet"})
   config.head.update({"hidden": 128, "bottleneck": 64})
   config.method.num_prototypes = min(config.method.num_prototypes, 256)
   for key, most in (
     ("partition_size", 64), ("queue_length", 64), ("queue_start_epoch", 0.0), ("buffer_size", 64),
-    ("sgld_steps", 4),
+    ("sgld_steps", 4), ("chunk_size", 64),
   ):  # fmt: skip
     if key in config.method:
       config.method[key] = min(config.method[key], most)

@@ -1,4 +1,4 @@
-"""The optimizer of a run from `config.optim`: clip, freeze, AdamW / LARS / SGD, schedules.
+"""The optimizer of a run from `config.optim`: clip, freeze, AdamW / Adam / LARS / SGD, schedules.
 
 optax sees `trained` = {"encoder": ..., "prototypes": ... (learned ones only)}. Every part has an
 optimizer state of its own, so that frozen prototypes can keep theirs, count included: had Adam
@@ -89,13 +89,20 @@ def _rule(options, rate, decay) -> optax.GradientTransformation:
       optax.scale_by_adam(b1=options.beta1, b2=options.beta2, eps=1e-8),
       optax.add_decayed_weights(decay, mask=decay_mask),
     )
+  if options.name == "adam":  # PyTorch's: the decay is part of the gradient, of every parameter's
+    return optax.chain(
+      optax.add_decayed_weights(decay),
+      optax.scale_by_adam(b1=options.beta1, b2=options.beta2, eps=1e-8),
+    )
   if options.name == "lars":
     return optax.chain(_adapt(options, rate, decay), optax.trace(decay=options.beta1))
   if options.name == "sgd":
     return optax.chain(
       optax.add_decayed_weights(decay, mask=decay_mask), optax.trace(decay=options.beta1)
     )
-  raise errors.UserError(f"optim.name={options.name!r} is unknown: choose adamw, lars or sgd")
+  raise errors.UserError(
+    f"optim.name={options.name!r} is unknown: choose adamw, adam, lars or sgd"
+  )
 
 
 def _peak(config, batch_size: int) -> float:
@@ -131,8 +138,8 @@ def build(config, *, num_steps: int, batch_size: int) -> optax.GradientTransform
   """The transformation of {"encoder": ..., "prototypes": ...}; its updates are to be added.
 
   Order of a step, as in DINO's code: clip, freeze, moments, decay, learning rate. AdamW decays
-  decoupled, w (1 - lr wd) - lr m / (sqrt(v) + 1e-8); SGD and LARS add the decay to the gradient and
-  take `optim.beta1` as momentum.
+  decoupled, w (1 - lr wd) - lr m / (sqrt(v) + 1e-8); Adam, SGD and LARS add the decay to the
+  gradient, Adam that of biases and scales too; SGD and LARS take `optim.beta1` as momentum.
 
   Args:
     config: reads `optim.{name, lr, final_lr, warmup_steps, weight_decay, final_weight_decay, clip,

@@ -5,6 +5,7 @@ said so: JAX is moving to `Explicit` where it is told nothing, and explicit axes
 covariances and batch statistics that prototype methods are made of.
 """
 
+import functools
 import math
 import re
 
@@ -17,6 +18,7 @@ from protojax import errors
 # First match wins; every leaf must match. Paths look like "teacher/prototypes/v".
 DEFAULT_RULES = (
   (r"(^|/)prototypes/(step|kappa|key|feature_mean)$", "replicate"),
+  (r"(^|/)prototypes/dictionary$", "dictionary"),
   (r"(^|/)prototypes/", "prototypes"),
   (r"(^|/)carry/center$", "prototypes"),
   (r"(^|/)carry/(queue|replay)$", "rows"),
@@ -61,16 +63,18 @@ def _fsdp(shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> PartitionSpec:
   return PartitionSpec(*[None] * largest, "data")
 
 
-def _prototypes(shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> PartitionSpec:
-  """The K axis, which comes first, over "model"."""
+def _prototypes(
+  shape: tuple[int, ...], mesh: jax.sharding.Mesh, axis: int = 0
+) -> PartitionSpec:
+  """The K axis, which comes first in rows, over "model"."""
   if not shape or mesh.shape["model"] == 1:
     return PartitionSpec()
-  if shape[0] % mesh.shape["model"]:
+  if shape[axis] % mesh.shape["model"]:
     raise errors.UserError(
-      f"{shape[0]} prototypes cannot be split over mesh.model={mesh.shape['model']}: choose a "
+      f"{shape[axis]} prototypes cannot be split over mesh.model={mesh.shape['model']}: choose a "
       "number of prototypes that mesh.model divides"
     )
-  return PartitionSpec("model")
+  return PartitionSpec(*[None] * axis, "model")
 
 
 _TACTICS = {
@@ -79,6 +83,7 @@ _TACTICS = {
   "prototypes": _prototypes,
   # A memory [B, S, ...] of S batches, each row where it came from: nothing is gathered to keep it.
   "rows": lambda shape, mesh: PartitionSpec("data"),
+  "dictionary": functools.partial(_prototypes, axis=1),  # [D, K]
 }
 
 
@@ -88,7 +93,8 @@ def state_shardings(abstract, mesh: jax.sharding.Mesh, rules=DEFAULT_RULES):
   Args:
     abstract: pytree; a leaf's path is its keys joined with "/".
     mesh: from `make_mesh`.
-    rules: pairs (regular expression, "replicate" | "fsdp" | "prototypes" | "rows").
+    rules: pairs (regular expression, a key of _TACTICS: replicate, fsdp, prototypes, dictionary or
+      rows).
 
   Raises:
     UserError: if a leaf matches no rule or a rule names no known placement.

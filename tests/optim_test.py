@@ -64,7 +64,7 @@ def _schedules(steps, warmup, peak):
 def _reference(
   name, params, grads, *, clip, mode, freeze, steps, trust=0.001, lars_clip=False
 ):
-  """Parameters after every step, by the formulas of torch's AdamW and SGD and SwAV's LARS."""
+  """Parameters after every step, by the formulas of torch's AdamW, Adam, SGD and SwAV's LARS."""
   lr, wd = _schedules(steps, 3, 0.02)
   w = dict(params)
   m = {k: np.zeros_like(x) for k, x in w.items()}
@@ -77,10 +77,13 @@ def _reference(
       g = g * min(1.0, clip / (norm + 1e-6)) if clip else g
       if k.startswith("prototypes") and step < freeze:
         continue
-      decay = wd[step] if k.rpartition(".")[2] in _DECAYED else 0.0
+      decay = wd[step] if name == "adam" or k.rpartition(".")[2] in _DECAYED else 0.0
       count[k] += 1
-      if name == "adamw":
-        w[k] = w[k] * (1 - lr[step] * decay)
+      if name in ("adamw", "adam"):
+        if name == "adamw":
+          w[k] = w[k] * (1 - lr[step] * decay)
+        else:
+          g = g + decay * w[k]
         m[k] = 0.9 * m[k] + 0.1 * g
         v[k] = 0.999 * v[k] + 0.001 * g**2
         m_hat, v_hat = m[k] / (1 - 0.9 ** count[k]), v[k] / (1 - 0.999 ** count[k])
@@ -109,7 +112,7 @@ def _train(config, params, grads, steps):
   return params, state
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "lars"])
 @pytest.mark.parametrize(("mode", "clip"), [("tensor", 0.5), ("global", 0.5), ("tensor", 0.0)])
 def test_nine_steps_match_numpy_in_float64(name, mode, clip):
   config = _config(name=name, clip=clip, clip_mode=mode, freeze_prototypes_steps=4)
@@ -236,7 +239,7 @@ def test_description_is_one_line_with_the_scaled_rate():
   assert "per tensor" in line and "no clipping" in optim.describe(_config(clip=0.0))
 
 
-@pytest.mark.parametrize("change", [{"name": "adam"}, {"clip_mode": "leaf"}])
+@pytest.mark.parametrize("change", [{"name": "adamax"}, {"clip_mode": "leaf"}])
 def test_unknown_names_are_one_line(change):
   with pytest.raises(errors.UserError, match="optim.*unknown: choose") as caught:
     optim.build(_config(**change), num_steps=9, batch_size=512)

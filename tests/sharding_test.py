@@ -25,10 +25,11 @@ def test_mesh_that_does_not_fit_is_refused_in_one_line(data, model):
 
 def test_first_matching_rule_wins():
   mesh = sharding.make_mesh(2, 4)
-  tree = {"prototypes": _abstract(means=(32, 8), kappa=(), feature_mean=(8,)),
+  tree = {"prototypes": _abstract(means=(32, 8), dictionary=(6, 32), kappa=(), feature_mean=(8,)),
           "encoder": _abstract(kernel=(8, 8)), "carry": _abstract(center=(32,))}  # fmt: skip
   placed = jax.tree.map(lambda s: s.spec, sharding.state_shardings(tree, mesh))
   assert placed["prototypes"]["means"] == PartitionSpec("model")
+  assert placed["prototypes"]["dictionary"] == PartitionSpec(None, "model")
   assert placed["prototypes"]["kappa"] == PartitionSpec()
   assert placed["prototypes"]["feature_mean"] == PartitionSpec()
   assert placed["encoder"]["kernel"] == PartitionSpec()

@@ -1,0 +1,19 @@
+r"""FALCON / CPLearn (arXiv 2410.04959) on CIFAR-10, small ViT, the budget of its neighbours.
+
+  python -m protojax.main --config=configs/falcon_cifar10.py --workdir=runs/falcon_cifar10 \
+    --config.data.data_dir=$PROTOJAX_DATA_DIR
+
+4,096 frozen codes of 128 dimensions, 32 times the batch: the loss cannot fall below ln 32 = 3.47.
+configs/falcon_resnet18_cifar10.py is the published recipe.
+
+Cost and result: not measured yet.
+"""
+
+from configs import common
+
+
+def get_config(mode: str = ""):
+  config = common.cifar10("falcon")
+  config.method.num_prototypes = 4096
+  config.head.update({"layers": 1, "norm_output": True, "init": "uniform", "l2": False})
+  return common.finish(config, mode)

@@ -1,0 +1,33 @@
+r"""FALCON (arXiv 2410.04959), ViT-S/16, ImageNet-1k, 100 epochs.
+
+  python -m protojax.main --config=configs/falcon_vit_s.py --workdir=runs/falcon_vit_s \
+    --config.data.data_dir=$PROTOJAX_DATA_DIR
+
+65,536 codes of 384 dimensions. More of them cost time and little memory, since they are compared
+in chunks: the paper goes up to --config.method.num_prototypes=500_000, for which
+--config.method.chunk_size=8000 is a divisor (with mesh.model above 1, one that it divides too).
+The paper trains on 100 classes (a folder of them: --config.data.name=folder) with settings that are
+not published; these are DINO's, which its code is built on, without teacher and centre.
+
+Cost and result: not measured yet. The authors report 73.9 % linear for 50,000 codes and 74.0 % for
+500,000, on ImageNet-100.
+"""
+
+from configs import common
+from protojax import config as configs
+
+
+def get_config(mode: str = ""):
+  config = configs.default("falcon")
+  config.num_epochs = 100.0
+  config.batch_size = 512
+  config.precision = "bfloat16"
+  config.data.update({"name": "imagenet2012", "image_size": 256, "num_workers": 8})
+  config.probe.update({"test_split": "validation", "batch_size": 256, "crop": 0.875})
+  config.eval_every = 25_000
+  config.save_every = 2500
+  config.method.update({"num_prototypes": 65_536, "chunk_size": 8192})
+  config.head.update({
+    "layers": 1, "bottleneck": 384, "norm_output": True, "init": "uniform", "l2": False,
+  })  # fmt: skip
+  return common.finish(config, mode)

@@ -1,0 +1,134 @@
+"""FALCON / CPLearn: images choose among frozen random codes (arXiv 2410.04959).
+
+A Linear and a batch norm lead from the backbone to D dimensions, where a dictionary of K codes in
+{-1, 1}^D stands still. Two views of an image must choose alike, and the mean choice must be
+spread. No teacher, no learned prototypes, no stopped gradient: it flows through both views. The
+head is head.layers=1, norm_output=True, init="uniform" and l2=False, since `method.assign`
+normalises. K may exceed the batch: `method.chunk_size` bounds the memory.
+
+Three things differ between the paper and its code, or here:
+  assign  "l2" compares cosines, as the paper's first version; "tanh" is the published code.
+  scale   The inverse temperature L = ln((1 - eps (K - 1)) / eps), 18.4, leaves eps to each code
+    but the chosen one. With tanh, the code multiplies it by the square root of the batch of one
+    device; here `method.tau_batch` stands for that batch, whatever the batch is.
+  prior   "reverse" is KL(mean || uniform), as the code; "forward" is the paper's cross entropy of
+    the mean under the uniform. With more codes than rows in a batch, forward is nearly the same for
+    collapsed and for spread assignments: use it for K <= batch_size only.
+Both terms are symmetric in the views, the mean is over the global batch, and local views have to
+agree with global ones but are left out of the prior: choices of this code.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from protojax import dictionary, errors, student
+from protojax.methods import base
+from protojax.models import heads
+
+OPTIONS = {
+  "prototypes": "dictionary",  # nothing else
+  "assign": "l2",  # or "tanh"
+  "tau_batch": 64,  # with tanh only
+  "prior": "reverse",  # or "forward"
+  "beta": 1.0,  # weight of the agreement between views; the prior's is 1
+  "eps": 1e-8,  # probability of a code that is not chosen, below 1 / num_prototypes
+  "chunk_size": 0,  # codes compared at a time, a divisor of num_prototypes; 0: all at once
+}
+
+
+def make(config) -> base.Method:
+  """FALCON from `config.method` (OPTIONS and num_prototypes, K) and `head.bottleneck` (D).
+
+  Raises:
+    UserError: for unknown or impossible options.
+  """
+  options, dim = config.method, config.head.bottleneck
+  num, size = options.num_prototypes, options.chunk_size
+  if options.prototypes != "dictionary":
+    raise errors.UserError(
+      f"method.prototypes={options.prototypes!r}: the codes of falcon are never learned; set "
+      "--config.method.prototypes=dictionary"
+    )
+  for name, choices in (("assign", ("l2", "tanh")), ("prior", ("reverse", "forward"))):
+    if options[name] not in choices:
+      raise errors.UserError(
+        f"method.{name}={options[name]!r} is unknown: choose {' or '.join(choices)}"
+      )
+  if not 2 <= num <= 2**dim:
+    raise errors.UserError(
+      f"method.num_prototypes={num}: take 2 codes or more, and no more than the corners of a cube "
+      f"of head.bottleneck={dim} dimensions"
+    )
+  if not 0.0 < options.eps * num < 1.0 or options.tau_batch < 1:
+    raise errors.UserError(
+      f"method.eps={options.eps} must be above 0 and below 1 / method.num_prototypes={num}, and "
+      f"method.tau_batch={options.tau_batch} at least 1"
+    )
+  if size < 0 or (size and num % size):
+    raise errors.UserError(
+      f"method.chunk_size={size} does not cut method.num_prototypes={num} into equal chunks: "
+      "choose a divisor, or 0 for no chunks"
+    )
+  if config.head.l2:
+    raise errors.UserError("head.l2=True: method.assign normalises; set --config.head.l2=False")
+  scale = dictionary.inverse_temperature(num, options.eps)
+  if options.assign == "tanh":
+    scale *= math.sqrt(options.tau_batch)
+  net = student.build(config)
+
+  def place(z):
+    return jnp.tanh(z) if options.assign == "tanh" else math.sqrt(dim) * heads.l2_normalize(z)
+
+  def init(key):
+    encoder_key, codes_key = jax.random.split(key)
+    params, carry = net.init(encoder_key)
+    return base.Variables(params, dictionary.init(codes_key, dim, num), teacher=(), carry=carry)
+
+  def loss(trained, frozen, views, key, step):
+    del step
+    z, batch_stats = net.embed(trained, frozen, views, key)
+    codes = frozen.prototypes["dictionary"]
+    out = dictionary.compare(codes, place(z), scale=scale, chunk_size=size)
+    other = 1.0 - jnp.eye(*out.cross_entropy.shape)
+    consistency = jnp.sum(out.cross_entropy * other) / jnp.sum(other)
+    mean_entropy = out.mean_entropy.mean()
+    reverse = options.prior == "reverse"
+    prior = math.log(num) - mean_entropy if reverse else out.uniform.mean()
+    value = prior + options.beta * consistency
+    metrics = {
+      "loss": value,
+      "prior": prior,
+      "consistency": consistency,
+      "target_entropy": jnp.trace(out.cross_entropy) / 2,
+      "mean_entropy": mean_entropy,
+    }
+    if reverse and options.beta == 1.0:
+      metrics["ln_k"] = jnp.float32(math.log(num))  # uniform; all on one code costs as much
+    return value, base.LossOut(metrics, batch_stats)
+
+  def update(variables, batch_stats, step):
+    del step
+    return variables.replace(carry=net.carry(variables, batch_stats))
+
+  def embeddings(variables, images):
+    return {"prototypes": place(net.project(variables, images))}
+
+  def codes(variables, images):
+    x = embeddings(variables, images)["prototypes"]
+    return {"prototypes": scale * dictionary.scores(variables.prototypes["dictionary"], x)}
+
+  def prototype_matrices(variables):
+    return {"prototypes": dictionary.rows(variables.prototypes["dictionary"])}
+
+  return base.Method(
+    learns_prototypes=False,
+    init=init,
+    loss=loss,
+    update=update,
+    features=net.features,
+    codes=codes,
+    embeddings=embeddings,
+    prototype_matrices=prototype_matrices,
+  )
