@@ -14,11 +14,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from protojax import errors
 
-# First match wins; every leaf must match. Paths look like "teacher/prototypes/v".
+# First match wins; every leaf must match. Paths look like "teacher/prototypes/v" or, where a method
+# has several sets, "prototypes/patch/means".
 DEFAULT_RULES = (
-  (r"(^|/)prototypes/(step|kappa|key|feature_mean)$", "replicate"),
+  (r"(^|/)prototypes/(\w+/)?(step|kappa|key|feature_mean)$", "replicate"),
   (r"(^|/)prototypes/", "prototypes"),
-  (r"(^|/)carry/center$", "prototypes"),
+  (r"(^|/)carry/center(/|$)", "prototypes"),
   (r".*", "replicate"),
 )
 

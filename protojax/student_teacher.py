@@ -1,4 +1,4 @@
-"""What dino and carp share: a student, its moving-average teacher and one set of prototypes."""
+"""What dino, carp and ibot share: a student, its moving-average teacher and their prototypes."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,11 +22,15 @@ class Scores(NamedTuple):
     student: [B, V, K], with a gradient; views 0 and 1 are the global ones.
     teacher: [B, 2, K], without.
     stats: what `StudentTeacher.update` needs.
+    student_patches: [B, 2, T, K] of the patch tokens of the global views; None unless asked for.
+    teacher_patches: likewise.
   """
 
   student: jax.Array
   teacher: jax.Array
   stats: dict[str, PyTree]
+  student_patches: jax.Array | None = None
+  teacher_patches: jax.Array | None = None
 
 
 class StudentTeacher(NamedTuple):
@@ -42,12 +46,17 @@ class StudentTeacher(NamedTuple):
   prototype_matrices: Callable
 
 
-def build(config) -> StudentTeacher:
-  """Student and teacher over one prototype set.
+def build(config, *, patches: bool = False, shared: bool = True) -> StudentTeacher:
+  """Student and teacher over one prototype set, or two.
 
   The teacher averages the student's encoder, and its prototypes when those are learned. A mixture
   or frozen set is one array that serves both. The teacher runs without drop path, and its batch
   norm, where it has one, on batch statistics of its own.
+
+  With `patches` the patch tokens of the global views are scored too, by the prototypes of the class
+  tokens (`shared`; a mixture is then fed by all tokens alike) or by a set "patch" of their own. The
+  code of an image in that set is its patches' mean score. The state of two sets is a dict by name.
+  The student's views may hold "mask", see `encoder.embed`; the teacher sees every patch.
 
   `scores(trained, frozen, views, key) -> Scores`. With `method.em_order = "before_loss"` (the order
   of arXiv 2510.20108) the mixture moves there and the moved one is used; with "after_step" it moves
@@ -62,16 +71,52 @@ def build(config) -> StudentTeacher:
     )
   before_loss = config.method.em_order == "before_loss"
   bank = prototypes.build(config)
-  student_net = encoders.build(config)
+  kinds = ("prototypes", "patch") if patches else ("prototypes",)  # of tokens
+  two = patches and not shared
+  student_net = encoders.build(config, mask_token=patches)
   calm = config.copy_and_resolve_references()
   calm.model.drop_path = 0.0
-  teacher_net = encoders.build(calm)
+  teacher_net = encoders.build(calm, mask_token=patches)
   momentum = schedules.cosine(config.teacher.momentum, 1.0, config.num_steps)
+
+  def init_prototypes(key):
+    if two:
+      return {kind: bank.init(k) for kind, k in zip(kinds, jax.random.split(key), strict=True)}
+    return bank.init(key)
+
+  def by_kind(state):
+    """{kind of token: state of the set that scores it}"""
+    return state if two else dict.fromkeys(kinds, state)
+
+  def embed(net, params, batch_stats, views, **options):
+    """({kind of token: [B, V, (T,) D]}, batch_stats)"""
+    z, batch_stats = encoders.embed(net, params, batch_stats, views, patches=patches, **options)
+    return dict(zip(kinds, z if patches else (z,), strict=True)), batch_stats
+
+  def score(state, z):
+    return {
+      kind: heads.prototype_scores(bank.rows(one), bank.align(one, z[kind]))
+      for kind, one in by_kind(state).items()
+    }
+
+  def tokens(z):
+    """What feeds each set: rows of the global batch, images first."""
+    if two:
+      return {kind: x.reshape(-1, x.shape[-1]) for kind, x in z.items()}
+    batch, num_views, dim = z["prototypes"].shape
+    return jnp.concatenate(
+      [x.reshape(batch, -1, dim) for x in z.values()], axis=1
+    ).reshape(-1, dim)
+
+  def move(state, features):
+    if two:
+      return {kind: bank.move(state[kind], features[kind]) for kind in kinds}
+    return bank.move(state, features)
 
   def init(key):
     encoder_key, prototype_key = jax.random.split(key)
     params, batch_stats = encoders.init(student_net, encoder_key, config.augment.global_size)
-    state = bank.init(prototype_key)
+    state = init_prototypes(prototype_key)
     averaged = {"encoder": params, "prototypes": state} if bank.learned else {"encoder": params}
     return base.Variables(
       encoder=params,
@@ -85,11 +130,11 @@ def build(config) -> StudentTeacher:
 
   def scores(trained, frozen, views, key):
     batch_stats = frozen.carry["batch_stats"]
-    z_student, student_stats = encoders.embed(
+    z_student, student_stats = embed(
       student_net, trained["encoder"], batch_stats["student"], views,
       train=True, key=key, accum_steps=config.accum_steps,
     )  # fmt: skip
-    z_teacher, teacher_stats = encoders.embed(
+    z_teacher, teacher_stats = embed(
       teacher_net, frozen.teacher["encoder"], batch_stats["teacher"],
       {"global": views["global"]}, train=True, accum_steps=config.accum_steps,
     )  # fmt: skip
@@ -99,17 +144,15 @@ def build(config) -> StudentTeacher:
     if bank.learned:
       state, teacher_state = trained["prototypes"], frozen.teacher["prototypes"]
     else:
-      rows = z_teacher.reshape(-1, z_teacher.shape[-1])
-      state = bank.move(frozen.prototypes, rows) if before_loss else frozen.prototypes
-      stats |= {"prototypes": state} if before_loss else {"features": rows}
+      features = tokens(z_teacher)
+      state = move(frozen.prototypes, features) if before_loss else frozen.prototypes
+      stats |= {"prototypes": state} if before_loss else {"features": features}
       state = teacher_state = jax.lax.stop_gradient(state)
+    student, teacher = score(state, z_student), score(teacher_state, z_teacher)
     return Scores(
-      student=heads.prototype_scores(bank.rows(state), bank.align(state, z_student)),
-      teacher=heads.prototype_scores(
-        bank.rows(teacher_state), bank.align(teacher_state, z_teacher)
-      ),
-      stats=stats,
-    )
+      student["prototypes"], teacher["prototypes"], stats,
+      student.get("patch"), teacher.get("patch"),
+    )  # fmt: skip
 
   def update(variables, stats, step):
     averaged = {"encoder": variables.encoder}
@@ -119,7 +162,7 @@ def build(config) -> StudentTeacher:
     elif before_loss:
       state = stats["prototypes"]
     else:
-      state = bank.move(state, stats["features"])
+      state = move(state, stats["features"])
     return base.Variables(
       encoder=variables.encoder,
       prototypes=state,
@@ -136,18 +179,27 @@ def build(config) -> StudentTeacher:
 
   def embeddings(variables, images):
     batch_stats = variables.carry["batch_stats"]["teacher"]
-    z, _ = encoders.embed(
+    z, _ = embed(
       teacher_net, variables.teacher["encoder"], batch_stats, {"global": images[:, None]},
       train=False,
     )  # fmt: skip
-    return {"prototypes": bank.align(prototypes_of(variables), z[:, 0])}
+    sets = by_kind(prototypes_of(variables))
+    out = {"prototypes": bank.align(sets["prototypes"], z["prototypes"][:, 0])}
+    if two:
+      out["patch"] = bank.align(sets["patch"], z["patch"][:, 0]).mean(axis=1)
+    return out
 
   def codes(variables, images):
-    z = embeddings(variables, images)["prototypes"]
-    return {"prototypes": heads.prototype_scores(bank.rows(prototypes_of(variables)), z)}
+    sets = by_kind(prototypes_of(variables))
+    return {
+      name: heads.prototype_scores(bank.rows(sets[name]), z)
+      for name, z in embeddings(variables, images).items()
+    }
 
   def prototype_matrices(variables):
-    return {"prototypes": prototypes.unit(bank.rows(prototypes_of(variables)))}
+    state = prototypes_of(variables)
+    sets = state if two else {"prototypes": state}
+    return {name: prototypes.unit(bank.rows(one)) for name, one in sets.items()}
 
   return StudentTeacher(
     bank.learned, init, scores, update, features, codes, embeddings, prototype_matrices
