@@ -54,9 +54,9 @@ def build(config, *, patches: bool = False, shared: bool = True) -> StudentTeach
   norm, where it has one, on batch statistics of its own.
 
   With `patches` the patch tokens of the global views are scored too, by the prototypes of the class
-  tokens (`shared`; a mixture is then fed by all tokens alike) or by a set "patch" of their own. The
-  code of an image in that set is its patches' mean score. The state of two sets is a dict by name.
-  The student's views may hold "mask", see `encoder.embed`; the teacher sees every patch.
+  tokens (`shared`) or by a set "patch" of their own, see `prototypes.several`; an image is coded in
+  that set by the mean of its patches' embeddings. The student's views may hold "mask", see
+  `encoder.embed`; the teacher sees every patch.
 
   `scores(trained, frozen, views, key) -> Scores`. With `method.em_order = "before_loss"` (the order
   of arXiv 2510.20108) the mixture moves there and the moved one is used; with "after_step" it moves
@@ -70,53 +70,27 @@ def build(config, *, patches: bool = False, shared: bool = True) -> StudentTeach
       f"method.em_order={config.method.em_order!r} is unknown: choose after_step or before_loss"
     )
   before_loss = config.method.em_order == "before_loss"
-  bank = prototypes.build(config)
   kinds = ("prototypes", "patch") if patches else ("prototypes",)  # of tokens
-  two = patches and not shared
+  sets = kinds[:1] if shared else kinds
+  bank = prototypes.several(prototypes.build(config), kinds, shared=shared)
   student_net = encoders.build(config, mask_token=patches)
   calm = config.copy_and_resolve_references()
   calm.model.drop_path = 0.0
   teacher_net = encoders.build(calm, mask_token=patches)
   momentum = schedules.cosine(config.teacher.momentum, 1.0, config.num_steps)
 
-  def init_prototypes(key):
-    if two:
-      return {kind: bank.init(k) for kind, k in zip(kinds, jax.random.split(key), strict=True)}
-    return bank.init(key)
-
-  def by_kind(state):
-    """{kind of token: state of the set that scores it}"""
-    return state if two else dict.fromkeys(kinds, state)
-
   def embed(net, params, batch_stats, views, **options):
-    """({kind of token: [B, V, (T,) D]}, batch_stats)"""
+    """({kind of token: [B, V, ..., D]}, batch_stats)"""
     z, batch_stats = encoders.embed(net, params, batch_stats, views, patches=patches, **options)
     return dict(zip(kinds, z if patches else (z,), strict=True)), batch_stats
 
   def score(state, z):
-    return {
-      kind: heads.prototype_scores(bank.rows(one), bank.align(one, z[kind]))
-      for kind, one in by_kind(state).items()
-    }
-
-  def tokens(z):
-    """What feeds each set: rows of the global batch, images first."""
-    if two:
-      return {kind: x.reshape(-1, x.shape[-1]) for kind, x in z.items()}
-    batch, num_views, dim = z["prototypes"].shape
-    return jnp.concatenate(
-      [x.reshape(batch, -1, dim) for x in z.values()], axis=1
-    ).reshape(-1, dim)
-
-  def move(state, features):
-    if two:
-      return {kind: bank.move(state[kind], features[kind]) for kind in kinds}
-    return bank.move(state, features)
+    return jax.tree.map(heads.prototype_scores, bank.rows(state), bank.align(state, z))
 
   def init(key):
     encoder_key, prototype_key = jax.random.split(key)
     params, batch_stats = encoders.init(student_net, encoder_key, config.augment.global_size)
-    state = init_prototypes(prototype_key)
+    state = bank.init(prototype_key)
     averaged = {"encoder": params, "prototypes": state} if bank.learned else {"encoder": params}
     return base.Variables(
       encoder=params,
@@ -144,9 +118,8 @@ def build(config, *, patches: bool = False, shared: bool = True) -> StudentTeach
     if bank.learned:
       state, teacher_state = trained["prototypes"], frozen.teacher["prototypes"]
     else:
-      features = tokens(z_teacher)
-      state = move(frozen.prototypes, features) if before_loss else frozen.prototypes
-      stats |= {"prototypes": state} if before_loss else {"features": features}
+      state = bank.move(frozen.prototypes, z_teacher) if before_loss else frozen.prototypes
+      stats |= {"prototypes": state} if before_loss else {"features": z_teacher}
       state = teacher_state = jax.lax.stop_gradient(state)
     student, teacher = score(state, z_student), score(teacher_state, z_teacher)
     return Scores(
@@ -162,7 +135,7 @@ def build(config, *, patches: bool = False, shared: bool = True) -> StudentTeach
     elif before_loss:
       state = stats["prototypes"]
     else:
-      state = move(state, stats["features"])
+      state = bank.move(state, stats["features"])
     return base.Variables(
       encoder=variables.encoder,
       prototypes=state,
@@ -183,23 +156,17 @@ def build(config, *, patches: bool = False, shared: bool = True) -> StudentTeach
       teacher_net, variables.teacher["encoder"], batch_stats, {"global": images[:, None]},
       train=False,
     )  # fmt: skip
-    sets = by_kind(prototypes_of(variables))
-    out = {"prototypes": bank.align(sets["prototypes"], z["prototypes"][:, 0])}
-    if two:
-      out["patch"] = bank.align(sets["patch"], z["patch"][:, 0]).mean(axis=1)
-    return out
+    z = bank.align(prototypes_of(variables), {kind: x[:, 0] for kind, x in z.items()})
+    return {kind: z[kind].mean(axis=1) if kind == "patch" else z[kind] for kind in sets}
 
   def codes(variables, images):
-    sets = by_kind(prototypes_of(variables))
-    return {
-      name: heads.prototype_scores(bank.rows(sets[name]), z)
-      for name, z in embeddings(variables, images).items()
-    }
+    rows = bank.rows(prototypes_of(variables))
+    z = embeddings(variables, images)
+    return {kind: heads.prototype_scores(rows[kind], z[kind]) for kind in sets}
 
   def prototype_matrices(variables):
-    state = prototypes_of(variables)
-    sets = state if two else {"prototypes": state}
-    return {name: prototypes.unit(bank.rows(one)) for name, one in sets.items()}
+    rows = bank.rows(prototypes_of(variables))
+    return {kind: prototypes.unit(rows[kind]) for kind in sets}
 
   return StudentTeacher(
     bank.learned, init, scores, update, features, codes, embeddings, prototype_matrices

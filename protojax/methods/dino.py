@@ -7,9 +7,10 @@ arXiv 2510.20108) and the control (frozen). `method.targets` is "center", as pub
 
 import math
 
+import jax
 import jax.numpy as jnp
 
-from protojax import assignment, losses, schedules, student_teacher
+from protojax import assignment, errors, losses, schedules, student_teacher
 from protojax.methods import base
 
 OPTIONS = {
@@ -27,9 +28,13 @@ def make(config) -> base.Method:
   """DINO from `config.method`: OPTIONS and `num_prototypes`.
 
   Raises:
-    UserError: for unknown options; for unknown targets when the loss is traced.
+    UserError: for unknown options.
   """
   options = config.method
+  if options.targets not in ("center", "sinkhorn"):
+    raise errors.UserError(
+      f"method.targets={options.targets!r} is unknown: choose center or sinkhorn"
+    )
   pair = student_teacher.build(config)
   teacher_temp = schedules.per_epoch_linear(
     options.teacher_temp_start,
@@ -43,13 +48,19 @@ def make(config) -> base.Method:
     center = jnp.zeros(options.num_prototypes, jnp.float32)
     return variables.replace(carry={**variables.carry, "center": center})
 
+  def targets(teacher_scores, center, step):
+    if options.targets == "center":
+      return assignment.sharpen(teacher_scores, center, temperature=teacher_temp(step))
+    flat = teacher_scores.reshape(-1, teacher_scores.shape[-1])
+    q = assignment.sinkhorn(
+      flat, temperature=teacher_temp(step), num_steps=options.sinkhorn_steps
+    )
+    return q.reshape(teacher_scores.shape)
+
   def loss(trained, frozen, views, key, step):
     scores = pair.scores(trained, frozen, views, key)
     # The centre of step n is made of the steps before it.
-    q = assignment.targets(
-      scores.teacher, frozen.carry["center"],
-      kind=options.targets, temperature=teacher_temp(step), num_steps=options.sinkhorn_steps,
-    )  # fmt: skip
+    q = jax.lax.stop_gradient(targets(scores.teacher, frozen.carry["center"], step))
     value = losses.cross_view_entropy(scores.student, q, temperature=options.student_temp)
     entropy = losses.entropy(q).mean()
     metrics = {
