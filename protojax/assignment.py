@@ -9,6 +9,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from protojax import errors
+
 
 def log_sinkhorn(log_scores: jax.Array, *, num_steps: int = 3) -> jax.Array:
   """Balances assignments over the batch: Sinkhorn-Knopp in the log domain.
@@ -96,6 +98,37 @@ def sharpen(
   """
   logits = logits.astype(jnp.float32) - jnp.expand_dims(center, range(logits.ndim - 1))
   return jax.lax.stop_gradient(jax.nn.softmax(logits / temperature))
+
+
+def targets(
+  scores: jax.Array,
+  center: jax.Array,
+  *,
+  kind: str,
+  temperature: float | jax.Array,
+  num_steps: int = 3,
+) -> jax.Array:
+  """Targets of a teacher, "center" (`sharpen`) or "sinkhorn" over all rows, without a gradient.
+
+  Args:
+    scores: [..., K] of the global batch, any float dtype.
+    center: [K]; unused by Sinkhorn.
+    kind: `method.targets`.
+    temperature: positive; smaller is sharper.
+    num_steps: of Sinkhorn.
+
+  Returns:
+    [..., K] float32, rows sum to one.
+
+  Raises:
+    UserError: for an unknown kind.
+  """
+  if kind == "center":
+    return sharpen(scores, center, temperature=temperature)
+  if kind == "sinkhorn":
+    flat = scores.reshape(-1, scores.shape[-1])
+    return sinkhorn(flat, temperature=temperature, num_steps=num_steps).reshape(scores.shape)
+  raise errors.UserError(f"method.targets={kind!r} is unknown: choose center or sinkhorn")
 
 
 def random_partition(key: jax.Array, num_prototypes: int) -> jax.Array:

@@ -68,7 +68,7 @@ def in_loss(
     bank: from `build`.
     trained: as in `base.Method.loss`.
     frozen: likewise.
-    features: [N, D] of the global batch that a mixture moves on; no gradient reaches them.
+    features: what `move` takes, of the global batch; no gradient reaches them.
 
   Returns:
     (state, with a gradient only if learned; what `after_step` needs, for `LossOut.stats`).
@@ -86,6 +86,46 @@ def after_step(bank: PrototypeSet, state: PyTree, moved: PyTree) -> PyTree:
   if bank.learned:
     return state
   return moved if bank.before_loss else bank.move(state, moved)
+
+
+def several(bank: PrototypeSet, kinds: tuple[str, ...], *, shared: bool = False) -> PrototypeSet:
+  """A set for each kind of token, or one for all of them.
+
+  Args:
+    bank: what each set is like.
+    kinds: names.
+    shared: one set scores every kind; a mixture is fed by all tokens alike. A single kind is that.
+
+  Returns:
+    A `PrototypeSet` with dicts by kind in the place of arrays: `rows` gives {kind: [K, D]}, `align`
+    and `move` take {kind: [B, ..., D]}, images first. Its state is that of `bank` if one set serves
+    all, else a dict as well.
+  """
+  def flat(x):
+    return x.reshape(-1, x.shape[-1])
+
+  def move_one(state, features):
+    # Joined behind the images, so that no row leaves its device.
+    tokens = [x.reshape(x.shape[0], -1, x.shape[-1]) for x in features.values()]
+    return bank.move(state, flat(jnp.concatenate(tokens, axis=1)))
+
+  if shared or len(kinds) == 1:
+    return bank._replace(
+      rows=lambda state: dict.fromkeys(kinds, bank.rows(state)),
+      align=lambda state, features: {k: bank.align(state, x) for k, x in features.items()},
+      move=move_one,
+    )
+
+  def init(key):
+    keys = jax.random.split(key, len(kinds))
+    return {kind: bank.init(key) for kind, key in zip(kinds, keys, strict=True)}
+
+  return bank._replace(
+    init=init,
+    rows=lambda state: {k: bank.rows(state[k]) for k in kinds},
+    align=lambda state, features: {k: bank.align(state[k], x) for k, x in features.items()},
+    move=lambda state, features: {k: bank.move(state[k], flat(x)) for k, x in features.items()},
+  )
 
 
 def _learned(num: int, dim: int, train_norm: bool) -> PrototypeSet:

@@ -15,12 +15,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from protojax import errors
 
-# First match wins; every leaf must match. Paths look like "teacher/prototypes/v".
+# First match wins; every leaf must match. Paths look like "teacher/prototypes/v" or, where a method
+# has several sets, "prototypes/patch/means".
 DEFAULT_RULES = (
-  (r"(^|/)prototypes/(step|kappa|key|feature_mean)$", "replicate"),
+  (r"(^|/)prototypes/(\w+/)?(step|kappa|key|feature_mean)$", "replicate"),
   (r"(^|/)prototypes/dictionary$", "dictionary"),
   (r"(^|/)prototypes/", "prototypes"),
-  (r"(^|/)carry/center$", "prototypes"),
+  (r"(^|/)carry/center(/|$)", "prototypes"),
   (r"(^|/)carry/(queue|replay)$", "rows"),
   (r".*", "replicate"),
 )

@@ -139,7 +139,8 @@ class Snapshot:
     measures = self.monitor(state) | self._judge(state, bank, test)
     arrays = {"spectrum": np.asarray(collapse.spectrum(bank["features"]))}
     if matrices := self._matrices(state):
-      name, matrix = next(iter(matrices.items()))
+      name = "prototypes" if "prototypes" in matrices else next(iter(matrices))
+      matrix = matrices[name]
       num, dim = matrix.shape
       arrays["usage"] = np.bincount(bank["codes"][name], minlength=num)
       arrays["nearest"] = np.asarray(collapse.nearest_distances(matrix))

@@ -1,4 +1,4 @@
-"""What dino and carp share: a student, its moving-average teacher and one set of prototypes."""
+"""What dino, carp and ibot share: a student, its moving-average teacher and their prototypes."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,11 +22,15 @@ class Scores(NamedTuple):
     student: [B, V, K], with a gradient; views 0 and 1 are the global ones.
     teacher: [B, 2, K], without.
     stats: what `StudentTeacher.update` needs.
+    student_patches: [B, 2, T, K] of the patch tokens of the global views; None unless asked for.
+    teacher_patches: likewise.
   """
 
   student: jax.Array
   teacher: jax.Array
   stats: dict[str, PyTree]
+  student_patches: jax.Array | None = None
+  teacher_patches: jax.Array | None = None
 
 
 class StudentTeacher(NamedTuple):
@@ -42,12 +46,17 @@ class StudentTeacher(NamedTuple):
   prototype_matrices: Callable
 
 
-def build(config) -> StudentTeacher:
-  """Student and teacher over one prototype set.
+def build(config, *, patches: bool = False, shared: bool = True) -> StudentTeacher:
+  """Student and teacher over one prototype set, or two.
 
   The teacher averages the student's encoder, and its prototypes when those are learned. A mixture
   or frozen set is one array that serves both. The teacher runs without drop path, and its batch
   norm, where it has one, on batch statistics of its own.
+
+  With `patches` the patch tokens of the global views are scored too, by the prototypes of the class
+  tokens (`shared`) or by a set "patch" of their own, see `prototypes.several`; an image is coded in
+  that set by the mean of its patches' embeddings. The student's views may hold "mask", see
+  `encoder.embed`; the teacher sees every patch.
 
   `scores(trained, frozen, views, key) -> Scores`. With `method.em_order = "before_loss"` (the order
   of arXiv 2510.20108) the mixture moves there and the moved one is used; with "after_step" it moves
@@ -56,12 +65,22 @@ def build(config) -> StudentTeacher:
   Raises:
     UserError: for an unknown `method.em_order` or `method.prototypes`.
   """
-  bank = prototypes.build(config)
-  student_net = encoders.build(config)
+  kinds = ("prototypes", "patch") if patches else ("prototypes",)  # of tokens
+  sets = kinds[:1] if shared else kinds
+  bank = prototypes.several(prototypes.build(config), kinds, shared=shared)
+  student_net = encoders.build(config, mask_token=patches)
   calm = config.copy_and_resolve_references()
   calm.model.drop_path = 0.0
-  teacher_net = encoders.build(calm)
+  teacher_net = encoders.build(calm, mask_token=patches)
   momentum = schedules.cosine(config.teacher.momentum, 1.0, config.num_steps)
+
+  def embed(net, params, batch_stats, views, **options):
+    """({kind of token: [B, V, ..., D]}, batch_stats)"""
+    z, batch_stats = encoders.embed(net, params, batch_stats, views, patches=patches, **options)
+    return dict(zip(kinds, z if patches else (z,), strict=True)), batch_stats
+
+  def score(state, z):
+    return jax.tree.map(heads.prototype_scores, bank.rows(state), bank.align(state, z))
 
   def init(key):
     encoder_key, prototype_key = jax.random.split(key)
@@ -80,26 +99,24 @@ def build(config) -> StudentTeacher:
 
   def scores(trained, frozen, views, key):
     batch_stats = frozen.carry["batch_stats"]
-    z_student, student_stats = encoders.embed(
+    z_student, student_stats = embed(
       student_net, trained["encoder"], batch_stats["student"], views,
       train=True, key=key, accum_steps=config.accum_steps,
     )  # fmt: skip
-    z_teacher, teacher_stats = encoders.embed(
+    z_teacher, teacher_stats = embed(
       teacher_net, frozen.teacher["encoder"], batch_stats["teacher"],
       {"global": views["global"]}, train=True, accum_steps=config.accum_steps,
     )  # fmt: skip
     z_teacher = jax.lax.stop_gradient(z_teacher)
-    rows = z_teacher.reshape(-1, z_teacher.shape[-1])
-    state, moved = prototypes.in_loss(bank, trained, frozen, rows)
+    state, moved = prototypes.in_loss(bank, trained, frozen, z_teacher)
     teacher_state = frozen.teacher["prototypes"] if bank.learned else state
+    student, teacher = score(state, z_student), score(teacher_state, z_teacher)
+    stats = {
+      "batch_stats": {"student": student_stats, "teacher": teacher_stats}, "prototypes": moved,
+    }  # fmt: skip
     return Scores(
-      student=heads.prototype_scores(bank.rows(state), bank.align(state, z_student)),
-      teacher=heads.prototype_scores(
-        bank.rows(teacher_state), bank.align(teacher_state, z_teacher)
-      ),
-      stats={
-        "batch_stats": {"student": student_stats, "teacher": teacher_stats}, "prototypes": moved,
-      },
+      student["prototypes"], teacher["prototypes"], stats,
+      student.get("patch"), teacher.get("patch"),
     )  # fmt: skip
 
   def update(variables, stats, step):
@@ -123,18 +140,21 @@ def build(config) -> StudentTeacher:
 
   def embeddings(variables, images):
     batch_stats = variables.carry["batch_stats"]["teacher"]
-    z, _ = encoders.embed(
+    z, _ = embed(
       teacher_net, variables.teacher["encoder"], batch_stats, {"global": images[:, None]},
       train=False,
     )  # fmt: skip
-    return {"prototypes": bank.align(prototypes_of(variables), z[:, 0])}
+    z = bank.align(prototypes_of(variables), {kind: x[:, 0] for kind, x in z.items()})
+    return {kind: z[kind].mean(axis=1) if kind == "patch" else z[kind] for kind in sets}
 
   def codes(variables, images):
-    z = embeddings(variables, images)["prototypes"]
-    return {"prototypes": heads.prototype_scores(bank.rows(prototypes_of(variables)), z)}
+    rows = bank.rows(prototypes_of(variables))
+    z = embeddings(variables, images)
+    return {kind: heads.prototype_scores(rows[kind], z[kind]) for kind in sets}
 
   def prototype_matrices(variables):
-    return {"prototypes": prototypes.unit(bank.rows(prototypes_of(variables)))}
+    rows = bank.rows(prototypes_of(variables))
+    return {kind: prototypes.unit(rows[kind]) for kind in sets}
 
   return StudentTeacher(
     bank.learned, init, scores, update, features, codes, embeddings, prototype_matrices

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from protojax import assignment
+from protojax import assignment, errors
 
 
 def cosines(rows, cols):
@@ -124,6 +124,21 @@ def test_targets_pass_no_gradient():
   ):
     for gradient in jax.grad(lambda *args, fn=fn: fn(*args).sum(), argnums=(0, 1))(scores, center):
       np.testing.assert_array_equal(gradient, np.zeros_like(gradient))
+
+
+def test_targets_are_centred_or_balanced_over_all_rows():
+  scores, center = jnp.asarray(cosines(6, 4), jnp.float32).reshape(2, 3, 4), jnp.arange(4.0)
+  centred, balanced = (
+    assignment.targets(scores, center, kind=kind, temperature=0.07)
+    for kind in ("center", "sinkhorn")
+  )
+  expected = np.exp((cosines(6, 4) - np.arange(4)) / 0.07).reshape(2, 3, 4)
+  expected /= expected.sum(axis=-1, keepdims=True)
+  np.testing.assert_allclose(centred, expected, rtol=2e-5, atol=1e-12)
+  expected = reference_sinkhorn(cosines(6, 4), 0.07, 3).reshape(2, 3, 4)
+  np.testing.assert_allclose(balanced, expected, rtol=2e-5, atol=1e-10)
+  with pytest.raises(errors.UserError, match="method.targets='softmax'.*center or sinkhorn"):
+    assignment.targets(scores, center, kind="softmax", temperature=0.07)
 
 
 def test_random_partition_is_a_permutation_that_the_key_decides():

@@ -21,8 +21,8 @@ def make_config(model, head=None, **rest):
   return ml_collections.ConfigDict({"model": model, "head": head, **rest})
 
 
-def build(model=None, head=None, **rest):
-  return encoder_lib.build(make_config(VIT | (model or {}), head, **rest))
+def build(model=None, head=None, mask_token=False, **rest):
+  return encoder_lib.build(make_config(VIT | (model or {}), head, **rest), mask_token=mask_token)
 
 
 def small_resnet(head_norm="none"):
@@ -52,7 +52,8 @@ def make_views(batch=4, size=16, local=8):
           "local": random(batch, 3, local, local, 3, seed=1)}
 
 
-embed = jax.jit(encoder_lib.embed, static_argnames=("encoder", "train", "accum_steps"))
+embed = jax.jit(
+    encoder_lib.embed, static_argnames=("encoder", "train", "accum_steps", "patches"))
 features = jax.jit(encoder_lib.features, static_argnames="encoder")
 
 
@@ -117,6 +118,54 @@ def test_views_come_back_in_order_whatever_their_resolution():
   np.testing.assert_allclose(only_global, z[:, :2], atol=1e-6)
 
 
+def masked_views(batch=4):
+  mask = np.random.default_rng(3).uniform(size=(batch, 2, 16)) < 0.4
+  return make_views(batch) | {"mask": jnp.asarray(mask)}
+
+
+def test_patch_tokens_of_global_views_pass_the_same_head():
+  encoder = build(mask_token=True)
+  params, stats = init(encoder)
+  views = masked_views()
+  (z, patches), _ = embed(encoder, params, stats, views, train=False, patches=True)
+  assert z.shape == (4, 5, 6) and patches.shape == (4, 2, 16, 6)
+  for b, v in ((0, 0), (3, 1)):
+    tokens = encoder.backbone.apply(
+        {"params": params["backbone"]}, views["global"][b, v][None], mask=views["mask"][b, v][None],
+        patches=True)
+    for actual, token in zip((z[b, v], patches[b, v]), tokens, strict=True):
+      expected = encoder.head.apply({"params": params["head"]}, token[0].reshape(-1, 24))
+      np.testing.assert_allclose(actual.reshape(expected.shape), expected, atol=1e-5)
+  alone, _ = embed(encoder, params, stats, views, train=False)
+  np.testing.assert_allclose(alone, z, atol=1e-6)
+
+
+def test_hidden_patches_are_not_seen_and_local_views_are_not_masked():
+  encoder = build(mask_token=True)
+  params, stats = init(encoder)
+  views = masked_views()
+  hidden = views["mask"].reshape(4, 2, 4, 1, 4, 1, 1)
+  blocks = views["global"].reshape(4, 2, 4, 4, 4, 4, 3)
+  other = jnp.where(hidden, 100.0, blocks).reshape(views["global"].shape)
+  a, b = (
+      embed(encoder, params, stats, v, train=False, patches=True)[0]
+      for v in (views, views | {"global": other}))
+  assert_close(a, b, atol=0)
+  bare = {name: views[name] for name in ("global", "local")}
+  (z, _), _ = embed(encoder, params, stats, bare, train=False, patches=True)
+  np.testing.assert_allclose(a[0][:, 2:], z[:, 2:], atol=1e-6)
+  assert np.abs(a[0][:, :2] - z[:, :2]).max() > 1e-3
+
+
+@pytest.mark.parametrize("model, head", [
+    ({"name": "resnet18"}, {}), ({"name": "resnet8"}, {}), ({}, {"norm": "batch"}),
+    ({}, {"norm_output": True}),
+])
+def test_masks_need_a_transformer_without_batch_norm(model, head):
+  with pytest.raises(errors.UserError, match="masked patches need a transformer and .* set model."):
+    build(model, head, mask_token=True)
+
+
 def test_each_resolution_drops_other_paths():
   encoder = build({"drop_path": 0.5})
   params, stats = init(encoder)
@@ -138,15 +187,18 @@ def test_microbatches_drop_other_paths_and_else_change_nothing(drop_path):
   assert (np.ptp(z, axis=0).max() > 1e-2) == (drop_path > 0)
 
 
-def test_microbatches_equal_the_whole_batch_in_values_and_gradients():
-  encoder = build({"depth": 1})
+@pytest.mark.parametrize("patches", [False, True])
+def test_microbatches_equal_the_whole_batch_in_values_and_gradients(patches):
+  encoder = build({"depth": 1}, mask_token=patches)
   params, stats = init(encoder)
-  views, weights = make_views(8), random(8, 5, 6, seed=5)
+  views, weights = masked_views(8) if patches else make_views(8), random(8, 37, 6, seed=5)
 
   def loss(params, k):
-    z, new = embed(encoder, params, stats, views, train=True, accum_steps=k)
+    z, new = embed(
+        encoder, params, stats, views, train=True, accum_steps=k, patches=patches)
     assert new == {}
-    return jnp.mean(z * weights), z
+    rows = jnp.concatenate([x.reshape(8, -1, 6) for x in jax.tree.leaves(z)], axis=1)
+    return jnp.mean(rows * weights[:, :rows.shape[1]]), z
 
   step = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
   assert_close(step(params, 4), step(params, 1))

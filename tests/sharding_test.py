@@ -36,6 +36,18 @@ def test_first_matching_rule_wins():
   assert placed["carry"]["center"] == PartitionSpec("model")
 
 
+def test_each_of_several_prototype_sets_is_placed_like_one():
+  mesh = sharding.make_mesh(2, 4)
+  one = _abstract(means=(32, 8), step=(), feature_mean=(8,))
+  tree = {"prototypes": {"patch": one}, "teacher": {"prototypes": {"patch": _abstract(v=(32, 8))}},
+          "carry": {"center": _abstract(patch=(32,))}}  # fmt: skip
+  placed = jax.tree.map(lambda s: s.spec, sharding.state_shardings(tree, mesh))
+  split, whole = PartitionSpec("model"), PartitionSpec()
+  assert placed["prototypes"]["patch"] == {"means": split, "step": whole, "feature_mean": whole}
+  assert placed["teacher"]["prototypes"]["patch"]["v"] == split
+  assert placed["carry"]["center"]["patch"] == split
+
+
 def test_every_leaf_must_match_a_rule():
   mesh = sharding.make_mesh()
   with pytest.raises(errors.UserError, match="no rule matches 'b'"):

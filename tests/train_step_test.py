@@ -38,6 +38,10 @@ class Row(NamedTuple):
 # While a centre is still forming, DINO's loss may rise at first: balanced targets here.
 _DINO = (("method__targets", "sinkhorn"),)
 
+# Every view hides two of its four patches: else the loss follows how many views are masked.
+_IBOT = (*_DINO, ("method__mask_shape", "rand"), ("method__mask_ratios", (0.5,)),
+         ("method__mask_spreads", (0.0,)))  # fmt: skip
+
 _CARP = (("head__l2", False), ("head__norm", "batch"), ("method__partition_size", 8))
 _FALCON = (
   ("head__layers", 1), ("head__norm_output", True), ("head__init", "uniform"), ("head__l2", False),
@@ -76,6 +80,9 @@ METHODS = (
   Row("self_classifier", "frozen"),
   Row("falcon", "dictionary", _FALCON),
   Row("falcon", "dictionary", (*_FALCON, ("method__assign", "tanh"), ("method__chunk_size", 8))),
+  Row("ibot", "learned", learns=_IBOT),
+  Row("ibot", "mixture", learns=_IBOT),
+  Row("ibot", "frozen", learns=_IBOT),
 )
 every_method = pytest.mark.parametrize("row", METHODS, ids=lambda r: f"{r.name}-{r.prototypes}")
 

@@ -56,8 +56,8 @@ def reference_linear(x, p):
   return x @ p["kernel"] + p["bias"]
 
 
-def reference_vit(params, x, heads, patch, positions):
-  """Class token in float64, a loop per patch and per head; `positions` is [1 + n, D]."""
+def reference_vit(params, x, heads, patch, positions, mask=None):
+  """All tokens in float64, registers last, a loop per patch and per head; positions [1 + n, D]."""
   p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
   x = np.asarray(x, np.float64)
   width = p["cls_token"].shape[-1]
@@ -67,7 +67,10 @@ def reference_vit(params, x, heads, patch, positions):
       window = x[:, i:i + patch, j:j + patch]
       kernel = p["patch_embed"]["kernel"]
       tokens.append(np.einsum("nijc,ijcd->nd", window, kernel) + p["patch_embed"]["bias"])
-  x = np.stack(tokens, axis=1) + positions
+  x = np.stack(tokens, axis=1)
+  if mask is not None:
+    x[:, 1:][mask] = p["mask_token"][0, 0]
+  x += positions
   if "registers" in p:
     x = np.concatenate([x, np.repeat(p["registers"], len(x), axis=0)], axis=1)
   for i in range(sum(name.startswith("blocks_") for name in p)):
@@ -83,7 +86,7 @@ def reference_vit(params, x, heads, patch, positions):
     y = reference_linear(reference_layer_norm(x, block["norm2"]), block["mlp"]["fc1"])
     y = y * 0.5 * (1 + special.erf(y / np.sqrt(2)))
     x = x + reference_linear(y, block["mlp"]["fc2"]) * block.get("ls2", 1.0)
-  return reference_layer_norm(x[:, 0], p["norm"])
+  return reference_layer_norm(x, p["norm"])
 
 
 @pytest.mark.parametrize(
@@ -108,10 +111,35 @@ def test_forward_equals_a_float64_reference(options):
   net = small(**options)
   params = random_params(net)
   positions = np.asarray(params["pos_embed"][0], np.float64)
-  expected = reference_vit(params, images(), 3, 4, positions)
+  expected = reference_vit(params, images(), 3, 4, positions)[:, 0]
   actual = apply(net, params, images())
   assert actual.dtype == jnp.float32
   np.testing.assert_allclose(actual, expected, atol=5e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("registers", [0, 3])
+def test_patch_tokens_equal_a_float64_reference(registers, masked):
+  net = small(mask_token=True, registers=registers)
+  params, x = random_params(net), images()
+  mask = np.random.default_rng(2).uniform(size=(2, 16)) < 0.4
+  options = {"mask": jnp.asarray(mask)} if masked else {}
+  positions = np.asarray(params["pos_embed"][0], np.float64)
+  expected = reference_vit(params, x, 3, 4, positions, mask if masked else None)
+  both = jax.jit(lambda p: net.apply({"params": p}, x, patches=True, **options))(params)
+  alone = jax.jit(lambda p: net.apply({"params": p}, x, **options))(params)
+  assert both[1].shape == (2, 16, 24) and both[1].dtype == jnp.float32
+  np.testing.assert_allclose(both[0], expected[:, 0], atol=5e-5)
+  np.testing.assert_allclose(both[1], expected[:, 1:17], atol=5e-5)
+  np.testing.assert_allclose(alone, both[0], atol=1e-6)
+
+
+def test_mask_token_starts_at_zero_and_exists_only_where_asked_for():
+  params = init(small(mask_token=True))
+  np.testing.assert_array_equal(params.pop("mask_token"), np.zeros((1, 1, 24)))
+  plain = init(small())
+  assert jax.tree.structure(params) == jax.tree.structure(plain)
+  jax.tree.map(np.testing.assert_array_equal, params, plain)
 
 
 @pytest.mark.parametrize("height, width", [(8, 8), (24, 24), (8, 20), (16, 24)])
@@ -123,7 +151,7 @@ def test_any_image_size_interpolates_the_position_embedding(height, width):
   rows, columns = vit.position_weights(height // 4, 4), vit.position_weights(width // 4, 4)
   patches = np.einsum("hi,wj,ijd->hwd", rows, columns, grid).reshape(-1, 24)
   x = images(2, height, width)
-  expected = reference_vit(params, x, 3, 4, np.concatenate([table[:1], patches]))
+  expected = reference_vit(params, x, 3, 4, np.concatenate([table[:1], patches]))[:, 0]
   np.testing.assert_allclose(apply(net, params, x), expected, atol=5e-5)
 
 

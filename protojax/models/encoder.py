@@ -18,7 +18,8 @@ class Encoder(NamedTuple):
   """Two modules whose parameters are {"backbone": ..., "head": ...}.
 
   Attributes:
-    backbone: (images [B * V, S, S, 3], views, train) -> [B * V, F] float32.
+    backbone: (images [B * V, S, S, 3], views, train) -> [B * V, F] float32; a ViT also takes masks
+      and gives its patch tokens.
     head: (features [B * V, F], views, train) -> [B * V, D] float32.
   """
 
@@ -26,7 +27,7 @@ class Encoder(NamedTuple):
   head: heads.Projector
 
 
-def build(config: ml_collections.ConfigDict) -> Encoder:
+def build(config: ml_collections.ConfigDict, *, mask_token: bool = False) -> Encoder:
   """The encoder that a config describes.
 
   Args:
@@ -37,9 +38,10 @@ def build(config: ml_collections.ConfigDict) -> Encoder:
       head.{layers, hidden, bottleneck, norm, norm_output,
       activation, bias, init, l2}. A field that the named model does not have is
       ignored, so that `model.name` can be switched alone.
+    mask_token: for a method that hides patches from a transformer.
 
   Raises:
-    UserError: a name or a number that no model has.
+    UserError: a name or a number that no model has, or a mask token in one without patch tokens.
   """
   def given(section, **names):
     section = config.get(section) or {}
@@ -56,7 +58,7 @@ def build(config: ml_collections.ConfigDict) -> Encoder:
         layer_scale="layer_scale", remat="remat")
     # 0 switches LayerScale off: a factor that starts at 0 would kill the branch.
     options["layer_scale"] = options.get("layer_scale") or None
-    backbone = vit.make(name, dtype=dtype, **options)
+    backbone = vit.make(name, dtype=dtype, mask_token=mask_token, **options)
   elif name == "resnet8":
     backbone = resnet.ResNet8(dtype=dtype, **given("model", width="width"))
   else:
@@ -74,7 +76,14 @@ def build(config: ml_collections.ConfigDict) -> Encoder:
   _choice("head.init", options.get("kernel_init", "normal"), heads.INITS)
   if options.get("layers", 1) < 1:
     raise errors.UserError(f"head.layers={options['layers']} must be at least 1")
-  return Encoder(backbone, heads.Projector(dtype=dtype, **options))
+  encoder = Encoder(backbone, heads.Projector(dtype=dtype, **options))
+  if mask_token and (name not in vit.VARIANTS or has_batch_norm(encoder)):
+    raise errors.UserError(
+        f"masked patches need a transformer and a head without batch norm, not model.name={name!r} "
+        f"with head.norm={encoder.head.norm!r} and head.norm_output={encoder.head.norm_output}: "
+        "set model.name=vit_small, head.norm=none, head.norm_output=False"
+    )
+  return encoder
 
 
 def init(encoder: Encoder, key: jax.Array, image_size: int) -> tuple[PyTree, PyTree]:
@@ -109,27 +118,31 @@ def embed(
     train: bool,
     key: jax.Array | None = None,
     accum_steps: int = 1,
-) -> tuple[jax.Array, PyTree]:
+    patches: bool = False,
+) -> tuple[PyTree, PyTree]:
   """Embeds all views of a batch: the backbone once a resolution, the head once.
 
   Args:
     encoder: from `build`.
     params: {"backbone", "head"}.
     batch_stats: running statistics of batch norm, as `init` returns them.
-    views: {"global": [B, G, S, S, 3], optional "local": [B, L, s, s, 3]}, normalised.
+    views: {"global": [B, G, S, S, 3], optional "local": [B, L, s, s, 3]}, normalised; optional
+      "mask": bool [B, G, T], the patches of the global views that the mask token replaces.
     train: whether drop path acts and batch norm uses (and moves) the batch's statistics.
     key: of drop path; may be None where the rate is 0 or `train` is False.
     accum_steps: microbatches the forward is cut into. Each holds every accum_steps-th image,
       so that it stays spread over the devices, and is recomputed in the backward pass.
+    patches: embed the patch tokens of the global views too, through the same head.
 
   Returns:
-    z [B, V, D] float32 with V = G + L, globals first; and batch_stats, moved if `train`.
+    z [B, V, D] float32 with V = G + L, globals first; and batch_stats, moved if `train`. With
+    `patches` the first is the pair of z and the patch tokens [B, G, T, D] float32.
 
   Raises:
     UserError: accum_steps > 1 with batch norm, or accum_steps does not divide B.
   """
   if accum_steps == 1:
-    return _forward(encoder, params, batch_stats, views, key, train)
+    return _forward(encoder, params, batch_stats, views, key, train, patches)
   if has_batch_norm(encoder):
     raise errors.UserError(
         f"accum_steps={accum_steps} would give batch norm the statistics of a microbatch; set "
@@ -149,10 +162,13 @@ def embed(
   def forward(microbatch):
     index, micro_views = microbatch
     micro_key = None if key is None else jax.random.fold_in(key, index)
-    return _forward(encoder, params, batch_stats, micro_views, micro_key, train)[0]
+    return _forward(encoder, params, batch_stats, micro_views, micro_key, train, patches)[0]
+
+  def merge(z):
+    return z.swapaxes(0, 1).reshape(batch, *z.shape[2:])
 
   z = jax.lax.map(forward, (jnp.arange(accum_steps), jax.tree.map(split, views)))
-  return z.swapaxes(0, 1).reshape(batch, *z.shape[2:]), batch_stats
+  return jax.tree.map(merge, z), batch_stats
 
 
 def features(
@@ -174,30 +190,44 @@ def has_batch_norm(encoder: Encoder) -> bool:
   return isinstance(encoder.backbone, resnet.ResNet) or head_has
 
 
-def _forward(encoder, params, batch_stats, views, key, train):
+def _forward(encoder, params, batch_stats, views, key, train, patches):
   """`embed` without microbatches."""
-  outputs = []
+  of_global = {}
+  if "mask" in views:
+    of_global["mask"] = views["mask"].reshape(-1, views["mask"].shape[-1])
+  if patches:
+    of_global["patches"] = True
+  outputs, tokens = [], []
   for i, name in enumerate(n for n in ("global", "local") if n in views):
     batch, num_views, *image = views[name].shape
     resolution_key = None if key is None else jax.random.fold_in(key, i)
     y, batch_stats = _apply(
         encoder, "backbone", params, batch_stats, views[name].reshape(batch * num_views, *image),
-        views=num_views, train=train, key=resolution_key)
+        views=num_views, train=train, key=resolution_key,
+        **(of_global if name == "global" else {}))
+    if patches and name == "global":
+      y, t = y
+      tokens = [t.reshape(batch, -1, t.shape[-1])]  # [B, G T, F]
     outputs.append(y.reshape(batch, num_views, -1))
-  x = jnp.concatenate(outputs, axis=1)
-  batch, num_views, dim = x.shape
+  # Joined along the second axis, where the devices' shares need not move.
+  x = jnp.concatenate([*outputs, *tokens], axis=1)
+  batch, num_rows, dim = x.shape
   z, batch_stats = _apply(
-      encoder, "head", params, batch_stats, x.reshape(batch * num_views, dim), views=num_views,
+      encoder, "head", params, batch_stats, x.reshape(batch * num_rows, dim), views=num_rows,
       train=train)
-  return z.reshape(batch, num_views, -1), batch_stats
+  z = z.reshape(batch, num_rows, -1)
+  if patches:
+    num_views, num_global = sum(y.shape[1] for y in outputs), views["global"].shape[1]
+    z = z[:, :num_views], z[:, num_views:].reshape(batch, num_global, -1, z.shape[2])
+  return z, batch_stats
 
 
-def _apply(encoder, part, params, batch_stats, x, views=1, train=False, key=None):
+def _apply(encoder, part, params, batch_stats, x, views=1, train=False, key=None, **options):
   """Runs one part; its new running statistics replace the old ones in `batch_stats`."""
   variables = {"params": params[part], "batch_stats": batch_stats.get(part, {})}
   y, updated = getattr(encoder, part).apply(
       variables, x, views=views, train=train, rngs=None if key is None else {"drop_path": key},
-      mutable=["batch_stats"] if train else [])
+      mutable=["batch_stats"] if train else [], **options)
   if updated.get("batch_stats"):
     batch_stats = {**batch_stats, part: updated["batch_stats"]}
   return y, batch_stats

@@ -1,7 +1,8 @@
 """Vision transformer with a class token and a learned position embedding.
 
 Architecture: arXiv 2010.11929 in the pre-norm form that DINO trains (arXiv 2104.14294, table 1);
-registers: arXiv 2309.16588; LayerScale: arXiv 2103.17239; drop path: arXiv 1603.09382.
+registers: arXiv 2309.16588; LayerScale: arXiv 2103.17239; drop path: arXiv 1603.09382; mask token:
+arXiv 2111.07832.
 """
 
 import flax.linen as nn
@@ -208,6 +209,7 @@ class ViT(nn.Module):
     drop_path: rate of the last block; it grows linearly from 0 at the first.
     registers: tokens without position that only take part in attention.
     layer_scale: start of LayerScale's factors; None builds none.
+    mask_token: whether there is a learned token, 0 at the start, to put in the place of patches.
     remat: recompute each block in the backward pass instead of storing its activations.
     dtype: of the matrix products. Parameters, norms, softmax and the residual stream are float32.
   """
@@ -220,6 +222,7 @@ class ViT(nn.Module):
   drop_path: float = 0.0
   registers: int = 0
   layer_scale: float | None = None
+  mask_token: bool = False
   remat: bool = False
   dtype: jnp.dtype = jnp.float32
 
@@ -228,16 +231,26 @@ class ViT(nn.Module):
     return self.width
 
   @nn.compact
-  def __call__(self, images: jax.Array, *, views: int = 1, train: bool = False) -> jax.Array:
+  def __call__(
+      self,
+      images: jax.Array,
+      *,
+      mask: jax.Array | None = None,
+      patches: bool = False,
+      views: int = 1,
+      train: bool = False,
+  ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Embeds images.
 
     Args:
       images: [N, H, W, 3] normalised; H and W are multiples of the patch size.
+      mask: bool [N, T], T = H W / p^2, patches that the mask token replaces; needs `mask_token`.
+      patches: whether the normed patch tokens are wanted too.
       views: part of the signature of every backbone; nothing here mixes rows.
       train: whether drop path acts; it then draws from the rng collection "drop_path".
 
     Returns:
-      [N, D] float32.
+      [N, D] float32; with `patches` the pair of it and the patch tokens [N, T, D] float32.
 
     Raises:
       UserError: the patches do not tile the images.
@@ -245,6 +258,10 @@ class ViT(nn.Module):
     del views
     n, height, width, _ = images.shape
     x = PatchEmbed(self.patch_size, self.width, self.dtype, name="patch_embed")(images)
+    if self.mask_token:
+      mask_token = self.param("mask_token", nn.initializers.zeros, (1, 1, self.width))
+      if mask is not None:
+        x = jnp.where(mask[:, :, None], mask_token, x)
     cls_token = self.param("cls_token", _normal, (1, 1, self.width))
     x = jnp.concatenate([jnp.broadcast_to(cls_token, (n, 1, self.width)), x], axis=1)
     x += self._position_embedding(grid_size(height, width, self.patch_size))
@@ -257,7 +274,11 @@ class ViT(nn.Module):
     for i, rate in enumerate(np.linspace(0.0, self.drop_path, self.depth)):
       x = block(self.num_heads, float(rate), self.layer_scale, self.dtype, name=f"blocks_{i}")(
           x, train)
-    return _layer_norm("norm", jnp.float32)(x[:, 0])
+    norm = _layer_norm("norm", jnp.float32)
+    if not patches:
+      return norm(x[:, 0])
+    x = norm(x)
+    return x[:, 0], x[:, 1 + self.registers:]
 
   def _position_embedding(self, grid: tuple[int, int]) -> jax.Array:
     """[1, 1 + rows * columns, D] float32."""

@@ -1,0 +1,24 @@
+r"""iBOT (arXiv 2111.07832) on CIFAR-10, small ViT: DINO plus masked patches, 4 x 4 of them.
+
+Prototypes of both kinds of token are learned or, in mode "gmm", decoupled.
+
+  python -m protojax.main --config=configs/ibot_cifar10.py --workdir=runs/ibot_cifar10 \
+    --config.data.data_dir=$PROTOJAX_DATA_DIR
+  python -m protojax.main --config=configs/ibot_cifar10.py:gmm --workdir=runs/ibot_gmm_cifar10 \
+    --config.data.data_dir=$PROTOJAX_DATA_DIR
+
+Cost and result: not measured yet.
+"""
+
+from configs import common
+
+
+def get_config(mode: str = ""):
+  config = common.cifar10("ibot")
+  config.method.prototypes = "mixture" if mode == "gmm" else "learned"
+  # The targets of common.dino_cifar10, for both kinds of token.
+  config.method.update({
+    "targets": "sinkhorn", "teacher_temp_start": 0.05, "teacher_temp": 0.05,
+    "patch_temp_start": 0.05, "patch_temp": 0.05, "teacher_temp_warmup_epochs": 0,
+  })  # fmt: skip
+  return config if mode == "gmm" else common.finish(config, mode)
