@@ -22,11 +22,14 @@ class Scores(NamedTuple):
     student: [B, V, K], with a gradient; views 0 and 1 are the global ones.
     teacher: [B, 2, K], without.
     stats: what `StudentTeacher.update` needs.
+    embeddings: [B, V, D], what the student's scores were made of, with a gradient; D is
+      `head.bottleneck`.
   """
 
   student: jax.Array
   teacher: jax.Array
   stats: dict[str, PyTree]
+  embeddings: jax.Array
 
 
 class StudentTeacher(NamedTuple):
@@ -109,6 +112,7 @@ def build(config) -> StudentTeacher:
         bank.rows(teacher_state), bank.align(teacher_state, z_teacher)
       ),
       stats=stats,
+      embeddings=z_student,
     )
 
   def update(variables, stats, step):
