@@ -274,4 +274,6 @@ def debug(config) -> ml_collections.ConfigDict:
   config.method.num_prototypes = min(config.method.num_prototypes, 256)
   if "partition_size" in config.method:
     config.method.partition_size = min(config.method.partition_size, 64)
+  if "coarse_clusters" in config.method:
+    config.method.update({"coarse_clusters": (32, 64), "queue_size": 64, "warmup_epochs": 0})
   return config

@@ -40,6 +40,18 @@ _DINO = (("method__targets", "sinkhorn"),)
 
 _CARP = (("head__l2", False), ("head__norm", "batch"), ("method__partition_size", 8))
 
+# [B, 2, D] float32: KoLeo compares every embedding of a global view with all others.
+_KOLEO = (("all-gather", 4 * 16 * 2 * 16, "KoLeo's neighbours are sought in the global batch"),)
+
+_KOLEO_PROTO = (("method__koleo_proto", 0.1), ("method__koleo_proto_rows", 8))
+_VMF = (("method__vmf", True), ("method__train_prototype_norm", True))
+
+# PCL: no clusters before a refresh, so stand-ins; the queue of a small set holds its own images.
+_PCL = (
+  ("augment__num_local", 0), ("method__coarse_clusters", (8,)), ("method__queue_size", 32),
+)  # fmt: skip
+_QUEUE = (("all-gather", 4 * 16 * 16, "every device holds the whole queue of keys"),)
+
 # A new method adds its row here.
 METHODS = (
   Row("dino", "learned", learns=_DINO),
@@ -48,6 +60,10 @@ METHODS = (
   Row("carp", "learned", _CARP),
   Row("carp", "mixture", _CARP),
   Row("carp", "frozen", _CARP),
+  Row("dino", "learned", (("method__koleo", 0.1),), _KOLEO, _DINO),
+  Row("dino", "learned", _KOLEO_PROTO, (), _DINO),
+  Row("dino", "learned", _VMF, (), _DINO),
+  Row("pcl", "kmeans", _PCL, _QUEUE),
 )
 every_method = pytest.mark.parametrize("row", METHODS, ids=lambda r: f"{r.name}-{r.prototypes}")
 
@@ -104,6 +120,7 @@ def test_no_gradient_reaches_what_is_not_trained(row):
   views = jax.tree.map(
     lambda s: jax.random.normal(jax.random.key(1), s.shape), tiny.abstract_views(program.config)
   )
+  views["index"] = jnp.arange(program.config.batch_size)
 
   def value(trained, floats):
     whole = jax.tree.unflatten(treedef, [floats.get(i, leaf) for i, leaf in enumerate(leaves)])
