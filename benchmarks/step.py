@@ -42,6 +42,7 @@ def programs(program):
   batch = {
     "image": rng.integers(0, 256, (config.batch_size, size, size, 3), np.uint8),
     "size": np.full((config.batch_size, 2), size, np.int32),
+    "index": np.arange(config.batch_size, dtype=np.int32),
   }
   batch = sharding.put_batch(batch, mesh)
   key = jax.random.key(1)
@@ -49,7 +50,7 @@ def programs(program):
   variables = train_step.variables_of(state)
   trained, frozen = train_step.split(variables, method.learns_prototypes)
   augmented = jax.jit(augment.make(config.augment))
-  views = augmented(key, batch)
+  views = {**augmented(key, batch), "index": batch["index"]}
   value = jax.jit(lambda t, f, v: method.loss(t, f, v, key, state.step))
   gradient = jax.jit(
     lambda t, f, v: jax.value_and_grad(method.loss, has_aux=True)(t, f, v, key, state.step)

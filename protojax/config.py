@@ -286,8 +286,10 @@ def debug(config) -> ml_collections.ConfigDict:
   config.method.num_prototypes = min(config.method.num_prototypes, 256)
   for key, most in (
     ("partition_size", 64), ("queue_length", 64), ("queue_start_epoch", 0.0), ("buffer_size", 64),
-    ("sgld_steps", 4), ("chunk_size", 64),
+    ("sgld_steps", 4), ("chunk_size", 64), ("queue_size", 64), ("warmup_epochs", 0),
   ):  # fmt: skip
     if key in config.method:
       config.method[key] = min(config.method[key], most)
+  if "coarse_clusters" in config.method:
+    config.method.coarse_clusters = (32, 64)
   return config

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 
 _HIGHEST = jax.lax.Precision.HIGHEST
+_PAIRS = 2**26  # cosines that `koleo` holds at a time: 256 MiB of float32
+_NEAREST = 1e-4  # distances below it count as it: no infinite logarithm, no gradient above 1e4
 
 
 def _full(x: jax.Array) -> jax.Array:
@@ -121,3 +123,77 @@ def entropy(probs: jax.Array) -> jax.Array:
   p = _full(probs)
   # The floor keeps the derivative at 0 finite.
   return -jnp.sum(p * jnp.log(jnp.maximum(p, jnp.finfo(p.dtype).tiny)), axis=-1)
+
+
+def koleo(rows: jax.Array, picked: jax.Array | None = None) -> jax.Array:
+  """KoLeo: minus the mean log distance of unit rows to their nearest other row.
+
+  Of a batch's features it is the regulariser of arXiv 2304.07193, of prototypes that of
+  arXiv 2410.14060. The gradient reaches a row and its neighbour; which row that is has none, so the
+  backward pass holds [N, D] arrays only. Distances are Euclidean, measured on differences (cosines
+  of near copies would cancel) and clamped at 1e-4: a copy adds -ln 1e-4 and no gradient, and so
+  does a row without another.
+
+  Args:
+    rows: [N, D], any norm and float dtype.
+    picked: int32 [M], the rows whose neighbours are looked for (among all N); None takes all.
+
+  Returns:
+    [] float32.
+  """
+  rows = _full(rows)
+  squares = jnp.sum(jnp.square(rows), axis=-1, keepdims=True)
+  rows = rows * jax.lax.rsqrt(jnp.maximum(squares, 1e-24))
+  still = jax.lax.stop_gradient(rows)
+  num = rows.shape[0]
+
+  def nearest(query):
+    index, row = query
+    cosine = jnp.matmul(still, row, precision=_HIGHEST)
+    return jnp.argmax(jnp.where(jnp.arange(num) == index, -jnp.inf, cosine))
+
+  index, queries = (jnp.arange(num), rows) if picked is None else (picked, rows[picked])
+  chunk = max(1, min(index.size, _PAIRS // num))
+  others = jax.lax.map(nearest, (index, jax.lax.stop_gradient(queries)), batch_size=chunk)
+  distance = jnp.sum(jnp.square(queries - rows[others]), axis=-1)
+  return -0.5 * jnp.mean(jnp.log(jnp.maximum(distance, _NEAREST**2)))
+
+
+def info_nce(
+  queries: jax.Array, keys: jax.Array, negatives: jax.Array, *, temperature: float
+) -> jax.Array:
+  """-log of the share of its own key among a query's key and the negatives (arXiv 2005.04966).
+
+  Args:
+    queries: [B, D], any float dtype, of length one where cosines are meant.
+    keys: [B, D], row by row.
+    negatives: [R, D], for all queries.
+    temperature: divides the inner products.
+
+  Returns:
+    [] float32, the mean over the queries.
+  """
+  queries, keys, negatives = _full(queries), _full(keys), _full(negatives)
+  own = jnp.sum(queries * keys, axis=-1, keepdims=True)
+  others = jnp.einsum("bd,rd->br", queries, negatives, precision=_HIGHEST)
+  logits = jnp.concatenate([own, others], axis=1) / temperature
+  return -jax.nn.log_softmax(logits)[:, 0].mean()
+
+
+def proto_nce(
+  queries: jax.Array, centroids: jax.Array, phi: jax.Array, clusters: jax.Array
+) -> jax.Array:
+  """Cross entropy of finding a query's cluster among all of a set (arXiv 2005.04966).
+
+  Args:
+    queries: [B, D], any float dtype.
+    centroids: [K, D].
+    phi: [K], temperature of every cluster.
+    clusters: int32 [B], the cluster of each query.
+
+  Returns:
+    [] float32, the mean over the queries.
+  """
+  inner = jnp.einsum("bd,kd->bk", _full(queries), _full(centroids), precision=_HIGHEST)
+  log_p = jax.nn.log_softmax(inner / phi[None, :])
+  return -jnp.take_along_axis(log_p, clusters[:, None], axis=1).mean()

@@ -106,7 +106,7 @@ def judge(
     grace_steps: steps without a verdict.
     settings: names of the settings the run has, "method.teacher_temp"; advice names no others. None
       allows any.
-    prototypes: learned, mixture or frozen: what the advice is for.
+    prototypes: learned, mixture, frozen or kmeans: what the advice is for.
   """
   bad = [k for k, v in measures.items() if v is not None and not math.isfinite(v)]
   if bad:
@@ -201,6 +201,8 @@ def judge(
         False,
       )
     advice = "set method.prototypes=mixture, or lower method.num_prototypes"
+    if prototypes == "kmeans":
+      advice = "lower method.num_prototypes"
     if prototypes == "mixture":
       advice = "raise mixture.horizon_steps or set mixture.center_features=True"
     return Verdict("partial prototype collapse", f"{seen}: {advice}", True)

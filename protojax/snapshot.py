@@ -56,6 +56,7 @@ class Snapshot:
       "features": self._method.features(variables, images),
       "embeddings": self._method.embeddings(variables, images),
       "codes": codes,
+      "index": batch["index"],
       "label": batch["label"],
       "mask": batch["mask"],
     }
@@ -78,12 +79,17 @@ class Snapshot:
     )  # fmt: skip
     seen = []
     for batch in batches:
-      batch = {k: batch[k] for k in ("image", "size", "label", "mask")}
+      batch = {k: batch[k] for k in ("image", "size", "index", "label", "mask")}
       out = self._forward(state, sharding.put_batch(batch, mesh))
       out = jax.device_get({name: out[name] for name in (*parts, "mask")})
       mask = out.pop("mask")
       seen.append(jax.tree.map(lambda x, mask=mask: x[mask], out))
     return jax.tree.map(lambda *rows: np.concatenate(rows), *seen)
+
+  def embeddings(self, state, source) -> tuple[np.ndarray, np.ndarray]:
+    """(embeddings [N, D], index int32 [N]) of all images of `source` that can be read."""
+    seen = self._run(state, source, parts=("embeddings", "index"))
+    return seen["embeddings"]["prototypes"], seen["index"]
 
   def monitor(self, state) -> dict[str, float]:
     """Collapse measures of the prototypes and of a fixed sample of the bank."""

@@ -22,6 +22,8 @@ class Scores(NamedTuple):
     student: [B, V, K], with a gradient; views 0 and 1 are the global ones.
     teacher: [B, 2, K], without.
     stats: what `StudentTeacher.update` needs.
+    embeddings: [B, V, D], what the student's scores were made of, with a gradient; D is
+      `head.bottleneck`.
     student_patches: [B, 2, T, K] of the patch tokens of the global views; None unless asked for.
     teacher_patches: likewise.
   """
@@ -29,6 +31,7 @@ class Scores(NamedTuple):
   student: jax.Array
   teacher: jax.Array
   stats: dict[str, PyTree]
+  embeddings: jax.Array
   student_patches: jax.Array | None = None
   teacher_patches: jax.Array | None = None
 
@@ -115,7 +118,7 @@ def build(config, *, patches: bool = False, shared: bool = True) -> StudentTeach
       "batch_stats": {"student": student_stats, "teacher": teacher_stats}, "prototypes": moved,
     }  # fmt: skip
     return Scores(
-      student["prototypes"], teacher["prototypes"], stats,
+      student["prototypes"], teacher["prototypes"], stats, z_student["prototypes"],
       student.get("patch"), teacher.get("patch"),
     )  # fmt: skip
 

@@ -75,6 +75,7 @@ class Program:
     abstract, shardings: of the `train_step.TrainState`.
     init: jitted (seed) -> state 0.
     step: jitted (state, batch, probe_batch) -> (state, metrics); donates the state.
+    refresh: jitted (state, embeddings, index) -> state, donates the state; None without.
 
   Args:
     config: resolved.
@@ -125,6 +126,13 @@ class Program:
       out_shardings=(self.shardings, sharding.replicated(self.mesh)),
       donate_argnums=0,
     )  # fmt: skip
+    self.refresh = None
+    if self.method.refresh:
+      whole = sharding.replicated(self.mesh)
+      self.refresh = jax.jit(
+        functools.partial(train_step.refresh, method=self.method),
+        in_shardings=(self.shardings, whole, whole), out_shardings=self.shardings, donate_argnums=0,
+      )  # fmt: skip
 
   def lower(self):
     """The step, traced for the config's batch: a mistake of size shows before training."""
@@ -136,7 +144,7 @@ class Program:
       }
 
     image = ((config.data.image_size, config.data.image_size, 3), jnp.uint8)
-    batch = rows(config.batch_size, image=image, size=((2,), jnp.int32))
+    batch = rows(config.batch_size, image=image, size=((2,), jnp.int32), index=((), jnp.int32))
     probe_batch = None
     if self.probe:
       probe_batch = rows(
@@ -221,8 +229,9 @@ def run(config, workdir: str) -> dict[str, float]:
   view = snapshot.Snapshot(program, bank=bank, test=test)
   log = runlog.RunLog(folder, config, start=start, describe=train_source.describe)
   batches = program.batches(
-    train_source, seed=config.seed, step=start, batch_size=config.batch_size, keys=("image", "size")
-  )
+    train_source, seed=config.seed, step=start, batch_size=config.batch_size,
+    keys=("image", "size", "index"),
+  )  # fmt: skip
   probe_batches = _no_batches()
   if program.probe:
     probe_batches = program.batches(
@@ -239,7 +248,8 @@ def run(config, workdir: str) -> dict[str, float]:
     workdirs.export_encoder(folder, step, state, config, program.mesh)
 
   # The order inside the loop is the meaning of a checkpoint: state n is saved before batch n is
-  # taken, so that n alone says where to go on.
+  # taken, so that n alone says where to go on. A refresh belongs to the step after it: it comes
+  # between the two and is done again by a run that goes on from n.
   with contextlib.ExitStack() as stack:
     stack.enter_context(contextlib.closing(checkpoints))
     for stream in (batches, probe_batches):
@@ -257,6 +267,9 @@ def run(config, workdir: str) -> dict[str, float]:
       if stop.asked(step):
         save(step, state)
         raise workdirs.Interrupted(step)
+      if program.refresh and step >= program.method.refresh_from:
+        if step % config.steps_per_epoch == 0:
+          state = program.refresh(state, *view.embeddings(state, train_source))
       with jax.transfer_guard("disallow"):
         batch, skipped, waited = next(batches)
         probe_batch, _, waited_too = next(probe_batches)

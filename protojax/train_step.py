@@ -71,7 +71,7 @@ def train_step(
 
   Args:
     state: state n.
-    batch: {"image": uint8 [B, S, S, 3], "size": int32 [B, 2], ...}.
+    batch: {"image": uint8 [B, S, S, 3], "size": int32 [B, 2], "index": int32 [B]}.
     probe_batch: {"image": uint8 [P, S, S, 3], "size": int32 [P, 2], "label": int32 [P]}, with
       `probe` only.
     method: what to train.
@@ -85,7 +85,7 @@ def train_step(
   """
   augment_key, loss_key = jax.random.split(jax.random.fold_in(state.key, state.step))
   with jax.named_scope("augment"):
-    views = augment(augment_key, batch)
+    views = {**augment(augment_key, batch), "index": batch["index"]}
 
   variables = variables_of(state)
   trained, frozen = split(variables, method.learns_prototypes)
@@ -119,3 +119,10 @@ def train_step(
     key=state.key,
   )
   return state, metrics
+
+
+def refresh(state: TrainState, embeddings: jax.Array, index: jax.Array, *, method) -> TrainState:
+  """State n before its batch, with what the method learns from all images; see `base.Method`."""
+  key = jax.random.split(jax.random.fold_in(state.key, state.step), 3)[2]  # step n takes 0 and 1
+  variables = method.refresh(variables_of(state), embeddings, index, key)
+  return state.replace(prototypes=variables.prototypes, carry=variables.carry)

@@ -36,6 +36,7 @@ def batch(c, seed=0):
   return {
     "image": image.clip(0, 255).astype(np.uint8),
     "size": np.full((c.batch_size, 2), size, np.int32),
+    "index": np.arange(c.batch_size, dtype=np.int32),
   }
 
 
@@ -58,7 +59,7 @@ def run_steps(c, steps, devices=None, num_classes=0):
 
 
 def abstract_views(c):
-  """Shapes of the views of a batch."""
+  """Shapes of the views of a batch, without "index"."""
   look = c.augment
   shapes = {"global": (2, look.global_size, look.global_size, 3)}
   if look.num_local:

@@ -58,6 +58,18 @@ _TWO_VIEWS = (
   ("head__activation", "relu"), ("head__bias", False), ("head__init", "uniform"),
 )  # fmt: skip
 
+# [B, 2, D] float32: KoLeo compares every embedding of a global view with all others.
+_KOLEO = (("all-gather", 4 * 16 * 2 * 16, "KoLeo's neighbours are sought in the global batch"),)
+
+_KOLEO_PROTO = (("method__koleo_proto", 0.1), ("method__koleo_proto_rows", 8))
+_VMF = (("method__vmf", True), ("method__train_prototype_norm", True))
+
+# PCL: no clusters before a refresh, so stand-ins; the queue of a small set holds its own images.
+_PCL = (
+  ("augment__num_local", 0), ("method__coarse_clusters", (8,)), ("method__queue_size", 32),
+)  # fmt: skip
+_QUEUE = (("all-gather", 4 * 16 * 16, "every device holds the whole queue of keys"),)
+
 # A new method adds its row here.
 METHODS = (
   Row("dino", "learned", learns=_DINO),
@@ -83,6 +95,10 @@ METHODS = (
   Row("ibot", "learned", learns=_IBOT),
   Row("ibot", "mixture", learns=_IBOT),
   Row("ibot", "frozen", learns=_IBOT),
+  Row("dino", "learned", (("method__koleo", 0.1),), _KOLEO, _DINO),
+  Row("dino", "learned", _KOLEO_PROTO, (), _DINO),
+  Row("dino", "learned", _VMF, (), _DINO),
+  Row("pcl", "kmeans", _PCL, _QUEUE),
 )
 every_method = pytest.mark.parametrize("row", METHODS, ids=lambda r: f"{r.name}-{r.prototypes}")
 
@@ -149,6 +165,7 @@ def test_no_gradient_reaches_what_is_not_trained(row):
   views = jax.tree.map(
     lambda s: jax.random.normal(jax.random.key(1), s.shape), tiny.abstract_views(program.config)
   )
+  views["index"] = jnp.arange(program.config.batch_size)
 
   def value(trained, floats):
     whole = jax.tree.unflatten(treedef, [floats.get(i, leaf) for i, leaf in enumerate(leaves)])

@@ -29,9 +29,15 @@ CHANGES = {
 }  # fmt: skip
 
 
-def _config(**more):
-  config = main.load(str(ROOT / "configs" / "quickstart.py:debug"))
-  for key, value in (CHANGES | more).items():
+# Clusters are refreshed before steps 2 and 4.
+PCL = CHANGES | {
+  "steps_per_epoch": 2, "method.warmup_epochs": 1, "method.coarse_clusters": (8,),
+}  # fmt: skip
+
+
+def _config(recipe="quickstart", changes=CHANGES, **more):
+  config = main.load(str(ROOT / "configs" / f"{recipe}.py:debug"))
+  for key, value in (changes | more).items():
     section, _, leaf = key.rpartition(".")
     (config[section] if section else config)[leaf] = value
   return config
@@ -125,31 +131,63 @@ def test_exported_encoder_is_the_teacher_and_starts_another_run(whole):
   chex.assert_trees_all_equal(jax.device_get(started.encoder), state.teacher["encoder"])
 
 
-def _command(folder, *more):
-  flags = [f"--config.{k}={v}" for k, v in CHANGES.items()]
-  config = ROOT / "configs" / "quickstart.py:debug"
+def _command(folder, *more, recipe="quickstart", changes=CHANGES):
+  flags = [f"--config.{k}={v}" for k, v in changes.items()]
+  config = ROOT / "configs" / f"{recipe}.py:debug"
   return [
     sys.executable, "-m", "protojax.main", f"--config={config}", f"--workdir={folder}", *flags,
     *more,
   ]  # fmt: skip
 
 
-def test_killed_run_resumes_to_the_bit(whole, tmp_path):
-  folder = tmp_path / "run"
+def _kill_after_a_checkpoint(folder, step, **recipe):
+  """Runs the program until it has saved `step`, then kill -9."""
   environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", }
   process = subprocess.Popen(
-    _command(folder), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL,
+    _command(folder, **recipe), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL,
     stderr=subprocess.DEVNULL,
   )  # fmt: skip
   deadline = time.time() + 240
-  while not (folder / "checkpoints" / "2").exists():  # complete: orbax renames when it is whole
+  # A checkpoint is complete when it is there: orbax renames it at the end.
+  while not (folder / "checkpoints" / str(step)).exists():
     assert process.poll() is None and time.time() < deadline
     time.sleep(0.02)
   process.send_signal(signal.SIGKILL)
   process.wait()
+
+
+def test_killed_run_resumes_to_the_bit(whole, tmp_path):
+  folder = tmp_path / "run"
+  _kill_after_a_checkpoint(folder, 2)
   train.run(_config(), str(folder))
   chex.assert_trees_all_equal(_final(folder, _config())[1], _final(whole, _config())[1])
   assert _losses(folder) == _losses(whole)
+
+
+def test_run_with_clusters_stopped_and_killed_around_a_refresh_resumes_to_the_bit(
+  tmp_path, monkeypatch
+):
+  config, whole = _config("pcl_cifar10", PCL), tmp_path / "whole"
+  train.run(config, str(whole))
+  _, expected = _final(whole, config)
+  # Both refreshes happened: the first prototypes are gone, images have clusters.
+  assert set(expected.prototypes) == {"clusters8", "prototypes"}
+  assert len(np.unique(expected.carry["clusters"][1])) > 16
+
+  stopped = tmp_path / "stopped"
+  for step in (2, 3):  # right before a refresh, and between two
+    with monkeypatch.context() as patch:
+      _stop_after(patch, step)
+      with pytest.raises(workdir.Interrupted, match=f"stopped at step {step}"):
+        train.run(config, str(stopped))
+  killed = tmp_path / "killed"
+  _kill_after_a_checkpoint(killed, 4, recipe="pcl_cifar10", changes=PCL)
+  for folder in (stopped, killed):
+    train.run(config, str(folder))
+    step, state = _final(folder, config)
+    assert step == 6
+    chex.assert_trees_all_equal(state, expected)
+    assert _losses(folder) == _losses(whole)
 
 
 def _pair(folder, *more):

@@ -48,13 +48,19 @@ class Method(NamedTuple):
     init: (key) -> Variables. Traceable; shapes come from the config.
     loss: (trained, frozen, views, key, step) -> (float32 [], LossOut). `trained` is
       {"encoder": ...} plus "prototypes" when `learns_prototypes`; `frozen` is a `Variables`
-      whose trained fields are (). `views` is {"global": [B, 2, S, S, 3], "local": [B, L, s, s, 3]}.
+      whose trained fields are (). `views` is {"global": [B, 2, S, S, 3], "local": [B, L, s, s, 3],
+      "index": int32 [B], number of the image in its source}.
     update: (variables, stats, step) -> Variables, after the optimizer step.
     features: (variables, images [B, S, S, 3]) -> [B, D] float32, evaluation mode.
     codes: (variables, images [B, S, S, 3]) -> {set: [B, K]} scores over each prototype set.
     embeddings: (variables, images [B, S, S, 3]) -> {set: [B, D]}, what the codes compare with the
       prototypes, any norm.
     prototype_matrices: (variables) -> {set: [K, D]} unit rows, float32; {} if there are none.
+    refresh: (variables, embeddings [N, D], index int32 [N], key) -> Variables, before the first
+      step of an epoch, or None: what a method learns from all training images at once. Embeddings
+      are those of the set "prototypes" under the evaluation transform, one row for each image that
+      can be read; index is that image's number, as in views["index"].
+    refresh_from: step of the first refresh.
   """
 
   learns_prototypes: bool
@@ -65,3 +71,5 @@ class Method(NamedTuple):
   codes: Callable[[Variables, jax.Array], dict[str, jax.Array]]
   embeddings: Callable[[Variables, jax.Array], dict[str, jax.Array]]
   prototype_matrices: Callable[[Variables], dict[str, jax.Array]]
+  refresh: Callable[[Variables, jax.Array, jax.Array, jax.Array], Variables] | None = None
+  refresh_from: int = 0

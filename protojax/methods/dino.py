@@ -3,6 +3,12 @@
 `method.prototypes` chooses between the joint baseline (learned), decoupled prototypes (mixture,
 arXiv 2510.20108) and the control (frozen). `method.targets` is "center", as published, or
 "sinkhorn" (three log-domain iterations over the global batch, arXiv 2304.07193).
+
+Options: `koleo` spreads the student's embeddings, each global view for itself (arXiv 2304.07193
+does so with backbone features, within a device; here what the prototypes see, over the global
+batch). `koleo_proto` spreads learned prototypes (arXiv 2410.14060, whose weight we do not know).
+`vmf` reads prototypes of any norm as a mixture of von Mises-Fisher distributions (arXiv 2405.10939;
+the moving average of its centre is our reading).
 """
 
 import math
@@ -10,8 +16,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from protojax import assignment, errors, losses, schedules, student_teacher
+from protojax import assignment, errors, losses, schedules, student_teacher, vmf
 from protojax.methods import base
+from protojax.models import heads
 
 OPTIONS = {
   "targets": "center",  # or "sinkhorn"
@@ -21,65 +28,106 @@ OPTIONS = {
   "teacher_temp_start": 0.04,
   "teacher_temp": 0.07,
   "teacher_temp_warmup_epochs": 30,
+  "koleo": 0.0,  # weight, summed over the two global views; DINOv2 takes .1
+  "koleo_proto": 0.0,  # weight; learned prototypes only
+  "koleo_proto_rows": 0,  # random prototypes a step, compared with all; 0 takes all
+  "vmf": False,  # learned prototypes with train_prototype_norm only
 }
+
+
+def _check(options) -> None:
+  learned = options.prototypes == "learned"
+  if options.koleo_proto and not learned:
+    raise errors.UserError(
+      f"method.koleo_proto={options.koleo_proto:g} needs prototypes with a gradient, not "
+      f"method.prototypes={options.prototypes}: choose learned or set it to 0"
+    )
+  if not 0 <= options.koleo_proto_rows <= options.num_prototypes:
+    raise errors.UserError(
+      f"method.koleo_proto_rows={options.koleo_proto_rows} must be 0 (all) to "
+      f"method.num_prototypes={options.num_prototypes}"
+    )
+  if options.vmf and not (learned and options.train_prototype_norm):
+    raise errors.UserError(
+      "method.vmf=True changes nothing for prototypes of norm 1: set method.prototypes=learned and "
+      "method.train_prototype_norm=True"
+    )
 
 
 def make(config) -> base.Method:
   """DINO from `config.method`: OPTIONS and `num_prototypes`.
 
   Raises:
-    UserError: for unknown options.
+    UserError: for unknown options or ones that do not go together.
   """
-  options = config.method
-  if options.targets not in ("center", "sinkhorn"):
-    raise errors.UserError(
-      f"method.targets={options.targets!r} is unknown: choose center or sinkhorn"
-    )
+  options, head = config.method, config.head
+  _check(options)
   pair = student_teacher.build(config)
   teacher_temp = schedules.per_epoch_linear(
-    options.teacher_temp_start,
-    options.teacher_temp,
-    warmup_epochs=options.teacher_temp_warmup_epochs,
-    steps_per_epoch=config.steps_per_epoch,
-  )
+    options.teacher_temp_start, options.teacher_temp,
+    warmup_epochs=options.teacher_temp_warmup_epochs, steps_per_epoch=config.steps_per_epoch,
+  )  # fmt: skip
 
   def init(key):
     variables = pair.init(key)
     center = jnp.zeros(options.num_prototypes, jnp.float32)
     return variables.replace(carry={**variables.carry, "center": center})
 
-  def targets(teacher_scores, center, step):
-    if options.targets == "center":
-      return assignment.sharpen(teacher_scores, center, temperature=teacher_temp(step))
-    flat = teacher_scores.reshape(-1, teacher_scores.shape[-1])
-    q = assignment.sinkhorn(
-      flat, temperature=teacher_temp(step), num_steps=options.sinkhorn_steps
-    )
-    return q.reshape(teacher_scores.shape)
+  def of_mixture(scores, state, temperature):
+    if not options.vmf:
+      return scores
+    return vmf.mixture_scores(scores, jnp.abs(state["g"][:, 0]), temperature, head.bottleneck)
+
+  def spread(trained, embeddings, key):
+    """The KoLeo terms that are asked for, before their weights."""
+    terms = {}
+    if options.koleo:
+      terms["koleo"] = jax.vmap(losses.koleo, in_axes=1)(embeddings[:, :2]).sum()
+    if options.koleo_proto:
+      rows, count = heads.prototype_rows(trained["prototypes"]), options.koleo_proto_rows
+      picked = jax.random.choice(key, len(rows), (count,), replace=False) if count else None
+      terms["koleo_proto"] = losses.koleo(rows, picked)
+    return terms
 
   def loss(trained, frozen, views, key, step):
-    scores = pair.scores(trained, frozen, views, key)
+    net_key, row_key = jax.random.split(key) if options.koleo_proto_rows else (key, None)
+    scores, temperature = pair.scores(trained, frozen, views, net_key), teacher_temp(step)
+    student = of_mixture(scores.student, trained.get("prototypes"), options.student_temp)
+    teacher = of_mixture(scores.teacher, frozen.teacher.get("prototypes"), temperature)
     # The centre of step n is made of the steps before it.
-    q = jax.lax.stop_gradient(targets(scores.teacher, frozen.carry["center"], step))
-    value = losses.cross_view_entropy(scores.student, q, temperature=options.student_temp)
+    center = frozen.carry["center"]
+    q = assignment.targets(
+      teacher,
+      center * temperature if options.vmf else center,  # of a mixture it is a log probability
+      kind=options.targets, temperature=temperature, num_steps=options.sinkhorn_steps,
+    )  # fmt: skip
+    cross_entropy = losses.cross_view_entropy(student, q, temperature=options.student_temp)
     entropy = losses.entropy(q).mean()
+    terms = spread(trained, scores.embeddings, row_key)
+    value = cross_entropy + sum(options[name] * term for name, term in terms.items())
     metrics = {
       "loss": value,
-      "ln_k": jnp.float32(math.log(options.num_prototypes)),  # of a student that says nothing
       "target_entropy": entropy,
-      "kl": value - entropy,
+      "kl": cross_entropy - entropy,
       "mean_entropy": losses.entropy(q.mean(axis=(0, 1))),
-      "teacher_temp": teacher_temp(step),
+      "teacher_temp": temperature,
+      **terms,
     }
-    return value, base.LossOut(metrics, {**scores.stats, "teacher_scores": scores.teacher})
+    if not terms:  # of a student that says nothing
+      metrics["ln_k"] = jnp.float32(math.log(options.num_prototypes))
+    to_center = vmf.log_mean_assignment(teacher / temperature) if options.vmf else teacher
+    return value, base.LossOut(metrics, {**scores.stats, "to_center": to_center})
 
   def update(variables, stats, step):
-    stats = dict(stats)
     center = assignment.center_update(
-      variables.carry["center"], stats.pop("teacher_scores"), momentum=options.center_momentum
+      variables.carry["center"], stats["to_center"], momentum=options.center_momentum
     )
     variables = pair.update(variables, stats, step)
     return variables.replace(carry={**variables.carry, "center": center})
+
+  def codes(variables, images):
+    scores, state = pair.codes(variables, images), variables.teacher.get("prototypes")
+    return {k: of_mixture(v, state, options.teacher_temp) for k, v in scores.items()}
 
   return base.Method(
     learns_prototypes=pair.learns_prototypes,
@@ -87,7 +135,7 @@ def make(config) -> base.Method:
     loss=loss,
     update=update,
     features=pair.features,
-    codes=pair.codes,
+    codes=codes,
     embeddings=pair.embeddings,
     prototype_matrices=pair.prototype_matrices,
   )

@@ -1,0 +1,20 @@
+r"""PCL (arXiv 2005.04966) on CIFAR-10, small ViT, clusters of 250, 500 and 1,000.
+
+  python -m protojax.main --config=configs/pcl_cifar10.py --workdir=runs/pcl_cifar10 \
+    --config.data.data_dir=$PROTOJAX_DATA_DIR
+
+Two views instead of four: the method has no small crops. Five epochs, of which the first has no
+clusters. Cost and result: not measured yet.
+"""
+
+from configs import common
+
+
+def get_config(mode: str = ""):
+  config = common.cifar10("pcl")
+  config.augment.update({"num_local": 0, "global_scale": (0.2, 1.0)})
+  config.head.update({"layers": 2, "activation": "relu"})
+  config.method.update({
+    "num_prototypes": 1000, "coarse_clusters": (250, 500), "queue_size": 4096, "warmup_epochs": 1,
+  })  # fmt: skip
+  return common.finish(config, mode)

@@ -1,0 +1,148 @@
+"""PCL: prototypical contrastive learning (arXiv 2005.04966).
+
+A momentum encoder and a queue of its keys (InfoNCE); from `warmup_epochs` on also ProtoNCE: between
+epochs, k-means on the teacher's embeddings under the evaluation transform gives every image a
+cluster in each of several sets, and the student's query must find it, with a temperature of each
+cluster's own. Prototypes never get a gradient.
+
+As published: one direction (view 0 asks, view 1 answers), constant teacher momentum, Euclidean
+k-means, centroids normalised afterwards. Different: a query is compared with all centroids of a set
+instead of 16,384 sampled ones, so that images of a cluster are no negatives of each other; k-means
+sees all images and starts once (published: `kmeans_restarts=5`); batch norm is not shuffled.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from protojax import errors, kmeans, losses
+from protojax.methods import base
+from protojax.models import encoder as encoders
+from protojax.models import heads
+
+OPTIONS = {
+  "prototypes": "kmeans",  # the only kind
+  "num_prototypes": 1000,  # clusters of the finest set, the one that the monitor watches
+  "coarse_clusters": (250, 500),  # of further sets
+  "temperature": 0.2,  # of InfoNCE, and the mean over the clusters of a set
+  "queue_size": 16_384,
+  "warmup_epochs": 20,  # InfoNCE alone
+  "kmeans_steps": 20,
+  "kmeans_restarts": 1,
+}
+
+
+def _check(config, sizes) -> None:
+  options, images = config.method, config.data.num_records
+  if options.prototypes != "kmeans":
+    raise errors.UserError(
+      f"method.prototypes={options.prototypes!r}: pcl finds its own, set it to kmeans"
+    )
+  if config.augment.num_local:
+    raise errors.UserError(
+      f"augment.num_local={config.augment.num_local}: pcl compares two global views, set it to 0"
+    )
+  if options.queue_size < config.batch_size:
+    raise errors.UserError(
+      f"method.queue_size={options.queue_size} is below batch_size={config.batch_size}: raise it"
+    )
+  if not 2 <= min(sizes) <= max(sizes) < images:
+    raise errors.UserError(
+      f"{sizes} clusters of {images} images: choose 2 or more and fewer than images for "
+      "method.num_prototypes and method.coarse_clusters"
+    )
+
+
+def make(config) -> base.Method:
+  """PCL from `config.method`: OPTIONS; `config.teacher.momentum` stays as it is.
+
+  Raises:
+    UserError: for other prototypes, local views, a short queue or too many clusters.
+  """
+  options, dim, accum_steps = config.method, config.head.bottleneck, config.accum_steps
+  sizes = {f"clusters{k}": k for k in options.coarse_clusters}
+  sizes["prototypes"] = options.num_prototypes
+  _check(config, sorted(sizes.values()))
+  start = options.warmup_epochs * config.steps_per_epoch
+  effort = {"num_steps": options.kmeans_steps, "num_restarts": options.kmeans_restarts}
+  student_net = encoders.build(config)
+  calm = config.copy_and_resolve_references()
+  calm.model.drop_path = 0.0
+  teacher_net = encoders.build(calm)
+
+  def random_rows(key, num):
+    return heads.l2_normalize(jax.random.normal(key, (num, dim)))
+
+  def init(key):
+    encoder_key, queue_key, prototype_key = jax.random.split(key, 3)
+    params, batch_stats = encoders.init(student_net, encoder_key, config.augment.global_size)
+    return base.Variables(
+      encoder=params,
+      prototypes={  # stand-ins until the first refresh
+        name: {"centroids": random_rows(prototype_key, k), "phi": jnp.full(k, options.temperature)}
+        for name, k in sizes.items()
+      },
+      teacher={"encoder": jax.tree.map(jnp.copy, params)},
+      carry={
+        "batch_stats": {"student": batch_stats, "teacher": jax.tree.map(jnp.copy, batch_stats)},
+        "key_queue": random_rows(queue_key, options.queue_size),
+        "clusters": jnp.zeros((len(sizes), config.data.num_records), jnp.int32),
+      },
+    )
+
+  def embed(net, params, batch_stats, crops, key=None):
+    z, batch_stats = encoders.embed(
+      net, params, batch_stats, {"global": crops}, train=True, key=key, accum_steps=accum_steps
+    )
+    return z[:, 0], batch_stats
+
+  def loss(trained, frozen, views, key, step):
+    frozen, crops = jax.lax.stop_gradient(frozen), views["global"]
+    stats, teacher = frozen.carry["batch_stats"], frozen.teacher["encoder"]
+    q, student_stats = embed(student_net, trained["encoder"], stats["student"], crops[:, :1], key)
+    k, teacher_stats = embed(teacher_net, teacher, stats["teacher"], crops[:, 1:])
+    info = losses.info_nce(q, k, frozen.carry["key_queue"], temperature=options.temperature)
+    clusters = frozen.carry["clusters"][:, views["index"]]  # [sets, B]
+    sets = zip((frozen.prototypes[name] for name in sizes), clusters, strict=True)
+    proto = sum(losses.proto_nce(q, **p, clusters=c) for p, c in sets) / len(sizes)
+    value = info + jnp.where(step >= start, proto, 0.0)
+    metrics = {"loss": value, "info_nce": info, "proto_nce": proto}
+    stats = {"batch_stats": {"student": student_stats, "teacher": teacher_stats}, "keys": k}
+    return value, base.LossOut(metrics, stats)
+
+  def update(variables, stats, step):
+    queue = jnp.concatenate([stats["keys"], variables.carry["key_queue"]])[: options.queue_size]
+    new, share = {"encoder": variables.encoder}, 1.0 - config.teacher.momentum
+    teacher = optax.incremental_update(new, variables.teacher, share)
+    carry = {**variables.carry, "batch_stats": stats["batch_stats"], "key_queue": queue}
+    return variables.replace(teacher=teacher, carry=carry)
+
+  def refresh(variables, rows, index, key):
+    prototypes, clusters = {}, variables.carry["clusters"]
+    for i, (name, k) in enumerate(sizes.items()):
+      found = kmeans.fit(rows, jax.random.fold_in(key, i), num_clusters=k, **effort)
+      phi = kmeans.concentration(found.distances, found.counts, options.temperature)
+      prototypes[name] = {"centroids": heads.l2_normalize(found.centroids), "phi": phi}
+      clusters = clusters.at[i, index].set(found.codes)
+    return variables.replace(prototypes=prototypes, carry={**variables.carry, "clusters": clusters})
+
+  def teacher_of(variables):
+    return teacher_net, variables.teacher["encoder"], variables.carry["batch_stats"]["teacher"]
+
+  def embeddings(variables, images):
+    z, _ = encoders.embed(*teacher_of(variables), {"global": images[:, None]}, train=False)
+    return dict.fromkeys(sizes, z[:, 0])
+
+  def prototype_matrices(variables):
+    return {name: variables.prototypes[name]["centroids"] for name in sizes}
+
+  def codes(variables, images):
+    z, sets = embeddings(variables, images), prototype_matrices(variables)
+    return {name: heads.prototype_scores(rows, z[name]) for name, rows in sets.items()}
+
+  return base.Method(
+    learns_prototypes=False, init=init, loss=loss, update=update,
+    features=lambda variables, images: encoders.features(*teacher_of(variables), images),
+    codes=codes, embeddings=embeddings, prototype_matrices=prototype_matrices,
+    refresh=refresh, refresh_from=start,
+  )  # fmt: skip

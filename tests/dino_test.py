@@ -1,0 +1,164 @@
+"""KoLeo on features and prototypes, and DINO-vMF: golden values, NumPy, edge cases."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+import tiny
+
+from protojax import errors, losses, methods, student_teacher, train_step
+
+
+def _sin(rows, columns, a=0.7, b=1.3):
+  return np.sin(a * np.arange(rows)[:, None] + b * np.arange(columns)[None, :])
+
+
+def _reference_koleo(rows, picked=None):
+  unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+  distance = np.linalg.norm(unit[:, None] - unit[None], axis=-1)
+  np.fill_diagonal(distance, np.inf)
+  nearest = np.maximum(distance.min(axis=1), 1e-4)
+  return -np.log(nearest[slice(None) if picked is None else picked]).mean()
+
+
+def test_koleo_golden_value():
+  np.testing.assert_allclose(losses.koleo(jnp.asarray(_sin(4, 3))), 0.43859925171630226, rtol=1e-6)
+
+
+@pytest.mark.parametrize("picked", [None, np.array([4, 0, 7], np.int32)])
+def test_koleo_value_and_gradient_match_numpy(picked):
+  rows = np.random.default_rng(0).normal(size=(9, 4))
+  with jax.enable_x64(True):
+    value, gradient = jax.value_and_grad(losses.koleo)(jnp.asarray(rows), picked)
+  np.testing.assert_allclose(value, _reference_koleo(rows, picked), rtol=1e-12)
+  numeric = np.zeros_like(rows)
+  for index in np.ndindex(*rows.shape):
+    step = np.zeros_like(rows)
+    step[index] = 1e-6
+    numeric[index] = (
+      _reference_koleo(rows + step, picked) - _reference_koleo(rows - step, picked)
+    ) / 2e-6
+  np.testing.assert_allclose(gradient, numeric, rtol=0, atol=1e-5 * np.linalg.norm(numeric))
+
+
+def test_koleo_in_chunks_is_the_same(monkeypatch):
+  rows = jnp.asarray(_sin(11, 5), jnp.float32)
+  whole = jax.value_and_grad(losses.koleo)(rows)
+  monkeypatch.setattr(losses, "_PAIRS", 3 * 11)  # three rows at a time, then two
+  for a, b in zip(whole, jax.value_and_grad(losses.koleo)(rows), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_koleo_of_copies_pairs_zeros_and_single_rows_is_finite(dtype):
+  copies = jnp.tile(jnp.asarray(_sin(1, 6), dtype), (4, 1))
+  value, gradient = jax.value_and_grad(losses.koleo)(copies)
+  np.testing.assert_allclose(value, -np.log(1e-4), rtol=1e-6)
+  np.testing.assert_array_equal(gradient.astype(jnp.float32), 0.0)
+  near = copies.at[1, 0].add(0.01).astype(dtype)
+  for rows in (copies[:2], copies[:1], near, jnp.zeros((3, 4), dtype)):
+    value, gradient = jax.value_and_grad(losses.koleo)(rows)
+    assert value.dtype == jnp.float32 and np.isfinite(value)
+    assert np.isfinite(gradient.astype(jnp.float32)).all()
+
+
+def test_koleo_of_random_prototypes_has_the_known_value():
+  rows = jax.random.normal(jax.random.key(0), (4096, 256))
+  np.testing.assert_allclose(losses.koleo(rows), -0.219, atol=1.5e-3)
+
+
+def _loss(config, g=None):
+  """(value, LossOut, Scores, method, variables) of step 0 on random views."""
+  method = methods.load("dino").make(config)
+  variables = jax.jit(method.init)(jax.random.key(0))
+  if g is not None:
+    state = {**variables.prototypes, "g": g[0]}
+    teacher = {**variables.teacher, "prototypes": {**state, "g": g[1]}}
+    variables = variables.replace(prototypes=state, teacher=teacher)
+  trained, frozen = train_step.split(variables, True)
+  views = jax.tree.map(
+    lambda s: jax.random.normal(jax.random.key(1), s.shape), tiny.abstract_views(config)
+  )
+  pair = student_teacher.build(config)
+  inputs = trained, frozen, views, jax.random.key(2)
+  value, out = jax.jit(method.loss)(*inputs, jnp.int32(0))
+  return value, out, jax.jit(pair.scores)(*inputs), method, variables
+
+
+def test_weighted_koleo_terms_join_the_cross_entropy():
+  plain, out, scores, _, variables = _loss(tiny.config("dino", "learned"))
+  assert "ln_k" in out.metrics and "koleo" not in out.metrics
+  config = tiny.config("dino", "learned", method__koleo=0.3, method__koleo_proto=0.7)
+  value, out, _, _, _ = _loss(config)
+  z = np.asarray(scores.embeddings, np.float64)
+  koleo = _reference_koleo(z[:, 0]) + _reference_koleo(z[:, 1])
+  koleo_proto = _reference_koleo(np.asarray(variables.prototypes["v"], np.float64))
+  np.testing.assert_allclose(value, plain + 0.3 * koleo + 0.7 * koleo_proto, rtol=1e-5)
+  np.testing.assert_allclose(out.metrics["koleo_proto"], koleo_proto, rtol=1e-5)
+  np.testing.assert_allclose(out.metrics["loss"], value)
+  assert "ln_k" not in out.metrics
+
+
+def test_vmf_loss_and_centre_match_numpy():
+  c = tiny.config("dino", "learned", method__vmf=True, method__train_prototype_norm=True)
+  rng = np.random.default_rng(3)
+  g = [jnp.asarray(rng.uniform(0.5, 3.0, (32, 1)), jnp.float32) for _ in range(2)]
+  value, out, scores, method, variables = _loss(c, g=g)
+
+  def logits(scores, g, temperature):
+    nu, kappa = 7.0, np.asarray(g[:, 0], np.float64) / temperature
+    log_c = nu * np.log(kappa) - np.log(scipy.special.ive(nu, kappa)) - kappa
+    x = np.asarray(scores, np.float64) / temperature + log_c
+    return x - scipy.special.logsumexp(x, axis=-1, keepdims=True)
+
+  log_p, log_q = logits(scores.student, g[0], 0.1), logits(scores.teacher, g[1], 0.04)
+  terms = [-(np.exp(log_q[:, t]) * log_p[:, v]).sum(-1).mean()
+           for v in range(4) for t in range(2) if v != t]  # fmt: skip
+  np.testing.assert_allclose(value, np.mean(terms), rtol=1e-4)
+  mean = scipy.special.logsumexp(log_q, axis=(0, 1)) - np.log(2 * c.batch_size)
+  moved = method.update(variables, out.stats, jnp.int32(0)).carry["center"]
+  np.testing.assert_allclose(moved, 0.1 * mean, rtol=1e-4, atol=1e-4)
+  # The centre is subtracted from log probabilities, not from scores.
+  variables = variables.replace(carry={**variables.carry, "center": jnp.asarray(5 * mean)})
+  trained, frozen = train_step.split(variables, True)
+  views = jax.tree.map(
+    lambda s: jax.random.normal(jax.random.key(1), s.shape), tiny.abstract_views(c)
+  )
+  centred, _ = jax.jit(method.loss)(trained, frozen, views, jax.random.key(2), jnp.int32(0))
+  q = scipy.special.softmax(log_q - 5 * mean, axis=-1)
+  terms = [-(q[:, t] * log_p[:, v]).sum(-1).mean()
+           for v in range(4) for t in range(2) if v != t]  # fmt: skip
+  np.testing.assert_allclose(centred, np.mean(terms), rtol=1e-4)
+
+
+def test_vmf_of_equal_norms_is_plain_dino():
+  plain = _loss(tiny.config("dino", "learned"))
+  vmf = _loss(tiny.config("dino", "learned", method__vmf=True, method__train_prototype_norm=True))
+  np.testing.assert_allclose(plain[0], vmf[0], rtol=1e-5)
+
+
+def test_vmf_codes_carry_the_normaliser():
+  c = tiny.config("dino", "learned", method__vmf=True, method__train_prototype_norm=True)
+  g = jnp.ones((32, 1)).at[0].set(40.0)
+  _, _, _, method, variables = _loss(c, g=(g, g))
+  images = jax.random.normal(jax.random.key(5), (3, 16, 16, 3))
+  scores = method.codes(variables, images)["prototypes"]
+  plain = student_teacher.build(c).codes(variables, images)["prototypes"]
+  assert float((plain - scores)[:, 0].min()) > 10.0
+  np.testing.assert_allclose((plain - scores)[:, 1:], float((plain - scores)[0, 1]), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("changes", "line"),
+  [
+    ({"method__prototypes": "mixture", "method__koleo_proto": 0.1}, "koleo_proto=0.1 needs"),
+    ({"method__koleo_proto_rows": 33}, "koleo_proto_rows=33 must be 0"),
+    ({"method__vmf": True}, "vmf=True changes nothing"),
+    ({"method__targets": "softmax"}, "targets='softmax' is unknown"),
+  ],
+)
+def test_settings_that_do_not_go_together_are_refused_in_one_line(changes, line):
+  with pytest.raises(errors.UserError, match=line) as caught:
+    methods.load("dino").make(tiny.config("dino", "learned", **changes))
+  assert "\n" not in str(caught.value)
