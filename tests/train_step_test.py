@@ -46,6 +46,7 @@ _CARP = (("head__l2", False), ("head__norm", "batch"), ("method__partition_size"
 _FALCON = (
   ("head__layers", 1), ("head__norm_output", True), ("head__init", "uniform"), ("head__l2", False),
 )  # fmt: skip
+_FALCON_CHUNKS = (*_FALCON, ("method__assign", "tanh"), ("method__chunk_size", 8))
 
 _SWAV = (("method__queue_length", 32),)  # two batches: the third step uses it
 
@@ -99,6 +100,8 @@ METHODS = (
   Row("dino", "learned", _KOLEO_PROTO, (), _DINO),
   Row("dino", "learned", _VMF, (), _DINO),
   Row("pcl", "kmeans", _PCL, _QUEUE),
+  Row("falcon", "dictionary", _FALCON),
+  Row("falcon", "dictionary", _FALCON_CHUNKS),
 )
 every_method = pytest.mark.parametrize("row", METHODS, ids=lambda r: f"{r.name}-{r.prototypes}")
 

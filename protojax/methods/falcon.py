@@ -6,16 +6,17 @@ spread. No teacher, no learned prototypes, no stopped gradient: it flows through
 head is head.layers=1, norm_output=True, init="uniform" and l2=False, since `method.assign`
 normalises. K may exceed the batch: `method.chunk_size` bounds the memory.
 
-Three things differ between the paper and its code, or here:
-  assign  "l2" compares cosines, as the paper's first version; "tanh" is the published code.
+Where paper and code differ, there is an option:
+  assign  "l2" compares cosines, as the first version of the paper; "tanh" is the published code.
   scale   The inverse temperature L = ln((1 - eps (K - 1)) / eps), 18.4, leaves eps to each code
     but the chosen one. With tanh, the code multiplies it by the square root of the batch of one
     device; here `method.tau_batch` stands for that batch, whatever the batch is.
   prior   "reverse" is KL(mean || uniform), as the code; "forward" is the paper's cross entropy of
-    the mean under the uniform. With more codes than rows in a batch, forward is nearly the same for
-    collapsed and for spread assignments: use it for K <= batch_size only.
-Both terms are symmetric in the views, the mean is over the global batch, and local views have to
-agree with global ones but are left out of the prior: choices of this code.
+    the mean under the uniform. With more codes than images in a batch, forward is nearly the same
+    for collapsed and for spread assignments: use it for K <= batch_size only.
+As in the code, both terms are symmetric in the views. Unlike there, the mean is over the batch of
+all devices; local views, which it does not have, must agree with the global ones and are left out
+of the prior.
 """
 
 import math
