@@ -101,6 +101,7 @@ def several(bank: PrototypeSet, kinds: tuple[str, ...], *, shared: bool = False)
     and `move` take {kind: [B, ..., D]}, images first. Its state is that of `bank` if one set serves
     all, else a dict as well.
   """
+
   def flat(x):
     return x.reshape(-1, x.shape[-1])
 

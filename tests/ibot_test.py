@@ -207,6 +207,13 @@ def test_mixtures_move_on_the_teacher_s_tokens_in_either_order(shared):
   assert abs(after[2][0]["train/loss"] - before[2][0]["train/loss"]) > 1e-5
 
 
+def test_one_mixture_for_all_tokens_is_fed_without_a_gather():
+  text = train.Program(tiny.config("ibot", "mixture", method__shared_head=True)).lower().compile()
+  text = text.as_text()
+  assert "all-reduce" in text
+  assert not any(op in text for op in ("all-gather", "all-to-all", "collective-permute"))
+
+
 def test_snapshot_measures_both_sets_and_draws_the_class_set():
   program = train.Program(tiny.config("ibot", "mixture"))
   state, bank = program.init(0), source.build("digits", split="test")

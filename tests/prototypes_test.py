@@ -28,6 +28,27 @@ def test_only_a_mixture_moves():
     assert (moved > 1e-4) == (kind == "mixture")
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_sets_for_kinds_of_token_move_on_their_own_or_on_all_tokens(shared):
+  one = _set("mixture")
+  bank = prototypes.several(one, ("a", "b"), shared=shared)
+  start = bank.init(jax.random.key(0))
+  features = {
+    "a": jax.random.normal(jax.random.key(1), (8, 2, 16)),
+    "b": jax.random.normal(jax.random.key(2), (8, 2, 3, 16)),
+  }
+  rows = bank.rows(bank.move(start, features))
+  flat = {kind: np.asarray(x).reshape(-1, 16) for kind, x in features.items()}
+  if shared:
+    flat = dict.fromkeys(flat, np.concatenate(list(flat.values())))
+  for kind, x in flat.items():
+    state = start if shared else start[kind]
+    np.testing.assert_allclose(rows[kind], one.rows(one.move(state, x)), atol=1e-5)
+    aligned = bank.align(start, features)[kind]
+    np.testing.assert_allclose(aligned, one.align(state, features[kind]), atol=1e-6)
+  assert np.array_equal(rows["a"], rows["b"]) == shared
+
+
 def test_learned_norms_scale_the_rows():
   bank = _set("learned", method__train_prototype_norm=True)
   state = bank.init(jax.random.key(0))
