@@ -160,7 +160,8 @@ class Snapshot:
     bank = self._run(state, self._bank, self._config.probe.limit)
     arrays = {"spectrum": np.asarray(collapse.spectrum(bank["features"]))}
     if matrices := self._matrices(state):
-      name, matrix = next(iter(matrices.items()))
+      name = "prototypes" if "prototypes" in matrices else min(matrices)
+      matrix = matrices[name]
       num, dim = matrix.shape
       arrays["usage"] = np.bincount(bank["codes"][name], minlength=num)
       arrays["nearest"] = np.asarray(collapse.nearest_distances(matrix))
