@@ -40,9 +40,10 @@ _DINO = (("method__targets", "sinkhorn"),)
 
 _CARP = (("head__l2", False), ("head__norm", "batch"), ("method__partition_size", 8))
 
-# [B, 2, D] float32: KoLeo compares every embedding of a global view with all others.
-_KOLEO = (("all-gather", 4 * 16 * 2 * 16, "KoLeo's neighbours are sought in the global batch"),)
-
+_KOLEO = (  # of [B, 2] embeddings in the global batch
+  ("all-gather", 4 * 16 * 2 * 16, "KoLeo compares each with all others [B, 2, D]"),
+  ("all-to-all", 8 * 16 * 2, "the neighbours' numbers"),
+)
 _KOLEO_PROTO = (("method__koleo_proto", 0.1), ("method__koleo_proto_rows", 8))
 _VMF = (("method__vmf", True), ("method__train_prototype_norm", True))
 
