@@ -11,7 +11,7 @@ from protojax import errors, losses, methods, train_step
 from protojax.models import encoder as encoders
 
 PCL = {
-  "augment__num_local": 0, "method__coarse_clusters": (8,), "method__queue_size": 40,
+  "augment__num_local": 0, "method__coarse_clusters": (8,), "method__queue_size": 48,
   "method__warmup_epochs": 1, "teacher__momentum": 0.9,
 }  # fmt: skip
 
@@ -118,9 +118,11 @@ def test_step_matches_numpy_before_and_after_the_warmup(started):
   np.testing.assert_allclose(early, info, rtol=1e-5)
   np.testing.assert_allclose(late, info + proto, rtol=1e-5)
   np.testing.assert_allclose(out.stats["keys"], z[1], atol=1e-6)
-  moved = method.update(variables, out.stats, jnp.int32(3))
-  queue = np.concatenate([z[1], variables.carry["key_queue"][:24]])
-  np.testing.assert_allclose(moved.carry["key_queue"], queue, atol=1e-6)
+  for step, place in ((2, 32), (3, 0)):  # the queue holds three batches
+    queue = np.array(variables.carry["key_queue"])
+    queue[place : place + 16] = z[1]
+    moved = method.update(variables, out.stats, jnp.int32(step))
+    np.testing.assert_allclose(moved.carry["key_queue"], queue, atol=1e-6)
 
 
 def test_teacher_moves_by_a_constant_share(started):
@@ -172,7 +174,7 @@ def test_sets_are_named_for_the_monitor(started):
   [
     ({"method__prototypes": "mixture"}, "method.prototypes='mixture'"),
     ({"augment__num_local": 2}, "augment.num_local=2"),
-    ({"method__queue_size": 8}, "method.queue_size=8"),
+    ({"method__queue_size": 40}, "method.queue_size=40"),
     ({"method__num_prototypes": 64}, "64\\] clusters of 64 images"),
     ({"method__coarse_clusters": (1,)}, "1, 32\\] clusters of 64 images"),
   ],

@@ -1,9 +1,8 @@
 """PCL: prototypical contrastive learning (arXiv 2005.04966).
 
 A momentum encoder and a queue of its keys (InfoNCE); from `warmup_epochs` on also ProtoNCE: between
-epochs, k-means on the teacher's embeddings under the evaluation transform gives every image a
-cluster in each of several sets, and the student's query must find it, with a temperature of each
-cluster's own. Prototypes never get a gradient.
+epochs, k-means on the teacher's embeddings (evaluation transform) gives every image a cluster in
+each of several sets, which its query must find at the cluster's own temperature.
 
 As published: one direction (view 0 asks, view 1 answers), constant teacher momentum, Euclidean
 k-means, centroids normalised afterwards. Different: a query is compared with all centroids of a set
@@ -42,9 +41,9 @@ def _check(config, sizes) -> None:
     raise errors.UserError(
       f"augment.num_local={config.augment.num_local}: pcl compares two global views, set it to 0"
     )
-  if options.queue_size < config.batch_size:
+  if options.queue_size < 1 or options.queue_size % config.batch_size:
     raise errors.UserError(
-      f"method.queue_size={options.queue_size} is below batch_size={config.batch_size}: raise it"
+      f"method.queue_size={options.queue_size} must be a multiple of batch_size={config.batch_size}"
     )
   if not 2 <= min(sizes) <= max(sizes) < images:
     raise errors.UserError(
@@ -57,7 +56,7 @@ def make(config) -> base.Method:
   """PCL from `config.method`: OPTIONS; `config.teacher.momentum` stays as it is.
 
   Raises:
-    UserError: for other prototypes, local views, a short queue or too many clusters.
+    UserError: for other prototypes, local views, a queue of odd length or too many clusters.
   """
   options, dim, accum_steps = config.method, config.head.bottleneck, config.accum_steps
   sizes = {f"clusters{k}": k for k in options.coarse_clusters}
@@ -111,7 +110,9 @@ def make(config) -> base.Method:
     return value, base.LossOut(metrics, stats)
 
   def update(variables, stats, step):
-    queue = jnp.concatenate([stats["keys"], variables.carry["key_queue"]])[: options.queue_size]
+    oldest = step % (options.queue_size // config.batch_size) * config.batch_size
+    queue = variables.carry["key_queue"]
+    queue = jax.lax.dynamic_update_slice_in_dim(queue, stats["keys"], oldest, axis=0)
     new, share = {"encoder": variables.encoder}, 1.0 - config.teacher.momentum
     teacher = optax.incremental_update(new, variables.teacher, share)
     carry = {**variables.carry, "batch_stats": stats["batch_stats"], "key_queue": queue}
