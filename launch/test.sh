@@ -2,7 +2,8 @@
 # Makes a virtual environment and runs everything that has to pass:
 #
 #   bash launch/test.sh                  lint, smoke on a newer Python, the whole test suite
-#   bash launch/test.sh tests/knn_test.py -k ties    the arguments go to pytest
+#   bash launch/test.sh tests/knn_test.py -k ties    the arguments go to pytest, which works on all
+#                                                    cores; -n 0 keeps to one process
 #
 # On Python 3.11 the environment holds exactly the floors of pyproject.toml, the oldest versions
 # that are supported. A second environment on Python 3.12 or later holds the newest of everything;
@@ -60,5 +61,5 @@ else
 fi
 
 "$venv/bin/python" -m ruff check . || failed+=" ruff"
-"$venv/bin/python" -m pytest --durations=10 "$@" || failed+=" pytest"
+"$venv/bin/python" -m pytest -n auto --dist loadgroup --durations=10 "$@" || failed+=" pytest"
 [ -z "$failed" ] || die "failed:$failed (see above)"

@@ -19,6 +19,8 @@ import tiny
 
 from protojax import checkpoint, errors, export, main, runlog, train, workdir
 
+pytestmark = pytest.mark.xdist_group("train")  # one worker: they share the run `whole`
+
 ROOT = pathlib.Path(__file__).parents[1]
 # The same little run for the library and for the program: 6 steps on digits.
 CHANGES = {
