@@ -253,7 +253,10 @@ def _check_positive(config) -> None:
 
 
 def debug(config) -> ml_collections.ConfigDict:
-  """The same recipe as a minute's run on a CPU: `digits`, two blocks, at most 256 prototypes."""
+  """The same recipe as a minute's run on a CPU: `digits`, two blocks, at most 256 prototypes.
+
+  A ResNet-50, which would compile for minutes, becomes a ResNet-18.
+  """
   config.update({
     "num_steps": 20, "num_epochs": 0.0, "batch_size": 16, "log_every": 5, "save_every": 10,
     "eval_every": 20, "steps_per_epoch": 0,
@@ -270,6 +273,8 @@ def debug(config) -> ml_collections.ConfigDict:
     "global_size": 32, "local_size": 16, "num_local": min(config.augment.num_local, 2),
   })  # fmt: skip
   config.model.update({"depth": 2, "patch_size": 8, "width": 96, "heads": 3})
+  if config.model.name == "resnet50":
+    config.model.name = "resnet18"
   config.head.update({"hidden": 128, "bottleneck": 64})
   config.method.num_prototypes = min(config.method.num_prototypes, 256)
   for key, most in (
