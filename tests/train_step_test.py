@@ -50,7 +50,7 @@ _FALCON_CHUNKS = (*_FALCON, ("method__assign", "tanh"), ("method__chunk_size", 8
 
 _SWAV = (("method__queue_length", 32),)  # two batches: the third step uses it
 
-_GEDI = (("head__l2", False), ("head__norm", "batch"))
+_GEDI = (("head__l2", False),)
 
 _GEDI_GEN = (("method__generative", True), ("method__sgld_steps", 3), ("method__sgld_rate", 0.1))
 
