@@ -179,14 +179,17 @@ def test_no_gradient_reaches_what_is_not_trained(row):
 
   def value(trained, floats):
     whole = jax.tree.unflatten(treedef, [floats.get(i, leaf) for i, leaf in enumerate(leaves)])
-    return program.method.loss(trained, whole, views, jax.random.key(2), jnp.int32(1))[0]
+    value, out = program.method.loss(trained, whole, views, jax.random.key(2), jnp.int32(1))
+    return value, out.metrics["loss"]
 
   leaves, treedef = jax.tree.flatten(frozen)
   floats = {
     i: leaf for i, leaf in enumerate(leaves)
     if jnp.issubdtype(leaf.dtype, jnp.floating)
   }  # fmt: skip
-  by_trained, by_frozen = jax.jit(jax.grad(value, argnums=(0, 1)))(trained, floats)
+  grad = jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True))
+  (minimised, logged), (by_trained, by_frozen) = grad(trained, floats)
+  assert float(minimised) == float(logged)
   assert all(float(jnp.abs(g).max()) == 0.0 for g in by_frozen.values())
   assert any(float(jnp.abs(g).max()) > 0.0 for g in jax.tree.leaves(by_trained))
   assert ("prototypes" in by_trained) == (row.prototypes == "learned")
@@ -236,6 +239,14 @@ def test_loss_falls_on_a_small_set(row):
 )
 def test_sizes_of_hlo_shapes(text, size):
   assert _size(text) == size
+
+
+def test_every_step_draws_new_views():
+  """Nothing is learned and the batch is the same: only the views can change the loss."""
+  still = {"optim__lr": 0.0, "optim__final_lr": 0.0, "method__targets": "sinkhorn"}
+  c = tiny.config("dino", "frozen", teacher__momentum=1.0, **still)
+  _, _, metrics = tiny.run_steps(c, 2, jax.devices()[:1])
+  assert abs(metrics[0]["train/loss"] - metrics[1]["train/loss"]) > 1e-4
 
 
 def test_teacher_does_not_share_buffers_with_the_student():
