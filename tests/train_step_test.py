@@ -39,6 +39,7 @@ class Row(NamedTuple):
 _DINO = (("method__targets", "sinkhorn"),)
 
 _CARP = (("head__l2", False), ("head__norm", "batch"), ("method__partition_size", 8))
+
 # A bias before batch norm, here the head's and that of the backbone's last norm, has no gradient in
 # exact arithmetic; Adam would make full steps of the noise, and devices would not agree.
 _FALCON = (
