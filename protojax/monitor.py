@@ -196,8 +196,8 @@ def judge(
       return Verdict(
         "narrow cone",
         f"{seen}, but they stand {relative:.1f} times as far apart as features from theirs: the "
-        "features are near one another, not the prototypes redundant; set "
-        "mixture.center_features=True",
+        "features are near one another, not the prototypes redundant"
+        + ("; set mixture.center_features=True" if prototypes == "mixture" else ""),
         False,
       )
     advice = "set method.prototypes=mixture, or lower method.num_prototypes"
