@@ -1,7 +1,7 @@
 """Methods: one file each with `OPTIONS` and `make(config) -> base.Method`, found by name."""
 
 import importlib
-import pathlib
+import pkgutil
 import types
 
 from protojax import errors
@@ -13,8 +13,7 @@ def load(name: str) -> types.ModuleType:
   Raises:
     UserError: if there is no such method.
   """
-  files = pathlib.Path(__file__).parent.glob("*.py")
-  names = sorted({f.stem for f in files} - {"__init__", "base"})
+  names = sorted({module.name for module in pkgutil.iter_modules(__path__)} - {"base"})
   if name not in names:
     raise errors.UserError(f"method.name={name!r} is unknown: choose one of {', '.join(names)}")
   return importlib.import_module(f"protojax.methods.{name}")

@@ -1,0 +1,48 @@
+"""The example in CONTRIBUTING.md: its three blocks are run as a contributor would use them."""
+
+import pathlib
+import re
+
+import jax
+import numpy as np
+import pytest
+import tiny
+import train_step_test
+
+from protojax import config as configs
+from protojax import errors, main, methods, train
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture
+def blocks(tmp_path, monkeypatch):
+  """The recipe's path and the row, with the method's file where methods are looked for."""
+  text = (ROOT / "CONTRIBUTING.md").read_text()
+  method, recipe, row = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+  (tmp_path / "twins.py").write_text(method)
+  (tmp_path / "twins_cifar10.py").write_text(recipe)
+  monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
+  assert len(method.splitlines()) + len(recipe.splitlines()) + len(row.splitlines()) <= 32
+  return tmp_path / "twins_cifar10.py", eval(row, {"Row": train_step_test.Row})
+
+
+def test_the_example_learns_and_is_the_same_on_eight_devices(blocks):
+  _, row = blocks
+  config = row.config(optim__name="sgd")
+  _, _, one = tiny.run_steps(config, 20, jax.devices()[:1])
+  _, _, eight = tiny.run_steps(config, 2)
+  np.testing.assert_allclose(eight[0]["train/loss"], one[0]["train/loss"], rtol=1e-5)
+  assert np.mean([m["train/agreement"] for m in one[-5:]]) > one[0]["train/agreement"]
+
+
+def test_the_recipe_of_the_example_traces(blocks, monkeypatch):
+  recipe, _ = blocks
+  monkeypatch.syspath_prepend(ROOT)  # `from configs import common`
+  config = configs.resolve(main.load(f"{recipe}:debug"), 64)
+  assert "stablehlo" in train.Program(config).lower().as_text()
+
+
+def test_without_its_file_the_example_is_no_method():
+  with pytest.raises(errors.UserError, match="method.name='twins' is unknown: choose one of b"):
+    methods.load("twins")
