@@ -1,14 +1,30 @@
 """Eight CPU devices, strict promotion, warnings as errors: set before JAX starts."""
 
+import gc
 import os
+import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import jax
+import pytest
 from absl import flags
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # grain reads an absl flag when it starts its workers.
 flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(autouse=True)
+def few_memory_maps():
+  """Drops compiled programs before the process runs out of memory maps (65,530 in Linux).
+
+  Each holds several; LLVM aborts the process when it gets no more.
+  """
+  yield
+  maps = pathlib.Path("/proc/self/maps")
+  if maps.exists() and len(maps.read_bytes().splitlines()) > 20_000:
+    jax.clear_caches()
+    gc.collect()

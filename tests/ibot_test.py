@@ -33,7 +33,7 @@ def _golden(config, monkeypatch):
   masks = np.array([[1, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 0], [0, 0, 1, 0]], bool)
   scores = student_teacher.Scores(
     student=_views(np.concatenate([_sin(4, 5), _sin(2, 5, 2.0)])), teacher=_views(_cos(4, 5)),
-    stats={}, student_patches=_views(np.sin(0.3 * n)), teacher_patches=_views(np.cos(0.2 * n)),
+    stats={}, embeddings=None, student_patches=_views(np.sin(0.3 * n)), teacher_patches=_views(np.cos(0.2 * n)),
   )  # fmt: skip
   seen = {}
 
@@ -170,7 +170,7 @@ def test_teacher_sees_every_patch_and_the_student_learns_a_mask_token():
   )
   assert abs(one - two) > 1e-4 and a.metrics["masked"] > 0  # other masks
   chex.assert_trees_all_equal(a.stats, b.stats)
-  assert a.stats["features"]["patch"].shape == (16, 2, 4, 16)
+  assert a.stats["prototypes"]["patch"].shape == (16, 2, 4, 16)
   assert np.abs(grads["encoder"]["backbone"]["mask_token"]).max() > 0
   np.testing.assert_array_equal(variables.encoder["backbone"]["mask_token"], 0.0)
 

@@ -7,7 +7,7 @@ import pytest
 
 from protojax import collapse, monitor
 from protojax import config as configs
-from protojax.methods import carp
+from protojax.methods import carp, self_classifier, swav
 
 LN_K = math.log(4096)
 # A run that is well: every measure there is.
@@ -161,7 +161,8 @@ def test_advice_names_settings_that_exist():
   sections = "optim|method|mixture|teacher|augment|model|head|data|monitor"
   named = set(re.findall(rf"\b(?:{sections})\.[a-z_]+", every))
   assert len(named) > 8
-  assert named <= set(known) | {f"method.{key}" for key in carp.OPTIONS}
+  options = carp.OPTIONS | swav.OPTIONS | self_classifier.OPTIONS
+  assert named <= set(known) | {f"method.{key}" for key in options}
   assert {"batch_size", "precision"} <= set(known)
 
 

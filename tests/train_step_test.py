@@ -86,15 +86,16 @@ METHODS = (
   Row("carp", "mixture", _CARP),
   Row("swav", "learned", _SWAV),
   Row("swav", "mixture", _SWAV),
-  Row("gedi", "learned", _GEDI),
-  Row("gedi", "mixture", _GEDI),
+  # Features of length one: the others start so near 0 that every image is in every cluster.
+  Row("gedi", "learned", _GEDI, learns=(("head__l2", True),)),
+  Row("gedi", "mixture", _GEDI, learns=(("head__l2", True),)),
   Row("gedi", "learned", _GEDI_GEN),
   Row("self_classifier", "learned"),
   Row("self_classifier", "mixture"),
   Row("falcon", "dictionary", _FALCON),
   Row("falcon", "dictionary", _FALCON_CHUNKS),
-  Row("pcl", "kmeans", _PCL, _QUEUE),
-  Row("barlow_twins", "none", _TWO_VIEWS),
+  Row("pcl", "kmeans", _PCL, _QUEUE, (("optim__lr", 0.01),)),
+  Row("barlow_twins", "none", _TWO_VIEWS, learns=(("optim__lr", 0.02),)),
   Row("vicreg", "none", _TWO_VIEWS),
 )
 every_method = pytest.mark.parametrize(
@@ -200,9 +201,9 @@ def test_one_two_and_eight_devices_agree(row):
   _, _, one, metrics, _ = _three_steps(row, 1)
   for devices in (2, 8):
     _, _, state, other, _ = _three_steps(row, devices)
-    for key in ("train/loss", "train/grad_norm"):
+    for key, later in (("train/loss", 1e-4), ("train/grad_norm", 1e-3)):
       np.testing.assert_allclose(other[0][key], metrics[0][key], rtol=1e-5)
-      np.testing.assert_allclose(other[2][key], metrics[2][key], rtol=1e-4)
+      np.testing.assert_allclose(other[2][key], metrics[2][key], rtol=later)
     for a, b in zip(
       jax.tree.leaves((one.encoder, one.teacher)), jax.tree.leaves((state.encoder, state.teacher)),
       strict=True,
