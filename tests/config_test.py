@@ -79,5 +79,5 @@ def test_a_method_named_on_the_command_line_brings_its_options():
   config = configs.debug(configs.default())
   config.method.name = "carp"
   assert configs.resolve(config, 64).method.partition_size == 512
-  with pytest.raises(errors.UserError, match="method.name='crap' is unknown: choose one of barlow_twins, carp,"):
+  with pytest.raises(errors.UserError, match="'crap' is unknown: choose one of barlow_twins, carp"):
     configs.default("crap")
