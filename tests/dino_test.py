@@ -155,7 +155,6 @@ def test_vmf_codes_carry_the_normaliser():
     ({"method__prototypes": "mixture", "method__koleo_proto": 0.1}, "koleo_proto=0.1 needs"),
     ({"method__koleo_proto_rows": 33}, "koleo_proto_rows=33 must be 0"),
     ({"method__vmf": True}, "vmf=True changes nothing"),
-    ({"method__targets": "softmax"}, "targets='softmax' is unknown"),
   ],
 )
 def test_settings_that_do_not_go_together_are_refused_in_one_line(changes, line):
