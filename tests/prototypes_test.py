@@ -69,6 +69,15 @@ def test_centred_mixture_puts_the_loss_into_its_coordinates():
   )
 
 
+def test_beta_schedule_is_the_config_s():
+  """After the ramp a posterior is as soft as its last beta, not as its first."""
+  features = jax.random.normal(jax.random.key(1), (64, 16))
+  ramp = _set("mixture", mixture__beta_final=0.1, mixture__anneal_steps=1, mixture__balanced=False)
+  flat = _set("mixture", mixture__balanced=False)
+  state = ramp.move(ramp.init(jax.random.key(0)), features)
+  assert np.abs(ramp.move(state, features).means - flat.move(state, features).means).max() > 1e-4
+
+
 def test_horizon_schedule_is_the_config_s():
   """A horizon that shrinks over the run moves the means faster than one that stays."""
   features = jax.random.normal(jax.random.key(1), (64, 16))

@@ -6,11 +6,11 @@ import numpy as np
 from protojax import report
 
 
-def _run(folder, **arrays):
+def _run(folder, knn=0.5, **arrays):
   """A workdir with what the picture reads."""
   (folder / "eval" / "final").mkdir(parents=True)
   lines = [{"step": s, "train/loss": 7.0 - 0.01 * s, "train/ln_k": 6.9} for s in range(0, 50, 10)]
-  lines += [{"step": 40, "probe/knn": 0.5, "collapse/unique_0.5": 0.9, "probe/linear": None}]
+  lines += [{"step": 40, "probe/knn": knn, "collapse/unique_0.5": 0.9, "probe/linear": None}]
   (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
   np.savez(folder / "eval" / "final" / "arrays.npz", **arrays)
   return folder
@@ -35,6 +35,10 @@ def test_method_without_prototypes_is_drawn_too(tmp_path):
 
 def test_picture_changes_with_the_numbers(tmp_path):
   # The same folder name, which is the title.
-  one = report.picture(_run(tmp_path / "a" / "run", spectrum=np.array([1.0, 0.5])))
+  spectrum = np.array([1.0, 0.5])
+  one = report.picture(_run(tmp_path / "a" / "run", spectrum=spectrum))
   two = report.picture(_run(tmp_path / "b" / "run", spectrum=np.array([1.0, 0.1])))
-  assert not np.array_equal(matplotlib.image.imread(one), matplotlib.image.imread(two))
+  three = report.picture(_run(tmp_path / "c" / "run", knn=0.9, spectrum=spectrum))
+  images = [matplotlib.image.imread(path) for path in (one, two, three)]
+  assert not np.array_equal(images[0], images[1])
+  assert not np.array_equal(images[0], images[2])
