@@ -11,6 +11,19 @@ def finish(config, mode: str):
   return configs.debug(config) if mode == "debug" else config
 
 
+def imagenet(method: str, *, num_epochs: float, batch_size: int):
+  """The defaults, which are DINO's for ViT-S/16, on ImageNet-1k in bfloat16."""
+  config = configs.default(method)
+  config.num_epochs = num_epochs
+  config.batch_size = batch_size
+  config.precision = "bfloat16"
+  config.data.update({"name": "imagenet2012", "image_size": 256, "num_workers": 8})
+  config.probe.update({"test_split": "validation", "batch_size": 256, "crop": 0.875})
+  config.eval_every = 25_000
+  config.save_every = 2500
+  return config
+
+
 def cifar10(method: str = "dino"):
   """CIFAR-10 with a net that trains at some hundred images a second on two CPU cores.
 
@@ -49,6 +62,43 @@ def dino_cifar10():
   config.method.update({
     "targets": "sinkhorn", "teacher_temp_start": 0.05, "teacher_temp": 0.05,
     "teacher_temp_warmup_epochs": 0,
+  })  # fmt: skip
+  return config
+
+
+def _redundancy(config, width: int) -> None:
+  """What Barlow Twins and VICReg share: two views and a wide projector with batch norm."""
+  config.augment.update({"global_scale": (0.08, 1.0), "num_local": 0})
+  config.head.update({
+    "hidden": width, "bottleneck": width, "norm": "batch", "activation": "relu", "bias": False,
+    "init": "uniform", "l2": False,
+  })  # fmt: skip
+  config.optim.clip = 0.0
+
+
+def redundancy_cifar10(method: str):
+  """`cifar10` for Barlow Twins or VICReg.
+
+  Views and depth of the head are those of solo-learn's recipes for CIFAR; the head is half as wide,
+  and AdamW, which suits a ViT, takes the place of LARS. Those recipes are for a ResNet-18 and 1,000
+  epochs at a batch of 256, with optim.name=lars, lr=.3, weight_decay=1e-4, trust=.02 and
+  lars_clip=True.
+  """
+  config = cifar10(method)
+  _redundancy(config, 1024)
+  return config
+
+
+def redundancy_resnet50(method: str):
+  """ResNet-50 on ImageNet-1k for 1,000 epochs, as published for Barlow Twins and for VICReg."""
+  config = imagenet(method, num_epochs=1000.0, batch_size=2048)
+  config.eval_every = 50_000
+  config.save_every = 5000
+  _redundancy(config, 8192)
+  config.model.update({"name": "resnet50", "zero_init_residual": True})
+  config.optim.update({
+    "name": "lars", "lr": 0.2, "final_lr": 1.6e-3, "warmup_epochs": 10.0, "weight_decay": 1e-6,
+    "final_weight_decay": 1e-6,
   })  # fmt: skip
   return config
 

@@ -14,18 +14,10 @@ Cost and result: not measured yet. The authors report 73.9 % linear for 50,000 c
 """
 
 from configs import common
-from protojax import config as configs
 
 
 def get_config(mode: str = ""):
-  config = configs.default("falcon")
-  config.num_epochs = 100.0
-  config.batch_size = 512
-  config.precision = "bfloat16"
-  config.data.update({"name": "imagenet2012", "image_size": 256, "num_workers": 8})
-  config.probe.update({"test_split": "validation", "batch_size": 256, "crop": 0.875})
-  config.eval_every = 25_000
-  config.save_every = 2500
+  config = common.imagenet("falcon", num_epochs=100.0, batch_size=512)
   config.method.update({"num_prototypes": 65_536, "chunk_size": 8192})
   config.head.update({
     "layers": 1, "bottleneck": 384, "norm_output": True, "init": "uniform", "l2": False,

@@ -10,18 +10,10 @@ Cost: not measured here. The authors report 75.2 % k-NN and 77.9 % linear for th
 """
 
 from configs import common
-from protojax import config as configs
 
 
 def get_config(mode: str = ""):
-  config = configs.default("ibot")
-  config.num_epochs = 800.0
-  config.batch_size = 1024
-  config.precision = "bfloat16"
-  config.data.update({"name": "imagenet2012", "image_size": 256, "num_workers": 8})
-  config.probe.update({"test_split": "validation", "batch_size": 256, "crop": 0.875})
-  config.eval_every = 25_000
-  config.save_every = 2500
+  config = common.imagenet("ibot", num_epochs=800.0, batch_size=1024)
   config.augment.update({
     "global_scale": (0.25, 1.0), "local_scale": (0.05, 0.25), "num_local": 10,
   })  # fmt: skip

@@ -12,16 +12,10 @@ Cost: not measured here. The authors report 72.4 % linear for their PyTorch code
 """
 
 from configs import common
-from protojax import config as configs
 
 
 def get_config(mode: str = ""):
-  config = configs.default("self_classifier")
-  config.num_epochs = 100.0
-  config.batch_size = 4096
-  config.precision = "bfloat16"
-  config.data.update({"name": "imagenet2012", "image_size": 256, "num_workers": 8})
-  config.probe.update({"test_split": "validation", "batch_size": 256, "crop": 0.875})
+  config = common.imagenet("self_classifier", num_epochs=100.0, batch_size=4096)
   config.eval_every = 6000
   config.save_every = 1000
   config.method.update({"num_prototypes": 1000, "more_classifiers": (2000, 4000, 8000)})

@@ -11,16 +11,10 @@ Cost and result: not measured yet.
 """
 
 from configs import common
-from protojax import config as configs
 
 
 def get_config(mode: str = ""):
-  config = configs.default("swav")
-  config.num_epochs = 200.0
-  config.batch_size = 256
-  config.precision = "bfloat16"
-  config.data.update({"name": "imagenet2012", "image_size": 256, "num_workers": 8})
-  config.probe.update({"test_split": "validation", "batch_size": 256, "crop": 0.875})
+  config = common.imagenet("swav", num_epochs=200.0, batch_size=256)
   config.eval_every = 50_000
   config.save_every = 5000
   config.augment.update({

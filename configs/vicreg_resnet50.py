@@ -10,28 +10,10 @@ Cost: not measured here. The authors report 73.2 % linear for their PyTorch code
 """
 
 from configs import common
-from protojax import config as configs
 
 
 def get_config(mode: str = ""):
-  config = configs.default("vicreg")
-  config.num_epochs = 1000.0
-  config.batch_size = 2048
-  config.precision = "bfloat16"
-  config.data.update({"name": "imagenet2012", "image_size": 256, "num_workers": 8})
-  config.probe.update({"test_split": "validation", "batch_size": 256, "crop": 0.875})
-  config.eval_every = 50_000
-  config.save_every = 5000
-  config.method.var_reduction = "mean"
-  config.augment.update({"global_scale": (0.08, 1.0), "num_local": 0})
-  config.model.update({"name": "resnet50", "zero_init_residual": True})
   # Biases of the hidden layers, which the authors have, stand before a norm and would do nothing.
-  config.head.update({
-    "hidden": 8192, "bottleneck": 8192, "norm": "batch", "activation": "relu", "bias": False,
-    "init": "uniform", "l2": False,
-  })  # fmt: skip
-  config.optim.update({
-    "name": "lars", "lr": 0.2, "final_lr": 1.6e-3, "warmup_epochs": 10.0, "weight_decay": 1e-6,
-    "final_weight_decay": 1e-6, "clip": 0.0,
-  })  # fmt: skip
+  config = common.redundancy_resnet50("vicreg")
+  config.method.var_reduction = "mean"
   return common.finish(config, mode)

@@ -130,7 +130,6 @@ def judge(
     known = [c for c in changes if settings is None or c.split()[1].split("=")[0] in settings]
     return " or ".join([*([", ".join(known[:-1])] if known[:-1] else []), known[-1]])
 
-
   if get("collapse/teacher_distance") == 0:
     return Verdict(
       "aliased teacher",

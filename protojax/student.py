@@ -43,10 +43,11 @@ def build(config) -> Student:
     return params, {"batch_stats": {"student": batch_stats}}
 
   def embed(trained, frozen, views, key):
-    return encoders.embed(
+    out, batch_stats = encoders.embed(
       net, trained["encoder"], frozen.carry["batch_stats"]["student"], views,
       train=True, key=key, accum_steps=config.accum_steps,
     )  # fmt: skip
+    return out.z, batch_stats
 
   def carry(variables: base.Variables, batch_stats: PyTree) -> dict[str, PyTree]:
     return {**variables.carry, "batch_stats": {"student": batch_stats}}
@@ -57,10 +58,10 @@ def build(config) -> Student:
 
   def project(variables, images):
     batch_stats = variables.carry["batch_stats"]["student"]
-    z, _ = encoders.embed(
+    out, _ = encoders.embed(
       net, variables.encoder, batch_stats, {"global": images[:, None]}, train=False
     )
-    return z[:, 0]
+    return out.z[:, 0]
 
   return Student(init, embed, carry, features, project)
 

@@ -22,8 +22,7 @@ class Scores(NamedTuple):
     student: [B, V, K], with a gradient; views 0 and 1 are the global ones.
     teacher: [B, 2, K], without.
     stats: what `StudentTeacher.update` needs.
-    embeddings: [B, V, D], what the student's scores were made of, with a gradient; D is
-      `head.bottleneck`.
+    features: [B, V, F] of the student's backbone, with a gradient.
     student_patches: [B, 2, T, K] of the patch tokens of the global views; None unless asked for.
     teacher_patches: likewise.
   """
@@ -31,7 +30,7 @@ class Scores(NamedTuple):
   student: jax.Array
   teacher: jax.Array
   stats: dict[str, PyTree]
-  embeddings: jax.Array
+  features: jax.Array
   student_patches: jax.Array | None = None
   teacher_patches: jax.Array | None = None
 
@@ -78,9 +77,10 @@ def build(config, *, patches: bool = False, shared: bool = True) -> StudentTeach
   momentum = schedules.cosine(config.teacher.momentum, 1.0, config.num_steps)
 
   def embed(net, params, batch_stats, views, **options):
-    """({kind of token: [B, V, ..., D]}, batch_stats)"""
-    z, batch_stats = encoders.embed(net, params, batch_stats, views, patches=patches, **options)
-    return dict(zip(kinds, z if patches else (z,), strict=True)), batch_stats
+    """({kind of token: [B, V, ..., D]}, features [B, V, F], batch_stats)"""
+    out, batch_stats = encoders.embed(net, params, batch_stats, views, patches=patches, **options)
+    z = {"prototypes": out.z, "patch": out.patches}
+    return {kind: z[kind] for kind in kinds}, out.features, batch_stats
 
   def score(state, z):
     return jax.tree.map(heads.prototype_scores, bank.rows(state), bank.align(state, z))
@@ -102,11 +102,11 @@ def build(config, *, patches: bool = False, shared: bool = True) -> StudentTeach
 
   def scores(trained, frozen, views, key):
     batch_stats = frozen.carry["batch_stats"]
-    z_student, student_stats = embed(
+    z_student, features, student_stats = embed(
       student_net, trained["encoder"], batch_stats["student"], views,
       train=True, key=key, accum_steps=config.accum_steps,
     )  # fmt: skip
-    z_teacher, teacher_stats = embed(
+    z_teacher, _, teacher_stats = embed(
       teacher_net, frozen.teacher["encoder"], batch_stats["teacher"],
       {"global": views["global"]}, train=True, accum_steps=config.accum_steps,
     )  # fmt: skip
@@ -118,7 +118,7 @@ def build(config, *, patches: bool = False, shared: bool = True) -> StudentTeach
       "batch_stats": {"student": student_stats, "teacher": teacher_stats}, "prototypes": moved,
     }  # fmt: skip
     return Scores(
-      student["prototypes"], teacher["prototypes"], stats, z_student["prototypes"],
+      student["prototypes"], teacher["prototypes"], stats, features,
       student.get("patch"), teacher.get("patch"),
     )  # fmt: skip
 
@@ -143,7 +143,7 @@ def build(config, *, patches: bool = False, shared: bool = True) -> StudentTeach
 
   def embeddings(variables, images):
     batch_stats = variables.carry["batch_stats"]["teacher"]
-    z, _ = embed(
+    z, *_ = embed(
       teacher_net, variables.teacher["encoder"], batch_stats, {"global": images[:, None]},
       train=False,
     )  # fmt: skip

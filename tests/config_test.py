@@ -3,11 +3,10 @@ import pathlib
 import pytest
 
 from protojax import config as configs
-from protojax import errors, main, train
+from protojax import errors, main, methods, train
 
-RECIPES = sorted(
-  p for p in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py") if p.stem != "common"
-)
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+RECIPES = sorted(p for p in CONFIGS.glob("*.py") if p.stem != "common")
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
@@ -26,6 +25,17 @@ def test_debug_step_of_a_recipe_traces(path):
   assert test is not None
   program = train.Program(configs.resolve(config, len(train_source)), bank.num_classes)
   assert "stablehlo" in program.lower().as_text()
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_debug_run_of_a_method_ends_with_measures_and_files(name, tmp_path):
+  """Twenty steps cannot do better than pixels, but a broken feature is at chance, a tenth."""
+  config = main.load(str(CONFIGS / f"{name}_cifar10.py:debug"))
+  assert config.method.name == name
+  measures = train.run(config, str(tmp_path))
+  assert measures["step"] == 20 and measures["eval/knn"] > 0.3
+  for file in ("report.png", "eval/final/result.json", "exported/encoder.safetensors"):
+    assert (tmp_path / file).stat().st_size > 0
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)

@@ -91,8 +91,9 @@ def test_weighted_koleo_terms_join_the_cross_entropy():
   assert "ln_k" in out.metrics and "koleo" not in out.metrics
   config = tiny.config("dino", "learned", method__koleo=0.3, method__koleo_proto=0.7)
   value, out, _, _, _ = _loss(config)
-  z = np.asarray(scores.embeddings, np.float64)
-  koleo = _reference_koleo(z[:, 0]) + _reference_koleo(z[:, 1])
+  features = np.asarray(scores.features, np.float64)
+  assert features.shape[-1] == config.model.width
+  koleo = _reference_koleo(features[:, 0]) + _reference_koleo(features[:, 1])
   koleo_proto = _reference_koleo(np.asarray(variables.prototypes["v"], np.float64))
   np.testing.assert_allclose(value, plain + 0.3 * koleo + 0.7 * koleo_proto, rtol=1e-5)
   np.testing.assert_allclose(out.metrics["koleo_proto"], koleo_proto, rtol=1e-5)
@@ -155,8 +156,10 @@ def test_vmf_codes_carry_the_normaliser():
     ({"method__prototypes": "mixture", "method__koleo_proto": 0.1}, "koleo_proto=0.1 needs"),
     ({"method__koleo_proto_rows": 33}, "koleo_proto_rows=33 must be 0"),
     ({"method__vmf": True}, "vmf=True changes nothing"),
+    ({"method__vmf": True, "method__train_prototype_norm": True, "head__l2": False},
+     "head.l2=False: method.vmf=True needs"),
   ],
-)
+)  # fmt: skip
 def test_settings_that_do_not_go_together_are_refused_in_one_line(changes, line):
   with pytest.raises(errors.UserError, match=line) as caught:
     methods.load("dino").make(tiny.config("dino", "learned", **changes))

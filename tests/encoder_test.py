@@ -106,14 +106,15 @@ def test_views_come_back_in_order_whatever_their_resolution():
   encoder = build()
   params, stats = init(encoder)
   views = make_views()
-  z, _ = embed(encoder, params, stats, views, train=False)
-  assert z.shape == (4, 5, 6) and z.dtype == jnp.float32
+  (z, y, patches), _ = embed(encoder, params, stats, views, train=False)
+  assert z.shape == (4, 5, 6) and z.dtype == jnp.float32 and patches is None
   for b, v in ((0, 0), (3, 1), (2, 2), (1, 4)):
     crop = views["global"][b, v] if v < 2 else views["local"][b, v - 2]
-    expected = encoder.head.apply(
-        {"params": params["head"]}, features(encoder, params, stats, crop[None]))[0]
+    feature = features(encoder, params, stats, crop[None])
+    np.testing.assert_allclose(y[b, v], feature[0], atol=1e-5)
+    expected = encoder.head.apply({"params": params["head"]}, feature)[0]
     np.testing.assert_allclose(z[b, v], expected, atol=1e-5)
-  only_global, _ = embed(
+  (only_global, *_), _ = embed(
       encoder, params, stats, {"global": views["global"]}, train=False)
   np.testing.assert_allclose(only_global, z[:, :2], atol=1e-6)
 
@@ -127,7 +128,7 @@ def test_patch_tokens_of_global_views_pass_the_same_head():
   encoder = build(mask_token=True)
   params, stats = init(encoder)
   views = masked_views()
-  (z, patches), _ = embed(encoder, params, stats, views, train=False, patches=True)
+  (z, _, patches), _ = embed(encoder, params, stats, views, train=False, patches=True)
   assert z.shape == (4, 5, 6) and patches.shape == (4, 2, 16, 6)
   for b, v in ((0, 0), (3, 1)):
     tokens = encoder.backbone.apply(
@@ -136,7 +137,7 @@ def test_patch_tokens_of_global_views_pass_the_same_head():
     for actual, token in zip((z[b, v], patches[b, v]), tokens, strict=True):
       expected = encoder.head.apply({"params": params["head"]}, token[0].reshape(-1, 24))
       np.testing.assert_allclose(actual.reshape(expected.shape), expected, atol=1e-5)
-  alone, _ = embed(encoder, params, stats, views, train=False)
+  (alone, *_), _ = embed(encoder, params, stats, views, train=False)
   np.testing.assert_allclose(alone, z, atol=1e-6)
 
 
@@ -152,9 +153,9 @@ def test_hidden_patches_are_not_seen_and_local_views_are_not_masked():
       for v in (views, views | {"global": other}))
   assert_close(a, b, atol=0)
   bare = {name: views[name] for name in ("global", "local")}
-  (z, _), _ = embed(encoder, params, stats, bare, train=False, patches=True)
-  np.testing.assert_allclose(a[0][:, 2:], z[:, 2:], atol=1e-6)
-  assert np.abs(a[0][:, :2] - z[:, :2]).max() > 1e-3
+  (z, *_), _ = embed(encoder, params, stats, bare, train=False, patches=True)
+  np.testing.assert_allclose(a.z[:, 2:], z[:, 2:], atol=1e-6)
+  assert np.abs(a.z[:, :2] - z[:, :2]).max() > 1e-3
 
 
 @pytest.mark.parametrize("model, head", [
@@ -171,9 +172,9 @@ def test_each_resolution_drops_other_paths():
   params, stats = init(encoder)
   same = random(8, 1, 16, 16, 3)
   views = {"global": same, "local": same}
-  z, _ = embed(encoder, params, stats, views, train=True, key=jax.random.key(0))
+  (z, *_), _ = embed(encoder, params, stats, views, train=True, key=jax.random.key(0))
   assert np.abs(z[:, 0] - z[:, 1]).max() > 1e-2
-  z, _ = embed(encoder, params, stats, views, train=False)
+  (z, *_), _ = embed(encoder, params, stats, views, train=False)
   np.testing.assert_allclose(z[:, 0], z[:, 1], atol=1e-6)
 
 
@@ -182,7 +183,7 @@ def test_microbatches_drop_other_paths_and_else_change_nothing(drop_path):
   encoder = build({"drop_path": drop_path})
   params, stats = init(encoder)
   views = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], (4, *x.shape[1:])), make_views())
-  z, _ = embed(encoder, params, stats, views, train=True, key=jax.random.key(0),
+  (z, *_), _ = embed(encoder, params, stats, views, train=True, key=jax.random.key(0),
                            accum_steps=4)
   assert (np.ptp(z, axis=0).max() > 1e-2) == (drop_path > 0)
 
@@ -194,11 +195,12 @@ def test_microbatches_equal_the_whole_batch_in_values_and_gradients(patches):
   views, weights = masked_views(8) if patches else make_views(8), random(8, 37, 6, seed=5)
 
   def loss(params, k):
-    z, new = embed(
+    out, new = embed(
         encoder, params, stats, views, train=True, accum_steps=k, patches=patches)
     assert new == {}
-    rows = jnp.concatenate([x.reshape(8, -1, 6) for x in jax.tree.leaves(z)], axis=1)
-    return jnp.mean(rows * weights[:, :rows.shape[1]]), z
+    tokens = [out.z, out.patches] if patches else [out.z]
+    rows = jnp.concatenate([x.reshape(8, -1, 6) for x in tokens], axis=1)
+    return jnp.mean(rows * weights[:, :rows.shape[1]]) + jnp.mean(jnp.sin(out.features)), out
 
   step = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
   assert_close(step(params, 4), step(params, 1))
@@ -224,7 +226,7 @@ def test_batch_statistics_move_in_training_only_and_are_read_by_features():
   params, stats = init(encoder)
   assert set(stats) == {"backbone", "head"}
   views = make_views()
-  z, new = embed(encoder, params, stats, views, train=True)
+  _, new = embed(encoder, params, stats, views, train=True)
   assert jax.tree.structure(new) == jax.tree.structure(stats)
   moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), new, stats)
   assert min(jax.tree.leaves(moved)) > 0.0
@@ -242,8 +244,8 @@ def test_batch_norm_sees_each_view_alone():
   params, stats = init(encoder)
   views = make_views(6)
   other = {"global": views["global"].at[0, 1].multiply(3.0), "local": views["local"]}
-  z, _ = embed(encoder, params, stats, views, train=True)
-  changed, _ = embed(encoder, params, stats, other, train=True)
+  (z, *_), _ = embed(encoder, params, stats, views, train=True)
+  (changed, *_), _ = embed(encoder, params, stats, other, train=True)
   rest = np.array([0, 2, 3, 4])
   np.testing.assert_allclose(changed[:, rest], z[:, rest], atol=1e-5)
   assert np.abs(changed[1:, 1] - z[1:, 1]).max() > 1e-3  # other images, the same view
@@ -260,7 +262,7 @@ def test_eight_devices_equal_one_and_gather_nothing(encoder, accum_steps):
   weights = random(16, 5, 6, seed=5)
 
   def loss(params, views):
-    z, new = embed(
+    (z, *_), new = embed(
         encoder, params, stats, views, train=True, key=jax.random.key(7), accum_steps=accum_steps)
     return jnp.mean(z * weights), (z, new)
 

@@ -33,7 +33,7 @@ def _golden(config, monkeypatch):
   masks = np.array([[1, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 0], [0, 0, 1, 0]], bool)
   scores = student_teacher.Scores(
     student=_views(np.concatenate([_sin(4, 5), _sin(2, 5, 2.0)])), teacher=_views(_cos(4, 5)),
-    stats={}, embeddings=None, student_patches=_views(np.sin(0.3 * n)),
+    stats={}, features=None, student_patches=_views(np.sin(0.3 * n)),
     teacher_patches=_views(np.cos(0.2 * n)),
   )  # fmt: skip
   seen = {}

@@ -98,7 +98,7 @@ def started():
 def test_step_matches_numpy_before_and_after_the_warmup(started):
   config, method, variables, views = started
   net = encoders.build(config)
-  embed = jax.jit(lambda params, x: encoders.embed(net, params, {}, {"global": x}, train=True)[0])
+  embed = jax.jit(lambda params, x: encoders.embed(net, params, {}, {"global": x}, train=True)[0].z)
   z = [
     np.asarray(embed(params, views["global"][:, v, None])[:, 0], np.float64)
     for v, params in enumerate((variables.encoder, variables.teacher["encoder"]))

@@ -114,13 +114,6 @@ def test_targets_are_distributions_and_bfloat16_is_computed_in_float32():
   np.testing.assert_array_equal(q, self_classifier.targets(scores.astype(jnp.float32), 0.05))
 
 
-def test_two_images_and_a_bfloat16_encoder_train():
-  c = tiny.config("self_classifier", "learned", batch_size=2, precision="bfloat16")
-  _, state, metrics = tiny.run_steps(c, 2, jax.devices()[:1])
-  assert all(np.isfinite(v) for m in metrics for v in m.values())
-  assert state.teacher == ()
-
-
 def test_several_classifiers_cost_the_mean_of_each_alone():
   c = tiny.config("self_classifier", "learned", method__more_classifiers=(8, 4),
                   method__train_prototype_norm=True)  # fmt: skip

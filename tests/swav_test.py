@@ -73,7 +73,7 @@ def _parts(kind="learned", **changes):
 
 def _features(c, variables, views):
   net = encoders.build(c)
-  embed = jax.jit(lambda params, views: encoders.embed(net, params, {}, views, train=True)[0])
+  embed = jax.jit(lambda params, views: encoders.embed(net, params, {}, views, train=True)[0].z)
   return np.asarray(embed(variables.encoder, views), np.float64)
 
 

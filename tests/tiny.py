@@ -1,11 +1,14 @@
 """The smallest config that still has every part, and batches of random images for it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from protojax import config as configs
 from protojax import sharding, train
+from protojax.data import source
 
 
 def config(name="dino", prototypes="mixture", **overrides):
@@ -40,8 +43,19 @@ def batch(c, seed=0):
   }
 
 
-def run_steps(c, steps, devices=None, num_classes=0):
-  """(program, state, [metrics]) after `steps` updates on the same random batch."""
+@functools.cache
+def _digits():
+  return np.stack([row["image"] for row in source.build("digits", split="train").read(range(64))])
+
+
+def digits(c, step):
+  """A host batch like `batch`, of 64 handwritten digits that come round again."""
+  index = (step * c.batch_size + np.arange(c.batch_size, dtype=np.int32)) % 64
+  return {**batch(c), "image": _digits()[index], "index": index}
+
+
+def run_steps(c, steps, devices=None, num_classes=0, draw=None):
+  """(program, state, [metrics]) after `steps` updates on one random batch or on draw(c, step)."""
   program = train.Program(c, num_classes, devices=devices)
   with jax.set_mesh(program.mesh):
     state = program.init(c.seed)
@@ -52,7 +66,9 @@ def run_steps(c, steps, devices=None, num_classes=0):
       other = {k: v[: c.probe.batch_size] for k, v in batch(c, 1).items()}
       probe_rows = sharding.put_batch({**other, "label": label}, program.mesh)
     metrics = []
-    for _ in range(steps):
+    for step in range(steps):
+      if draw:
+        rows = sharding.put_batch(draw(c, step), program.mesh)
       state, out = program.step(state, rows, probe_rows)
       metrics.append({k: float(v) for k, v in out.items()})
   return program, state, metrics

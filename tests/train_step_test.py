@@ -1,5 +1,6 @@
 """What every method must satisfy, one row of `METHODS` each."""
 
+import contextlib
 import functools
 import re
 from typing import NamedTuple
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from protojax import train, train_step
+from protojax import checkpoint, sharding, train, train_step
 
 
 class Row(NamedTuple):
@@ -59,8 +60,8 @@ _TWO_VIEWS = (
   ("head__activation", "relu"), ("head__bias", False), ("head__init", "uniform"),
 )  # fmt: skip
 
-_KOLEO = (  # of [B, 2] embeddings in the global batch
-  ("all-gather", 4 * 16 * 2 * 16, "KoLeo compares each with all others [B, 2, D]"),
+_KOLEO = (  # of [B, 2] features in the global batch
+  ("all-gather", 4 * 16 * 2 * 32, "KoLeo compares each with all others [B, 2, F]"),
   ("all-to-all", 8 * 16 * 2, "the neighbours' numbers"),
 )
 _KOLEO_PROTO = (("method__koleo_proto", 0.1), ("method__koleo_proto_rows", 8))
@@ -227,11 +228,47 @@ def test_three_steps_trace_once(row):
 
 
 @every_method
-def test_loss_falls_on_a_small_set(row):
+def test_restart_is_the_same_to_the_bit(row, tmp_path):
+  """Two steps, a checkpoint, a third from what is read back: state 3 of the run in one go."""
+  program, _, expected, metrics, _ = _three_steps(row, 8)
+  with jax.set_mesh(program.mesh):
+    batch = sharding.put_batch(tiny.batch(program.config), program.mesh)
+    state = program.init(program.config.seed)
+    for _ in range(2):
+      state, _ = program.step(state, batch, None)
+    with contextlib.closing(checkpoint.Checkpoints(tmp_path)) as saved:
+      saved.save(2, state, {})
+      target = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        program.abstract, program.shardings,
+      )  # fmt: skip
+      step, restored, _ = saved.restore_latest(target)
+    assert step == 2
+    state, out = program.step(restored, batch, None)
+  chex.assert_trees_all_equal(_on_host(state), _on_host(expected))
+  assert float(out["train/loss"]) == metrics[2]["train/loss"]
+
+
+@every_method
+def test_two_images_a_batch_in_bfloat16_stay_finite(row):
+  config = row.config(batch_size=2, precision="bfloat16")
+  _, state, metrics = tiny.run_steps(config, 2, jax.devices()[:1])
+  chex.assert_tree_all_finite(_on_host(state))
+  assert all(np.isfinite(v) for m in metrics for v in m.values())
+
+
+@every_method
+def test_loss_falls_on_real_images_whose_features_stay_apart(row):
   changes = {"num_steps": 200, "optim__warmup_steps": 1, "optim__lr": 0.1, **dict(row.learns)}
-  _, _, metrics = tiny.run_steps(row.config(**changes), 60, jax.devices()[:1])
+  config = row.config(**changes)
+  program, state, metrics = tiny.run_steps(config, 60, jax.devices()[:1], draw=tiny.digits)
   losses = [m["train/loss"] for m in metrics]
   assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.01
+  images = program.evaluation(tiny.digits(config, 0))
+  features = np.asarray(program.method.features(train_step.variables_of(state), images))
+  features /= np.linalg.norm(features, axis=1, keepdims=True)
+  cosine = (features @ features.T)[np.triu_indices(len(features), 1)]
+  assert cosine.mean() < 0.999
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,17 @@ import types
 from protojax import errors
 
 
+def names() -> list[str]:
+  """Of all methods, sorted."""
+  return sorted({module.name for module in pkgutil.iter_modules(__path__)} - {"base"})
+
+
 def load(name: str) -> types.ModuleType:
   """The module protojax/methods/<name>.py.
 
   Raises:
     UserError: if there is no such method.
   """
-  names = sorted({module.name for module in pkgutil.iter_modules(__path__)} - {"base"})
-  if name not in names:
-    raise errors.UserError(f"method.name={name!r} is unknown: choose one of {', '.join(names)}")
+  if name not in names():
+    raise errors.UserError(f"method.name={name!r} is unknown: choose one of {', '.join(names())}")
   return importlib.import_module(f"protojax.methods.{name}")

@@ -7,7 +7,7 @@ l2=False.
 
 `method.scale` multiplies the loss. Under LARS that only changes the steps of biases and norms: the
 published ImageNet code now gives those a learning rate of their own, .024 of the weights', as a
-scale of .024 did before.
+scale of .024 did before. The loss is at least 0.
 """
 
 import jax

@@ -6,6 +6,9 @@ features are not normalised, so their norm is the inverse temperature. `method.p
 between the joint baseline (learned), decoupled prototypes (mixture, arXiv 2510.20108) and the
 control (frozen). The published code moves the teacher before the optimizer step; here every
 teacher moves after it.
+
+With blocks of n prototypes the loss is at least ln(n / batch_size), or 0 for a batch of n or more;
+it is ln n if every prototype is as likely, and if all images have the same one.
 """
 
 import math

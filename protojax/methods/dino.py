@@ -4,11 +4,13 @@
 arXiv 2510.20108) and the control (frozen). `method.targets` is "center", as published, or
 "sinkhorn" (three log-domain iterations over the global batch, arXiv 2304.07193).
 
-Options: `koleo` spreads the student's embeddings, each global view for itself (arXiv 2304.07193
-does so with backbone features, within a device; here what the prototypes see, over the global
-batch). `koleo_proto` spreads learned prototypes (arXiv 2410.14060, whose weight we do not know).
-`vmf` reads prototypes of any norm as a mixture of von Mises-Fisher distributions (arXiv 2405.10939;
-the moving average of its centre is our reading).
+Options: `koleo` spreads the features of the student's backbone, each global view for itself (as
+arXiv 2304.07193, there within a device, here over the global batch). `koleo_proto` spreads learned
+prototypes (arXiv 2410.14060, whose weight we do not know). `vmf` reads prototypes of any norm as a
+mixture of von Mises-Fisher distributions (arXiv 2405.10939; the moving average of its centre is our
+reading).
+
+The loss is at least the entropy of the targets, logged as `target_entropy`.
 """
 
 import math
@@ -35,7 +37,7 @@ OPTIONS = {
 }
 
 
-def _check(options) -> None:
+def _check(options, head) -> None:
   learned = options.prototypes == "learned"
   if options.koleo_proto and not learned:
     raise errors.UserError(
@@ -52,6 +54,10 @@ def _check(options) -> None:
       "method.vmf=True changes nothing for prototypes of norm 1: set method.prototypes=learned and "
       "method.train_prototype_norm=True"
     )
+  if options.vmf and not head.l2:
+    raise errors.UserError(
+      "head.l2=False: method.vmf=True needs directions; set --config.head.l2=True"
+    )
 
 
 def make(config) -> base.Method:
@@ -61,7 +67,7 @@ def make(config) -> base.Method:
     UserError: for unknown options or ones that do not go together.
   """
   options, head = config.method, config.head
-  _check(options)
+  _check(options, head)
   pair = student_teacher.build(config)
   teacher_temp = schedules.per_epoch_linear(
     options.teacher_temp_start, options.teacher_temp,
@@ -78,11 +84,11 @@ def make(config) -> base.Method:
       return scores
     return vmf.mixture_scores(scores, jnp.abs(state["g"][:, 0]), temperature, head.bottleneck)
 
-  def spread(trained, embeddings, key):
+  def spread(trained, features, key):
     """The KoLeo terms that are asked for, before their weights."""
     terms = {}
     if options.koleo:
-      terms["koleo"] = jax.vmap(losses.koleo, in_axes=1)(embeddings[:, :2]).sum()
+      terms["koleo"] = jax.vmap(losses.koleo, in_axes=1)(features[:, :2]).sum()
     if options.koleo_proto:
       rows, count = heads.prototype_rows(trained["prototypes"]), options.koleo_proto_rows
       picked = jax.random.choice(key, len(rows), (count,), replace=False) if count else None
@@ -103,7 +109,7 @@ def make(config) -> base.Method:
     )  # fmt: skip
     cross_entropy = losses.cross_view_entropy(student, q, temperature=options.student_temp)
     entropy = losses.entropy(q).mean()
-    terms = spread(trained, scores.embeddings, row_key)
+    terms = spread(trained, scores.features, row_key)
     value = cross_entropy + sum(options[name] * term for name, term in terms.items())
     metrics = {
       "loss": value,

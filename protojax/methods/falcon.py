@@ -17,6 +17,9 @@ Where paper and code differ, there is an option:
 As in the code, both terms are symmetric in the views. Unlike there, the mean is over the batch of
 all devices; local views, which it does not have, must agree with the global ones and are left out
 of the prior.
+
+With the reverse prior and beta >= 1 the loss is at least ln(K / batch_size), or 0 for a batch of K
+or more. With beta = 1 it is ln K if every code is as likely, and if all images have the same code.
 """
 
 import math

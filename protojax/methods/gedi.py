@@ -14,6 +14,7 @@ over clusters, of the first view alone and in one direction: `method.legacy` res
 layer is plainly linear; here it is prototypes over the head's output, unit rows if learned without
 `method.train_prototype_norm`. They may also be a mixture, fed by the student's features, or frozen.
 The full form's code could not be read: equations from its objective, sampler's constants from JEM.
+Without the generative term the loss is more than weight_uniformity ln K; with it there is no bound.
 """
 
 import functools

@@ -11,6 +11,8 @@ the average of the student's class set ("semi-shared"), a mode left out here; th
 share one on both sides, `shared_head=True`. Class targets warm up to .07, as in the paper's runs;
 the code's default is `teacher_temp=.04`. `targets="sinkhorn"` is not in it, and balances all
 patches, where DINOv2 (arXiv 2304.07193) balances the hidden ones.
+
+Each loss is at least its targets' entropy, that of patches times the share of views with a mask.
 """
 
 import jax

@@ -8,6 +8,7 @@ As published: one direction (view 0 asks, view 1 answers), constant teacher mome
 k-means, centroids normalised afterwards. Different: a query is compared with all centroids of a set
 instead of 16,384 sampled ones, so that images of a cluster are no negatives of each other; k-means
 sees all images and starts once (published: `kmeans_restarts=5`); batch norm is not shuffled.
+Keys whose mean is 0 leave InfoNCE at ln(1 + queue_size exp(-1 / temperature)) or more.
 """
 
 import jax
@@ -90,10 +91,10 @@ def make(config) -> base.Method:
     )
 
   def embed(net, params, batch_stats, crops, key=None):
-    z, batch_stats = encoders.embed(
+    out, batch_stats = encoders.embed(
       net, params, batch_stats, {"global": crops}, train=True, key=key, accum_steps=accum_steps
     )
-    return z[:, 0], batch_stats
+    return out.z[:, 0], batch_stats
 
   def loss(trained, frozen, views, key, step):
     frozen, crops = jax.lax.stop_gradient(frozen), views["global"]
@@ -131,8 +132,8 @@ def make(config) -> base.Method:
     return teacher_net, variables.teacher["encoder"], variables.carry["batch_stats"]["teacher"]
 
   def embeddings(variables, images):
-    z, _ = encoders.embed(*teacher_of(variables), {"global": images[:, None]}, train=False)
-    return dict.fromkeys(sizes, z[:, 0])
+    out, _ = encoders.embed(*teacher_of(variables), {"global": images[:, None]}, train=False)
+    return dict.fromkeys(sizes, out.z[:, 0])
 
   def prototype_matrices(variables):
     return {name: variables.prototypes[name]["centroids"] for name in sizes}

@@ -9,6 +9,8 @@ and frozen ones.
 What differs from the published code: Sinkhorn runs in the log domain; learned prototypes are
 weight-normalised, where that code projects them on the sphere before each step; the queue fills
 from step 0, where that code makes it at `queue_start_epoch` and waits until it is full.
+
+The loss is at least the entropy of the targets, logged as `target_entropy`.
 """
 
 import functools

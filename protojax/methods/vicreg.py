@@ -5,7 +5,7 @@ prototypes, no local views. The head is the published one with layers=3, norm="b
 activation="relu", init="uniform" and l2=False; a bias of its last layer would have no gradient.
 
 The paper adds the variance terms of the two views, the authors' code averages them: half the
-weight. `method.var_reduction` is "sum" or "mean".
+weight. `method.var_reduction` is "sum" or "mean". The loss is at least 0.
 """
 
 import jax

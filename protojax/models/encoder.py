@@ -27,6 +27,21 @@ class Encoder(NamedTuple):
   head: heads.Projector
 
 
+class Embedded(NamedTuple):
+  """What becomes of the views of a batch, float32; V = G + L views, the G global ones first.
+
+  Attributes:
+    z: [B, V, D], the head's output.
+    features: [B, V, F], the backbone's.
+    patches: [B, G, T, D], the patch tokens of the global views through the head; None unless asked
+      for.
+  """
+
+  z: jax.Array
+  features: jax.Array
+  patches: jax.Array | None = None
+
+
 def build(config: ml_collections.ConfigDict, *, mask_token: bool = False) -> Encoder:
   """The encoder that a config describes.
 
@@ -119,7 +134,7 @@ def embed(
     key: jax.Array | None = None,
     accum_steps: int = 1,
     patches: bool = False,
-) -> tuple[PyTree, PyTree]:
+) -> tuple[Embedded, PyTree]:
   """Embeds all views of a batch: the backbone once a resolution, the head once.
 
   Args:
@@ -135,8 +150,7 @@ def embed(
     patches: embed the patch tokens of the global views too, through the same head.
 
   Returns:
-    z [B, V, D] float32 with V = G + L, globals first; and batch_stats, moved if `train`. With
-    `patches` the first is the pair of z and the patch tokens [B, G, T, D] float32.
+    What the views became, and batch_stats, moved if `train`.
 
   Raises:
     UserError: accum_steps > 1 with batch norm, or accum_steps does not divide B.
@@ -167,8 +181,8 @@ def embed(
   def merge(z):
     return z.swapaxes(0, 1).reshape(batch, *z.shape[2:])
 
-  z = jax.lax.map(forward, (jnp.arange(accum_steps), jax.tree.map(split, views)))
-  return jax.tree.map(merge, z), batch_stats
+  embedded = jax.lax.map(forward, (jnp.arange(accum_steps), jax.tree.map(split, views)))
+  return jax.tree.map(merge, embedded), batch_stats
 
 
 def features(
@@ -210,16 +224,18 @@ def _forward(encoder, params, batch_stats, views, key, train, patches):
       tokens = [t.reshape(batch, -1, t.shape[-1])]  # [B, G T, F]
     outputs.append(y.reshape(batch, num_views, -1))
   # Joined along the second axis, where the devices' shares need not move.
-  x = jnp.concatenate([*outputs, *tokens], axis=1)
+  y = jnp.concatenate(outputs, axis=1)
+  x = jnp.concatenate([y, *tokens], axis=1)
   batch, num_rows, dim = x.shape
   z, batch_stats = _apply(
       encoder, "head", params, batch_stats, x.reshape(batch * num_rows, dim), views=num_rows,
       train=train)
   z = z.reshape(batch, num_rows, -1)
-  if patches:
-    num_views, num_global = sum(y.shape[1] for y in outputs), views["global"].shape[1]
-    z = z[:, :num_views], z[:, num_views:].reshape(batch, num_global, -1, z.shape[2])
-  return z, batch_stats
+  if not patches:
+    return Embedded(z, y), batch_stats
+  num_views, num_global = y.shape[1], views["global"].shape[1]
+  of_patches = z[:, num_views:].reshape(batch, num_global, -1, z.shape[2])
+  return Embedded(z[:, :num_views], y, of_patches), batch_stats
 
 
 def _apply(encoder, part, params, batch_stats, x, views=1, train=False, key=None, **options):
