@@ -5,7 +5,7 @@ r"""FALCON (arXiv 2410.04959), ViT-S/16, ImageNet-1k, 100 epochs.
 
 65,536 codes of 384 dimensions. More of them cost time and little memory, since they are compared
 in chunks: the paper goes up to --config.method.num_prototypes=500_000, for which
---config.method.chunk_size=8000 is a divisor (with mesh.model above 1, one that it divides too).
+--config.method.chunk_size=10_000 is a divisor (with mesh.model above 1, one that it divides too).
 The paper trains on 100 classes (a folder of them: --config.data.name=folder) with settings that are
 not published; these are DINO's, which its code is built on, without teacher and centre.
 

@@ -3,8 +3,10 @@ r"""GEDI without the generative term on CIFAR-10, ResNet-18, 1,000 epochs: the r
   python -m protojax.main --config=configs/gedi_resnet18_cifar10.py \
     --workdir=runs/gedi_resnet18_cifar10 --config.data.data_dir=$PROTOJAX_DATA_DIR
 
-The loss is the mean over clusters, of both views; --config.method.legacy=True takes the released
-sum of the first. The last layer, there Linear(2048, 2048), is factored through 512 dimensions here.
+What differs: the loss is the mean over clusters, of both views (--config.method.legacy=True takes
+the released sum of the first); the last layer, there Linear(2048, 2048), is factored through 512
+dimensions; biases and norms neither adapt nor decay, as there they do; the warm-up starts at 0; the
+encoder computes in bfloat16.
 
 Cost and result: not measured yet.
 """

@@ -19,7 +19,7 @@ def get_config(mode: str = ""):
     "blur_prob": (0.5, 0.5, 0.5), "solarize_prob": (0.0, 0.0, 0.0),
   })  # fmt: skip
   config.model.update({"name": "resnet50", "zero_init_residual": False})
-  config.head.update({"layers": 2, "bottleneck": 128, "activation": "relu"})
+  config.head.update({"layers": 2, "bottleneck": 128, "activation": "relu", "init": "uniform"})
   config.method.update({
     "num_prototypes": 100_000, "coarse_clusters": (25_000, 50_000), "kmeans_restarts": 5,
   })  # fmt: skip

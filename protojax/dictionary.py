@@ -11,6 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from protojax import losses
+
 
 def init(key: jax.Array, dim: int, num: int) -> dict[str, jax.Array]:
   """Draws codes; the same ones from the same key, on any mesh.
@@ -45,7 +47,7 @@ def scores(codes: jax.Array, x: jax.Array) -> jax.Array:
   Returns:
     [..., K] float32; float64 stays float64.
   """
-  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  x = losses.full(x)
   products = jnp.einsum("...d,dk->...k", x, codes.astype(x.dtype), precision="highest")
   return products / codes.shape[0]
 
@@ -54,7 +56,7 @@ class Comparison(NamedTuple):
   """What two global views say of the codes, as means over the batch, in nats.
 
   Attributes:
-    cross_entropy: [2, V], -sum_k p_k ln p'_k of global view t (p) and any view v (p'); t = v is the
+    cross_entropy: [V, 2], -sum_k p_k ln p'_k of any view v (p') and global view t (p); v = t is the
       entropy of the assignments of a view.
     mean_entropy: [2], entropy of the mean assignment.
     uniform: [2], cross entropy of the mean assignment under uniform targets.
@@ -86,11 +88,11 @@ def compare(codes: jax.Array, x: jax.Array, *, scale: float, chunk_size: int = 0
   def part(some, total):
     """The sums over some codes, from their scores [B, V, k] and the totals [B, V] over all."""
     log_p = some - total[..., None]
-    log_q = log_p[:, :2]
-    log_mean = jax.nn.logsumexp(log_q, axis=0) - math.log(x.shape[0])  # [2, k]
-    pairs = jnp.einsum("btk,bvk->btv", jnp.exp(log_q), log_p, precision="highest")
+    log_mean = losses.log_batch_mean(log_p[:, :2])  # [2, k]
     mean_entropy = -jnp.sum(jnp.exp(log_mean) * log_mean, axis=-1)
-    return Comparison(-pairs.mean(axis=0), mean_entropy, -log_mean.sum(axis=-1) / num)
+    return Comparison(
+      losses.mutual_cross_entropies(log_p), mean_entropy, -log_mean.sum(axis=-1) / num
+    )
 
   if not chunk_size:
     everything = scores_of(codes)

@@ -1,4 +1,4 @@
-"""The one exception that stands for a mistake of the user."""
+"""The one exception that stands for a mistake of the user, and checks of settings that raise it."""
 
 
 class UserError(Exception):
@@ -6,3 +6,18 @@ class UserError(Exception):
 
   The message says what was wrong, where, and what to do, on a single line.
   """
+
+
+def require_positive(options, *names: str) -> None:
+  """Refuses the first of these settings, in the section `config.method`, that is not above 0."""
+  for name in names:
+    if not options[name] > 0:
+      raise UserError(f"method.{name}={options[name]} must be above 0")
+
+
+def require(config, only: dict, why: str) -> None:
+  """Refuses a config in which a setting, "section.name", is not the one value `only` allows."""
+  for key, value in only.items():
+    section, name = key.split(".")
+    if config[section][name] != value:
+      raise UserError(f"{key}={config[section][name]!r}: {why}; set --config.{key}={value}")

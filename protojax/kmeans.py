@@ -85,7 +85,7 @@ def fit(
   """k-means from random distinct rows; of several starts the one with the least inertia.
 
   Args:
-    rows: [N, D], any float dtype; 128 MiB are held besides, whatever N.
+    rows: [N, D], any float dtype; a copy of them and 128 MiB are held besides.
     key: the only source of randomness.
     num_clusters: K, at most N.
     num_steps: Lloyd's iterations.

@@ -15,7 +15,8 @@ _PAIRS = 2**26  # cosines that `koleo` holds at a time: 256 MiB of float32
 _NEAREST = 1e-4  # distances below it count as it: no infinite logarithm, no gradient above 1e4
 
 
-def _full(x: jax.Array) -> jax.Array:
+def full(x: jax.Array) -> jax.Array:
+  """At least float32."""
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
@@ -52,8 +53,8 @@ def cross_view_entropy(
     ValueError: if the shapes do not fit or there is no pair of different views.
   """
   _check(student_logits, teacher_probs, 3)
-  log_p = jax.nn.log_softmax(_full(student_logits) / temperature)
-  targets = _full(jax.lax.stop_gradient(teacher_probs))
+  log_p = jax.nn.log_softmax(full(student_logits) / temperature)
+  targets = full(jax.lax.stop_gradient(teacher_probs))
   pair = -jnp.einsum("bvk,btk->bvt", log_p, targets, precision=_HIGHEST).mean(axis=0)
   return mean_over_other_views(pair)
 
@@ -75,8 +76,8 @@ def carp_consistency(student_scores: jax.Array, teacher_scores: jax.Array) -> ja
     ValueError: if the shapes do not fit or there is no pair of different views.
   """
   _check(student_scores, teacher_scores, 4)
-  p = jax.nn.softmax(_full(student_scores))
-  q = jax.nn.softmax(_full(jax.lax.stop_gradient(teacher_scores)))
+  p = jax.nn.softmax(full(student_scores))
+  q = jax.nn.softmax(full(jax.lax.stop_gradient(teacher_scores)))
   agreement = jnp.einsum("bvpn,btpn->bpvt", p, q, precision=_HIGHEST)
   eps = float(jnp.finfo(agreement.dtype).eps)
   pair = -jnp.log(jnp.clip(agreement, eps, 1.0 - eps)).mean(axis=(0, 1))
@@ -100,11 +101,68 @@ def carp_entropy(student_scores: jax.Array, teacher_scores: jax.Array) -> jax.Ar
     ValueError: if the shapes do not fit.
   """
   _check(student_scores, teacher_scores, 4)
-  p = jax.nn.softmax(_full(student_scores))
-  q = jax.nn.softmax(_full(jax.lax.stop_gradient(teacher_scores)))
+  p = jax.nn.softmax(full(student_scores))
+  q = jax.nn.softmax(full(jax.lax.stop_gradient(teacher_scores)))
   rows = p.shape[0] * (p.shape[1] + q.shape[1])
   mean = (p.sum(axis=(0, 1)) + q.sum(axis=(0, 1))) / rows
   return jnp.mean(math.log(p.shape[-1]) - entropy(mean))
+
+
+def mutual_cross_entropies(log_p: jax.Array) -> jax.Array:
+  """-sum_k p^t_k ln p^v_k, mean over images, for all views v and global views t.
+
+  Args:
+    log_p: [B, V, K] log probabilities, or those of some of the K; views 0 and 1 are the global
+      ones.
+
+  Returns:
+    [V, 2], with a gradient through both sides.
+  """
+  p = jnp.exp(log_p[:, :2])
+  return -jnp.einsum("bvk,btk->bvt", log_p, p, precision=_HIGHEST).mean(axis=0)
+
+
+def log_batch_mean(log_p: jax.Array) -> jax.Array:
+  """ln of the mean probability over the batch, [B, ...] -> [...].
+
+  A logsumexp: probabilities underflow, and so would their mean.
+  """
+  return jax.nn.logsumexp(log_p, axis=0) - math.log(log_p.shape[0])
+
+
+def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
+  """Mean over a view's masked patches, then over views: [B, V, T] and bool [B, V, T] -> [].
+
+  A view without any counts as 0 (arXiv 2111.07832).
+  """
+  chosen = mask.astype(values.dtype)
+  share = jnp.sum(chosen * values, axis=-1) / jnp.maximum(jnp.sum(chosen, axis=-1), 1.0)
+  return jnp.mean(share)
+
+
+def masked_patch_entropy(
+  student_logits: jax.Array, teacher_probs: jax.Array, mask: jax.Array, *, temperature: float
+) -> jax.Array:
+  """Cross entropy of hidden patches against the targets of the same crop (arXiv 2111.07832).
+
+  Args:
+    student_logits: [B, V, T, K] scores, any float dtype.
+    teacher_probs: [B, V, T, K] targets, rows sum to one; no gradient.
+    mask: bool [B, V, T], True where the student did not see the patch.
+    temperature: the student's.
+
+  Returns:
+    [] float32, see `masked_mean`.
+
+  Raises:
+    ValueError: if the shapes do not fit.
+  """
+  shapes = student_logits.shape, teacher_probs.shape, mask.shape
+  if shapes[0] != shapes[1] or shapes[0][:3] != shapes[2]:
+    raise ValueError(f"student, teacher and mask of {shapes} do not fit together")
+  log_p = jax.nn.log_softmax(full(student_logits) / temperature)
+  targets = full(jax.lax.stop_gradient(teacher_probs))
+  return masked_mean(-jnp.sum(targets * log_p, axis=-1), mask)
 
 
 def entropy(probs: jax.Array) -> jax.Array:
@@ -120,7 +178,7 @@ def entropy(probs: jax.Array) -> jax.Array:
   Returns:
     [...] float32.
   """
-  p = _full(probs)
+  p = full(probs)
   # The floor keeps the derivative at 0 finite.
   return -jnp.sum(p * jnp.log(jnp.maximum(p, jnp.finfo(p.dtype).tiny)), axis=-1)
 
@@ -141,7 +199,7 @@ def koleo(rows: jax.Array, picked: jax.Array | None = None) -> jax.Array:
   Returns:
     [] float32.
   """
-  rows = _full(rows)
+  rows = full(rows)
   squares = jnp.sum(jnp.square(rows), axis=-1, keepdims=True)
   rows = rows * jax.lax.rsqrt(jnp.maximum(squares, 1e-24))
   still = jax.lax.stop_gradient(rows)
@@ -173,7 +231,7 @@ def info_nce(
   Returns:
     [] float32, the mean over the queries.
   """
-  queries, keys, negatives = _full(queries), _full(keys), _full(negatives)
+  queries, keys, negatives = full(queries), full(keys), full(negatives)
   own = jnp.sum(queries * keys, axis=-1, keepdims=True)
   others = jnp.einsum("bd,rd->br", queries, negatives, precision=_HIGHEST)
   logits = jnp.concatenate([own, others], axis=1) / temperature
@@ -194,6 +252,6 @@ def proto_nce(
   Returns:
     [] float32, the mean over the queries.
   """
-  inner = jnp.einsum("bd,kd->bk", _full(queries), _full(centroids), precision=_HIGHEST)
+  inner = jnp.einsum("bd,kd->bk", full(queries), full(centroids), precision=_HIGHEST)
   log_p = jax.nn.log_softmax(inner / phi[None, :])
   return -jnp.take_along_axis(log_p, clusters[:, None], axis=1).mean()

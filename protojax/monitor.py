@@ -97,16 +97,17 @@ def judge(
   teacher equal to the student. So before `grace_steps` only values that are not finite count.
 
   Args:
-    measures: {name in metrics.jsonl: value or None}; read are train/{loss, ln_k, target_entropy}
-      and collapse/{unique_0.025, unique_0.025_random, drift, used, used_sample, perplexity,
-      feature_std, mean_cosine, rankme, teacher_distance, relative_uniqueness}. train/ln_k is both
-      the loss of uniform predictions and the largest entropy of a target.
+    measures: {name in metrics.jsonl: value or None}; read are train/{loss, cross_entropy, ln_k,
+      target_entropy} and collapse/{unique_0.025, unique_0.025_random, drift, used, used_sample,
+      perplexity, feature_std, mean_cosine, rankme, teacher_distance, relative_uniqueness}.
+      train/ln_k is both the loss of uniform predictions (the cross entropy, where that is one term
+      of several) and the largest entropy of a target; without it uniform collapse is not seen.
     num_prototypes: K; 0 where a method has none.
     step: updates done.
     grace_steps: steps without a verdict.
     settings: names of the settings the run has, "method.teacher_temp"; advice names no others. None
       allows any.
-    prototypes: learned, mixture, frozen or kmeans: what the advice is for.
+    prototypes: `method.prototypes`, what the advice is for.
   """
   bad = [k for k, v in measures.items() if v is not None and not math.isfinite(v)]
   if bad:
@@ -121,6 +122,7 @@ def judge(
 
   get, limit = measures.get, LIMITS
   loss, entropy = get("train/loss"), get("train/target_entropy")
+  cross_entropy = loss if get("train/cross_entropy") is None else get("train/cross_entropy")
   std, rank, cosine = (get(f"collapse/{k}") for k in ("feature_std", "rankme", "mean_cosine"))
   codes, chance = _codes(measures, num_prototypes), get("train/ln_k")
   most = chance or math.log(max(num_prototypes, 2))
@@ -137,13 +139,14 @@ def judge(
       "optim.lr above 0, and see that the two share no arrays",
       True,
     )
-  if chance is not None and loss is not None:
+  if chance is not None and cross_entropy is not None:
     alone = entropy is None
     near = limit["loss_at_chance_alone" if alone else "loss_at_chance"]
-    if abs(loss - chance) <= near and (alone or most - entropy <= limit["teacher_uniform"]):
+    flat = alone or most - entropy <= limit["teacher_uniform"]
+    if abs(cross_entropy - chance) <= near and flat:
       return Verdict(
         "uniform collapse",
-        f"loss {loss:.3f} = ln {round(math.exp(chance))} and targets of entropy "
+        f"loss {cross_entropy:.3f} = ln {round(math.exp(chance))} and targets of entropy "
         f"{_show(entropy, '.3f')}: every image gets every prototype; "
         + advise("lower method.teacher_temp", "lower method.epsilon", "lower method.column_temp",
                  "set method.targets=sinkhorn", "raise batch_size", "raise optim.lr"),
@@ -160,10 +163,12 @@ def judge(
         True,
       )
   if std is not None and std < limit["feature_std"]:
+    has_teacher = get("collapse/teacher_distance") is not None
+    advice = advise("lower optim.lr", *["raise teacher.momentum"] * has_teacher, "raise batch_size")
     return Verdict(
       "representation collapse",
       f"all images have nearly the same feature (std {std:.3f} of 1, mean cosine "
-      f"{_show(cosine, '.4f')}): lower optim.lr, raise teacher.momentum, or raise batch_size",
+      f"{_show(cosine, '.4f')}): {advice}",
       True,
     )
   if codes is not None and codes < min(limit["codes_clusters"], num_prototypes / 8):
@@ -202,6 +207,8 @@ def judge(
     advice = "set method.prototypes=mixture, or lower method.num_prototypes"
     if prototypes == "kmeans":
       advice = "lower method.num_prototypes"
+    if prototypes == "dictionary":
+      advice = "raise head.bottleneck or lower method.num_prototypes"
     if prototypes == "mixture":
       advice = "raise mixture.horizon_steps or set mixture.center_features=True"
     return Verdict("partial prototype collapse", f"{seen}: {advice}", True)
@@ -251,7 +258,8 @@ def log_line(step: int, measures: Mapping[str, float | None], verdict: Verdict, 
   step 1200/5000  eta 3:12  loss 7.91 (ln K 8.32)  H 6.10  unique 100%  used 61%  rank 143
   knn 71.2%  img/s 1630  wait 1%  [ok]
 
-  H is the entropy of the targets in nats, unique the share at cosine distance .025, rank is RankMe.
+  H is the entropy of the targets in nats, unique the share at cosine distance .025, rank is RankMe;
+  CE is the cross entropy, where the loss has more terms.
 
   Args:
     step: updates done.
@@ -260,11 +268,14 @@ def log_line(step: int, measures: Mapping[str, float | None], verdict: Verdict, 
     config: resolved; reads num_steps and batch_size.
   """
   speed, chance = measures.get("time/img_per_s"), measures.get("train/ln_k")
+  cross_entropy = measures.get("train/cross_entropy")
+  at_chance = "loss" if cross_entropy is None else "CE"  # what would be ln K
   eta = (config.num_steps - step) * config.batch_size / speed if speed else None
   parts = [f"step {step}/{config.num_steps}"]
   for name, value, form in (
     ("eta", None if eta is None else _clock(eta), ""),
     ("loss", measures.get("train/loss"), ".2f"),
+    ("CE", cross_entropy, ".2f"),
     ("H", measures.get("train/target_entropy"), ".2f"),
     ("unique", measures.get(f"collapse/unique_{HEADLINE}"), ".0%"),
     ("used", _used(measures), ".0%"),
@@ -274,6 +285,6 @@ def log_line(step: int, measures: Mapping[str, float | None], verdict: Verdict, 
     ("wait", measures.get("time/data_wait"), ".0%"),
   ):
     if value is not None:
-      known = name == "loss" and chance is not None
+      known = name == at_chance and chance is not None
       parts.append(f"{name} {value:{form}}" + (f" (ln K {chance:.2f})" if known else ""))
   return "  ".join([*parts, f"[{verdict.label}]"])

@@ -54,11 +54,6 @@ def _as_they_are(state, features):
   return features
 
 
-def unit(rows: jax.Array) -> jax.Array:
-  """Rows [..., D] over their Euclidean norm; a zero row stays zero."""
-  return rows * jax.lax.rsqrt(jnp.maximum(jnp.sum(rows**2, axis=-1, keepdims=True), 1e-24))
-
-
 def in_loss(
   bank: PrototypeSet, trained: dict, frozen: base.Variables, features: jax.Array
 ) -> tuple[PyTree, PyTree]:
@@ -142,7 +137,7 @@ def _learned(num: int, dim: int, train_norm: bool) -> PrototypeSet:
 def _frozen(num: int, dim: int) -> PrototypeSet:
   return PrototypeSet(
     learned=False,
-    init=lambda key: {"means": unit(jax.random.normal(key, (num, dim)))},
+    init=lambda key: {"means": heads.l2_normalize(jax.random.normal(key, (num, dim)))},
     rows=lambda state: state["means"],
     align=_as_they_are,
     move=_stay,

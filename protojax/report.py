@@ -32,7 +32,10 @@ def picture(workdir: pathlib.Path) -> pathlib.Path:
   figure.suptitle(workdir.name)
 
   axis = axes[0, 0]
+  several = any("train/cross_entropy" in line for line in lines)  # terms of the loss
   axis.plot(*_curve(lines, "train/loss"), color=_INK, label="loss")
+  if several:
+    axis.plot(*_curve(lines, "train/cross_entropy"), ":", color=_INK, label="cross entropy")
   axis.plot(*_curve(lines, "train/ln_k"), color=_MUTED, linestyle="--", label="chance")
   axis.set(title="Loss", xlabel="step")
   axis.legend(frameon=False)

@@ -4,10 +4,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from protojax import config as configs
-from protojax import errors, prototypes
+from protojax import errors, losses, prototypes
 from protojax.methods import base
 from protojax.models import encoder as encoders
 from protojax.models import heads
@@ -74,7 +72,7 @@ def check_pairs(z: jax.Array) -> jax.Array:
   """
   if z.ndim != 3 or z.shape[0] < 2 or z.shape[1] != 2:
     raise ValueError(f"embeddings {z.shape} must be [B, 2, D] with 2 images or more")
-  return z.astype(jnp.promote_types(z.dtype, jnp.float32))
+  return losses.full(z)
 
 
 def two_views(config, objective: Callable) -> base.Method:
@@ -88,13 +86,12 @@ def two_views(config, objective: Callable) -> base.Method:
   Raises:
     UserError: if the config asks for them, or for a batch of one image.
   """
-  settings = configs.flat(config)
-  for key, only in (("method.prototypes", "none"), ("augment.num_local", 0), ("head.l2", False)):
-    if settings[key] != only:
-      raise errors.UserError(
-        f"{key}={settings[key]!r}: method.name={config.method.name!r} compares two global views "
-        f"by batch statistics, without prototypes; set --config.{key}={only}"
-      )
+  errors.require(
+    config,
+    {"method.prototypes": "none", "augment.num_local": 0, "head.l2": False},
+    f"method.name={config.method.name!r} compares two global views by batch statistics, without "
+    "prototypes",
+  )
   if config.batch_size < 2:
     raise errors.UserError("batch_size=1: statistics over the batch need 2 images or more")
   net = build(config)
@@ -187,7 +184,7 @@ def build_with_prototypes(config) -> PrototypeStudent:
     return {"prototypes": bank.align(variables.prototypes, net.project(variables, images))}
 
   def prototype_matrices(variables):
-    return {"prototypes": prototypes.unit(bank.rows(variables.prototypes))}
+    return {"prototypes": heads.l2_normalize(bank.rows(variables.prototypes))}
 
   return PrototypeStudent(
     bank.learned, init, embed, scores, update, net.features, codes, embeddings, prototype_matrices

@@ -74,7 +74,8 @@ def build(config, *, patches: bool = False, shared: bool = True) -> StudentTeach
   calm = config.copy_and_resolve_references()
   calm.model.drop_path = 0.0
   teacher_net = encoders.build(calm, mask_token=patches)
-  momentum = schedules.cosine(config.teacher.momentum, 1.0, config.num_steps)
+  # What the student adds: 1 - momentum, without the cancellation near 1.
+  pace = schedules.cosine(1.0 - config.teacher.momentum, 0.0, config.num_steps)
 
   def embed(net, params, batch_stats, views, **options):
     """({kind of token: [B, V, ..., D]}, features [B, V, F], batch_stats)"""
@@ -130,7 +131,7 @@ def build(config, *, patches: bool = False, shared: bool = True) -> StudentTeach
     return base.Variables(
       encoder=variables.encoder,
       prototypes=state,
-      teacher=optax.incremental_update(averaged, variables.teacher, 1.0 - momentum(step)),
+      teacher=optax.incremental_update(averaged, variables.teacher, pace(step)),
       carry={**variables.carry, "batch_stats": stats["batch_stats"]},
     )
 
@@ -157,7 +158,7 @@ def build(config, *, patches: bool = False, shared: bool = True) -> StudentTeach
 
   def prototype_matrices(variables):
     rows = bank.rows(prototypes_of(variables))
-    return {kind: prototypes.unit(rows[kind]) for kind in sets}
+    return {kind: heads.l2_normalize(rows[kind]) for kind in sets}
 
   return StudentTeacher(
     bank.learned, init, scores, update, features, codes, embeddings, prototype_matrices

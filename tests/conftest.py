@@ -17,6 +17,19 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 flags.FLAGS.mark_as_parsed()
 
 
+@pytest.fixture(scope="module")
+def compile_fast():
+  """For a module whose time goes into compiling: its programs, which then run for milliseconds.
+
+  Holds for the processes it starts, too.
+  """
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(autouse=True)
 def few_memory_maps():
   """Drops compiled programs before the process runs out of memory maps (65,530 in Linux).

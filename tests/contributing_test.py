@@ -12,6 +12,8 @@ import train_step_test
 from protojax import config as configs
 from protojax import errors, main, methods, train
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 

@@ -8,6 +8,7 @@ import scipy.special
 import tiny
 
 from protojax import errors, losses, methods, student_teacher, train_step
+from protojax.methods import base
 
 
 def _sin(rows, columns, a=0.7, b=1.3):
@@ -68,6 +69,57 @@ def test_koleo_of_random_prototypes_has_the_known_value():
   np.testing.assert_allclose(losses.koleo(rows), -0.219, atol=1.5e-3)
 
 
+def _crops(rows):
+  """[V 2, ...], crop after crop, as the published code lays it out -> [2, V, ...]."""
+  return jnp.asarray(rows.reshape(-1, 2, 5).swapaxes(0, 1), jnp.float32)
+
+
+def test_golden_losses_with_the_centre_of_the_step_before(monkeypatch):
+  n = np.arange(4)[:, None]
+  cosines = np.cos(0.4 * n + 0.9 * np.arange(5)[None, :])
+  scores = student_teacher.Scores(_crops(_sin(6, 5)), _crops(cosines), {}, None)
+  build = student_teacher.build
+  monkeypatch.setattr(student_teacher, "build", lambda config: build(config)._replace(
+    scores=lambda *args: scores, update=lambda variables, stats, step: variables,
+  ))  # fmt: skip
+  config = tiny.config("dino", method__num_prototypes=5, method__teacher_temp=0.04,
+                       method__teacher_temp_warmup_epochs=0)  # fmt: skip
+  method = methods.load("dino").make(config)
+  variables = base.Variables((), (), {}, {"center": jnp.zeros(5)})
+  inputs = {}, jax.random.key(0), jnp.int32(0)
+  value, out = method.loss({}, variables, *inputs)
+  np.testing.assert_allclose(value, 6.408802805645531, rtol=1e-6)
+  variables = method.update(variables, out.stats, jnp.int32(0))
+  np.testing.assert_allclose(
+    variables.carry["center"],
+    [0.07450313644566808, 0.006385454949996731, -0.06656461154794563, -0.0891399070945319,
+     -0.04425589809341827],
+    atol=1e-7,
+  )  # fmt: skip
+  value, out = method.loss({}, variables, *inputs)
+  np.testing.assert_allclose(value, 6.409653500540364, rtol=1e-6)
+
+
+def test_teacher_temperature_warms_up_by_epochs():
+  """Four steps an epoch; the targets change with it."""
+  warming = {"method__teacher_temp_start": 0.04, "method__teacher_temp": 0.08,
+             "method__teacher_temp_warmup_epochs": 3}  # fmt: skip
+  method = methods.load("dino").make(tiny.config("dino", "learned", **warming))
+  variables = jax.jit(method.init)(jax.random.key(0))
+  trained, frozen = train_step.split(variables, True)
+  views = jax.tree.map(
+    lambda s: jax.random.normal(jax.random.key(1), s.shape),
+    tiny.abstract_views(tiny.config("dino")),
+  )
+  loss = jax.jit(method.loss)
+  start, later = (
+    loss(trained, frozen, views, jax.random.key(2), jnp.int32(step))[1].metrics for step in (3, 4)
+  )
+  np.testing.assert_allclose(start["teacher_temp"], 0.04, rtol=1e-6)
+  np.testing.assert_allclose(later["teacher_temp"], 0.06, rtol=1e-6)
+  assert later["target_entropy"] > start["target_entropy"] + 0.01
+
+
 def _loss(config, g=None):
   """(value, LossOut, Scores, method, variables) of step 0 on random views."""
   method = methods.load("dino").make(config)
@@ -88,7 +140,7 @@ def _loss(config, g=None):
 
 def test_weighted_koleo_terms_join_the_cross_entropy():
   plain, out, scores, _, variables = _loss(tiny.config("dino", "learned"))
-  assert "ln_k" in out.metrics and "koleo" not in out.metrics
+  assert "cross_entropy" not in out.metrics and "koleo" not in out.metrics
   config = tiny.config("dino", "learned", method__koleo=0.3, method__koleo_proto=0.7)
   value, out, _, _, _ = _loss(config)
   features = np.asarray(scores.features, np.float64)
@@ -98,7 +150,8 @@ def test_weighted_koleo_terms_join_the_cross_entropy():
   np.testing.assert_allclose(value, plain + 0.3 * koleo + 0.7 * koleo_proto, rtol=1e-5)
   np.testing.assert_allclose(out.metrics["koleo_proto"], koleo_proto, rtol=1e-5)
   np.testing.assert_allclose(out.metrics["loss"], value)
-  assert "ln_k" not in out.metrics
+  np.testing.assert_allclose(out.metrics["cross_entropy"], plain, rtol=1e-5)
+  np.testing.assert_allclose(out.metrics["ln_k"], np.log(32), rtol=1e-6)
 
 
 def test_vmf_loss_and_centre_match_numpy():
@@ -157,7 +210,9 @@ def test_vmf_codes_carry_the_normaliser():
     ({"method__koleo_proto_rows": 33}, "koleo_proto_rows=33 must be 0"),
     ({"method__vmf": True}, "vmf=True changes nothing"),
     ({"method__vmf": True, "method__train_prototype_norm": True, "head__l2": False},
-     "head.l2=False: method.vmf=True needs"),
+     "head.l2=False, head.bottleneck=16: method.vmf=True needs"),
+    ({"method__teacher_temp": 0.0}, "method.teacher_temp=0.0 must be above 0"),
+    ({"method__sinkhorn_steps": 0}, "method.sinkhorn_steps=0 must be above 0"),
   ],
 )  # fmt: skip
 def test_settings_that_do_not_go_together_are_refused_in_one_line(changes, line):

@@ -9,8 +9,10 @@ import pytest
 import tiny
 from jax.sharding import PartitionSpec
 
-from protojax import errors, train, train_step
+from protojax import errors, losses, train, train_step
 from protojax.methods import gedi
+
+pytestmark = pytest.mark.usefixtures("compile_fast")
 
 _FULL = {
   "method__generative": True, "method__buffer_size": 55, "method__sgld_steps": 3,
@@ -41,6 +43,10 @@ def _loss(logits, weight_uniformity=0.5, weight_invariance=0.05, legacy=False):
   pairs = [(v, t) for v in range(logits.shape[1]) for t in range(2) if v != t]
   invariance = np.mean([_cross_entropy(logits, v, t) for v, t in pairs])
   return weight_uniformity * _uniformity(logits[:, :2]).mean() + weight_invariance * invariance
+
+
+def _pairs(logits):
+  return losses.mutual_cross_entropies(jax.nn.log_softmax(logits))
 
 
 def _numeric(function, x):
@@ -79,11 +85,11 @@ def test_terms_match_numpy_in_value_and_gradient():
     logits = jnp.asarray(x)
     np.testing.assert_allclose(gedi.uniformity(logits), _uniformity(x), rtol=1e-12)
     np.testing.assert_allclose(
-      gedi.cross_entropies(logits),
+      _pairs(logits),
       [[_cross_entropy(x, v, t) for t in range(2)] for v in range(3)], rtol=1e-12,
     )  # fmt: skip
     by_uniformity = np.asarray(jax.grad(lambda y: gedi.uniformity(y) @ weight_v)(logits))
-    by_pairs = np.asarray(jax.grad(lambda y: (gedi.cross_entropies(y) * weight_p).sum())(logits))
+    by_pairs = np.asarray(jax.grad(lambda y: (_pairs(y) * weight_p).sum())(logits))
   for got, expected in (
     (by_uniformity, _numeric(lambda y: _uniformity(y) @ weight_v, x)),
     (by_pairs, _numeric(
@@ -98,7 +104,7 @@ def test_terms_match_numpy_in_value_and_gradient():
 def test_uniform_assignments_cost_ln_k_and_in_the_released_form_k_ln_k():
   logits = jnp.zeros((2, 2, 2048))
   np.testing.assert_allclose(gedi.uniformity(logits), np.log(2048), rtol=1e-6)
-  np.testing.assert_allclose(gedi.cross_entropies(logits), np.log(2048), rtol=2e-5)
+  np.testing.assert_allclose(_pairs(logits), np.log(2048), rtol=2e-5)
   np.testing.assert_allclose(2048 * gedi.uniformity(logits)[0], 15_616, atol=1.0)
 
 
@@ -109,7 +115,7 @@ def test_saturated_logits_stay_finite_where_probabilities_underflow():
   np.testing.assert_allclose(value, 400.0 * 4 / 5, rtol=1e-6)
   assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0.1
   opposite = logits.at[:, 1].set(logits[:, 1, ::-1])
-  value, gradient = jax.value_and_grad(lambda x: gedi.cross_entropies(x)[0, 1])(opposite)
+  value, gradient = jax.value_and_grad(lambda x: _pairs(x)[0, 1])(opposite)
   np.testing.assert_allclose(value, 400.0, rtol=1e-6)
   assert np.isfinite(gradient).all()
 
@@ -158,6 +164,18 @@ def test_generative_gradient_is_the_difference_of_mean_energy_gradients():
   )
   assert np.linalg.norm(got - expected) < 1e-4 * np.linalg.norm(expected)
   assert np.linalg.norm(expected) > 1e-3
+
+
+def test_data_get_noise_and_the_term_its_weight():
+  """Same key, so the same chains."""
+  only = {"method__weight_uniformity": 0.0, "method__weight_invariance": 0.0}
+  loss_of = {}
+  for noise, weight in ((0.0, 1.0), (0.0, 2.0), (3.0, 1.0)):
+    changes = {"method__input_noise": noise, "method__weight_generative": weight}
+    _, _, variables, _, loss = _parts(**_FULL, **only, **changes)
+    loss_of[noise, weight] = float(loss(variables, jax.random.key(2))[0])
+  np.testing.assert_allclose(loss_of[0.0, 2.0], 2 * loss_of[0.0, 1.0], rtol=1e-6)
+  assert abs(loss_of[3.0, 1.0] - loss_of[0.0, 1.0]) > 1e-3
 
 
 def test_chains_climb_the_density_and_go_back_to_their_slot():

@@ -7,11 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 import tiny
 
-from protojax import errors, export, snapshot, student_teacher, train, train_step
+from protojax import errors, export, losses, snapshot, student_teacher, train, train_step
 from protojax.data import source
 from protojax.methods import ibot
+
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
+
+_MASKS = np.array([[1, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 0], [0, 0, 1, 0]], bool)
 
 
 def _sin(rows, columns, o=0.0):
@@ -30,7 +36,6 @@ def _views(crop_major):
 def _golden(config, monkeypatch):
   """The method of `config` over the golden scores and masks."""
   n = np.arange(80).reshape(4, 4, 5)
-  masks = np.array([[1, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 0], [0, 0, 1, 0]], bool)
   scores = student_teacher.Scores(
     student=_views(np.concatenate([_sin(4, 5), _sin(2, 5, 2.0)])), teacher=_views(_cos(4, 5)),
     stats={}, features=None, student_patches=_views(np.sin(0.3 * n)),
@@ -49,7 +54,7 @@ def _golden(config, monkeypatch):
     return pair._replace(scores=fake_scores, update=lambda variables, stats, step: variables)
 
   def fake_masks(*args):
-    return lambda key, batch, views: jnp.asarray(masks.reshape(2, 2, 4).swapaxes(0, 1))
+    return lambda key, batch, views: jnp.asarray(_MASKS.reshape(2, 2, 4).swapaxes(0, 1))
 
   monkeypatch.setattr(ibot.student_teacher, "build", fake_build)
   monkeypatch.setattr(ibot.masking, "make", fake_masks)
@@ -68,11 +73,18 @@ def test_golden_values_of_the_published_code(monkeypatch, weights):
   variables = ibot.base.Variables((), (), (), {"center": zeros})
   views = {"global": jnp.zeros((2, 2, 16, 16, 3))}
   value, out = method.loss({}, variables, views, jax.random.key(0), jnp.int32(0))
-  np.testing.assert_allclose(out.metrics["class_loss"], 3.1243953591595024, rtol=1e-6)
+  np.testing.assert_allclose(out.metrics["cross_entropy"], 3.1243953591595024, rtol=1e-6)
   np.testing.assert_allclose(out.metrics["patch_loss"], 3.1526651222030813, rtol=1e-6)
   expected = 3.1243953591595024 * weights[0] + 3.1526651222030813 * weights[1]
   np.testing.assert_allclose(value, expected, rtol=1e-6)
   np.testing.assert_allclose(out.metrics["masked"], 6 / 16)
+  np.testing.assert_allclose(out.metrics["ln_k"], np.log(5), rtol=1e-6)
+  # What no student can beat: the entropy of the hidden patches' targets, view by view.
+  p = scipy.special.softmax(np.cos(0.2 * np.arange(80).reshape(4, 4, 5)) / 0.07, axis=-1)
+  of_patch = -(p * np.log(p)).sum(axis=-1)
+  views_of_masks = [of_patch[v, _MASKS[v]].mean() if _MASKS[v].any() else 0.0 for v in range(4)]
+  floor = np.mean(views_of_masks)
+  np.testing.assert_allclose(out.metrics["patch_target_entropy"], floor, rtol=1e-5)
   assert seen["mask"].shape == (2, 2, 4)  # what the student is told
   center = method.update(variables, out.stats, jnp.int32(0)).carry["center"]
   np.testing.assert_allclose(
@@ -87,6 +99,34 @@ def test_golden_values_of_the_published_code(monkeypatch, weights):
      -0.04425589809341827],
     atol=1e-7,
   )  # fmt: skip
+
+
+def test_each_kind_of_token_has_its_centre_and_its_warm_up(monkeypatch):
+  c = tiny.config(
+    "ibot", method__num_prototypes=5, method__teacher_temp_start=0.04, method__teacher_temp=0.08,
+    method__patch_temp_start=0.05, method__patch_temp=0.09, method__teacher_temp_warmup_epochs=3,
+  )  # fmt: skip
+  method, _ = _golden(c, monkeypatch)
+  center = {"prototypes": np.linspace(0, 0.4, 5), "patch": np.linspace(0.3, -0.3, 5)}
+  given = {kind: jnp.asarray(x, jnp.float32) for kind, x in center.items()}
+  variables = ibot.base.Variables((), (), (), {"center": given})
+  views = {"global": jnp.zeros((2, 2, 16, 16, 3))}
+  # Four steps an epoch: this is the second of three.
+  _, out = method.loss({}, variables, views, jax.random.key(0), jnp.int32(5))
+  np.testing.assert_allclose(out.metrics["teacher_temp"], 0.06, rtol=1e-6)
+  np.testing.assert_allclose(out.metrics["patch_temp"], 0.07, rtol=1e-6)
+
+  def log_softmax(x):
+    return x - scipy.special.logsumexp(x, axis=-1, keepdims=True)
+
+  student = log_softmax(np.concatenate([_sin(4, 5), _sin(2, 5, 2.0)]) / 0.1).reshape(3, 2, 5)
+  q = scipy.special.softmax((_cos(4, 5) - center["prototypes"]) / 0.06, axis=-1).reshape(2, 2, 5)
+  pairs = [-(q[t] * student[v]).sum(-1).mean() for t in range(2) for v in range(3) if v != t]
+  np.testing.assert_allclose(out.metrics["cross_entropy"], np.mean(pairs), rtol=1e-5)
+  n = np.arange(80).reshape(4, 4, 5)
+  q = scipy.special.softmax((np.cos(0.2 * n) - center["patch"]) / 0.07, axis=-1)
+  expected = _reference(np.sin(0.3 * n)[None], q[None], _MASKS[None], 0.1)
+  np.testing.assert_allclose(out.metrics["patch_loss"], expected, rtol=1e-5)
 
 
 def _reference(student, q, mask, temperature):
@@ -111,7 +151,7 @@ def _example(seed=0):
 def test_patch_loss_and_its_gradient_match_numpy_in_float64():
   with jax.enable_x64(True):
     student, q, mask = _example()
-    loss = functools.partial(ibot.masked_patch_entropy, mask=jnp.asarray(mask), temperature=0.3)
+    loss = functools.partial(losses.masked_patch_entropy, mask=jnp.asarray(mask), temperature=0.3)
     both = jnp.asarray(student), jnp.asarray(q)
     value, gradients = jax.device_get(jax.value_and_grad(loss, argnums=(0, 1))(*both))
   np.testing.assert_allclose(value, _reference(student, q, mask, 0.3), rtol=1e-12)
@@ -134,7 +174,7 @@ def test_patch_loss_is_finite_where_nothing_is_hidden_and_where_scores_saturate(
   one_hot = jnp.eye(4)[np.argmin(q, axis=-1)]
   for hidden in (jnp.zeros_like(mask), jnp.asarray(mask)):
     value, gradient = jax.value_and_grad(
-      lambda s, h=hidden: ibot.masked_patch_entropy(s, one_hot, h, temperature=0.1)
+      lambda s, h=hidden: losses.masked_patch_entropy(s, one_hot, h, temperature=0.1)
     )(student)
     assert value.dtype == jnp.float32 and np.isfinite(value)
     assert np.isfinite(gradient.astype(jnp.float32)).all()
@@ -145,7 +185,7 @@ def test_shapes_that_do_not_fit_are_refused():
   s, q, mask = _example()
   for wrong in ((s[:, :1], q, mask), (s, q[..., :3], mask), (s, q, mask[..., :2])):
     with pytest.raises(ValueError, match="student, teacher and mask"):
-      ibot.masked_patch_entropy(*map(jnp.asarray, wrong), temperature=0.1)
+      losses.masked_patch_entropy(*map(jnp.asarray, wrong), temperature=0.1)
 
 
 @functools.cache

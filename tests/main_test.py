@@ -13,6 +13,8 @@ from PIL import Image
 from protojax import config as configs
 from protojax import errors, main, train
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 ROOT = pathlib.Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "configs" / "quickstart.py:debug")
 

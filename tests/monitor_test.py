@@ -52,7 +52,10 @@ def test_a_run_that_is_well_is_ok():
       {"train/loss": 0.01, "train/target_entropy": 0.005, "collapse/perplexity": 1.01},
       "one-hot collapse", ("same prototype", "method.teacher_temp"),
     ),
-    ({"collapse/feature_std": 0.004}, "representation collapse", ("std 0.004",)),
+    (
+      {"collapse/feature_std": 0.004}, "representation collapse",
+      ("std 0.004", "teacher.momentum"),
+    ),
     ({"collapse/perplexity": 2.5}, "cluster collapse", ("2.5 of 4096", "sinkhorn")),
     ({"collapse/used_sample": 2 / 4096}, "cluster collapse", ("2.0 of 4096",)),
     ({"collapse/rankme": 1.4, "collapse/feature_std": 0.1}, "dimensional collapse", ("1.4",)),
@@ -71,6 +74,14 @@ def test_every_collapse_has_its_name_and_advice(changes, label, words):
     assert word in verdict.sentence
 
 
+def test_advice_fits_what_the_run_has():
+  """No momentum where no teacher is measured, no mixture for a dictionary that never moves."""
+  alone = judge({"collapse/feature_std": 0.004, "collapse/teacher_distance": None})
+  assert "teacher" not in alone.sentence and "raise batch_size" in alone.sentence
+  codes = judge({"collapse/unique_0.025": 0.37}, prototypes="dictionary")
+  assert codes.sentence.endswith("raise head.bottleneck or lower method.num_prototypes")
+
+
 @pytest.mark.parametrize(
   "changes",
   [
@@ -84,6 +95,13 @@ def test_every_collapse_has_its_name_and_advice(changes, label, words):
 )
 def test_healthy_oddities_are_ok(changes):
   assert judge(changes).label == "ok"
+
+
+def test_of_several_terms_the_cross_entropy_is_compared_with_chance():
+  """KoLeo or a patch loss beside it moves the loss, not the collapse."""
+  flat = {"train/loss": LN_K + 1.5, "train/cross_entropy": LN_K, "train/target_entropy": LN_K}
+  assert judge(flat).label == "uniform collapse"
+  assert judge({**flat, "train/loss": LN_K, "train/cross_entropy": 7.0}).label == "ok"
 
 
 def test_a_loss_says_nothing_where_a_method_names_no_ln_k():

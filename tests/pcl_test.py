@@ -177,6 +177,9 @@ def test_sets_are_named_for_the_monitor(started):
     ({"method__queue_size": 40}, "method.queue_size=40"),
     ({"method__num_prototypes": 64}, "64\\] clusters of 64 images"),
     ({"method__coarse_clusters": (1,)}, "1, 32\\] clusters of 64 images"),
+    ({"method__coarse_clusters": (8, 8)}, "8, 8, 32\\] clusters of 64 images: choose different"),
+    ({"method__kmeans_restarts": 0}, "method.kmeans_restarts=0 must be above 0"),
+    ({"head__l2": False}, "head.l2=False: pcl compares the directions"),
   ],
 )
 def test_settings_that_do_not_fit_are_refused_in_one_line(changes, line):

@@ -105,8 +105,3 @@ def test_options_out_of_range_are_one_line(changes, words):
   with pytest.raises(errors.UserError, match=words) as caught:
     _set("mixture", **changes)
   assert "\n" not in str(caught.value)
-
-
-def test_unit_leaves_a_zero_row_at_zero():
-  rows = prototypes.unit(np.array([[3.0, 4.0], [0.0, 0.0]], np.float32))
-  np.testing.assert_allclose(rows, [[0.6, 0.8], [0.0, 0.0]], atol=1e-7)

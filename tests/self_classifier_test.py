@@ -126,13 +126,21 @@ def test_several_classifiers_cost_the_mean_of_each_alone():
   trained = {"encoder": variables.encoder, "prototypes": variables.prototypes}
   frozen = variables.replace(encoder=(), prototypes=())
   key, step = jax.random.key(2), jnp.int32(0)
-  value, out = jax.jit(method.loss)(trained, frozen, views, key, step)
+  grad_fn = jax.jit(jax.value_and_grad(method.loss, has_aux=True))
+  (value, out), grads = grad_fn(trained, frozen, views, key, step)
 
   z = np.asarray(jax.jit(student.build(c).embed)(trained, frozen, views, key)[0], np.float64)
-  rows = np.asarray(variables.prototypes["v"], np.float64)
-  rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-  parts = [_reference(z @ part.T, 0.1, 0.05) for part in np.split(rows, [32, 40])]
-  np.testing.assert_allclose(value, np.mean(parts), rtol=1e-5)
+
+  def of_rows(v):
+    rows = v / np.linalg.norm(v, axis=1, keepdims=True)
+    return np.mean([_reference(z @ part.T, 0.1, 0.05) for part in np.split(rows, [32, 40])])
+
+  v = np.asarray(variables.prototypes["v"], np.float64)
+  np.testing.assert_allclose(value, of_rows(v), rtol=1e-5)
+  # Targets pass a gradient, too: differences along a random direction move both.
+  way = _random(6, *v.shape)
+  slope = (of_rows(v + 1e-5 * way) - of_rows(v - 1e-5 * way)) / 2e-5
+  np.testing.assert_allclose(np.sum(way * grads["prototypes"]["v"]), slope, rtol=1e-3)
   np.testing.assert_allclose(out.metrics["ln_k"], np.log([32, 8, 4]).mean(), rtol=1e-6)
 
   names = ["prototypes", "prototypes_2", "prototypes_3"]

@@ -14,6 +14,8 @@ import tiny
 
 from protojax import checkpoint, sharding, train, train_step
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 
 class Row(NamedTuple):
   """A method to test.
@@ -105,14 +107,6 @@ every_method = pytest.mark.parametrize(
   [pytest.param(r, marks=pytest.mark.xdist_group(f"row{i}")) for i, r in enumerate(METHODS)],
   ids=[f"{r.name}-{r.prototypes}" for r in METHODS],
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compile_fast():
-  """Nearly all of the time goes into compiling; the programs themselves run for milliseconds."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.cache
@@ -266,7 +260,7 @@ def test_loss_falls_on_real_images_whose_features_stay_apart(row):
   assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.01
   images = program.evaluation(tiny.digits(config, 0))
   features = np.asarray(program.method.features(train_step.variables_of(state), images))
-  features /= np.linalg.norm(features, axis=1, keepdims=True)
+  features = features / np.linalg.norm(features, axis=1, keepdims=True)
   cosine = (features @ features.T)[np.triu_indices(len(features), 1)]
   assert cosine.mean() < 0.999
 

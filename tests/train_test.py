@@ -19,7 +19,10 @@ import tiny
 
 from protojax import checkpoint, errors, export, main, runlog, train, workdir
 
-pytestmark = pytest.mark.xdist_group("train")  # one worker: they share the run `whole`
+pytestmark = [
+  pytest.mark.xdist_group("train"),  # one worker: they share the run `whole`
+  pytest.mark.usefixtures("compile_fast"),
+]
 
 ROOT = pathlib.Path(__file__).parents[1]
 # The same little run for the library and for the program: 6 steps on digits.
@@ -60,7 +63,7 @@ def _final(folder, config):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(tmp_path_factory, compile_fast):
   folder = tmp_path_factory.mktemp("whole") / "run"
   train.run(_config(), str(folder))
   return folder

@@ -5,9 +5,9 @@ matrix of the views is pulled to the identity. No teacher, no prototypes, no loc
 is the published one with layers=3, norm="batch", activation="relu", bias=False, init="uniform" and
 l2=False.
 
-`method.scale` multiplies the loss. Under LARS that only changes the steps of biases and norms: the
-published ImageNet code now gives those a learning rate of their own, .024 of the weights', as a
-scale of .024 did before. The loss is at least 0.
+`method.scale` multiplies the loss. Under LARS that changes the steps of biases and norms, and
+divides the weight decay: the published ImageNet code now gives biases and norms a learning rate of
+their own, .024 of the weights', as a scale of .024 did before. The loss is at least 0.
 """
 
 import jax

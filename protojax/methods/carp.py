@@ -7,8 +7,9 @@ between the joint baseline (learned), decoupled prototypes (mixture, arXiv 2510.
 control (frozen). The published code moves the teacher before the optimizer step; here every
 teacher moves after it.
 
-With blocks of n prototypes the loss is at least ln(n / batch_size), or 0 for a batch of n or more;
-it is ln n if every prototype is as likely, and if all images have the same one.
+The loss is at least 0. In blocks of n prototypes it is ln n if every one is as likely, and if all
+images have the same one; certain assignments, as different as possible and the same in all views,
+have ln(n / batch_size) or 0, whichever is more.
 """
 
 import math

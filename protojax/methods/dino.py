@@ -10,7 +10,8 @@ prototypes (arXiv 2410.14060, whose weight we do not know). `vmf` reads prototyp
 mixture of von Mises-Fisher distributions (arXiv 2405.10939; the moving average of its centre is our
 reading).
 
-The loss is at least the entropy of the targets, logged as `target_entropy`.
+The cross entropy is at least the entropy of the targets, logged as `target_entropy`; KoLeo's terms
+may be negative.
 """
 
 import math
@@ -54,10 +55,14 @@ def _check(options, head) -> None:
       "method.vmf=True changes nothing for prototypes of norm 1: set method.prototypes=learned and "
       "method.train_prototype_norm=True"
     )
-  if options.vmf and not head.l2:
+  if options.vmf and (head.bottleneck < 4 or not head.l2):
     raise errors.UserError(
-      "head.l2=False: method.vmf=True needs directions; set --config.head.l2=True"
+      f"head.l2={head.l2}, head.bottleneck={head.bottleneck}: method.vmf=True needs directions in "
+      "4 dimensions or more"
     )
+  errors.require_positive(
+    options, "student_temp", "teacher_temp_start", "teacher_temp", "sinkhorn_steps"
+  )
 
 
 def make(config) -> base.Method:
@@ -117,10 +122,10 @@ def make(config) -> base.Method:
       "kl": cross_entropy - entropy,
       "mean_entropy": losses.entropy(q.mean(axis=(0, 1))),
       "teacher_temp": temperature,
-      **terms,
+      "ln_k": jnp.float32(math.log(options.num_prototypes)),  # of a student that says nothing
     }
-    if not terms:  # of a student that says nothing
-      metrics["ln_k"] = jnp.float32(math.log(options.num_prototypes))
+    if terms:
+      metrics |= {"cross_entropy": cross_entropy, **terms}
     to_center = vmf.log_mean_assignment(teacher / temperature) if options.vmf else teacher
     return value, base.LossOut(metrics, {**scores.stats, "to_center": to_center})
 
@@ -136,12 +141,7 @@ def make(config) -> base.Method:
     return {k: of_mixture(v, state, options.teacher_temp) for k, v in scores.items()}
 
   return base.Method(
-    learns_prototypes=pair.learns_prototypes,
-    init=init,
-    loss=loss,
-    update=update,
-    features=pair.features,
-    codes=codes,
-    embeddings=pair.embeddings,
+    learns_prototypes=pair.learns_prototypes, init=init, loss=loss, update=update,
+    features=pair.features, codes=codes, embeddings=pair.embeddings,
     prototype_matrices=pair.prototype_matrices,
-  )
+  )  # fmt: skip

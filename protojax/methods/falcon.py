@@ -27,7 +27,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from protojax import dictionary, errors, student
+from protojax import dictionary, errors, losses, student
 from protojax.methods import base
 from protojax.models import heads
 
@@ -50,11 +50,10 @@ def make(config) -> base.Method:
   """
   options, dim = config.method, config.head.bottleneck
   num, size = options.num_prototypes, options.chunk_size
-  if options.prototypes != "dictionary":
-    raise errors.UserError(
-      f"method.prototypes={options.prototypes!r}: the codes of falcon are never learned; set "
-      "--config.method.prototypes=dictionary"
-    )
+  errors.require(
+    config, {"method.prototypes": "dictionary"}, "the codes of falcon are never learned"
+  )
+  errors.require(config, {"head.l2": False}, "method.assign normalises")
   for name, choices in (("assign", ("l2", "tanh")), ("prior", ("reverse", "forward"))):
     if options[name] not in choices:
       raise errors.UserError(
@@ -75,8 +74,6 @@ def make(config) -> base.Method:
       f"method.chunk_size={size} does not cut method.num_prototypes={num} into equal chunks: "
       "choose a divisor, or 0 for no chunks"
     )
-  if config.head.l2:
-    raise errors.UserError("head.l2=True: method.assign normalises; set --config.head.l2=False")
   scale = dictionary.inverse_temperature(num, options.eps)
   if options.assign == "tanh":
     scale *= math.sqrt(options.tau_batch)
@@ -95,8 +92,7 @@ def make(config) -> base.Method:
     z, batch_stats = net.embed(trained, frozen, views, key)
     codes = frozen.prototypes["dictionary"]
     out = dictionary.compare(codes, place(z), scale=scale, chunk_size=size)
-    other = 1.0 - jnp.eye(*out.cross_entropy.shape)
-    consistency = jnp.sum(out.cross_entropy * other) / jnp.sum(other)
+    consistency = losses.mean_over_other_views(out.cross_entropy)
     mean_entropy = out.mean_entropy.mean()
     reverse = options.prior == "reverse"
     prior = math.log(num) - mean_entropy if reverse else out.uniform.mean()

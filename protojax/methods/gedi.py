@@ -14,14 +14,14 @@ over clusters, of the first view alone and in one direction: `method.legacy` res
 layer is plainly linear; here it is prototypes over the head's output, unit rows if learned without
 `method.train_prototype_norm`. They may also be a mixture, fed by the student's features, or frozen.
 The full form's code could not be read: equations from its objective, sampler's constants from JEM.
+Chains start in [-1, 1), so it wants augment.mean=augment.std=(.5, .5, .5).
+
 Without the generative term the loss is more than weight_uniformity ln K; with it there is no bound.
 """
 
 import functools
-import math
 
 import jax
-import jax.numpy as jnp
 
 from protojax import errors, langevin, losses, student
 from protojax.methods import base
@@ -44,26 +44,8 @@ OPTIONS = {
 
 
 def uniformity(logits: jax.Array) -> jax.Array:
-  """-mean_k ln p-bar_k of each view: float32 logits [B, V, K] -> [V], at least ln K.
-
-  The logarithm of the mean is a logsumexp over the batch: a mean of probabilities underflows.
-  """
-  log_mean = jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=0) - math.log(logits.shape[0])
-  return -log_mean.mean(axis=-1)
-
-
-def cross_entropies(logits: jax.Array) -> jax.Array:
-  """-sum_k p^t_k ln p^v_k, mean over images, for all views v and global views t.
-
-  Args:
-    logits: [B, V, K] float32; views 0 and 1 are the global ones.
-
-  Returns:
-    [V, 2] float32, with gradient through both sides.
-  """
-  log_p = jax.nn.log_softmax(logits)
-  p = jnp.exp(log_p[:, :2])
-  return -jnp.einsum("bvk,btk->bvt", log_p, p, precision="highest").mean(axis=0)
+  """-mean_k ln p-bar_k of each view: float32 logits [B, V, K] -> [V], at least ln K."""
+  return -losses.log_batch_mean(jax.nn.log_softmax(logits)).mean(axis=-1)
 
 
 def make(config) -> base.Method:
@@ -74,8 +56,7 @@ def make(config) -> base.Method:
   """
   options = config.method
   slots = options.buffer_size // config.batch_size
-  if options.temperature <= 0.0:
-    raise errors.UserError(f"method.temperature={options.temperature} must be above 0")
+  errors.require_positive(options, "temperature")
   if options.generative and (slots < 1 or options.sgld_steps < 1):
     raise errors.UserError(
       f"method.buffer_size={options.buffer_size}, method.sgld_steps={options.sgld_steps}: set the "
@@ -114,7 +95,8 @@ def make(config) -> base.Method:
     net_key, sample_key = jax.random.split(key)
     z, state, stats = net.embed(trained, frozen, views, net_key)
     logits = net.scores(state, z) / options.temperature
-    even, pairs = uniformity(logits[:, :2]), cross_entropies(logits)
+    even = uniformity(logits[:, :2])
+    pairs = losses.mutual_cross_entropies(jax.nn.log_softmax(logits))
     if options.legacy:
       even, invariant = options.num_prototypes * even[0], pairs[0, 1]
     else:

@@ -12,13 +12,16 @@ share one on both sides, `shared_head=True`. Class targets warm up to .07, as in
 the code's default is `teacher_temp=.04`. `targets="sinkhorn"` is not in it, and balances all
 patches, where DINOv2 (arXiv 2304.07193) balances the hidden ones.
 
-Each loss is at least its targets' entropy, that of patches times the share of views with a mask.
+Each loss is at least its targets' entropy, logged beside it; that of patches, like their loss, is a
+mean over hidden ones in which a view without a mask counts as 0.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
 
-from protojax import assignment, losses, schedules, student_teacher
+from protojax import assignment, errors, losses, schedules, student_teacher
 from protojax.data import masking
 from protojax.methods import base
 from protojax.models import vit
@@ -43,34 +46,6 @@ OPTIONS = {
 }
 
 
-def masked_patch_entropy(
-  student_logits: jax.Array, teacher_probs: jax.Array, mask: jax.Array, *, temperature: float
-) -> jax.Array:
-  """Cross entropy of hidden patches against the targets of the same crop (arXiv 2111.07832).
-
-  Args:
-    student_logits: [B, V, T, K] scores, any float dtype.
-    teacher_probs: [B, V, T, K] targets, rows sum to one; no gradient.
-    mask: bool [B, V, T], True where the student did not see the patch.
-    temperature: the student's.
-
-  Returns:
-    [] float32, the mean over a view's hidden patches, then over views; one without any counts as 0.
-
-  Raises:
-    ValueError: if the shapes do not fit.
-  """
-  shapes = student_logits.shape, teacher_probs.shape, mask.shape
-  if shapes[0] != shapes[1] or shapes[0][:3] != shapes[2]:
-    raise ValueError(f"student, teacher and mask of {shapes} do not fit together")
-  full = jnp.promote_types(student_logits.dtype, jnp.float32)
-  log_p = jax.nn.log_softmax(student_logits.astype(full) / temperature)
-  targets = jax.lax.stop_gradient(teacher_probs).astype(full)
-  hidden = mask.astype(full)
-  entropy = -jnp.sum(targets * log_p, axis=-1)
-  return jnp.mean(jnp.sum(hidden * entropy, axis=-1) / jnp.maximum(jnp.sum(hidden, axis=-1), 1.0))
-
-
 def make(config) -> base.Method:
   """iBOT from `config.method`: OPTIONS and `num_prototypes`.
 
@@ -78,6 +53,10 @@ def make(config) -> base.Method:
     UserError: for unknown options, an encoder without patch tokens or one with batch norm.
   """
   options, size = config.method, config.augment.global_size
+  errors.require_positive(
+    options, "student_temp", "teacher_temp_start", "teacher_temp", "patch_temp_start",
+    "patch_temp", "sinkhorn_steps",
+  )  # fmt: skip
   grid = vit.grid_size(size, size, config.model.patch_size)
   mask_of = masking.make(options.mask_ratios, options.mask_spreads, options.mask_shape, grid)
   pair = student_teacher.build(config, patches=True, shared=options.shared_head)
@@ -113,16 +92,18 @@ def make(config) -> base.Method:
     }  # fmt: skip
     temp = options.student_temp
     by_class = losses.cross_view_entropy(scores.student, q["prototypes"], temperature=temp)
-    by_patch = masked_patch_entropy(scores.student_patches, q["patch"], mask, temperature=temp)
+    by_patch = losses.masked_patch_entropy(
+      scores.student_patches, q["patch"], mask, temperature=temp
+    )
     value = options.class_weight * by_class + options.patch_weight * by_patch
-    # No "ln_k": views without a mask have no patch loss, so uniform predictions have no fixed cost.
     metrics = {
       "loss": value,
-      "class_loss": by_class,
+      "cross_entropy": by_class,
+      "ln_k": jnp.float32(math.log(options.num_prototypes)),  # of class tokens that say nothing
       "patch_loss": by_patch,
       "masked": mask.mean(dtype=jnp.float32),
       "target_entropy": losses.entropy(q["prototypes"]).mean(),
-      "patch_target_entropy": losses.entropy(q["patch"]).mean(),
+      "patch_target_entropy": losses.masked_mean(losses.entropy(q["patch"]), mask),
       "mean_entropy": losses.entropy(q["prototypes"].mean(axis=(0, 1))),
       "patch_mean_entropy": losses.entropy(q["patch"].mean(axis=(0, 1, 2))),
       "teacher_temp": temps["prototypes"](step),

@@ -34,22 +34,19 @@ OPTIONS = {
 
 def _check(config, sizes) -> None:
   options, images = config.method, config.data.num_records
-  if options.prototypes != "kmeans":
-    raise errors.UserError(
-      f"method.prototypes={options.prototypes!r}: pcl finds its own, set it to kmeans"
-    )
-  if config.augment.num_local:
-    raise errors.UserError(
-      f"augment.num_local={config.augment.num_local}: pcl compares two global views, set it to 0"
-    )
+  errors.require(
+    config, {"method.prototypes": "kmeans", "augment.num_local": 0, "head.l2": True},
+    "pcl compares the directions of two global views and finds its own prototypes",
+  )  # fmt: skip
+  errors.require_positive(options, "temperature", "kmeans_steps", "kmeans_restarts")
   if options.queue_size < 1 or options.queue_size % config.batch_size:
     raise errors.UserError(
       f"method.queue_size={options.queue_size} must be a multiple of batch_size={config.batch_size}"
     )
-  if not 2 <= min(sizes) <= max(sizes) < images:
+  if not 2 <= min(sizes) <= max(sizes) < images or len(set(sizes)) < len(sizes):
     raise errors.UserError(
-      f"{sizes} clusters of {images} images: choose 2 or more and fewer than images for "
-      "method.num_prototypes and method.coarse_clusters"
+      f"{sizes} clusters of {images} images: choose different numbers, 2 or more and fewer than "
+      "images, for method.num_prototypes and method.coarse_clusters"
     )
 
 
@@ -60,9 +57,9 @@ def make(config) -> base.Method:
     UserError: for other prototypes, local views, a queue of odd length or too many clusters.
   """
   options, dim, accum_steps = config.method, config.head.bottleneck, config.accum_steps
+  _check(config, sorted((*options.coarse_clusters, options.num_prototypes)))
   sizes = {f"clusters{k}": k for k in options.coarse_clusters}
   sizes["prototypes"] = options.num_prototypes
-  _check(config, sorted(sizes.values()))
   start = options.warmup_epochs * config.steps_per_epoch
   effort = {"num_steps": options.kmeans_steps, "num_restarts": options.kmeans_restarts}
   student_net = encoders.build(config)
@@ -105,7 +102,8 @@ def make(config) -> base.Method:
     clusters = frozen.carry["clusters"][:, views["index"]]  # [sets, B]
     sets = zip((frozen.prototypes[name] for name in sizes), clusters, strict=True)
     proto = sum(losses.proto_nce(q, **p, clusters=c) for p, c in sets) / len(sizes)
-    value = info + jnp.where(step >= start, proto, 0.0)
+    proto = jnp.where(step >= start, proto, 0.0)  # until then the clusters are stand-ins
+    value = info + proto
     metrics = {"loss": value, "info_nce": info, "proto_nce": proto}
     stats = {"batch_stats": {"student": student_stats, "teacher": teacher_stats}, "keys": k}
     return value, base.LossOut(metrics, stats)

@@ -41,7 +41,7 @@ def targets(scores: jax.Array, temperature: float) -> jax.Array:
   Returns:
     [B, V, K] float32, rows sum to one; with a gradient.
   """
-  logits = scores.astype(jnp.promote_types(scores.dtype, jnp.float32)) / temperature
+  logits = losses.full(scores) / temperature
   return jax.nn.softmax(jax.nn.log_softmax(logits, axis=0), axis=-1)
 
 
@@ -55,25 +55,24 @@ def log_predictions(scores: jax.Array, temperature: float) -> jax.Array:
   Returns:
     [B, V, K] float32, ln(B / K p + 1e-12) where p is the softmax over its column's sum.
   """
-  logits = scores.astype(jnp.promote_types(scores.dtype, jnp.float32)) / temperature
+  logits = losses.full(scores) / temperature
   log_p = jax.nn.log_softmax(jax.nn.log_softmax(logits, axis=-1), axis=0)
   batch, _, num_classes = scores.shape
   return jnp.logaddexp(log_p + math.log(batch / num_classes), math.log(1e-12))
 
 
-def cross_entropy(q: jax.Array, log_p: jax.Array, num_global: int = 2) -> jax.Array:
+def cross_entropy(q: jax.Array, log_p: jax.Array) -> jax.Array:
   """Mean cross entropy over all ordered pairs of different views but those of two local ones.
 
   Args:
-    q: [B, V, K] targets, with a gradient.
+    q: [B, V, K] targets, with a gradient; views 0 and 1 are the global ones.
     log_p: [B, V, K] log predictions.
-    num_global: the first views, which are global.
 
   Raises:
     ValueError: if there is no such pair.
   """
   num_views = q.shape[1]
-  local = np.arange(num_views) >= num_global
+  local = np.arange(num_views) >= 2
   pairs = ~np.eye(num_views, dtype=bool) & ~(local[:, None] & local[None, :])
   if not pairs.any():
     raise ValueError(f"targets {q.shape} need 2 views, one of them global")
@@ -94,9 +93,7 @@ def make(config) -> base.Method:
       f"method.num_prototypes={sizes[0]} with method.more_classifiers={sizes[1:]}: give each 2 "
       "classes or more, and set method.more_classifiers=() unless method.prototypes=learned"
     )
-  for name in ("row_temp", "column_temp"):
-    if options[name] <= 0.0:
-      raise errors.UserError(f"method.{name}={options[name]} must be above 0")
+  errors.require_positive(options, "row_temp", "column_temp")
   whole = config.copy_and_resolve_references()
   whole.method.num_prototypes = sum(sizes)
   net = student.build_with_prototypes(whole)

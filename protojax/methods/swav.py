@@ -55,12 +55,7 @@ def make(config) -> base.Method:
     UserError: for options out of range.
   """
   options = config.method
-  if options.epsilon <= 0.0 or options.temperature <= 0.0 or options.sinkhorn_steps < 1:
-    raise errors.UserError(
-      f"method.epsilon={options.epsilon}, method.temperature={options.temperature}, "
-      f"method.sinkhorn_steps={options.sinkhorn_steps}: set the first two above 0, the last to 1 "
-      "or more"
-    )
+  errors.require_positive(options, "epsilon", "temperature", "sinkhorn_steps")
   if options.queue_length < 0 or 0 < options.queue_length < config.batch_size:
     raise errors.UserError(
       f"method.queue_length={options.queue_length} does not hold a batch of {config.batch_size}: "
