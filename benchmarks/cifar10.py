@@ -37,6 +37,7 @@ METHODS = {
   "koleo-proto": "configs/koleo_proto_cifar10.py",
   "ibot": "configs/ibot_cifar10.py",
   "ibot mixture": "configs/ibot_cifar10.py:gmm",
+  "msn": "configs/msn_cifar10.py",
   "carp joint": "configs/carp_cifar10.py",
   "swav": "configs/swav_cifar10.py",
   "swav mixture": "configs/swav_cifar10.py:gmm",
@@ -106,7 +107,7 @@ def least_loss(measures: dict, config) -> float | None:
   match method.name:
     case "dino":
       return None if method.koleo or method.koleo_proto else entropy
-    case "swav":
+    case "swav" | "msn":
       return entropy
     case "ibot":
       patches = measures["train/patch_target_entropy"]

@@ -7,8 +7,8 @@ Prototypes are learned or, in mode "gmm", decoupled.
   python -m protojax.main --config=configs/carp_cifar10.py:gmm --workdir=runs/carp_gmm_cifar10 \
     --config.data.data_dir=$PROTOJAX_DATA_DIR
 
-Cost: 2,000 steps, 18 minutes on two CPU cores that did other work too (293 img/s). CIFAR-10 (JPEG
-copy), seed 0, commit cdca7fe: used 95.0 %, unique 100 / 100 / 100 / 100 / 96.3 % at .025 / .05 /
+Cost: 2,000 steps, 13 minutes on two CPU cores that did other work too (394 img/s). CIFAR-10 (JPEG
+copy), seed 0, commit 44e5ee4: used 95.0 %, unique 100 / 100 / 100 / 100 / 96.3 % at .025 / .05 /
 .1 / .25 / .5, k-NN 41.0 %, linear 43.8 %. Mode "gmm": used 83.8 %, unique 100 / 100 / 100 / 100 /
 93.7 %, k-NN 40.8 %, linear 44.5 %.
 """

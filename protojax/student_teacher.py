@@ -1,4 +1,4 @@
-"""What dino, carp and ibot share: a student, its moving-average teacher and their prototypes."""
+"""What methods with a teacher share: a student, its moving average and their prototypes."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ class Scores(NamedTuple):
 
   Attributes:
     student: [B, V, K], with a gradient; views 0 and 1 are the global ones.
-    teacher: [B, 2, K], without.
+    teacher: [B, 2, K], or one for every view "target", without.
     stats: what `StudentTeacher.update` needs.
     features: [B, V, F] of the student's backbone, with a gradient.
     student_patches: [B, 2, T, K] of the patch tokens of the global views; None unless asked for.
@@ -48,17 +48,20 @@ class StudentTeacher(NamedTuple):
   prototype_matrices: Callable
 
 
-def build(config, *, patches: bool = False, shared: bool = True) -> StudentTeacher:
+def build(
+  config, *, patches: bool = False, shared: bool = True, average: bool = True
+) -> StudentTeacher:
   """Student and teacher over one prototype set, or two.
 
-  The teacher averages the student's encoder, and its prototypes when those are learned. A mixture
-  or frozen set is one array that serves both. The teacher runs without drop path, and its batch
-  norm, where it has one, on batch statistics of its own.
+  The teacher averages the student's encoder, and its prototypes when those are learned, unless
+  `average` is off. A mixture or frozen set is one array that serves both. The teacher runs without
+  drop path, and its batch norm, where it has one, on batch statistics of its own.
 
   With `patches` the patch tokens of the global views are scored too, by the prototypes of the class
   tokens (`shared`) or by a set "patch" of their own, see `prototypes.several`; an image is coded in
-  that set by the mean of its patches' embeddings. The student's views may hold "mask", see
-  `encoder.embed`; the teacher sees every patch.
+  that set by the mean of its patches' embeddings. The student's views may hold "mask" and "keep",
+  see `encoder.embed`. The teacher sees all patches of the global views, or of the views "target"
+  [B, T, S, S, 3] if there are any.
 
   `scores(trained, frozen, views, key) -> Scores`. With `method.em_order = "before_loss"` (the order
   of arXiv 2510.20108) the mixture moves there and the moved one is used; with "after_step" it moves
@@ -70,6 +73,7 @@ def build(config, *, patches: bool = False, shared: bool = True) -> StudentTeach
   kinds = ("prototypes", "patch") if patches else ("prototypes",)  # of tokens
   sets = kinds[:1] if shared else kinds
   bank = prototypes.several(prototypes.build(config), kinds, shared=shared)
+  averaged = bank.learned and average  # the prototypes
   student_net = encoders.build(config, mask_token=patches)
   calm = config.copy_and_resolve_references()
   calm.model.drop_path = 0.0
@@ -90,18 +94,20 @@ def build(config, *, patches: bool = False, shared: bool = True) -> StudentTeach
     encoder_key, prototype_key = jax.random.split(key)
     params, batch_stats = encoders.init(student_net, encoder_key, config.augment.global_size)
     state = bank.init(prototype_key)
-    averaged = {"encoder": params, "prototypes": state} if bank.learned else {"encoder": params}
+    followed = {"encoder": params, "prototypes": state} if averaged else {"encoder": params}
     return base.Variables(
       encoder=params,
       prototypes=state,
       # Copies: a teacher that shares the student's buffers never lags behind it.
-      teacher=jax.tree.map(jnp.copy, averaged),
+      teacher=jax.tree.map(jnp.copy, followed),
       carry={
         "batch_stats": {"student": batch_stats, "teacher": jax.tree.map(jnp.copy, batch_stats)}
       },
     )
 
   def scores(trained, frozen, views, key):
+    views = dict(views)
+    target = views.pop("target", views["global"])
     batch_stats = frozen.carry["batch_stats"]
     z_student, features, student_stats = embed(
       student_net, trained["encoder"], batch_stats["student"], views,
@@ -109,11 +115,11 @@ def build(config, *, patches: bool = False, shared: bool = True) -> StudentTeach
     )  # fmt: skip
     z_teacher, _, teacher_stats = embed(
       teacher_net, frozen.teacher["encoder"], batch_stats["teacher"],
-      {"global": views["global"]}, train=True, accum_steps=config.accum_steps,
+      {"global": target}, train=True, accum_steps=config.accum_steps,
     )  # fmt: skip
     z_teacher = jax.lax.stop_gradient(z_teacher)
     state, moved = prototypes.in_loss(bank, trained, frozen, z_teacher)
-    teacher_state = frozen.teacher["prototypes"] if bank.learned else state
+    teacher_state = frozen.teacher["prototypes"] if averaged else jax.lax.stop_gradient(state)
     student, teacher = score(state, z_student), score(teacher_state, z_teacher)
     stats = {
       "batch_stats": {"student": student_stats, "teacher": teacher_stats}, "prototypes": moved,
@@ -124,14 +130,14 @@ def build(config, *, patches: bool = False, shared: bool = True) -> StudentTeach
     )  # fmt: skip
 
   def update(variables, stats, step):
-    averaged = {"encoder": variables.encoder}
+    followed = {"encoder": variables.encoder}
     state = prototypes.after_step(bank, variables.prototypes, stats["prototypes"])
-    if bank.learned:
-      averaged["prototypes"] = state
+    if averaged:
+      followed["prototypes"] = state
     return base.Variables(
       encoder=variables.encoder,
       prototypes=state,
-      teacher=optax.incremental_update(averaged, variables.teacher, pace(step)),
+      teacher=optax.incremental_update(followed, variables.teacher, pace(step)),
       carry={**variables.carry, "batch_stats": stats["batch_stats"]},
     )
 
@@ -140,7 +146,7 @@ def build(config, *, patches: bool = False, shared: bool = True) -> StudentTeach
     return encoders.features(teacher_net, variables.teacher["encoder"], batch_stats, images)
 
   def prototypes_of(variables):
-    return variables.teacher["prototypes"] if bank.learned else variables.prototypes
+    return variables.teacher["prototypes"] if averaged else variables.prototypes
 
   def embeddings(variables, images):
     batch_stats = variables.carry["batch_stats"]["teacher"]

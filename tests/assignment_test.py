@@ -35,6 +35,13 @@ def test_sinkhorn_gives_the_golden_rows(temperature, row, golden):
   np.testing.assert_allclose(q[row], golden, rtol=1e-5, atol=1e-10)
 
 
+def test_sinkhorn_is_within_rounding_of_the_variant_of_capi():
+  """It adds 1e-8 to every denominator."""
+  q = assignment.sinkhorn(jnp.asarray(cosines(6, 4)), temperature=0.06)
+  golden = [0.017729842804, 0.641140930220, 0.341129208623, 1.08227e-8]
+  np.testing.assert_allclose(q[0], golden, rtol=5e-5, atol=1e-9)
+
+
 def test_sinkhorn_gives_the_golden_column_sums():
   q = assignment.sinkhorn(jnp.asarray(cosines(6, 4)), temperature=0.07)
   np.testing.assert_allclose(q.sum(axis=0), [1.66580, 1.00142, 1.25700, 2.07578], atol=6e-6)

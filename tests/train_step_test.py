@@ -45,6 +45,8 @@ _DINO = (("method__targets", "sinkhorn"),)
 _IBOT = (*_DINO, ("method__mask_shape", "rand"), ("method__mask_ratios", (0.5,)),
          ("method__mask_spreads", (0.0,)))  # fmt: skip
 
+_MSN = (("head__norm", "batch"), ("model__patch_size", 4), ("method__drop_patches", 0.3))
+
 _CARP = (("head__l2", False), ("head__norm", "batch"), ("method__partition_size", 8))
 # Its scores have no temperature: from small features the way off ln K is long.
 _CARP_LEARNS = (
@@ -90,6 +92,8 @@ METHODS = (
   Row("dino", "learned", _VMF, learns=_DINO),
   Row("ibot", "learned", learns=_IBOT),
   Row("ibot", "mixture", learns=_IBOT),
+  Row("msn", "learned", _MSN),
+  Row("msn", "mixture", _MSN),
   Row("carp", "learned", _CARP, learns=_CARP_LEARNS),
   Row("carp", "mixture", _CARP, learns=_CARP_LEARNS),
   Row("swav", "learned", _SWAV),

@@ -1,4 +1,5 @@
-"""Which patches of a view are hidden: random blocks after BEiT (arXiv 2106.08254, 2111.07832).
+"""Which patches of a view are hidden or left out: random blocks after BEiT (arXiv 2106.08254,
+2111.07832), or any.
 
 As the views, a mask is a function of (key, row of the global batch, number of the view): it does
 not depend on the number of devices, and drawing it moves nothing between them.
@@ -59,12 +60,37 @@ def make(
       return jax.random.permutation(mask_key, num_patches) < jnp.floor(target)
     return block_mask(jax.random.uniform(mask_key, (_ATTEMPTS, 4)), target, grid).reshape(-1)
 
-  def sample(key, batch, views):
-    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-    keys = jax.vmap(fold, in_axes=(0, None))(fold(key, jnp.arange(batch)), jnp.arange(views))
-    return jax.vmap(jax.vmap(one))(keys)
+  return lambda key, batch, views: _each(one, key, batch, views)
 
-  return sample
+
+def keep(
+  key: jax.Array, batch: int, views: int, *, dropped: float, num_patches: int
+) -> jax.Array:
+  """Patches that stay when a share is left out at random (arXiv 2204.07141).
+
+  Args:
+    key: typed key that the caller has folded with seed and step.
+    batch: B.
+    views: V.
+    dropped: share left out, in [0, 1); floor(dropped T) patches are.
+    num_patches: T.
+
+  Returns:
+    int32 [B, V, T - floor(dropped T)], in random order.
+  """
+  count = num_patches - math.floor(dropped * num_patches)
+
+  def one(key):
+    return jax.random.permutation(key, num_patches)[:count].astype(jnp.int32)
+
+  return _each(one, key, batch, views)
+
+
+def _each(one: Callable, key: jax.Array, batch: int, views: int) -> jax.Array:
+  """one(key) -> [...] with a key of its own for every row and view: [B, V, ...]."""
+  fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+  keys = jax.vmap(fold, in_axes=(0, None))(fold(key, jnp.arange(batch)), jnp.arange(views))
+  return jax.vmap(jax.vmap(one))(keys)
 
 
 def block_mask(uniform: jax.Array, target: jax.Array, grid: tuple[int, int]) -> jax.Array:

@@ -142,7 +142,8 @@ def embed(
     params: {"backbone", "head"}.
     batch_stats: running statistics of batch norm, as `init` returns them.
     views: {"global": [B, G, S, S, 3], optional "local": [B, L, s, s, 3]}, normalised; optional
-      "mask": bool [B, G, T], the patches of the global views that the mask token replaces.
+      "mask": bool [B, G, T], the patches of the global views that the mask token replaces, and
+      "keep": int32 [B, G, T'], those that a transformer sees at all.
     train: whether drop path acts and batch norm uses (and moves) the batch's statistics.
     key: of drop path; may be None where the rate is 0 or `train` is False.
     accum_steps: microbatches the forward is cut into. Each holds every accum_steps-th image,
@@ -207,8 +208,9 @@ def has_batch_norm(encoder: Encoder) -> bool:
 def _forward(encoder, params, batch_stats, views, key, train, patches):
   """`embed` without microbatches."""
   of_global = {}
-  if "mask" in views:
-    of_global["mask"] = views["mask"].reshape(-1, views["mask"].shape[-1])
+  for name in ("mask", "keep"):
+    if name in views:
+      of_global[name] = views[name].reshape(-1, views[name].shape[-1])
   if patches:
     of_global["patches"] = True
   outputs, tokens = [], []

@@ -36,13 +36,11 @@ def make(
 
   Args:
     name: key of `VARIANTS`.
-    width: embedding dimension D, instead of the variant's.
-    depth: number of blocks, instead of the variant's.
-    num_heads: attention heads, instead of the variant's; they must divide the width.
+    width, depth, num_heads: instead of the variant's; the heads must divide the width.
     **options: the other fields of `ViT`.
 
   Raises:
-    UserError: the width cannot be shared among the heads, or the drop path rate is not a rate.
+    UserError: heads that cannot share the width, or a drop path rate that is none.
   """
   default_width, default_depth, default_heads = VARIANTS[name]
   width, depth = width or default_width, depth or default_depth
@@ -62,9 +60,8 @@ def make(
 def position_weights(new: int, old: int) -> np.ndarray:
   """Bicubic weights that resample `old` grid positions to `new`, [new, old] float64.
 
-  As DINO's checkpoints expect it: a = -.75, no antialiasing, half-pixel centres, border clamped,
-  and the scale (new + .1) / old rather than new / old (`jax.image.resize` differs in the first
-  two and cannot be given the third).
+  As DINO's checkpoints expect it: a = -.75, no antialiasing (`jax.image.resize` differs in both),
+  half-pixel centres, border clamped, and the scale (new + .1) / old, not new / old.
   """
   scale = (new + 0.1) / old
   source = (np.arange(new) + 0.5) / scale - 0.5
@@ -204,8 +201,7 @@ class ViT(nn.Module):
     depth: number of blocks.
     num_heads: attention heads, a divisor of `width`.
     patch_size: side of a patch in pixels.
-    image_size: side in pixels of the images the position embedding is laid out for; other
-      sizes, square or not, interpolate it.
+    image_size: side of the images the position embedding is for; other sizes interpolate it.
     drop_path: rate of the last block; it grows linearly from 0 at the first.
     registers: tokens without position that only take part in attention.
     layer_scale: start of LayerScale's factors; None builds none.
@@ -236,6 +232,7 @@ class ViT(nn.Module):
       images: jax.Array,
       *,
       mask: jax.Array | None = None,
+      keep: jax.Array | None = None,
       patches: bool = False,
       views: int = 1,
       train: bool = False,
@@ -245,12 +242,13 @@ class ViT(nn.Module):
     Args:
       images: [N, H, W, 3] normalised; H and W are multiples of the patch size.
       mask: bool [N, T], T = H W / p^2, patches that the mask token replaces; needs `mask_token`.
+      keep: int32 [N, T'], the patches that are not left out (arXiv 2204.07141); None keeps all.
       patches: whether the normed patch tokens are wanted too.
       views: part of the signature of every backbone; nothing here mixes rows.
       train: whether drop path acts; it then draws from the rng collection "drop_path".
 
     Returns:
-      [N, D] float32; with `patches` the pair of it and the patch tokens [N, T, D] float32.
+      [N, D] float32; with `patches` the pair of it and the patch tokens [N, T or T', D] float32.
 
     Raises:
       UserError: the patches do not tile the images.
@@ -265,6 +263,9 @@ class ViT(nn.Module):
     cls_token = self.param("cls_token", _normal, (1, 1, self.width))
     x = jnp.concatenate([jnp.broadcast_to(cls_token, (n, 1, self.width)), x], axis=1)
     x += self._position_embedding(grid_size(height, width, self.patch_size))
+    if keep is not None:
+      seen = jnp.take_along_axis(x[:, 1:], keep[:, :, None], axis=1)
+      x = jnp.concatenate([x[:, :1], seen], axis=1)
     if self.registers:
       registers = self.param("registers", _normal, (1, self.registers, self.width))
       registers = jnp.broadcast_to(registers, (n, self.registers, self.width))

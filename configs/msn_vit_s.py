@@ -1,0 +1,29 @@
+r"""MSN (arXiv 2204.07141), ViT-S/16, ImageNet-1k, 800 epochs: the constants of the published code.
+
+  python -m protojax.main --config=configs/msn_vit_s.py --workdir=runs/msn_vit_s \
+    --config.data.data_dir=$PROTOJAX_DATA_DIR
+
+What differs is in protojax/methods/msn.py; the warm-up starts at 0, there at a fifth of the peak.
+
+Cost and result: not measured here.
+"""
+
+from configs import common
+
+
+def get_config(mode: str = ""):
+  config = common.imagenet("msn", num_epochs=800.0, batch_size=1024)
+  config.augment.update({
+    "global_scale": (0.3, 1.0), "local_scale": (0.05, 0.3), "num_local": 10, "brightness": 0.4,
+    "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "blur_prob": (0.5, 0.5, 0.5),
+    "solarize_prob": (0.0, 0.0, 0.0),
+  })  # fmt: skip
+  config.model.drop_path = 0.0
+  config.head.update({"layers": 3, "hidden": 2048, "bottleneck": 256, "norm": "batch"})
+  config.method.update({"prototypes": "learned", "num_prototypes": 1024})
+  # .001 for the batch.
+  config.optim.update({
+    "lr": 2.5e-4, "final_lr": 1e-6, "warmup_epochs": 15.0, "weight_decay": 0.04,
+    "final_weight_decay": 0.4, "clip": 3.0, "clip_mode": "global", "freeze_prototypes_epochs": 0.0,
+  })  # fmt: skip
+  return common.finish(config, mode)

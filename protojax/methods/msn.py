@@ -1,0 +1,107 @@
+"""MSN: views without some of their patches predict the whole image (arXiv 2204.07141).
+
+The student sees one global view of which a share of the patches is left out, and the local views;
+the teacher sees the other global view whole. Its assignment over the prototypes is sharpened, and
+by default balanced over the batch, and every view of the student predicts it; the mean assignment
+of the student is pulled to the uniform one. Both sides are scored by the student's prototypes,
+which no average follows. `method.prototypes` chooses between learned ones, a mixture (arXiv
+2510.20108) and frozen ones.
+
+What differs from the published code: batch norm in the head is over one view at a time; learned
+prototypes are weight-normalised, where that code normalises them in the loss, and clipped like all
+else; schedules end with the run, where that code stretches some by a quarter; the teacher's
+momentum rises by a cosine, there linearly. Left out: other priors than the uniform one (PMSN).
+
+The cross entropy is at least the entropy of the targets, the prior's term at least 0.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from protojax import assignment, errors, losses, student_teacher
+from protojax.data import masking
+from protojax.methods import base
+from protojax.models import vit
+
+OPTIONS = {
+  "temperature": 0.1,  # of the student
+  "sharpening": 0.25,  # the teacher's temperature over the student's
+  "targets": "sinkhorn",  # or "sharpened"
+  "sinkhorn_steps": 3,
+  "prior_weight": 1.0,
+  "drop_patches": 0.15,  # share of the student's global view that is left out
+}
+
+
+def targets(scores: jax.Array, options) -> jax.Array:
+  """Assignments of the teacher: scores [B, K] -> [B, K] float32, rows sum to one, no gradient."""
+  scores = losses.full(jax.lax.stop_gradient(scores))
+  log_q = jax.nn.log_softmax(scores / (options.temperature * options.sharpening))
+  if options.targets == "sinkhorn":
+    log_q = assignment.log_sinkhorn(log_q, num_steps=options.sinkhorn_steps)
+  return jnp.exp(log_q)
+
+
+def terms(scores: jax.Array, q: jax.Array, temperature: float) -> tuple[jax.Array, jax.Array]:
+  """Cross entropy of all views against the targets, and ln K minus the entropy of their mean.
+
+  Args:
+    scores: [B, V, K] of the student, any float dtype.
+    q: [B, K] targets, rows sum to one.
+    temperature: the student's.
+  """
+  log_p = jax.nn.log_softmax(losses.full(scores) / temperature)
+  cross_entropy = -jnp.einsum("bvk,bk->bv", log_p, q, precision="highest").mean()
+  mean = jnp.exp(log_p).mean(axis=(0, 1))
+  return cross_entropy, math.log(scores.shape[-1]) - losses.entropy(mean)
+
+
+def make(config) -> base.Method:
+  """MSN from `config.method`: OPTIONS, `num_prototypes`, `prototypes`.
+
+  Raises:
+    UserError: for unknown options, or an encoder that has no patches to leave out.
+  """
+  options, size = config.method, config.augment.global_size
+  errors.require_positive(options, "temperature", "sharpening", "sinkhorn_steps")
+  errors.require(config, {"head.l2": True}, "msn compares directions")
+  if options.targets not in ("sinkhorn", "sharpened"):
+    raise errors.UserError(
+      f"method.targets={options.targets!r} is unknown: choose sinkhorn or sharpened"
+    )
+  if config.model.name not in vit.VARIANTS or not 0.0 <= options.drop_patches < 1.0:
+    raise errors.UserError(
+      f"method.drop_patches={options.drop_patches} of model.name={config.model.name!r}: choose a "
+      f"share in [0, 1) and a transformer, {', '.join(vit.VARIANTS)}"
+    )
+  num_patches = math.prod(vit.grid_size(size, size, config.model.patch_size))
+  pair = student_teacher.build(config, average=False)
+
+  def loss(trained, frozen, views, key, step):
+    del step
+    net_key, keep_key = jax.random.split(key)
+    seen = {**views, "global": views["global"][:, :1], "target": views["global"][:, 1:]}
+    seen["keep"] = masking.keep(
+      keep_key, config.batch_size, 1, dropped=options.drop_patches, num_patches=num_patches
+    )
+    scores = pair.scores(trained, frozen, seen, net_key)
+    q = targets(scores.teacher[:, 0], options)
+    cross_entropy, prior = terms(scores.student, q, options.temperature)
+    value = cross_entropy + options.prior_weight * prior
+    metrics = {
+      "loss": value,
+      "cross_entropy": cross_entropy,
+      "prior": prior,
+      "target_entropy": losses.entropy(q).mean(),
+      "mean_entropy": losses.entropy(q.mean(axis=0)),
+      "ln_k": jnp.float32(math.log(options.num_prototypes)),  # of a student that says nothing
+    }
+    return value, base.LossOut(metrics, scores.stats)
+
+  return base.Method(
+    learns_prototypes=pair.learns_prototypes, init=pair.init, loss=loss, update=pair.update,
+    features=pair.features, codes=pair.codes, embeddings=pair.embeddings,
+    prototype_matrices=pair.prototype_matrices,
+  )  # fmt: skip
