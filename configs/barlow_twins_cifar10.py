@@ -6,7 +6,8 @@ r"""Barlow Twins (arXiv 2103.03230) on CIFAR-10, small ViT.
 Views, head and optimizer are those of common.redundancy_cifar10. The loss is not scaled, which
 AdamW would not notice.
 
-Cost and result: not measured yet.
+Cost: 2,000 steps, 9 minutes on two CPU cores at 569 img/s. CIFAR-10 (JPEG copy), seed 0, commit
+507166e: loss 345, k-NN 43.2 %, linear 44.8 %.
 """
 
 from configs import common

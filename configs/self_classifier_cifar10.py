@@ -11,7 +11,9 @@ Two global and two local views and the form of the head as published for ImageNe
 CIFAR was); AdamW, which suits a ViT, takes the place of LARS. A batch of 128 leaves a least loss of
 ln(1024 / 128) = 2.08.
 
-Cost and result: not measured yet.
+Cost: 2,000 steps, 10 minutes on two CPU cores at 452 img/s. CIFAR-10 (JPEG copy), seed 0, commit
+507166e: loss 5.92, used 89.1 %, unique 100 % up to .25, k-NN 44.8 %, linear 46.4 %. Mode "gmm": not
+measured yet.
 """
 
 from configs import common

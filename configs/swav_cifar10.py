@@ -10,7 +10,9 @@ Prototypes are learned or, in mode "gmm", decoupled.
 With the published queue (30 batches, from the second epoch) and epsilon .05 a run at commit 71baab8
 fell to uniform collapse within 300 steps of it; hence neither here.
 
-Cost and result: not measured yet.
+Cost: 2,000 steps, 14 minutes on two CPU cores that did other work too; 430 img/s at the end.
+CIFAR-10 (JPEG copy), seed 0, commit 507166e: used 85.5 %, unique 100 % at every threshold, k-NN
+37.5 %, linear 42.2 %. Mode "gmm": not measured yet.
 """
 
 from configs import common

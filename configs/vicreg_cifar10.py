@@ -5,7 +5,8 @@ r"""VICReg (arXiv 2105.04906) on CIFAR-10, small ViT.
 
 Views, head and optimizer are those of common.redundancy_cifar10; the weights are solo-learn's.
 
-Cost and result: not measured yet.
+Cost: 2,000 steps, 15 minutes on two CPU cores that did other work too; 522 img/s at the end.
+CIFAR-10 (JPEG copy), seed 0, commit 507166e: loss 33.5, k-NN 48.1 %, linear 48.0 %.
 """
 
 from configs import common
