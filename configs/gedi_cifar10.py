@@ -10,7 +10,9 @@ Mode "" is the form without the generative term, as released; "gen" is the full 
 A step of "gen" also runs 20 steps of sampling, forward and backward each, so that mode takes a
 tenth of the steps, 200: too few to compare it with the other recipes.
 
-Cost and result: not measured yet.
+Mode "" at commit 507166e, seed 0, CIFAR-10 (JPEG copy), 9 minutes on two CPU cores: it collapsed to
+uniform assignments (loss 3.81 = .55 ln 1024), k-NN 26.6 %, linear 35.5 %, less and little more than
+an untrained encoder. Weights that do not are still to be found. Mode "gen": not measured yet.
 """
 
 from configs import common
