@@ -112,6 +112,8 @@ def least_loss(measures: dict, config) -> float | None:
     case "ibot":
       patches = measures["train/patch_target_entropy"]
       return method.class_weight * entropy + method.patch_weight * patches
+    case "falcon" if method.prior == "forward" or method.beta < 1.0:
+      return None
     case "falcon" | "self_classifier":
       return max(0.0, math.log(method.num_prototypes / config.batch_size))
     case "gedi" if not method.generative:

@@ -19,8 +19,7 @@ from configs import common
 def get_config(mode: str = ""):
   config = common.cifar10("carp")
   config.method.partition_size = 128
-  config.method.prototypes = "mixture" if mode == "gmm" else "learned"
   # As published: no normalisation at the end (the norm of the features is the inverse temperature)
   # and batch norm inside, without which that norm starts near zero and learns slowly.
   config.head.update({"l2": False, "norm": "batch"})
-  return config if mode == "gmm" else common.finish(config, mode)
+  return common.finish_joint_or_mixture(config, mode)

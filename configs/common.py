@@ -4,11 +4,24 @@ from protojax import config as configs
 from protojax import errors
 
 
-def finish(config, mode: str):
-  """Applies the mode of `--config=FILE.py:MODE`: "" or "debug" (a minute's run, `digits`, CPU)."""
-  if mode not in ("", "debug"):
-    raise errors.UserError(f"--config=FILE.py:{mode} is unknown: the mode of every recipe is debug")
+def finish(config, mode: str, *others: str):
+  """Applies the mode of `--config=FILE.py:MODE`: "" or "debug" (a minute's run, `digits`, CPU).
+
+  Args:
+    config: the recipe's.
+    mode: as typed.
+    others: modes that the recipe has applied itself.
+  """
+  if mode not in ("", "debug", *others):
+    known = ", ".join(("debug", *others))
+    raise errors.UserError(f"--config=FILE.py:{mode} is unknown: this recipe has {known}")
   return configs.debug(config) if mode == "debug" else config
+
+
+def finish_joint_or_mixture(config, mode: str):
+  """`finish` for learned prototypes or, in mode "gmm", decoupled ones."""
+  config.method.prototypes = "mixture" if mode == "gmm" else "learned"
+  return finish(config, mode, "gmm")
 
 
 def imagenet(method: str, *, num_epochs: float, batch_size: int):

@@ -22,4 +22,4 @@ def get_config(mode: str = ""):
   config.model.stem = "cifar"
   config.head.bottleneck = 2048
   config.method.assign = "l2" if mode == "l2" else "tanh"
-  return config if mode == "l2" else common.finish(config, mode)
+  return common.finish(config, mode, "l2")

@@ -20,5 +20,4 @@ def get_config(mode: str = ""):
     config.mixture.update({
       "balanced": False, "center_features": False, "kappa": 20.0, "horizon_steps": 4000.0,
     })  # fmt: skip
-    return config
-  return common.finish(config, mode)
+  return common.finish(config, mode, "paper")

@@ -15,6 +15,5 @@ from configs import common
 
 def get_config(mode: str = ""):
   config = common.cifar10("msn")
-  config.method.prototypes = "mixture" if mode == "gmm" else "learned"
   config.head.norm = "batch"
-  return config if mode == "gmm" else common.finish(config, mode)
+  return common.finish_joint_or_mixture(config, mode)

@@ -21,6 +21,5 @@ from configs import common
 
 def get_config(mode: str = ""):
   config = common.cifar10("self_classifier")
-  config.method.prototypes = "mixture" if mode == "gmm" else "learned"
   config.head.update({"layers": 2, "norm": "batch", "activation": "leaky_relu"})
-  return config if mode == "gmm" else common.finish(config, mode)
+  return common.finish_joint_or_mixture(config, mode)

@@ -20,9 +20,7 @@ from configs import common
 
 def get_config(mode: str = ""):
   config = common.cifar10("swav")
-  config.method.update({
-    "prototypes": "mixture" if mode == "gmm" else "learned", "epsilon": 0.03,
-  })  # fmt: skip
+  config.method.epsilon = 0.03
   config.head.update({"layers": 2, "norm": "batch", "activation": "relu", "init": "uniform"})
   # Both global views get the same strong colours, and none is solarised.
   config.augment.update({
@@ -30,4 +28,4 @@ def get_config(mode: str = ""):
     "blur_prob": (0.5, 0.5, 0.5), "solarize_prob": (0.0, 0.0, 0.0),
   })  # fmt: skip
   config.optim.freeze_prototypes_epochs = 1.0
-  return config if mode == "gmm" else common.finish(config, mode)
+  return common.finish_joint_or_mixture(config, mode)

@@ -19,8 +19,8 @@ class Scores(NamedTuple):
   """Scores of every view over the prototypes, float32.
 
   Attributes:
-    student: [B, V, K], with a gradient; views 0 and 1 are the global ones.
-    teacher: [B, 2, K], or one for every view "target", without.
+    student: [B, V, K], with a gradient; global views first.
+    teacher: [B, 2, K] of the global views, or [B, T, K] of the views "target", without.
     stats: what `StudentTeacher.update` needs.
     features: [B, V, F] of the student's backbone, with a gradient.
     student_patches: [B, 2, T, K] of the patch tokens of the global views; None unless asked for.

@@ -50,6 +50,13 @@ def test_the_largest_dictionary_that_its_recipe_names_is_possible():
   methods.load("falcon").make(configs.resolve(config, 2000))
 
 
+def test_unknown_mode_of_a_recipe_names_those_it_has():
+  with pytest.raises(errors.UserError, match=r"py:gmn is unknown: this recipe has debug, gmm$"):
+    main.load(str(CONFIGS / "swav_cifar10.py:gmn"))
+  assert main.load(str(CONFIGS / "swav_cifar10.py:gmm")).method.prototypes == "mixture"
+  assert main.load(str(CONFIGS / "swav_cifar10.py")).method.prototypes == "learned"
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_recipe_says_its_command(path):
   text = path.read_text()

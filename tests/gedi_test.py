@@ -140,6 +140,12 @@ def test_loss_is_the_weighted_sum_and_legacy_the_released_one(legacy):
   assert error < 1e-5 * np.linalg.norm(numeric)
   assert variables.teacher == () and set(variables.carry) == {"batch_stats"}
   assert "generative" not in out.metrics
+  # What the monitor compares: the cross entropy alone, of which uniform assignments cost ln K.
+  p = z @ (v / np.linalg.norm(v, axis=1, keepdims=True)).T / c.method.temperature
+  pairs = [(0, 1)] if legacy else [(i, t) for i in range(p.shape[1]) for t in range(2) if i != t]
+  expected = np.mean([_cross_entropy(p, i, t) for i, t in pairs])
+  np.testing.assert_allclose(out.metrics["cross_entropy"], expected, rtol=1e-5)
+  np.testing.assert_allclose(out.metrics["ln_k"], np.log(32), rtol=1e-6)
 
 
 def test_generative_gradient_is_the_difference_of_mean_energy_gradients():

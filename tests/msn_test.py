@@ -41,7 +41,7 @@ def test_golden_values_of_the_published_code(kind, golden):
 
 
 def _seen(config, monkeypatch):
-  """(method, views by name that the pair was given) with scores of random embeddings."""
+  """(method, the views that it gives its student and teacher, once its loss has run)."""
   views = {}
   build = student_teacher.build
 

@@ -1,5 +1,4 @@
-"""Which patches of a view are hidden or left out: random blocks after BEiT (arXiv 2106.08254,
-2111.07832), or any.
+"""Which patches of a view are hidden (arXiv 2106.08254, 2111.07832) or left out (2204.07141).
 
 As the views, a mask is a function of (key, row of the global batch, number of the view): it does
 not depend on the number of devices, and drawing it moves nothing between them.

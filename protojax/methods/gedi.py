@@ -20,8 +20,10 @@ Without the generative term the loss is more than weight_uniformity ln K; with i
 """
 
 import functools
+import math
 
 import jax
+import jax.numpy as jnp
 
 from protojax import errors, langevin, losses, student
 from protojax.methods import base
@@ -105,7 +107,8 @@ def make(config) -> base.Method:
     metrics = {
       "loss": options.weight_uniformity * even + options.weight_invariance * invariant,
       "uniformity": even,
-      "invariance": invariant,
+      "cross_entropy": invariant,
+      "ln_k": jnp.float32(math.log(options.num_prototypes)),  # of assignments that say nothing
       "target_entropy": losses.entropy(p).mean(),
       "mean_entropy": losses.entropy(p.mean(axis=(0, 1))),
     }

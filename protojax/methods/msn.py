@@ -51,6 +51,9 @@ def terms(scores: jax.Array, q: jax.Array, temperature: float) -> tuple[jax.Arra
     scores: [B, V, K] of the student, any float dtype.
     q: [B, K] targets, rows sum to one.
     temperature: the student's.
+
+  Returns:
+    [] and [], float32, both at least 0.
   """
   log_p = jax.nn.log_softmax(losses.full(scores) / temperature)
   cross_entropy = -jnp.einsum("bvk,bk->bv", log_p, q, precision="highest").mean()
