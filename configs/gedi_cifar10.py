@@ -10,11 +10,11 @@ Mode "" is the form without the generative term, as released; "gen" is the full 
 A step of "gen" also runs 20 steps of sampling, forward and backward each, so that mode takes a
 tenth of the steps, 200: too few to compare it with the other recipes.
 
-A batch can fill no more clusters than it has images, hence 128 of them, and a head that ends in batch
-norm and unit length. Of the weights tried for 500 steps, uniformity over invariance 1 : 1 fell to
-one cluster (also with 1,024 of them, and without batch norm or unit length), 2 : 1 and 3 : 1 did
-not; the released 10 : 1, with 1,024 clusters and a head that ends linearly, left assignments nearly
-uniform after 2,000 steps and the encoder below an untrained one (commit 507166e).
+A batch can fill no more clusters than it has images, hence 128 of them, and a head that ends in
+batch norm and unit length. Of the weights tried for 500 steps, uniformity over invariance 1 : 1
+fell to one cluster (with 1,024 of them too, and without batch norm or unit length), 2 : 1 and 3 : 1
+did not. The released 10 : 1, with 1,024 clusters and a head that ends linearly, left assignments
+nearly uniform after 2,000 steps and the encoder below an untrained one (commit 507166e).
 """
 
 from configs import common
