@@ -42,7 +42,7 @@ def get_config(mode: str = ""):
   # No batch norm in an energy; unit features bound it.
   config.head.update({"norm": "none", "norm_output": False})
   config.method.update({
-    "generative": True, "weight_generative": 1.0, "weight_uniformity": 50.0,
+    "generative": True, "weight_generative": 1.0, "weight_uniformity": 100.0,
     "weight_invariance": 50.0,
   })  # fmt: skip
   config.optim.update({
