@@ -19,7 +19,7 @@ def get_config(mode: str = ""):
   config = common.falcon_resnet_cifar10("resnet18")
   config.num_epochs = 1000.0
   config.precision = "bfloat16"
-  config.model.stem = "cifar"
+  config.model.stem = "cifar_pad2"
   config.head.bottleneck = 2048
   config.method.assign = "l2" if mode == "l2" else "tanh"
   return common.finish(config, mode, "l2")

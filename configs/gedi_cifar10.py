@@ -1,6 +1,6 @@
 r"""GEDI on CIFAR-10, small ViT; its equations are in protojax/methods/gedi.py.
 
-Mode "" is the form without the generative term, as released; "gen" is the full one.
+Mode "" is the form without the generative term; "gen" is the full one.
 
   python -m protojax.main --config=configs/gedi_cifar10.py --workdir=runs/gedi_cifar10 \
     --config.data.data_dir=$PROTOJAX_DATA_DIR
@@ -13,7 +13,7 @@ tenth of the steps, 200: too few to compare it with the other recipes.
 A batch can fill no more clusters than it has images, hence 128 of them, and a head that ends in
 batch norm and unit length. Of the weights tried for 500 steps, uniformity over invariance 1 : 1
 fell to one cluster (with 1,024 of them too, and without batch norm or unit length), 2 : 1 and 3 : 1
-did not. The released 10 : 1, with 1,024 clusters and a head that ends linearly, left assignments
+did not. The defaults, 10 : 1, with 1,024 clusters and a head that ends linearly, left assignments
 nearly uniform after 2,000 steps and the encoder below an untrained one (commit 507166e).
 """
 

@@ -28,7 +28,7 @@ def get_config(mode: str = ""):
     "global_size": 32, "global_scale": (0.08, 1.0), "num_local": 0, "blur_prob": (0.0, 0.0, 0.0),
     "mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616),
   })  # fmt: skip
-  config.model.update({"name": "resnet18", "stem": "cifar", "zero_init_residual": False})
+  config.model.update({"name": "resnet18", "stem": "cifar_pad2", "zero_init_residual": False})
   config.head.update({
     "layers": 2, "hidden": 2048, "bottleneck": 512, "norm": "batch", "activation": "relu",
     "init": "uniform", "l2": False,

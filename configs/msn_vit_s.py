@@ -24,6 +24,7 @@ def get_config(mode: str = ""):
   # .001 for the batch.
   config.optim.update({
     "lr": 2.5e-4, "final_lr": 1e-6, "warmup_epochs": 15.0, "weight_decay": 0.04,
-    "final_weight_decay": 0.4, "clip": 3.0, "clip_mode": "global", "freeze_prototypes_epochs": 0.0,
+    "final_weight_decay": 0.4, "decay_prototypes": False, "clip": 3.0, "clip_mode": "global",
+    "freeze_prototypes_epochs": 0.0,
   })  # fmt: skip
   return common.finish(config, mode)

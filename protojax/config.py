@@ -92,7 +92,7 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
     "drop_path": 0.1,
     "registers": 0,
     "layer_scale": config_dict.placeholder(float),
-    "stem": "imagenet",  # ResNets: imagenet or cifar
+    "stem": "imagenet",  # ResNets: imagenet, cifar or cifar_pad2
     "zero_init_residual": True,
     "joint_norm": False,  # batch norm over all views together instead of view by view
     "remat": False,
@@ -137,6 +137,8 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
     "warmup_steps": 0,  # replaces warmup_epochs when not 0
     "weight_decay": 0.04,
     "final_weight_decay": 0.4,
+    "decay_embeddings": True,  # tokens and position embeddings
+    "decay_prototypes": True,  # learned ones
     "clip": 3.0,  # per tensor; 0 turns it off
     "clip_mode": "tensor",
     "trust": 0.001,  # of LARS: length of a step over that of the weights, at learning rate 1

@@ -16,6 +16,8 @@ from protojax import errors, schedules
 
 PyTree = Any
 
+_EMBEDDINGS = ("cls_token", "mask_token", "pos_embed", "registers")
+
 
 class OptimState(NamedTuple):
   """State of `build`.
@@ -29,19 +31,24 @@ class OptimState(NamedTuple):
   parts: dict[str, PyTree]
 
 
-def decay_mask(params: PyTree) -> PyTree:
+def decay_mask(params: PyTree, options) -> PyTree:
   """Which leaves decay (and adapt, under LARS): two or more dimensions and no bias or scale.
 
-  By name, not by shape alone: a fused bias may have two dimensions. Class tokens, position
-  embeddings and the norms g [K, 1] of learned prototypes do decay, as in DINO's code.
+  By name, not by shape alone: a fused bias may have two dimensions. Tokens, position
+  embeddings and learned prototypes (v, and their norms g [K, 1]) do decay, as in DINO's code,
+  unless `optim.decay_embeddings` or `optim.decay_prototypes` is False. Under Adam, which is
+  PyTorch's, biases and scales do too.
 
   Returns:
     Pytree of bool, like `params`.
   """
+  still = () if options.decay_embeddings else _EMBEDDINGS
+  still += () if options.decay_prototypes else ("v", "g")
 
   def decays(path, leaf):
     name = jax.tree_util.keystr(path[-1:], simple=True)
-    return leaf.ndim >= 2 and name not in ("bias", "scale")
+    is_weight = leaf.ndim >= 2 and name not in ("bias", "scale")
+    return (is_weight or options.name == "adam") and name not in still
 
   return jax.tree_util.tree_map_with_path(decays, params)
 
@@ -77,29 +84,26 @@ def _adapt(options, rate, decay) -> optax.GradientTransformation:
         ratio = jnp.minimum(ratio / jnp.maximum(rate, 1e-12), 1.0)  # the rate starts at 0
       return jnp.where((norm_g > 0) & (norm_w > 0), ratio * (g + decay * w), g)
 
-    return jax.tree.map(leaf, grads, params, decay_mask(params)), state
+    return jax.tree.map(leaf, grads, params, decay_mask(params, options)), state
 
   return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def _rule(options, rate, decay) -> optax.GradientTransformation:
   """Gradient -> direction, still to be multiplied by minus the learning rate."""
+  decayed = optax.add_decayed_weights(decay, mask=lambda params: decay_mask(params, options))
   if options.name == "adamw":
     return optax.chain(
-      optax.scale_by_adam(b1=options.beta1, b2=options.beta2, eps=1e-8),
-      optax.add_decayed_weights(decay, mask=decay_mask),
+      optax.scale_by_adam(b1=options.beta1, b2=options.beta2, eps=1e-8), decayed
     )
-  if options.name == "adam":  # PyTorch's: the decay is part of the gradient, of every parameter's
+  if options.name == "adam":  # PyTorch's: the decay is part of the gradient
     return optax.chain(
-      optax.add_decayed_weights(decay),
-      optax.scale_by_adam(b1=options.beta1, b2=options.beta2, eps=1e-8),
+      decayed, optax.scale_by_adam(b1=options.beta1, b2=options.beta2, eps=1e-8)
     )
   if options.name == "lars":
     return optax.chain(_adapt(options, rate, decay), optax.trace(decay=options.beta1))
   if options.name == "sgd":
-    return optax.chain(
-      optax.add_decayed_weights(decay, mask=decay_mask), optax.trace(decay=options.beta1)
-    )
+    return optax.chain(decayed, optax.trace(decay=options.beta1))
   raise errors.UserError(
     f"optim.name={options.name!r} is unknown: choose adamw, adam, lars or sgd"
   )
@@ -143,7 +147,8 @@ def build(config, *, num_steps: int, batch_size: int) -> optax.GradientTransform
 
   Args:
     config: reads `optim.{name, lr, final_lr, warmup_steps, weight_decay, final_weight_decay, clip,
-      clip_mode, trust, lars_clip, freeze_prototypes_steps, beta1, beta2}`.
+      clip_mode, decay_embeddings, decay_prototypes, trust, lars_clip, freeze_prototypes_steps,
+      beta1, beta2}`.
     num_steps: length of the schedules.
     batch_size: global, scales `optim.lr`.
 

@@ -3,6 +3,7 @@
 import pathlib
 import re
 
+import config_test
 import jax
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ def blocks(tmp_path, monkeypatch):
   (tmp_path / "twins.py").write_text(method)
   (tmp_path / "twins_cifar10.py").write_text(recipe)
   monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
-  assert len(method.splitlines()) + len(recipe.splitlines()) + len(row.splitlines()) <= 32
+  assert len(method.splitlines()) + len(recipe.splitlines()) + len(row.splitlines()) <= 34
   return tmp_path / "twins_cifar10.py", eval(row, {"Row": train_step_test.Row})
 
 
@@ -38,8 +39,9 @@ def test_the_example_learns_and_is_the_same_on_eight_devices(blocks):
   assert np.mean([m["train/agreement"] for m in one[-5:]]) > one[0]["train/agreement"]
 
 
-def test_the_recipe_of_the_example_traces(blocks, monkeypatch):
+def test_the_recipe_of_the_example_says_its_command_and_traces(blocks, monkeypatch):
   recipe, _ = blocks
+  config_test.test_recipe_says_its_command(recipe)
   monkeypatch.syspath_prepend(ROOT)  # `from configs import common`
   config = configs.resolve(main.load(f"{recipe}:debug"), 64)
   assert "stablehlo" in train.Program(config).lower().as_text()

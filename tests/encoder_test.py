@@ -92,7 +92,7 @@ def test_every_field_reaches_its_module():
 
 @pytest.mark.parametrize("model, head, rest, words", [
     ({"name": "vit_huge"}, {}, {}, "model.name='vit_huge'.*vit_tiny, vit_small.*resnet50"),
-    ({"name": "resnet18", "stem": "mnist"}, {}, {}, "model.stem='mnist'.*imagenet, cifar"),
+    ({"name": "resnet18", "stem": "mnist"}, {}, {}, "model.stem='mnist'.*cifar, cifar_pad2"),
     ({}, {"norm": "layer"}, {}, "head.norm='layer'.*none, batch"),
     ({}, {"layers": 0}, {}, "head.layers=0"),
     ({}, {}, {"precision": "float16"}, "precision='float16'.*float32, bfloat16"),

@@ -167,7 +167,7 @@ def test_codes_split_over_the_model_axis_agree_with_one_device(chunk_size):
     ({"method__prototypes": "learned"}, "method.prototypes=dictionary"),
     ({"method__assign": "softmax"}, "method.assign='softmax' is unknown: choose l2 or tanh"),
     ({"method__prior": "none"}, "method.prior='none' is unknown: choose reverse or forward"),
-    ({"method__eps": 1 / 31}, "method.eps=.*method.num_prototypes=32"),
+    ({"method__eps": 1 / 32}, "method.eps=.*method.num_prototypes=32"),
     ({"method__eps": 0.0}, "method.eps=0.0"),
     ({"method__tau_batch": 0}, "method.tau_batch=0"),
     ({"method__num_prototypes": 1}, "method.num_prototypes=1"),

@@ -15,6 +15,7 @@ def _config(**changes):
     "name": "adamw", "lr": 0.01, "final_lr": 1e-4, "warmup_steps": 3, "weight_decay": 0.04,
     "final_weight_decay": 0.4, "clip": 0.5, "clip_mode": "tensor", "freeze_prototypes_steps": 0,
     "beta1": 0.9, "beta2": 0.999, "trust": 0.001, "lars_clip": False,
+    "decay_embeddings": True, "decay_prototypes": True,
   } | changes  # fmt: skip
   return ml_collections.ConfigDict({"optim": values, "batch_size": 512})
 
@@ -143,13 +144,36 @@ def test_clipped_lars_with_another_trust_matches_numpy_on_both_sides_of_the_clip
   assert np.abs(whole["prototypes.v"] - expected["prototypes.v"]).max() > 0.01
 
 
-def test_what_decays_is_decided_by_name_and_dimensions():
-  mask = _flat(optim.decay_mask(_params()))
+@pytest.mark.parametrize(
+  ("changes", "still"),
+  [
+    ({}, set()),
+    ({"decay_prototypes": False}, {"prototypes.v", "prototypes.g"}),
+    ({"decay_embeddings": False}, {"encoder.backbone.cls_token"}),
+  ],
+)
+def test_what_decays_is_decided_by_name_and_dimensions(changes, still):
+  mask = _flat(optim.decay_mask(_params(), _config(**changes).optim))
   assert {k for k, v in mask.items() if v} == {
     "encoder.backbone.cls_token", "encoder.backbone.attn.qkv.kernel", "encoder.head.dense.kernel",
     "prototypes.v", "prototypes.g",
-  }  # fmt: skip
+  } - still  # fmt: skip
   assert len(mask) == len(_flat(_params()))
+  every = _flat(optim.decay_mask(_params(), _config(name="adam", **changes).optim))
+  assert {k for k, v in every.items() if not v} == still
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "lars", "sgd"])
+def test_prototypes_that_do_not_decay_stand_still_without_a_gradient(name):
+  trained = _params()
+  config = _config(name=name, warmup_steps=0, decay_prototypes=False)
+  rule = optim.build(config, num_steps=5, batch_size=256)
+  zeros = jax.tree.map(jnp.zeros_like, trained)
+  updates, _ = rule.update(zeros, rule.init(trained), trained)
+  for leaf in jax.tree.leaves(updates["prototypes"]):
+    np.testing.assert_array_equal(leaf, 0.0)
+  moved = np.abs(updates["encoder"]["head"]["dense"]["kernel"]).max()
+  assert (moved > 0) == (name != "lars")  # LARS takes the plain gradient where its norm is 0
 
 
 def test_lars_takes_the_plain_gradient_where_a_norm_is_zero():

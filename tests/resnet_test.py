@@ -44,7 +44,7 @@ def reference_norm(x, p, views):
 def reference_resnet(params, x, stages, bottleneck, stem, views):
   p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
   x = np.asarray(x, np.float64)
-  stride, padding = (2, 3) if stem == "imagenet" else (1, 2)
+  stride, padding = {"imagenet": (2, 3), "cifar": (1, 1), "cifar_pad2": (1, 2)}[stem]
   x = reference_conv(x, p["conv1"]["kernel"], stride, padding)
   x = np.maximum(reference_norm(x, p["norm1"], views), 0)
   if stem == "imagenet":
@@ -82,7 +82,7 @@ def test_resnet8_parameter_counts(width, expected):
 @pytest.mark.parametrize("stages, bottleneck, stem, size, remat", [
     ((2, 1), False, "imagenet", 32, False),
     ((1, 2), True, "cifar", 16, False),
-    ((1, 1), False, "cifar", 15, True),
+    ((1, 1), False, "cifar_pad2", 15, True),
 ])
 def test_forward_equals_a_float64_reference(stages, bottleneck, stem, size, remat):
   net = resnet.ResNet(stages, bottleneck, stem, remat=remat)
@@ -149,12 +149,13 @@ def test_resnet8_starts_xavier_uniform_with_the_gain_of_each_layer():
     np.testing.assert_array_equal(params[name]["bias"], 0.0)
 
 
-def test_cifar_stem_pads_to_34_pixels():
-  net = resnet.ResNet((1,), False, stem="cifar")
+@pytest.mark.parametrize(("stem", "size"), [("cifar", 32), ("cifar_pad2", 34)])
+def test_cifar_stem_keeps_32_pixels_or_pads_them_to_34(stem, size):
+  net = resnet.ResNet((1,), False, stem=stem)
   x = jnp.zeros((2, 32, 32, 3))
   variables = jax.eval_shape(lambda: net.init(jax.random.key(0), x))
   _, captured = jax.eval_shape(lambda v: net.apply(v, x, capture_intermediates=True), variables)
-  assert captured["intermediates"]["conv1"]["__call__"][0].shape == (2, 34, 34, 64)
+  assert captured["intermediates"]["conv1"]["__call__"][0].shape == (2, size, size, 64)
 
 
 def test_bfloat16_resnet_stays_close_to_float32():

@@ -7,8 +7,11 @@ arXiv 2510.20108) and the control (frozen). `method.targets` is "center", as pub
 Options: `koleo` spreads the features of the student's backbone, each global view for itself (as
 arXiv 2304.07193, there within a device, here over the global batch). `koleo_proto` spreads learned
 prototypes (arXiv 2410.14060, whose weight we do not know). `vmf` reads prototypes of any norm as a
-mixture of von Mises-Fisher distributions (arXiv 2405.10939; the moving average of its centre is our
-reading).
+mixture of von Mises-Fisher distributions (arXiv 2405.10939; how its centre moves is our reading).
+
+What differs from the published code: the teacher's temperature warms up from .04 to .07, as in the
+paper's runs (the code's default: `teacher_temp=.04`); blur is a true Gaussian, Pillow's nearly one.
+`train_prototype_norm` is its `norm_last_layer=False`; DINOv2 has `augment.blur_prob=(0, .9, .5)`.
 
 The cross entropy is at least the entropy of the targets, logged as `target_entropy`; KoLeo's terms
 may be negative.

@@ -3,8 +3,9 @@
 A Linear and a batch norm lead from the backbone to D dimensions, where a dictionary of K codes in
 {-1, 1}^D stands still. Two views of an image must choose alike, and the mean choice must be
 spread. No teacher, no learned prototypes, no stopped gradient: it flows through both views. The
-head is head.layers=1, norm_output=True, init="uniform" and l2=False, since `method.assign`
-normalises. K may exceed the batch: `method.chunk_size` bounds the memory.
+head is the published one with head.layers=1, norm_output=True and init="uniform"; any other is
+taken, but the guarantees against collapse rest on that batch norm. `method.assign` normalises, so
+head.l2 is False. K may exceed the batch: `method.chunk_size` bounds the memory.
 
 Where paper and code differ, there is an option:
   assign  "l2" compares cosines, as the first version of the paper; "tanh" is the published code.

@@ -1,5 +1,7 @@
 """GEDI: clusters that are invariant, evenly used and, in full, a model of the images.
 
+Sansone and Manhaeve, arXiv 2212.13425; sampler and density as JEM has them, arXiv 1912.03263.
+
 Logits s_k are scores over the prototypes over `temperature`; p = softmax(s), its mean over the
 global batch p-bar, view by view. The loss is the weighted sum of
 
@@ -9,10 +11,11 @@ global batch p-bar, view by view. The loss is the weighted sum of
                (`method.generative`). Samples are Langevin chains from a replay buffer; f is that
                of the network in evaluation mode, batch norm included.
 
-The default weights are those of the released form, which has no generative term and takes the *sum*
-over clusters, of the first view alone and in one direction: `method.legacy` restores that. Its last
-layer is plainly linear; here it is prototypes over the head's output, unit rows if learned without
-`method.train_prototype_norm`. They may also be a mixture, fed by the student's features, or frozen.
+The default weights are the numbers of the released form, which has no generative term and takes the
+*sum* over clusters, of the first view alone and in one direction: `method.legacy` restores that.
+The mean, taken here, is 1 / K of it, so that the same numbers weigh uniformity K times less. There
+the last layer is plainly linear; here it is prototypes over the head's output, unit rows if learned
+without `method.train_prototype_norm`; a mixture, fed by the student's features, or frozen ones too.
 The full form's code could not be read: equations from its objective, sampler's constants from JEM.
 Chains start in [-1, 1), so it wants augment.mean=augment.std=(.5, .5, .5).
 

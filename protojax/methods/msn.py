@@ -8,9 +8,11 @@ which no average follows. `method.prototypes` chooses between learned ones, a mi
 2510.20108) and frozen ones.
 
 What differs from the published code: batch norm in the head is over one view at a time; learned
-prototypes are weight-normalised, where that code normalises them in the loss, and clipped like all
-else; schedules end with the run, where that code stretches some by a quarter; the teacher's
-momentum rises by a cosine, there linearly. Left out: other priors than the uniform one (PMSN).
+prototypes are weight-normalised, where that code normalises them in the loss, clipped like all
+else, and decay unless `optim.decay_prototypes` is False, as published; the patch embedding starts
+as in DINO, there by Kaiming's rule; schedules end with the run, where that code stretches some by a
+quarter; the teacher's momentum rises by a cosine, there linearly. Left out: other priors than the
+uniform one (PMSN).
 
 The cross entropy is at least the entropy of the targets, the prior's term at least 0.
 """

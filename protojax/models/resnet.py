@@ -8,7 +8,7 @@ from protojax.models import norm
 
 # blocks a stage, bottleneck blocks or basic ones
 VARIANTS = {"resnet18": ((2, 2, 2, 2), False), "resnet50": ((3, 4, 6, 3), True)}
-STEMS = ("imagenet", "cifar")
+STEMS = ("imagenet", "cifar", "cifar_pad2")
 
 _kaiming = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
@@ -53,8 +53,8 @@ class ResNet(nn.Module):
   Attributes:
     stage_sizes: blocks in each of the four stages.
     bottleneck: bottleneck blocks instead of basic ones.
-    stem: "imagenet" (7x7, stride 2, then 3x3 max pool of stride 2), or "cifar" (3x3, stride 1,
-      padding 2 as solo-learn has it, so 32 px become 34; no pool).
+    stem: "imagenet" (7x7, stride 2, then 3x3 max pool of stride 2), "cifar" (3x3, stride 1, no
+      pool), or "cifar_pad2", the same with solo-learn's padding of 2, so 32 px become 34.
     zero_init_residual: start every residual branch at zero.
     joint_norm: batch norm over all views together instead of view by view.
     remat: recompute each block in the backward pass instead of storing its activations.
@@ -85,7 +85,9 @@ class ResNet(nn.Module):
     Returns:
       [B * V, F] float32, F = 512 or 2048.
     """
-    kernel, stride, padding = (7, 2, 3) if self.stem == "imagenet" else (3, 1, 2)
+    kernel, stride, padding = {
+      "imagenet": (7, 2, 3), "cifar": (3, 1, 1), "cifar_pad2": (3, 1, 2),
+    }[self.stem]  # fmt: skip
     x = _conv(64, kernel, stride, padding, self.dtype, "conv1")(images)
     batch_norm = norm.BatchNorm(joint=self.joint_norm, dtype=self.dtype, name="norm1")
     x = jax.nn.relu(batch_norm(x, views=views, train=train))
