@@ -57,7 +57,7 @@ def test_loss_is_that_of_the_blocks_its_key_draws():
     assert agree > 0.1 and spread > 1e-3
     np.testing.assert_allclose(value, agree + spread, rtol=1e-5)
     np.testing.assert_allclose(out.metrics["consistency"], agree, rtol=1e-5)
-    np.testing.assert_allclose(out.metrics["entropy_gap"], spread, rtol=1e-3)
+    np.testing.assert_allclose(out.metrics["entropy_gap"], spread, rtol=1e-5)
     np.testing.assert_allclose(out.metrics["ln_k"], np.log(8), rtol=1e-6)
     seen.append(float(value))
   assert seen[0] != seen[1]  # other blocks

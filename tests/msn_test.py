@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 import tiny
 
-from protojax import errors, student_teacher, train_step
+from protojax import errors, losses, student_teacher, train_step
 from protojax.data import masking
 from protojax.methods import msn
 from protojax.models import vit
@@ -35,9 +36,37 @@ def test_golden_values_of_the_published_code(kind, golden):
     options = tiny.config("msn", "learned", method__targets=kind).method
     q = msn.targets(jnp.asarray(_unit(seen) @ rows.T), options)
     cross_entropy, prior = msn.terms(anchors, q, 0.1)
+    mean_entropy = losses.entropy(jax.nn.softmax(anchors / 0.1)).mean()
   # Sinkhorn is float32.
   np.testing.assert_allclose(cross_entropy, golden, rtol=1e-12 if kind == "sharpened" else 1e-5)
   np.testing.assert_allclose(prior, 0.16535728323248144, rtol=1e-12)
+  np.testing.assert_allclose(mean_entropy, 0.45998756914061817, rtol=1e-12)
+
+
+def _reference(scores, q, temperature):
+  """Cross entropy and prior of scores [B, V, K] against q [B, K]."""
+  log_p = scipy.special.log_softmax(scores / temperature, axis=-1)
+  mean = np.exp(log_p).mean(axis=(0, 1))
+  cross_entropy = np.mean([-(q * log_p[:, v]).sum(-1) for v in range(scores.shape[1])])
+  return cross_entropy, np.log(len(mean)) + (mean * np.log(mean)).sum()
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["cross_entropy", "prior"])
+def test_terms_match_numpy_in_value_and_gradient(which):
+  rng = np.random.default_rng(0)
+  scores, q = 0.3 * rng.normal(size=(4, 3, 5)), rng.dirichlet(np.ones(5), 4)
+  with jax.enable_x64(True):
+    value_and_grad = jax.jit(jax.value_and_grad(lambda x: msn.terms(x, q, 0.1)[which]))
+    value, gradient = value_and_grad(scores)
+  np.testing.assert_allclose(value, _reference(scores, q, 0.1)[which], rtol=1e-12)
+  numeric = np.zeros_like(scores)
+  for index in np.ndindex(*scores.shape):
+    step = np.zeros_like(scores)
+    step[index] = 1e-6
+    up, down = (_reference(scores + s, q, 0.1)[which] for s in (step, -step))
+    numeric[index] = (up - down) / 2e-6
+  assert np.linalg.norm(numeric) > 0.1
+  assert np.linalg.norm(np.asarray(gradient) - numeric) < 1e-7 * np.linalg.norm(numeric)
 
 
 def _seen(config, monkeypatch):
@@ -60,7 +89,8 @@ def _seen(config, monkeypatch):
 
 
 def test_student_sees_part_of_one_view_and_the_teacher_all_of_the_other(monkeypatch):
-  c = tiny.config("msn", "learned", **_HEAD, model__patch_size=4, method__drop_patches=0.3)
+  c = tiny.config("msn", "learned", **_HEAD, model__patch_size=4, method__drop_patches=0.3,
+                  method__prior_weight=0.5)  # fmt: skip
   method, seen = _seen(c, monkeypatch)
   variables = jax.jit(method.init)(jax.random.key(0))
   assert set(variables.teacher) == {"encoder"}
@@ -75,7 +105,7 @@ def test_student_sees_part_of_one_view_and_the_teacher_all_of_the_other(monkeypa
   np.testing.assert_array_equal(seen["target"], views["global"][:, 1:])
   assert seen["keep"].shape == (16, 1, 16 - 4)  # floor(.3 x 16) are left out
   np.testing.assert_allclose(
-    value, out.metrics["cross_entropy"] + out.metrics["prior"], rtol=1e-6
+    value, out.metrics["cross_entropy"] + 0.5 * out.metrics["prior"], rtol=1e-6
   )
   assert np.abs(grads["prototypes"]["v"]).max() > 0
 

@@ -1,4 +1,4 @@
-"""The vMF normaliser against published values and SciPy's Bessel functions."""
+"""The vMF normaliser and loss against published values and SciPy's Bessel functions."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from protojax import vmf
+from protojax import losses, vmf
 
 # Exact ln C_256.
 GOLDEN = {
@@ -46,6 +46,48 @@ def test_golden_corrections_relative_to_norm_one(temperature, expected):
   norms = jnp.array([0.5, 1.0, 1.5, 2.0, 3.0])
   scores = vmf.mixture_scores(jnp.zeros((2, 5)), norms, temperature, 256) / temperature
   np.testing.assert_allclose(scores - scores[:, 1:2], np.tile(expected, (2, 1)), atol=6e-4)
+
+
+@pytest.mark.parametrize(("dim", "bound"), [(64, 6e-7), (256, 9e-9)])
+def test_error_in_float64_is_within_the_stated_bound(dim, bound):
+  kappa = np.geomspace(1.0, 500.0, 100)
+  with jax.enable_x64(True):
+    value = vmf.log_normalizer(jnp.asarray(kappa), dim)
+  np.testing.assert_allclose(value, _reference(kappa, dim), rtol=0, atol=bound)
+
+
+def _reference_loss(z, w, g, q, temperature):
+  """Cross entropy of z [B, V, D] under a vMF mixture against q [B, T, K] of the other views."""
+  logits = z @ (g[:, None] * w).T / temperature + _reference(g / temperature, z.shape[-1])
+  log_p = scipy.special.log_softmax(logits, axis=-1)
+  pairs = [(v, t) for v in range(z.shape[1]) for t in range(q.shape[1]) if v != t]
+  return np.mean([-(q[:, t] * log_p[:, v]).sum(-1).mean() for v, t in pairs])
+
+
+def test_loss_and_gradients_in_norms_and_features_match_the_exact_bessel_function():
+  rng = np.random.default_rng(0)
+  z, w = rng.normal(size=(2, 3, 64)), rng.normal(size=(5, 64))
+  z, w = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (z, w))
+  g, q = rng.uniform(0.5, 3.0, 5), rng.dirichlet(np.ones(5), (2, 2))
+
+  def loss(g, z):
+    scores = vmf.mixture_scores(z @ (g[:, None] * w).T, g, 0.1, 64)
+    return losses.cross_view_entropy(scores, jnp.asarray(q), temperature=0.1)
+
+  with jax.enable_x64(True):
+    value, gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(g, z)
+  np.testing.assert_allclose(value, _reference_loss(z, w, g, q, 0.1), rtol=1e-6)
+  for i, gradient in enumerate(gradients):
+    numeric = np.zeros_like((g, z)[i])
+    for index in np.ndindex(*numeric.shape):
+      step = [np.zeros_like(g), np.zeros_like(z)]
+      step[i][index] = 1e-5
+      up, down = (
+        _reference_loss(z + s * step[1], w, g + s * step[0], q, 0.1) for s in (1, -1)
+      )
+      numeric[index] = (up - down) / 2e-5
+    assert np.linalg.norm(numeric) > 0.1
+    assert np.linalg.norm(np.asarray(gradient) - numeric) < 1e-6 * np.linalg.norm(numeric)
 
 
 @pytest.mark.parametrize(("dim", "slack"), [(16, 1e-3), (64, 2e-5), (128, 1e-5)])
