@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from protojax import checkpoint, sharding, train, train_step
+from protojax import checkpoint, collapse, monitor, sharding, train, train_step
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
@@ -56,11 +56,16 @@ _CARP_LEARNS = (
 _FALCON = (
   ("head__layers", 1), ("head__norm_output", True), ("head__init", "uniform"), ("head__l2", False),
 )  # fmt: skip
-_FALCON_CHUNKS = (*_FALCON, ("method__assign", "tanh"), ("method__chunk_size", 8))
+# The forward prior wants no more codes than images.
+_FALCON_CHUNKS = (
+  *_FALCON, ("method__assign", "tanh"), ("method__prior", "forward"),
+  ("method__num_prototypes", 16), ("method__chunk_size", 8),
+)  # fmt: skip
 
 _SWAV = (("method__queue_length", 32),)  # two batches: the third step uses it
 
 _GEDI = (("head__l2", False),)
+_GEDI_LEGACY = (*_GEDI, ("method__legacy", True))
 
 _GEDI_GEN = (("method__generative", True), ("method__sgld_steps", 3), ("method__sgld_rate", 0.1))
 
@@ -73,8 +78,10 @@ _KOLEO = (  # of [B, 2] features in the global batch
   ("all-gather", 4 * 16 * 2 * 32, "KoLeo compares each with all others [B, 2, F]"),
   ("all-to-all", 8 * 16 * 2, "the neighbours' numbers"),
 )
-_KOLEO_PROTO = (("method__koleo_proto", 0.1), ("method__koleo_proto_rows", 8))
-_VMF = (("method__vmf", True), ("method__train_prototype_norm", True))
+_VMF = (
+  ("method__vmf", True), ("method__train_prototype_norm", True),
+  ("method__koleo_proto", 0.1), ("method__koleo_proto_rows", 8),
+)  # fmt: skip
 
 # PCL: no clusters before a refresh, so stand-ins; the queue of a small set holds its own images.
 _PCL = (
@@ -82,27 +89,31 @@ _PCL = (
 )  # fmt: skip
 _QUEUE = (("all-gather", 4 * 16 * 16, "every device holds the whole queue of keys"),)
 
-# A new method adds its row here. Frozen prototypes take the path of a mixture that does not move.
+# A new method adds its row here. An option of the loss alone is set in a row that is here anyway:
+# the other row of its method keeps the default. Frozen prototypes take the path of a mixture that
+# does not move.
 METHODS = (
   Row("dino", "learned", learns=_DINO),
   Row("dino", "mixture", learns=_DINO),
   Row("dino", "frozen", learns=_DINO),
   Row("dino", "learned", (("method__koleo", 0.1),), _KOLEO, _DINO),
-  Row("dino", "learned", _KOLEO_PROTO, learns=_DINO),
   Row("dino", "learned", _VMF, learns=_DINO),
   Row("ibot", "learned", learns=_IBOT),
+  Row("ibot", "learned", (("method__shared_head", True),), learns=_IBOT),
   Row("ibot", "mixture", learns=_IBOT),
+  Row("ibot", "frozen", learns=_IBOT),
   Row("msn", "learned", _MSN),
-  Row("msn", "mixture", _MSN),
+  Row("msn", "mixture", (*_MSN, ("method__targets", "sharpened"))),
   Row("carp", "learned", _CARP, learns=_CARP_LEARNS),
   Row("carp", "mixture", _CARP, learns=_CARP_LEARNS),
   Row("swav", "learned", _SWAV),
   Row("swav", "mixture", _SWAV),
+  Row("swav", "frozen"),  # without a queue
   # Features of length one: the others start so near 0 that every image is in every cluster.
   Row("gedi", "learned", _GEDI, learns=(("head__l2", True),)),
-  Row("gedi", "mixture", _GEDI, learns=(("head__l2", True),)),
+  Row("gedi", "mixture", _GEDI_LEGACY, learns=(("head__l2", True),)),
   Row("gedi", "learned", _GEDI_GEN),
-  Row("self_classifier", "learned"),
+  Row("self_classifier", "learned", (("method__more_classifiers", (8, 16)),)),
   Row("self_classifier", "mixture"),
   Row("falcon", "dictionary", _FALCON),
   Row("falcon", "dictionary", _FALCON_CHUNKS),
@@ -137,11 +148,12 @@ def _three_steps(row, devices):
 
 
 def _on_host(state):
-  """Arrays without typed keys, which have no finite, no NumPy and no difference."""
-  leaves = jax.tree.map(
-    lambda x: None if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x, state
-  )
-  return jax.device_get(leaves)
+  """NumPy arrays; of typed keys, which have no finite and no difference, their data."""
+
+  def plain(x):
+    return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+  return jax.device_get(jax.tree.map(plain, state))
 
 
 def _size(shape: str) -> int:
@@ -202,17 +214,22 @@ def test_no_gradient_reaches_what_is_not_trained(row):
 
 @every_method
 def test_one_two_and_eight_devices_agree(row):
-  _, _, one, metrics, _ = _three_steps(row, 1)
+  _, start, one, metrics, _ = _three_steps(row, 1)
+  # Without the optimizer's traces: those of a bias before a norm are rounding and nothing else.
+  start, one = (jax.tree.leaves(_on_host(s.replace(opt_state=()))) for s in (start, one))
   for devices in (2, 8):
     _, _, state, other, _ = _three_steps(row, devices)
     for key, later in (("train/loss", 1e-4), ("train/grad_norm", 1e-3)):
       np.testing.assert_allclose(other[0][key], metrics[0][key], rtol=1e-5)
       np.testing.assert_allclose(other[2][key], metrics[2][key], rtol=later)
-    for a, b in zip(
-      jax.tree.leaves((one.encoder, one.teacher)), jax.tree.leaves((state.encoder, state.teacher)),
-      strict=True,
-    ):  # fmt: skip
-      np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=1e-4)
+    paths = jax.tree_util.tree_leaves_with_path(_on_host(state.replace(opt_state=())))
+    for (path, a), b, begun in zip(paths, one, start, strict=True):
+      name = jax.tree_util.keystr(path)
+      if not jnp.issubdtype(a.dtype, jnp.floating):
+        np.testing.assert_array_equal(a, b, err_msg=name)
+        continue
+      apart, moved = np.linalg.norm(a - b), np.linalg.norm(b - begun)
+      assert apart <= 1e-3 * moved + 1e-6, f"{name} on {devices}: {apart} apart, {moved} moved"
 
 
 @every_method
@@ -268,10 +285,8 @@ def test_loss_falls_on_real_images_whose_features_stay_apart(row):
   losses = [m["train/loss"] for m in metrics]
   assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.01
   images = program.evaluation(tiny.digits(config, 0))
-  features = np.asarray(program.method.features(train_step.variables_of(state), images))
-  features = features / np.linalg.norm(features, axis=1, keepdims=True)
-  cosine = (features @ features.T)[np.triu_indices(len(features), 1)]
-  assert cosine.mean() < 0.9999
+  features = program.method.features(train_step.variables_of(state), images)
+  assert collapse.feature_std(features) > monitor.LIMITS["feature_std"]
 
 
 @pytest.mark.parametrize(
