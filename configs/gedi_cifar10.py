@@ -15,6 +15,12 @@ batch norm and unit length. Of the weights tried for 500 steps, uniformity over 
 fell to one cluster (with 1,024 of them too, and without batch norm or unit length), 2 : 1 and 3 : 1
 did not. The defaults, 10 : 1, with 1,024 clusters and a head that ends linearly, left assignments
 nearly uniform after 2,000 steps and the encoder below an untrained one (commit 507166e).
+
+Mode "", 8 minutes on two CPU cores, 556 img/s at the end. CIFAR-10 (JPEG copy), seed 0, commit
+f8d8460: used 100 %, perplexity 89, cross entropy 4.63 of ln K = 4.85, k-NN 37.2 %, linear 42.0 %.
+Mode "gen", 9 minutes beside other work, commit 884b383: used 63.3 %, but perplexity 4.2, k-NN
+29.5 %, linear 34.4 %, little above the untrained encoder's 28.8 and 33.7; with both weights at 50
+it fell to one cluster.
 """
 
 from configs import common

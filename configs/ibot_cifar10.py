@@ -7,7 +7,9 @@ Prototypes of both kinds of token are learned or, in mode "gmm", decoupled.
   python -m protojax.main --config=configs/ibot_cifar10.py:gmm --workdir=runs/ibot_gmm_cifar10 \
     --config.data.data_dir=$PROTOJAX_DATA_DIR
 
-Cost and result: not measured yet.
+Cost: 2,000 steps, 18 minutes on two CPU cores that did other work too; 247 img/s at the end.
+CIFAR-10 (JPEG copy), seed 0, commit 884b383: used 49.7 %, unique 100 % at every threshold, k-NN
+34.2 %, linear 40.6 %. Mode "gmm": not measured yet.
 """
 
 from configs import common

@@ -6,7 +6,9 @@ on features. Others to try: .01 and 1, with --config.method.koleo_proto.
   python -m protojax.main --config=configs/koleo_proto_cifar10.py \
     --workdir=runs/koleo_proto_cifar10 --config.data.data_dir=$PROTOJAX_DATA_DIR
 
-Cost and result: not measured yet.
+Cost: 2,000 steps, 13 minutes on two CPU cores that did other work too; 353 img/s at the end.
+CIFAR-10 (JPEG copy), seed 0, commit 884b383: used 52.1 %, unique 100 % at every threshold, k-NN
+35.5 %, linear 41.2 %.
 """
 
 from configs import common

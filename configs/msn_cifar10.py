@@ -7,7 +7,9 @@ Prototypes are learned or, in mode "gmm", decoupled.
   python -m protojax.main --config=configs/msn_cifar10.py:gmm --workdir=runs/msn_gmm_cifar10 \
     --config.data.data_dir=$PROTOJAX_DATA_DIR
 
-Cost and result: not measured yet.
+Cost: 2,000 steps, 13 minutes on two CPU cores that did other work too; 245 img/s at the end.
+CIFAR-10 (JPEG copy), seed 0, commit 884b383: used 85.4 %, unique 100 % at .25, 99.5 % at .5, k-NN
+39.5 %, linear 43.9 %. Mode "gmm": not measured yet.
 """
 
 from configs import common

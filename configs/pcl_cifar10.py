@@ -4,7 +4,11 @@ r"""PCL (arXiv 2005.04966) on CIFAR-10, small ViT, clusters of 250, 500 and 1,00
     --config.data.data_dir=$PROTOJAX_DATA_DIR
 
 Two views instead of four: the method has no small crops. Five epochs, of which the first has no
-clusters. Cost and result: not measured yet.
+clusters.
+
+Cost: 2,000 steps, 9 minutes on two CPU cores that did other work too; 326 img/s at the end.
+CIFAR-10 (JPEG copy), seed 0, commit 884b383: used 100 %, unique 99.7 % at .025, 15.3 % at .25, k-NN
+38.0 %, linear 42.3 %.
 """
 
 from configs import common

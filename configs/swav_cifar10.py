@@ -12,7 +12,8 @@ fell to uniform collapse within 300 steps of it; hence neither here.
 
 Cost: 2,000 steps, 14 minutes on two CPU cores that did other work too; 430 img/s at the end.
 CIFAR-10 (JPEG copy), seed 0, commit 507166e: used 85.5 %, unique 100 % at every threshold, k-NN
-37.5 %, linear 42.2 %. Mode "gmm": not measured yet.
+37.5 %, linear 42.2 %. Mode "gmm", commit 884b383, 12 minutes: used 76.9 %, unique 100 % at
+every threshold, k-NN 39.4 %, linear 43.5 %.
 """
 
 from configs import common
