@@ -242,6 +242,17 @@ def test_random_codes_of_many_clusters_have_high_nmi_and_no_ami(sizes, chance, a
   np.testing.assert_allclose(every, alone, atol=0.001)
 
 
+@pytest.mark.filterwarnings("ignore:The number of unique classes:UserWarning")
+def test_chance_falls_with_more_images_to_a_code():
+  """16,384 clusters on the train splits of SVHN, CIFAR-10 and CIFAR-100."""
+  svhn = (4948, 13_861, 10_585, 8497, 7458, 6882, 5727, 5595, 5045, 4659)
+  for sizes, nmi in ((svhn, 0.159), ((5000,) * 10, 0.204), ((500,) * 100, 0.471)):
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    codes = np.random.default_rng(0).integers(16_384, size=len(labels))
+    score = metrics.normalized_mutual_info_score(labels, codes)
+    np.testing.assert_allclose(score, nmi, atol=0.001)
+
+
 def test_nearest_codes_of_noise_score_as_chance():
   labels = np.repeat(np.arange(10), 1000)
   nearest = jnp.argmax(dictionary.scores(_codes(64, 1000), _normal(10_000, 64)), axis=-1)

@@ -27,6 +27,12 @@ def test_koleo_golden_value():
   np.testing.assert_allclose(losses.koleo(jnp.asarray(_sin(4, 3))), 0.43859925171630226, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("num", "expected"), [(4096, -0.219), (8192, -0.2125)])
+def test_koleo_of_untrained_prototypes_is_the_published_one(num, expected):
+  rows = np.random.default_rng(0).normal(size=(num, 256))
+  np.testing.assert_allclose(losses.koleo(jnp.asarray(rows)), expected, atol=1e-3)
+
+
 @pytest.mark.parametrize("picked", [None, np.array([4, 0, 7], np.int32)])
 def test_koleo_value_and_gradient_match_numpy(picked):
   rows = np.random.default_rng(0).normal(size=(9, 4))
