@@ -106,13 +106,13 @@ METHODS = (
   Row("msn", "mixture", (*_MSN, ("method__targets", "sharpened"))),
   Row("carp", "learned", _CARP, learns=_CARP_LEARNS),
   Row("carp", "mixture", _CARP, learns=_CARP_LEARNS),
-  Row("swav", "learned", _SWAV),
+  Row("swav", "learned", _SWAV, learns=(("optim__lr", 0.005),)),
   Row("swav", "mixture", _SWAV),
   Row("swav", "frozen"),  # without a queue
   # Features of length one: the others start so near 0 that every image is in every cluster.
   Row("gedi", "learned", _GEDI, learns=(("head__l2", True),)),
   Row("gedi", "mixture", _GEDI_LEGACY, learns=(("head__l2", True),)),
-  Row("gedi", "learned", _GEDI_GEN),
+  Row("gedi", "learned", _GEDI_GEN, learns=(("head__l2", True), ("optim__lr", 0.005))),
   Row("self_classifier", "learned", (("method__more_classifiers", (8, 16)),)),
   Row("self_classifier", "mixture"),
   Row("falcon", "dictionary", _FALCON),
