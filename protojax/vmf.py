@@ -18,7 +18,7 @@ def log_normalizer(kappa: jax.Array, dim: int) -> jax.Array:
 
   Args:
     kappa: any shape, not negative, any float dtype.
-    dim: p, at least 4; the larger, the more exact (p = 64: 6e-7, p = 256: 8e-9, kappa to 500).
+    dim: p, at least 4; the larger, the more exact (p = 64: 6e-7, p = 256: 9e-9, kappa to 500).
 
   Returns:
     Like `kappa`, at least float32; 0 at 0 and falling. Differentiable everywhere.
