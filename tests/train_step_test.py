@@ -106,19 +106,19 @@ METHODS = (
   Row("msn", "mixture", (*_MSN, ("method__targets", "sharpened"))),
   Row("carp", "learned", _CARP, learns=_CARP_LEARNS),
   Row("carp", "mixture", _CARP, learns=_CARP_LEARNS),
-  Row("swav", "learned", _SWAV, learns=(("optim__lr", 0.005),)),
+  Row("swav", "learned", _SWAV),
   Row("swav", "mixture", _SWAV),
   Row("swav", "frozen"),  # without a queue
   # Features of length one: the others start so near 0 that every image is in every cluster.
   Row("gedi", "learned", _GEDI, learns=(("head__l2", True),)),
   Row("gedi", "mixture", _GEDI_LEGACY, learns=(("head__l2", True),)),
-  Row("gedi", "learned", _GEDI_GEN, learns=(("head__l2", True), ("optim__lr", 0.005))),
+  Row("gedi", "learned", _GEDI_GEN),
   Row("self_classifier", "learned", (("method__more_classifiers", (8, 16)),)),
   Row("self_classifier", "mixture"),
   Row("falcon", "dictionary", _FALCON),
   Row("falcon", "dictionary", _FALCON_CHUNKS),
-  Row("pcl", "kmeans", _PCL, _QUEUE, (("optim__lr", 0.01),)),
-  Row("barlow_twins", "none", _TWO_VIEWS, learns=(("optim__lr", 0.005),)),
+  Row("pcl", "kmeans", _PCL, _QUEUE),
+  Row("barlow_twins", "none", _TWO_VIEWS),
   Row("vicreg", "none", _TWO_VIEWS),
 )
 every_method = pytest.mark.parametrize(
@@ -229,7 +229,8 @@ def test_one_two_and_eight_devices_agree(row):
         np.testing.assert_array_equal(a, b, err_msg=name)
         continue
       apart, moved = np.linalg.norm(a - b), np.linalg.norm(b - begun)
-      assert apart <= 1e-3 * moved + 1e-6, f"{name} on {devices}: {apart} apart, {moved} moved"
+      # 3e-4 at most, but where all the gradient is rounding: that moves a bias by 1e-7.
+      assert apart <= 1e-3 * moved + 5e-7, f"{name} on {devices}: {apart} apart, {moved} moved"
 
 
 @every_method
@@ -279,7 +280,8 @@ def test_two_images_a_batch_in_bfloat16_stay_finite(row):
 
 @every_method
 def test_loss_falls_on_real_images_whose_features_stay_apart(row):
-  changes = {"num_steps": 200, "optim__warmup_steps": 1, "optim__lr": 0.02, **dict(row.learns)}
+  # At .02 losses fall as well, but the features of SwAV and of the full GEDI bunch.
+  changes = {"num_steps": 200, "optim__warmup_steps": 1, "optim__lr": 0.005, **dict(row.learns)}
   config = row.config(**changes)
   program, state, metrics = tiny.run_steps(config, 60, jax.devices()[:1], draw=tiny.digits)
   losses = [m["train/loss"] for m in metrics]
