@@ -20,7 +20,7 @@ import ml_collections
 import numpy as np
 
 from protojax import config as configs
-from protojax import main, monitor, snapshot, train
+from protojax import main, monitor, programs, snapshot, train
 from protojax.data import pipeline
 from protojax.evals import knn, linear
 
@@ -89,7 +89,7 @@ def floors(data_dir: str) -> dict[str, dict[str, float]]:
                         temperature=config.probe.temperature),
     "linear_fitted": linear.evaluate(*a, *b, num_classes=10)["linear"],
   }  # fmt: skip
-  program = train.Program(config)
+  program = programs.Program(config)
   view = snapshot.Snapshot(program, bank=bank, test=test)
   with jax.set_mesh(program.mesh):
     state = program.init(config.seed)

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from protojax import config as configs
-from protojax import main, prototypes, sharding, train, train_step
+from protojax import main, programs, prototypes, sharding, train_step
 from protojax.data import augment
 
 
@@ -34,7 +34,7 @@ def _set(config, assignment):
   target[leaf] = value
 
 
-def programs(program):
+def parts(program):
   """{part: call without arguments} over arrays that are on the device."""
   config, method, mesh = program.config, program.method, program.mesh
   rng = np.random.default_rng(0)
@@ -79,10 +79,10 @@ def programs(program):
 def measure(config, repeats: int) -> dict:
   """Medians over `repeats` rounds, in milliseconds, with shares and memory."""
   config = configs.resolve(config, 50_000)
-  program = train.Program(config)
+  program = programs.Program(config)
   with jax.set_mesh(program.mesh):
     compiled = program.lower().compile()
-    calls = programs(program)
+    calls = parts(program)
     seconds = {name: [] for name in calls}
     for i in range(repeats + 1):
       for name, call in calls.items():

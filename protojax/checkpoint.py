@@ -19,47 +19,12 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 
-from protojax import config as configs
 from protojax import errors
 
 PyTree = Any
 _SEAL = "seal.json"
 _TEMPORARY = ".orbax-checkpoint-tmp"  # orbax's own suffix
 _START_ANEW = "choose another --workdir or set --config.overwrite=True"
-
-# What may differ between the run that saved and the run that goes on: it changes where, how fast or
-# how often, not what is computed. Everything else is refused, so a new option is safe by default.
-_FREE = (
-  "resume", "overwrite", "log_every", "save_every", "eval_every", "keep_checkpoints", "monitor.",
-  "accum_steps", "model.remat", "mesh.", "data.data_dir", "data.num_workers", "probe.data_dir",
-  "probe.test_split", "probe.k", "probe.temperature", "probe.limit",
-  # Compared as the steps they come to:
-  "num_epochs", "optim.warmup_epochs", "optim.freeze_prototypes_epochs",
-)  # fmt: skip
-
-
-def refuse_mismatch(metadata: dict, config) -> None:
-  """Refuses to go on with a run under settings that would make it another run.
-
-  Args:
-    metadata: of a checkpoint; {"config": nested dict}.
-    config: resolved. Settings that only one side knows (another version's) are not compared.
-
-  Raises:
-    UserError: one line that names every setting that differs, with both values.
-  """
-  old, new = (json.loads(json.dumps(configs.flat(c))) for c in (metadata["config"], config))
-  differing = [
-    f"{key} {old[key]} -> {value}"
-    for key, value in new.items()
-    if key in old and old[key] != value
-    and not any(key == free or (free[-1] == "." and key.startswith(free)) for free in _FREE)
-  ]  # fmt: skip
-  if differing:
-    raise errors.UserError(
-      f"the workdir holds a run with other settings: {', '.join(differing)}: {_START_ANEW}"
-    )
-
 
 def _not_from_orbax(record) -> bool:
   return f"{os.sep}orbax{os.sep}" not in record.pathname
@@ -79,6 +44,15 @@ def _shapes(tree: PyTree) -> dict[str, str]:
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
   return {name(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+
+
+def leaves(workdir: str | os.PathLike) -> dict[str, str] | None:
+  """{"carry/probe/params/bias": "float32[10]", ...} of the newest sealed checkpoint, or None."""
+  seals = pathlib.Path(workdir).glob(f"checkpoints/*/{_SEAL}")
+  for seal in sorted(seals, key=lambda p: int(p.parent.name), reverse=True):
+    with contextlib.suppress(ValueError, KeyError, OSError):
+      return json.loads(seal.read_text())["leaves"]
+  return None
 
 
 def _one_line(error: Exception) -> str:
@@ -192,21 +166,25 @@ class Checkpoints:
         f"{len(wrong)} differences in all: {_START_ANEW}"
       )
 
-  def restore_latest(self, abstract: PyTree) -> tuple[int, PyTree, dict] | None:
+  def restore_latest(
+    self, abstract: PyTree, step: int | None = None
+  ) -> tuple[int, PyTree, dict] | None:
     """The newest checkpoint that can be read, on any mesh.
 
     A damaged one is passed over with a warning, and removed by the next save.
 
     Args:
       abstract: pytree like the state, of `jax.ShapeDtypeStruct` with `sharding`.
+      step: take this one and no other.
 
     Returns:
       (step, state, metadata), or None if there is no checkpoint.
 
     Raises:
-      UserError: if there are checkpoints and none can be read, or the state has other leaves.
+      UserError: if there are checkpoints and none can be read, `step` is not there, or the state
+        has other leaves.
     """
-    if (found := self._restore(abstract)) is None:
+    if (found := self._restore(abstract, step)) is None:
       return None
     self._newest, restored, reasons = found
     self._unreadable = list(reasons)
@@ -217,26 +195,22 @@ class Checkpoints:
       )  # fmt: skip
     return self._newest, restored["state"], restored["metadata"]
 
-  def latest_metadata(self) -> dict | None:
-    """The metadata of the checkpoint that `restore_latest` would take, or None."""
-    found = self._restore(None)
-    return found and found[1]["metadata"]
-
-  def _restore(self, abstract: PyTree | None):
+  def _restore(self, abstract: PyTree, only: int | None):
     """(step, items, {newer step: "step (why it could not be read)"}); None without checkpoints."""
     if not self._folder.is_dir():
       return None
-    wanted = {"metadata": ocp.args.JsonRestore()}
-    if abstract is not None:
-      wanted["state"] = ocp.args.StandardRestore(abstract)
+    wanted = {"metadata": ocp.args.JsonRestore(), "state": ocp.args.StandardRestore(abstract)}
     manager = self._open()
     self.wait()
-    reasons = {}
-    for step in sorted(manager.all_steps(), reverse=True):
+    reasons, steps = {}, sorted(manager.all_steps(), reverse=True)
+    if only is not None and only not in steps:
+      raise errors.UserError(
+        f"there is no checkpoint {only} in {self._folder}: there are {', '.join(map(str, steps))}"
+      )
+    for step in steps if only is None else [only]:
       reason = self._damage(step)
       if reason is None:
-        if abstract is not None:
-          self._require_fit(step, abstract)
+        self._require_fit(step, abstract)
         try:
           return step, manager.restore(step, args=ocp.args.Composite(**wanted)), reasons
         except Exception as error:  # orbax and tensorstore raise whatever they like

@@ -1,4 +1,4 @@
-"""The one exception that stands for a mistake of the user, and checks of settings that raise it."""
+"""What ends a program in one line: a mistake of the user (and checks that find it), a stop."""
 
 
 class UserError(Exception):
@@ -6,6 +6,16 @@ class UserError(Exception):
 
   The message says what was wrong, where, and what to do, on a single line.
   """
+
+
+class Interrupted(Exception):
+  """The run was asked to stop and has saved state `step`."""
+
+  def __init__(self, step: int):
+    super().__init__(
+      f"stopped at step {step}; run the same command (without --config.overwrite) to go on"
+    )
+    self.step = step
 
 
 def require_positive(options, *names: str) -> None:

@@ -1,6 +1,5 @@
 """python -m protojax.main --config=configs/NAME.py --workdir=FOLDER [--config.KEY=VALUE ...]"""
 
-import errno
 import importlib.util
 import pathlib
 import sys
@@ -8,8 +7,8 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from protojax import cli, errors
 from protojax import config as configs
-from protojax import errors
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, NAME.py or NAME.py:debug.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; resumed if it holds one.")
@@ -101,30 +100,8 @@ def main(argv: list[str]) -> None:
   train.run(_CONFIG.value, _WORKDIR.value)
 
 
-def _guarded(call, argument):
-  """Runs `call`; a user's mistake becomes one line and status 2, an asked stop status 143."""
-  from protojax import workdir
-
-  try:
-    return call(argument)
-  except errors.UserError as error:
-    print(f"protojax: {error}", file=sys.stderr)
-    sys.exit(2)
-  except OSError as error:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-      raise
-    print(
-      f"protojax: no space left on device for {error.filename or 'the workdir'}: free some space "
-      "and run the same command again; the last checkpoint is intact", file=sys.stderr,
-    )  # fmt: skip
-    sys.exit(2)
-  except workdir.Interrupted as stop:
-    print(f"protojax: {stop}", file=sys.stderr)
-    sys.exit(143)
-
-
 if __name__ == "__main__":
   logging.set_verbosity(logging.INFO)
   app.run(
-    lambda argv: _guarded(main, argv), flags_parser=lambda argv: _guarded(parse, argv)
+    lambda argv: cli.guarded(main, argv), flags_parser=lambda argv: cli.guarded(parse, argv)
   )

@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from protojax import collapse, sharding, train_step
-from protojax.data import pipeline
+from protojax import collapse, collect, sharding, train_step
 from protojax.evals import knn, linear
 
 
@@ -20,7 +19,7 @@ class Snapshot:
   """Measures of a state, compiled once.
 
   Args:
-    program: `train.Program`.
+    program: `programs.Program`.
     bank: source whose images are looked at (and, if labelled, the k-NN's train set).
     test: labelled source for k-NN and linear accuracy, or None.
   """
@@ -45,7 +44,7 @@ class Snapshot:
     self._start = functools.cache(lambda: jax.device_get(start(config.seed)))
 
   def _forward_fn(self, state, batch):
-    """Features [B, D] and codes {set: [B]}; labels and mask come back too, whole everywhere."""
+    """Features [B, D] and codes {set: [B]}; labels come back too, whole everywhere."""
     variables = train_step.variables_of(state)
     images = self._evaluation(batch)
     codes = {
@@ -58,7 +57,6 @@ class Snapshot:
       "codes": codes,
       "index": batch["index"],
       "label": batch["label"],
-      "mask": batch["mask"],
     }
 
   def _run(self, state, source, limit=0, parts=("features", "codes", "label")):
@@ -70,21 +68,16 @@ class Snapshot:
       limit: evenly spread subset; 0 takes all.
       parts: of what `_forward` returns; embeddings [N, D] are left on the device unless asked for.
     """
-    config, mesh = self._config, self._mesh
-    size = -(-config.batch_size // mesh.shape["data"]) * mesh.shape["data"]
-    part, count = sharding.rows_of_process(size, mesh)
-    batches = pipeline.sequential(
-      source, batch_size=size, image_size=config.data.image_size, limit=limit or None,
-      num_workers=config.data.num_workers, process_index=part, process_count=count,
+    config = self._config
+
+    def forward(batch):
+      out = self._forward(state, batch)
+      return {name: out[name] for name in parts}
+
+    return collect.rows(
+      forward, source, mesh=self._mesh, batch_size=config.batch_size,
+      image_size=config.data.image_size, num_workers=config.data.num_workers, limit=limit,
     )  # fmt: skip
-    seen = []
-    for batch in batches:
-      batch = {k: batch[k] for k in ("image", "size", "index", "label", "mask")}
-      out = self._forward(state, sharding.put_batch(batch, mesh))
-      out = jax.device_get({name: out[name] for name in (*parts, "mask")})
-      mask = out.pop("mask")
-      seen.append(jax.tree.map(lambda x, mask=mask: x[mask], out))
-    return jax.tree.map(lambda *rows: np.concatenate(rows), *seen)
 
   def embeddings(self, state, source) -> tuple[np.ndarray, np.ndarray]:
     """(embeddings [N, D], index int32 [N]) of all images of `source` that can be read."""

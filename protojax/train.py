@@ -1,29 +1,25 @@
 """The training loop: build, restore, then save / next / step / log / evaluate."""
 
 import contextlib
-import functools
 import pathlib
 import time
 
 import jax
-import jax.numpy as jnp
 from absl import logging
 
 from protojax import (
   checkpoint,
   errors,
   export,
-  methods,
   optim,
+  programs,
   runlog,
   sharding,
   snapshot,
-  train_step,
 )
 from protojax import config as configs
 from protojax import workdir as workdirs
-from protojax.data import augment, pipeline, source
-from protojax.evals import linear
+from protojax.data import source
 
 
 def build_sources(config):
@@ -66,117 +62,6 @@ def _no_batches():
     yield None, (), 0.0
 
 
-class Program:
-  """A resolved config as compiled functions; the loop below and the benchmarks run it.
-
-  Attributes:
-    config: resolved; see `config.resolve`.
-    mesh, method, tx, evaluation, probe: what the step is made of.
-    abstract, shardings: of the `train_step.TrainState`.
-    init: jitted (seed) -> state 0.
-    step: jitted (state, batch, probe_batch) -> (state, metrics); donates the state.
-    refresh: jitted (state, embeddings, index) -> state, donates the state; None without.
-
-  Args:
-    config: resolved.
-    num_classes: of the labelled source; 0 leaves the online probe out.
-    devices: list of devices to use instead of all.
-  """
-
-  def __init__(self, config, num_classes: int = 0, devices=None):
-    self.config = config
-    self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.model, devices)
-    self.method = methods.load(config.method.name).make(config)
-    self.tx = optim.build(config, num_steps=config.num_steps, batch_size=config.batch_size)
-    look = config.augment
-
-    def evaluation(batch):
-      return augment.evaluate(
-        batch["image"], look.global_size, look.mean, look.std, crop=config.probe.crop,
-        original=batch["size"],
-      )  # fmt: skip
-
-    self.evaluation = evaluation
-    self.probe = None
-    if num_classes and config.probe.batch_size:
-      image = jax.ShapeDtypeStruct((1, look.global_size, look.global_size, 3), jnp.float32)
-      features = jax.eval_shape(
-        lambda key, x: self.method.features(self.method.init(key), x), jax.random.key(0), image
-      )
-      self.probe = linear.online_probe(
-        num_classes, features.shape[-1], learning_rate=config.probe.lr
-      )
-
-    def init(seed):
-      return train_step.init_state(
-        jax.random.key(seed), method=self.method, tx=self.tx, probe=self.probe
-      )
-
-    self.abstract = jax.eval_shape(init, 0)
-    rules = config.mesh.rules or sharding.DEFAULT_RULES
-    self.shardings = sharding.state_shardings(self.abstract, self.mesh, rules)
-    self.init = jax.jit(init, out_shardings=self.shardings)
-    rows = sharding.batch_sharding(self.mesh)
-    self.step = jax.jit(
-      functools.partial(
-        train_step.train_step, method=self.method, tx=self.tx, augment=augment.make(look),
-        evaluation=self.evaluation, probe=self.probe,
-      ),
-      in_shardings=(self.shardings, rows, rows if self.probe else None),
-      out_shardings=(self.shardings, sharding.replicated(self.mesh)),
-      donate_argnums=0,
-    )  # fmt: skip
-    self.refresh = None
-    if self.method.refresh:
-      whole = sharding.replicated(self.mesh)
-      self.refresh = jax.jit(
-        functools.partial(train_step.refresh, method=self.method),
-        in_shardings=(self.shardings, whole, whole), out_shardings=self.shardings, donate_argnums=0,
-      )  # fmt: skip
-
-  def lower(self):
-    """The step, traced for the config's batch: a mistake of size shows before training."""
-    config = self.config
-
-    def rows(count, **shapes):
-      return {
-        k: jax.ShapeDtypeStruct((count, *shape), dtype) for k, (shape, dtype) in shapes.items()
-      }
-
-    image = ((config.data.image_size, config.data.image_size, 3), jnp.uint8)
-    batch = rows(config.batch_size, image=image, size=((2,), jnp.int32), index=((), jnp.int32))
-    probe_batch = None
-    if self.probe:
-      probe_batch = rows(
-        config.probe.batch_size, image=image, size=((2,), jnp.int32), label=((), jnp.int32)
-      )
-    with jax.set_mesh(self.mesh):
-      return self.step.lower(self.abstract, batch, probe_batch)
-
-  def batches(self, data, *, seed: int, step: int, batch_size: int, keys: tuple[str, ...]):
-    """Global batches of `data` from `step` on, two ahead of the device.
-
-    Yields:
-      ({key: global array}, rows replaced for a corrupt image int32 [b], seconds waited).
-    """
-    part, parts = sharding.rows_of_process(batch_size, self.mesh)
-    host = pipeline.batches(
-      data, seed=seed, step=step, batch_size=batch_size, image_size=self.config.data.image_size,
-      num_workers=self.config.data.num_workers, process_index=part, process_count=parts,
-    )  # fmt: skip
-    try:
-      ready = []
-      while True:
-        start = time.perf_counter()
-        while len(ready) < 2:
-          batch = next(host)
-          put = sharding.put_batch({k: batch[k] for k in keys}, self.mesh)
-          ready.append((put, batch["skipped"]))
-        yield *ready.pop(0), time.perf_counter() - start
-    finally:
-      host.close()
-
-
 def run(config, workdir: str) -> dict[str, float]:
   """Trains to `config.num_steps`, resuming what the workdir holds.
 
@@ -189,7 +74,7 @@ def run(config, workdir: str) -> dict[str, float]:
 
   Raises:
     UserError: for a mistake of the user; nothing is written before the step has been traced.
-    workdir.Interrupted: on SIGTERM or Ctrl-C, after a checkpoint was written.
+    errors.Interrupted: on SIGTERM or Ctrl-C, after a checkpoint was written.
   """
   started = time.time()
   train_source, bank, test = build_sources(config)
@@ -203,7 +88,7 @@ def run(config, workdir: str) -> dict[str, float]:
       raise errors.UserError(
         f"probe.k={config.probe.k} neighbours of a bank of {rows} images: lower --config.probe.k"
       )
-  program = Program(config, bank.num_classes if test is not None else 0)
+  program = programs.Program(config, bank.num_classes if test is not None else 0)
   lowered = program.lower()
   start_from = None
   if config.init_from:
@@ -266,7 +151,7 @@ def run(config, workdir: str) -> dict[str, float]:
         save(step, state)
       if stop.asked(step):
         save(step, state)
-        raise workdirs.Interrupted(step)
+        raise errors.Interrupted(step)
       if program.refresh and step >= program.method.refresh_from:
         if step % config.steps_per_epoch == 0:
           state = program.refresh(state, *view.embeddings(state, train_source))

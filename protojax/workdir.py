@@ -11,25 +11,17 @@ import sys
 import threading
 
 import jax
+import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
-from protojax import __version__, checkpoint, errors, export, report, sharding
+from protojax import __version__, errors, export, report, sharding
+from protojax import config as configs
 
 _OURS = (
   "config.json", "env.json", "checkpoints", "exported", "metrics.jsonl", "train.log", "eval",
   "report.png",
 )  # fmt: skip
-
-
-class Interrupted(Exception):
-  """The run was asked to stop and has saved state `step`."""
-
-  def __init__(self, step: int):
-    super().__init__(
-      f"stopped at step {step}; run the same command (without --config.overwrite) to go on"
-    )
-    self.step = step
 
 
 class Stop:
@@ -78,6 +70,62 @@ def metadata(config, seconds: float) -> dict:
   return {"config": config.to_dict(), "version": __version__, "seconds": seconds}
 
 
+def restored(plain: dict) -> ml_collections.ConfigDict:
+  """A config from what JSON made of one; settings that are missing there have their defaults.
+
+  Args:
+    plain: nested; at least {"method": {"name": ...}}. Lists become tuples.
+
+  Raises:
+    UserError: if there is no such method.
+  """
+
+  def tuples(value):
+    if isinstance(value, dict):
+      return {k: tuples(v) for k, v in value.items()}
+    return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+  config = configs.default(plain["method"]["name"])
+  with config.unlocked(), config.ignore_type():
+    config.update(tuples(plain))
+  return config
+
+
+# What may differ between the run that saved and the run that goes on: it changes where, how fast or
+# how often, not what is computed. Everything else is refused, so a new option is safe by default.
+_FREE = (
+  "resume", "overwrite", "log_every", "save_every", "eval_every", "keep_checkpoints", "monitor.",
+  "accum_steps", "model.remat", "mesh.", "data.data_dir", "data.num_workers", "probe.data_dir",
+  "probe.test_split", "probe.k", "probe.temperature", "probe.limit",
+  # Compared as the steps they come to:
+  "num_epochs", "optim.warmup_epochs", "optim.freeze_prototypes_epochs",
+)  # fmt: skip
+
+
+def refuse_mismatch(before: dict, config) -> None:
+  """Refuses to go on with a run under settings that would make it another run.
+
+  Args:
+    before: config of the run that is there, nested dict.
+    config: resolved. Settings that only one side knows (another version's) are not compared.
+
+  Raises:
+    UserError: one line that names every setting that differs, with both values.
+  """
+  old, new = (json.loads(json.dumps(configs.flat(c))) for c in (before, config))
+  differing = [
+    f"{key} {old[key]} -> {value}"
+    for key, value in new.items()
+    if key in old and old[key] != value
+    and not any(key == free or (free[-1] == "." and key.startswith(free)) for free in _FREE)
+  ]  # fmt: skip
+  if differing:
+    raise errors.UserError(
+      f"the workdir holds a run with other settings: {', '.join(differing)}: choose another "
+      "--workdir or set --config.overwrite=True"
+    )
+
+
 def claim(workdir: str, config) -> pathlib.Path:
   """Makes the folder this run's own, or finds that it is.
 
@@ -121,7 +169,7 @@ def claim(workdir: str, config) -> pathlib.Path:
       raise errors.UserError(
         f"{known} is not readable JSON: choose another --workdir or set --config.overwrite=True"
       ) from None
-    checkpoint.refuse_mismatch({"config": old}, config)
+    refuse_mismatch(old, config)
   elif (folder / "checkpoints").exists():
     raise errors.UserError(
       f"--workdir={workdir} holds checkpoints but no config.json, so it is not a run of protojax: "
@@ -154,7 +202,8 @@ def environment() -> dict:
   }
 
 
-def _encoder_of(state) -> tuple[str, dict]:
+def encoder_of(state) -> tuple[str, dict]:
+  """("teacher", its {"params", "batch_stats"}), or those of the encoder where there is none."""
   which = "teacher" if state.teacher != () else "encoder"
   params = state.teacher["encoder"] if which == "teacher" else state.encoder
   stats = state.carry.get("batch_stats", {})
@@ -164,14 +213,16 @@ def _encoder_of(state) -> tuple[str, dict]:
 
 def export_encoder(folder: pathlib.Path, step: int, state, config, mesh) -> None:
   """Writes exported/encoder.safetensors and config.json: the teacher where there is one."""
-  which, tree = _encoder_of(state)
+  which, tree = encoder_of(state)
   whole = jax.jit(lambda t: t, out_shardings=sharding.replicated(mesh))
   tree = jax.device_get(whole(tree))
   if jax.process_index() == 0:
     info = {"weights": which, "step": step, "version": __version__}
     for section in ("model", "head", "method"):
       info[section] = config[section].to_dict()
+    info["precision"] = config.precision
     info["image"] = {k: config.augment[k] for k in ("global_size", "mean", "std")}
+    info["image"] |= {"crop": config.probe.crop, "image_size": config.data.image_size}
     export.write(folder / "exported", tree, info)
 
 

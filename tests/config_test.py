@@ -4,7 +4,7 @@ import re
 import pytest
 
 from protojax import config as configs
-from protojax import errors, main, methods, train
+from protojax import errors, main, methods, programs, train
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 RECIPES = sorted(p for p in CONFIGS.glob("*.py") if p.stem != "common")
@@ -24,7 +24,7 @@ def test_debug_step_of_a_recipe_traces(path):
   config = main.load(f"{path}:debug")
   train_source, bank, test = train.build_sources(config)
   assert test is not None
-  program = train.Program(configs.resolve(config, len(train_source)), bank.num_classes)
+  program = programs.Program(configs.resolve(config, len(train_source)), bank.num_classes)
   assert "stablehlo" in program.lower().as_text()
 
 

@@ -11,7 +11,7 @@ import tiny
 import train_step_test
 
 from protojax import config as configs
-from protojax import errors, main, methods, train
+from protojax import errors, main, methods, programs
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
@@ -44,7 +44,7 @@ def test_the_recipe_of_the_example_says_its_command_and_traces(blocks, monkeypat
   config_test.test_recipe_says_its_command(recipe)
   monkeypatch.syspath_prepend(ROOT)  # `from configs import common`
   config = configs.resolve(main.load(f"{recipe}:debug"), 64)
-  assert "stablehlo" in train.Program(config).lower().as_text()
+  assert "stablehlo" in programs.Program(config).lower().as_text()
 
 
 def test_without_its_file_the_example_is_no_method():

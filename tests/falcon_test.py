@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
-from protojax import dictionary, errors, student, train
+from protojax import dictionary, errors, programs, student
 from protojax.methods import base, falcon
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
@@ -178,5 +178,5 @@ def test_codes_split_over_the_model_axis_agree_with_one_device(chunk_size):
 )
 def test_impossible_settings_are_refused_in_one_line(changes, message):
   with pytest.raises(errors.UserError, match=message) as caught:
-    train.Program(_config(**changes))
+    programs.Program(_config(**changes))
   assert "\n" not in str(caught.value)

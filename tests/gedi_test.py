@@ -9,7 +9,7 @@ import pytest
 import tiny
 from jax.sharding import PartitionSpec
 
-from protojax import errors, losses, train, train_step
+from protojax import errors, losses, programs, train_step
 from protojax.methods import gedi
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
@@ -200,7 +200,7 @@ def test_chains_climb_the_density_and_go_back_to_their_slot():
   assert (density(samples) > density(replay[:, slot])).all()
   moved = method.update(variables, out.stats, jnp.int32(0)).carry["replay"]
   np.testing.assert_array_equal(moved, replay.at[:, slot].set(samples))
-  assert train.Program(c).shardings.carry["replay"].spec == PartitionSpec("data")
+  assert programs.Program(c).shardings.carry["replay"].spec == PartitionSpec("data")
 
 
 def test_sampling_uses_batch_norm_in_evaluation_mode():

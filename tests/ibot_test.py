@@ -10,7 +10,7 @@ import pytest
 import scipy.special
 import tiny
 
-from protojax import errors, export, losses, snapshot, student_teacher, train, train_step
+from protojax import errors, export, losses, programs, snapshot, student_teacher, train_step
 from protojax.data import source
 from protojax.methods import ibot
 
@@ -249,14 +249,14 @@ def test_mixtures_move_on_the_teacher_s_tokens_in_either_order(shared):
 
 
 def test_one_mixture_for_all_tokens_is_fed_without_a_gather():
-  text = train.Program(tiny.config("ibot", "mixture", method__shared_head=True)).lower().compile()
-  text = text.as_text()
+  c = tiny.config("ibot", "mixture", method__shared_head=True)
+  text = programs.Program(c).lower().compile().as_text()
   assert "all-reduce" in text
   assert not any(op in text for op in ("all-gather", "all-to-all", "collective-permute"))
 
 
 def test_snapshot_measures_both_sets_and_draws_the_class_set():
-  program = train.Program(tiny.config("ibot", "mixture"))
+  program = programs.Program(tiny.config("ibot", "mixture"))
   state, bank = program.init(0), source.build("digits", split="test")
   twins = state.prototypes["patch"].means.at[8:].set(state.prototypes["patch"].means[0])
   sets = {**state.prototypes, "patch": state.prototypes["patch"]._replace(means=twins)}
@@ -274,7 +274,7 @@ def test_exported_encoder_loads_again_and_others_have_no_mask_token(tmp_path):
   params = jax.device_get(variables.teacher["encoder"])
   export.write(tmp_path, {"params": params, "batch_stats": {}}, {"step": 0})
   chex.assert_trees_all_equal(export.load(tmp_path, params), params)
-  other = train.Program(tiny.config("dino")).abstract.encoder
+  other = programs.Program(tiny.config("dino")).abstract.encoder
   assert "mask_token" not in other["backbone"]
   with pytest.raises(errors.UserError, match="mask_token has shape .* there and none here"):
     export.load(tmp_path, other)
@@ -301,5 +301,5 @@ def test_options_that_make_no_sense_are_one_line(changes, words):
 def test_unknown_targets_are_one_line():
   c = tiny.config("ibot", method__targets="softmax")
   with pytest.raises(errors.UserError, match="method.targets='softmax' is unknown") as caught:
-    train.Program(c).lower()
+    programs.Program(c).lower()
   assert "\n" not in str(caught.value)

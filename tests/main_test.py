@@ -1,6 +1,5 @@
 """Mistakes of the user: one clear line, a non-zero status, nothing half-written."""
 
-import errno
 import os
 import pathlib
 import subprocess
@@ -171,19 +170,6 @@ def test_corrupt_images_are_skipped_counted_and_named(tmp_path, caplog):
     train.run(config, str(tmp_path / "run"))
   named = [r.getMessage() for r in caplog.records if "05.png" in r.getMessage()]
   assert len(named) == 1 and "corrupt" in named[0]
-
-
-def test_full_disk_is_one_line(capsys):
-  def fill(argument):
-    raise OSError(errno.ENOSPC, "No space left on device", "run/metrics.jsonl")
-
-  with pytest.raises(SystemExit) as stopped:
-    main._guarded(fill, [])
-  assert stopped.value.code == 2
-  assert capsys.readouterr().err.splitlines() == [
-    "protojax: no space left on device for run/metrics.jsonl: free some space and run the same "
-    "command again; the last checkpoint is intact"
-  ]
 
 
 def test_workdir_of_another_run_is_refused_and_left_alone(tmp_path):

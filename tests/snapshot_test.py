@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import tiny
 
-from protojax import snapshot, train, train_step
+from protojax import programs, snapshot, train_step
 from protojax.data import pipeline, source
 
 
@@ -11,7 +11,7 @@ from protojax.data import pipeline, source
 def setting():
   c = tiny.config("dino", "mixture", probe__limit=0)
   bank, test = (source.build("digits", split=s) for s in ("train", "test"))
-  program = train.Program(c, 10)
+  program = programs.Program(c, 10)
   return program, program.init(c.seed), snapshot.Snapshot(program, bank=bank, test=test), bank
 
 
@@ -61,7 +61,7 @@ def test_accuracy_on_the_bank_itself_sees_the_image(setting):
   program, state, _, bank = setting
   config = program.config.copy_and_resolve_references()
   config.probe.k = 1
-  view = snapshot.Snapshot(train.Program(config, 10), bank=bank, test=bank)
+  view = snapshot.Snapshot(programs.Program(config, 10), bank=bank, test=bank)
   assert view.evaluate(state)["probe/knn"] == 1.0
 
 

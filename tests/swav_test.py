@@ -9,7 +9,7 @@ import pytest
 import tiny
 from jax.sharding import PartitionSpec
 
-from protojax import errors, mixture, train, train_step
+from protojax import errors, mixture, programs, train_step
 from protojax.methods import swav
 from protojax.models import encoder as encoders
 
@@ -151,7 +151,7 @@ def test_queue_is_a_ring_of_global_batches():
     stats = {"batch_stats": {}, "prototypes": (), "queued": queued}
     variables = method.update(variables, stats, jnp.int32(step))
   np.testing.assert_array_equal(variables.carry["queue"][:, :, 0, 0], [[3.0, 2.0]] * 16)
-  placed = train.Program(c).shardings.carry["queue"]
+  placed = programs.Program(c).shardings.carry["queue"]
   assert placed.spec == PartitionSpec("data")
 
 

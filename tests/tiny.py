@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from protojax import config as configs
-from protojax import sharding, train
+from protojax import programs, sharding
 from protojax.data import source
 
 
@@ -56,7 +56,7 @@ def digits(c, step):
 
 def run_steps(c, steps, devices=None, num_classes=0, draw=None):
   """(program, state, [metrics]) after `steps` updates on one random batch or on draw(c, step)."""
-  program = train.Program(c, num_classes, devices=devices)
+  program = programs.Program(c, num_classes, devices=devices)
   with jax.set_mesh(program.mesh):
     state = program.init(c.seed)
     rows = sharding.put_batch(batch(c), program.mesh)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from protojax import checkpoint, collapse, monitor, sharding, train, train_step
+from protojax import checkpoint, collapse, monitor, programs, sharding, train_step
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
@@ -186,7 +186,7 @@ def test_loss_gradients_and_update_are_finite_and_move(row):
 
 @every_method
 def test_no_gradient_reaches_what_is_not_trained(row):
-  program = train.Program(row.config())
+  program = programs.Program(row.config())
   variables = train_step.variables_of(program.init(program.config.seed))
   trained, frozen = train_step.split(variables, program.method.learns_prototypes)
   views = jax.tree.map(
@@ -308,7 +308,7 @@ def test_every_step_draws_new_views():
 
 
 def test_teacher_does_not_share_buffers_with_the_student():
-  program = train.Program(tiny.config("dino", "learned"))
+  program = programs.Program(tiny.config("dino", "learned"))
   state = program.init(0)
   students = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state.encoder)
               if len(leaf.sharding.device_set) == 1}  # fmt: skip
@@ -362,7 +362,7 @@ def test_online_probe_gets_no_hold_of_the_encoder():
 
 def test_batch_norm_statistics_are_carried_for_student_and_teacher():
   c = tiny.config(head__norm="batch")
-  program = train.Program(c)
+  program = programs.Program(c)
   start = jax.device_get(program.init(0).carry["batch_stats"])
   _, state, _ = tiny.run_steps(c, 1)
   for side in ("student", "teacher"):

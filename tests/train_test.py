@@ -17,7 +17,7 @@ import pytest
 import safetensors.numpy
 import tiny
 
-from protojax import checkpoint, errors, export, main, runlog, train, workdir
+from protojax import checkpoint, errors, export, main, programs, runlog, train, workdir
 
 pytestmark = [
   pytest.mark.xdist_group("train"),  # one worker: they share the run `whole`
@@ -51,7 +51,7 @@ def _config(recipe="quickstart", changes=CHANGES, **more):
 def _final(folder, config):
   """The last checkpoint's leaves as NumPy."""
   resolved = train.configs.resolve(config, len(train.build_sources(config)[0]))
-  program = train.Program(resolved, 10)
+  program = programs.Program(resolved, 10)
   target = jax.tree.map(
     lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
     program.abstract, program.shardings,
@@ -90,7 +90,7 @@ def test_stopped_and_resumed_run_equals_the_whole_one_to_the_bit(whole, tmp_path
   folder = tmp_path / "run"
   with monkeypatch.context() as patch:
     _stop_after(patch, 3)
-    with pytest.raises(workdir.Interrupted, match="stopped at step 3"):
+    with pytest.raises(errors.Interrupted, match="stopped at step 3"):
       train.run(_config(), str(folder))
   train.run(_config(**{"data.num_workers": 2}), str(folder))
   step, state = _final(folder, _config())
@@ -128,10 +128,10 @@ def test_exported_encoder_is_the_teacher_and_starts_another_run(whole):
   saved = safetensors.numpy.load_file(whole / "exported" / "encoder.safetensors")
   leaves = jax.tree.leaves(state.teacher["encoder"])
   assert sum(leaf.size for leaf in leaves) == sum(v.size for v in saved.values())
-  program = train.Program(tiny.config())
+  program = programs.Program(tiny.config())
   with pytest.raises(errors.UserError, match="encoder.safetensors"):
     export.load(whole / "exported", program.abstract.encoder)
-  fresh = train.Program(train.configs.resolve(_config(), 1000)).init(7)
+  fresh = programs.Program(train.configs.resolve(_config(), 1000)).init(7)
   started = workdir.warm_start(fresh, export.load(whole / "exported", fresh.encoder))
   chex.assert_trees_all_equal(jax.device_get(started.encoder), state.teacher["encoder"])
 
@@ -183,7 +183,7 @@ def test_run_with_clusters_stopped_and_killed_around_a_refresh_resumes_to_the_bi
   for step in (2, 3):  # right before a refresh, and between two
     with monkeypatch.context() as patch:
       _stop_after(patch, step)
-      with pytest.raises(workdir.Interrupted, match=f"stopped at step {step}"):
+      with pytest.raises(errors.Interrupted, match=f"stopped at step {step}"):
         train.run(config, str(stopped))
   killed = tmp_path / "killed"
   _kill_after_a_checkpoint(killed, 4, recipe="pcl_cifar10", changes=PCL)

@@ -1,0 +1,52 @@
+"""What the programs `python -m protojax.<verb>` share: one line for a mistake, no traceback."""
+
+import argparse
+import errno
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from protojax import errors
+
+
+class _Parser(argparse.ArgumentParser):
+  """argparse prints its usage before an error and ends the process; here an error is one line."""
+
+  def error(self, message):
+    raise errors.UserError(f"{message}; {self.prog} --help shows what there is")
+
+
+def parser(verb: str, description: str) -> argparse.ArgumentParser:
+  """A parser for `python -m protojax.<verb>` that raises UserError for a mistake.
+
+  Args:
+    verb: name of the module.
+    description: what --help says first, kept as it is written.
+  """
+  return _Parser(
+    prog=f"python -m protojax.{verb}", description=description, allow_abbrev=False,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )  # fmt: skip
+
+
+def guarded(call: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> Any:
+  """Runs `call(argv)`; a user's mistake becomes one line and status 2, an asked stop status 143."""
+  try:
+    return call(argv)
+  except errors.UserError as error:
+    print(f"protojax: {error}", file=sys.stderr)
+    sys.exit(2)
+  except errors.Interrupted as stop:
+    print(f"protojax: {stop}", file=sys.stderr)
+    sys.exit(143)
+  except OSError as error:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+      raise
+    print(
+      f"protojax: no space left on device for {error.filename or 'the output'}: free some space "
+      "and run the same command again; what was written before is intact", file=sys.stderr,
+    )  # fmt: skip
+    sys.exit(2)
+  except KeyboardInterrupt:
+    print("protojax: interrupted", file=sys.stderr)
+    sys.exit(130)
