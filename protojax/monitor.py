@@ -1,11 +1,11 @@
-"""One verdict on a run, in words its user can act on, and the line that carries it.
+"""One verdict on a run, in words its user can act on.
 
 Measures come by the names of metrics.jsonl. One that is missing (None or absent) takes part in no
 rule and reads n/a.
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from protojax import config as configs
@@ -22,6 +22,9 @@ LIMITS = {
   "codes_clusters": 4.0,  # below it a code says less than two bits, whatever K (at most K / 8)
   # Directions uniform on the sphere give 1, untrained ViTs .13 (digits, mean cosine .98) to .73.
   "feature_std": 0.02,
+  # One minus the mean cosine of what the head gives, at the rounding of float32: nothing gets
+  # through it. The tightest run seen that was not dead had 2e-5.
+  "dead_head": 2e-6,
   # RankMe is not centred: an untrained ViT on digits has 2.9 from its common offset alone.
   "rankme": 2.0,
   # Features that are spread have no offset to blame: fewer directions than half of ten classes.
@@ -52,7 +55,7 @@ def _show(value: float | None, form: str) -> str:
   return "n/a" if value is None else format(value, form)
 
 
-def _used(measures: Mapping[str, float | None]) -> float | None:
+def used(measures: Mapping[str, float | None]) -> float | None:
   """Share of K that is some image's code: of the whole bank if known, else of the sample."""
   whole = measures.get("collapse/used")
   return measures.get("collapse/used_sample") if whole is None else whole
@@ -65,7 +68,7 @@ def _prototypes(measures: Mapping[str, float | None]) -> str:
     f"unique {_show(get(f'collapse/unique_{HEADLINE}'), '.0%')} "
     f"(random ones {_show(get(f'collapse/unique_{HEADLINE}_random'), '.0%')}, "
     f"moved to cosine {_show(get('collapse/drift'), '.2f')}), "
-    f"used {_show(_used(measures), '.0%')}, perplexity {_show(get('collapse/perplexity'), '.0f')}"
+    f"used {_show(used(measures), '.0%')}, perplexity {_show(get('collapse/perplexity'), '.0f')}"
   )
 
 
@@ -73,8 +76,8 @@ def _codes(measures: Mapping[str, float | None], num_prototypes: int) -> float |
   """Codes in use, by the strictest measure there is."""
   known = [measures[k] * num_prototypes for k in ("collapse/used", "collapse/used_sample")
            if measures.get(k) is not None]  # fmt: skip
-  if measures.get("collapse/perplexity") is not None:
-    known.append(measures["collapse/perplexity"])
+  known += [measures[k] for k in ("collapse/perplexity", "collapse/perplexity_sample")
+            if measures.get(k) is not None]  # fmt: skip
   return min(known, default=None)
 
 
@@ -84,14 +87,14 @@ def judge(
   num_prototypes: int,
   step: int,
   grace_steps: int = 100,
-  settings: Collection[str] | None = None,
+  settings: Mapping[str, object] | None = None,
   prototypes: str = "learned",
 ) -> Verdict:
-  """The first of these that holds, from certain to faint.
+  """The first of these that holds, from certain to faint; the sentence names others that do too.
 
-  non-finite, warming up, aliased teacher, uniform collapse, one-hot collapse, representation
-  collapse, cluster collapse, dimensional collapse, partial prototype collapse (or narrow cone: many
-  near prototypes because the features are near), ok.
+  non-finite, warming up, aliased teacher, dead projector, uniform collapse, one-hot collapse,
+  representation collapse, cluster collapse, dimensional collapse, partial prototype collapse (or
+  narrow cone: many near prototypes because the features are near), ok.
 
   An untrained net looks collapsed: its features are bunched, its centred targets uniform, its
   teacher equal to the student. So before `grace_steps` only values that are not finite count.
@@ -99,14 +102,15 @@ def judge(
   Args:
     measures: {name in metrics.jsonl: value or None}; read are train/{loss, cross_entropy, ln_k,
       target_entropy} and collapse/{unique_0.025, unique_0.025_random, drift, used, used_sample,
-      perplexity, feature_std, mean_cosine, rankme, teacher_distance, relative_uniqueness}.
+      perplexity, perplexity_sample, feature_std, mean_cosine, embedding_cosine, rankme,
+      teacher_distance, relative_uniqueness}.
       train/ln_k is both the loss of uniform predictions (the cross entropy, where that is one term
       of several) and the largest entropy of a target; without it uniform collapse is not seen.
     num_prototypes: K; 0 where a method has none.
     step: updates done.
     grace_steps: steps without a verdict.
-    settings: names of the settings the run has, "method.teacher_temp"; advice names no others. None
-      allows any.
+    settings: {"method.teacher_temp": value, ...} of the run; advice names no others, and does not
+      tell to set what is set. None allows any.
     prototypes: `method.prototypes`, what the advice is for.
   """
   bad = [k for k, v in measures.items() if v is not None and not math.isfinite(v)]
@@ -120,31 +124,75 @@ def judge(
   if step < grace_steps:
     return Verdict("warming up", f"no verdict before step {grace_steps}", False)
 
+  def advise(*changes):
+    """"lower a, raise b or set c=d" of the changes that this run can make."""
+    known = [c for c in changes if settings is None or _can(c, settings)]
+    return " or ".join([*([", ".join(known[:-1])] if known[:-1] else []), *known[-1:]])
+
+  found = list(_findings(measures, num_prototypes, step, prototypes, advise))
+  if not found:
+    return Verdict("ok", _well(measures, num_prototypes, prototypes), False)
+  also = f" (also: {', '.join(v.label for v in found[1:])})" if found[1:] else ""
+  return Verdict(found[0].label, found[0].sentence + also, any(v.collapsed for v in found))
+
+
+def _can(change: str, settings: Mapping[str, object]) -> bool:
+  """Whether "lower a" or "set a=b" is something to do where these are the settings."""
+  key, _, value = change.split()[1].partition("=")
+  return key in settings and str(settings[key]) != value
+
+
+def _most(measures, num_prototypes) -> float:
+  """The largest entropy that a target can have, nats."""
+  return measures.get("train/ln_k") or math.log(max(num_prototypes, 2))
+
+
+def _well(measures, num_prototypes, prototypes) -> str:
+  get = measures.get
+  features = (
+    f"features RankMe {_show(get('collapse/rankme'), '.0f')}, "
+    f"std {_show(get('collapse/feature_std'), '.2f')}; loss {_show(get('train/loss'), '.2f')}"
+  )
+  if prototypes == "none":
+    return features
+  return (
+    f"prototypes {_prototypes(measures)}; {features}, target entropy "
+    f"{_show(get('train/target_entropy'), '.2f')} of {_most(measures, num_prototypes):.2f}"
+  )
+
+
+def _findings(measures, num_prototypes, step, prototypes, advise):
+  """The verdicts whose rule holds, in the order of `judge`."""
   get, limit = measures.get, LIMITS
   loss, entropy = get("train/loss"), get("train/target_entropy")
   cross_entropy = loss if get("train/cross_entropy") is None else get("train/cross_entropy")
   std, rank, cosine = (get(f"collapse/{k}") for k in ("feature_std", "rankme", "mean_cosine"))
   codes, chance = _codes(measures, num_prototypes), get("train/ln_k")
-  most = chance or math.log(max(num_prototypes, 2))
-
-  def advise(*changes):
-    """"lower a, raise b or set c=d" of the changes whose setting this run has."""
-    known = [c for c in changes if settings is None or c.split()[1].split("=")[0] in settings]
-    return " or ".join([*([", ".join(known[:-1])] if known[:-1] else []), known[-1]])
+  most = _most(measures, num_prototypes)
 
   if get("collapse/teacher_distance") == 0:
-    return Verdict(
+    yield Verdict(
       "aliased teacher",
       f"the teacher equals the student after {step} steps: set teacher.momentum above 0 and "
       "optim.lr above 0, and see that the two share no arrays",
       True,
     )
+  embedded = get("collapse/embedding_cosine")
+  if embedded is not None and 1.0 - embedded < limit["dead_head"]:
+    if std is not None and std >= limit["feature_std"]:
+      yield Verdict(
+        "dead projector",
+        f"the backbone tells images apart (std {std:.3f} of 1) but the head gives all of them the "
+        "same embedding: nothing is learned through it; "
+        + advise("set head.norm=batch", "set head.activation=gelu", "lower optim.lr"),
+        True,
+      )
   if chance is not None and cross_entropy is not None:
     alone = entropy is None
     near = limit["loss_at_chance_alone" if alone else "loss_at_chance"]
     flat = alone or most - entropy <= limit["teacher_uniform"]
     if abs(cross_entropy - chance) <= near and flat:
-      return Verdict(
+      yield Verdict(
         "uniform collapse",
         f"loss {cross_entropy:.3f} = ln {round(math.exp(chance))} and targets of entropy "
         f"{_show(entropy, '.3f')}: every image gets every prototype; "
@@ -152,29 +200,31 @@ def judge(
                  "set method.targets=sinkhorn", "raise batch_size", "raise optim.lr"),
         True,
       )
-  if codes is not None and codes < limit["codes_one_hot"] and entropy is not None:
-    if entropy < limit["teacher_one_hot"] * most:
-      advice = advise("raise method.teacher_temp", "set method.targets=sinkhorn",
-                      "raise method.partition_size", "lower optim.lr", "raise batch_size")
-      return Verdict(
-        "one-hot collapse",
-        f"every image gets the same prototype with certainty (entropy {entropy:.2f} of {most:.2f}, "
-        f"loss {_show(loss, '.3f')}): {advice}",
-        True,
-      )
+  certain = entropy is not None and entropy < limit["teacher_one_hot"] * most
+  one_hot = codes is not None and codes < limit["codes_one_hot"] and certain
+  if one_hot:
+    normed = ["set head.norm_output=True"] * (prototypes == "dictionary")
+    advice = advise(*normed, "raise method.teacher_temp", "set method.targets=sinkhorn",
+                    "raise method.partition_size", "lower optim.lr", "raise batch_size")
+    yield Verdict(
+      "one-hot collapse",
+      f"every image gets the same prototype with certainty (entropy {entropy:.2f} of {most:.2f}, "
+      f"loss {_show(loss, '.3f')}): {advice}",
+      True,
+    )
   if std is not None and std < limit["feature_std"]:
     has_teacher = get("collapse/teacher_distance") is not None
     advice = advise("lower optim.lr", *["raise teacher.momentum"] * has_teacher, "raise batch_size")
-    return Verdict(
+    yield Verdict(
       "representation collapse",
       f"all images have nearly the same feature (std {std:.3f} of 1, mean cosine "
       f"{_show(cosine, '.4f')}): {advice}",
       True,
     )
-  if codes is not None and codes < min(limit["codes_clusters"], num_prototypes / 8):
+  if not one_hot and codes is not None and codes < min(limit["codes_clusters"], num_prototypes / 8):
     balance = "mixture.balanced=True" if prototypes == "mixture" else "method.targets=sinkhorn"
     advice = advise(f"set {balance}", "lower optim.lr", "raise batch_size")
-    return Verdict(
+    yield Verdict(
       "cluster collapse",
       f"{codes:.1f} of {num_prototypes} prototypes take nearly all images "
       f"({_prototypes(measures)}): {advice}",
@@ -183,7 +233,7 @@ def judge(
   if rank is not None:
     spread = std is not None and std > limit["feature_std_spread"]
     if rank < limit["rankme_spread" if spread else "rankme"]:
-      return Verdict(
+      yield Verdict(
         "dimensional collapse",
         f"the features span {rank:.1f} directions (RankMe): lower optim.lr or optim.weight_decay, "
         "raise batch_size, or take a wider augment.local_scale",
@@ -191,38 +241,29 @@ def judge(
       )
   unique, null = (get(f"collapse/unique_{HEADLINE}{end}") for end in ("", "_random"))
   if unique is not None and (1.0 if null is None else null) - unique > limit["copies"]:
-    seen = (
-      f"{1 - unique:.0%} of {num_prototypes} prototypes are copies (random ones: "
-      f"{_show(None if null is None else 1 - null, '.0%')}; {_prototypes(measures)})"
+    yield _copies(measures, num_prototypes, prototypes, unique, null)
+
+
+def _copies(measures, num_prototypes, prototypes, unique, null) -> Verdict:
+  seen = (
+    f"{1 - unique:.0%} of {num_prototypes} prototypes are copies (random ones: "
+    f"{_show(None if null is None else 1 - null, '.0%')}; {_prototypes(measures)})"
+  )
+  relative = measures.get("collapse/relative_uniqueness")
+  if relative is not None and relative >= LIMITS["relative_uniqueness"]:
+    return Verdict(
+      "narrow cone",
+      f"{seen}, but they stand {relative:.1f} times as far apart as features from theirs: the "
+      "features are near one another, not the prototypes redundant"
+      + ("; set mixture.center_features=True" if prototypes == "mixture" else ""),
+      False,
     )
-    relative = get("collapse/relative_uniqueness")
-    if relative is not None and relative >= limit["relative_uniqueness"]:
-      return Verdict(
-        "narrow cone",
-        f"{seen}, but they stand {relative:.1f} times as far apart as features from theirs: the "
-        "features are near one another, not the prototypes redundant"
-        + ("; set mixture.center_features=True" if prototypes == "mixture" else ""),
-        False,
-      )
-    advice = "set method.prototypes=mixture, or lower method.num_prototypes"
-    if prototypes == "kmeans":
-      advice = "lower method.num_prototypes"
-    if prototypes == "dictionary":
-      advice = "raise head.bottleneck or lower method.num_prototypes"
-    if prototypes == "mixture":
-      advice = "raise mixture.horizon_steps or set mixture.center_features=True"
-    return Verdict("partial prototype collapse", f"{seen}: {advice}", True)
-  features = (
-    f"features RankMe {_show(rank, '.0f')}, std {_show(std, '.2f')}; loss {_show(loss, '.2f')}"
-  )
-  if prototypes == "none":
-    return Verdict("ok", features, False)
-  return Verdict(
-    "ok",
-    f"prototypes {_prototypes(measures)}; {features}, target entropy {_show(entropy, '.2f')} of "
-    f"{most:.2f}",
-    False,
-  )
+  advice = {
+    "kmeans": "lower method.num_prototypes",
+    "dictionary": "raise head.bottleneck or lower method.num_prototypes",
+    "mixture": "raise mixture.horizon_steps or set mixture.center_features=True",
+  }.get(prototypes, "set method.prototypes=mixture, or lower method.num_prototypes")
+  return Verdict("partial prototype collapse", f"{seen}: {advice}", True)
 
 
 def verdict(measures: Mapping[str, float | None], *, config, step: int) -> Verdict:
@@ -244,47 +285,3 @@ def verdict(measures: Mapping[str, float | None], *, config, step: int) -> Verdi
     settings=configs.flat(config),
     prototypes=config.method.prototypes,
   )
-
-
-def _clock(seconds: float) -> str:
-  minutes, seconds = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
-def log_line(step: int, measures: Mapping[str, float | None], verdict: Verdict, *, config) -> str:
-  """The line of a step; what was not measured is left out.
-
-  step 1200/5000  eta 3:12  loss 7.91 (ln K 8.32)  H 6.10  unique 100%  used 61%  rank 143
-  knn 71.2%  img/s 1630  wait 1%  [ok]
-
-  H is the entropy of the targets in nats, unique the share at cosine distance .025, rank is RankMe;
-  CE is the cross entropy, where the loss has more terms.
-
-  Args:
-    step: updates done.
-    measures: the latest value of every metric, by its name in metrics.jsonl.
-    verdict: from `verdict`.
-    config: resolved; reads num_steps and batch_size.
-  """
-  speed, chance = measures.get("time/img_per_s"), measures.get("train/ln_k")
-  cross_entropy = measures.get("train/cross_entropy")
-  at_chance = "loss" if cross_entropy is None else "CE"  # what would be ln K
-  eta = (config.num_steps - step) * config.batch_size / speed if speed else None
-  parts = [f"step {step}/{config.num_steps}"]
-  for name, value, form in (
-    ("eta", None if eta is None else _clock(eta), ""),
-    ("loss", measures.get("train/loss"), ".2f"),
-    ("CE", cross_entropy, ".2f"),
-    ("H", measures.get("train/target_entropy"), ".2f"),
-    ("unique", measures.get(f"collapse/unique_{HEADLINE}"), ".0%"),
-    ("used", _used(measures), ".0%"),
-    ("rank", measures.get("collapse/rankme"), ".0f"),
-    ("knn", measures.get("probe/knn"), ".1%"),
-    ("img/s", speed, ".0f"),
-    ("wait", measures.get("time/data_wait"), ".0%"),
-  ):
-    if value is not None:
-      known = name == at_chance and chance is not None
-      parts.append(f"{name} {value:{form}}" + (f" (ln K {chance:.2f})" if known else ""))
-  return "  ".join([*parts, f"[{verdict.label}]"])

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Mapping
 
 import jax
 from absl import logging
@@ -108,7 +109,7 @@ class RunLog:
 
   def _say(self, done: int, full: bool = False) -> None:
     verdict = self.verdict(done)
-    self._writer.line(monitor.log_line(done, self.result, verdict, config=self._config))
+    self._writer.line(log_line(done, self.result, verdict, config=self._config))
     if full and verdict.label != "ok":
       self._writer.line(f"  {verdict.label}: {verdict.sentence}")
 
@@ -128,3 +129,49 @@ class RunLog:
     lines.append(f"picture   {picture}")
     for line in lines:
       self._writer.line(line)
+
+
+def _clock(seconds: float) -> str:
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def log_line(
+  step: int, measures: Mapping[str, float | None], verdict: monitor.Verdict, *, config
+) -> str:
+  """The line of a step; what was not measured is left out.
+
+  step 1200/5000  eta 3:12  loss 7.91 (ln K 8.32)  H 6.10  unique 100%  used 61%  rank 143
+  knn 71.2%  img/s 1630  wait 1%  [ok]
+
+  H is the entropy of the targets in nats, unique the share at cosine distance .025, rank is RankMe;
+  CE is the cross entropy, where the loss has more terms.
+
+  Args:
+    step: updates done.
+    measures: the latest value of every metric, by its name in metrics.jsonl.
+    verdict: from `monitor.verdict`.
+    config: resolved; reads num_steps and batch_size.
+  """
+  speed, chance = measures.get("time/img_per_s"), measures.get("train/ln_k")
+  cross_entropy = measures.get("train/cross_entropy")
+  at_chance = "loss" if cross_entropy is None else "CE"  # what would be ln K
+  eta = (config.num_steps - step) * config.batch_size / speed if speed else None
+  parts = [f"step {step}/{config.num_steps}"]
+  for name, value, form in (
+    ("eta", None if eta is None else _clock(eta), ""),
+    ("loss", measures.get("train/loss"), ".2f"),
+    ("CE", cross_entropy, ".2f"),
+    ("H", measures.get("train/target_entropy"), ".2f"),
+    ("unique", measures.get(f"collapse/unique_{monitor.HEADLINE}"), ".0%"),
+    ("used", monitor.used(measures), ".0%"),
+    ("rank", measures.get("collapse/rankme"), ".0f"),
+    ("knn", measures.get("probe/knn"), ".1%"),
+    ("img/s", speed, ".0f"),
+    ("wait", measures.get("time/data_wait"), ".0%"),
+  ):
+    if value is not None:
+      known = name == at_chance and chance is not None
+      parts.append(f"{name} {value:{form}}" + (f" (ln K {chance:.2f})" if known else ""))
+  return "  ".join([*parts, f"[{verdict.label}]"])

@@ -104,6 +104,7 @@ class Snapshot:
       out |= {f"collapse/{tag}{k}": v for k, v in self._prototypes(name, matrix).items()}
       k = matrix.shape[0]
       out[f"collapse/{tag}used_sample"] = collapse.used_fraction(codes[name], k)
+      out[f"collapse/{tag}perplexity_sample"] = collapse.usage_perplexity(codes[name], k)
       out[f"collapse/{tag}relative_uniqueness"] = collapse.relative_uniqueness(
         matrix, seen["embeddings"][name]
       )

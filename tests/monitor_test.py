@@ -58,6 +58,14 @@ def test_a_run_that_is_well_is_ok():
     ),
     ({"collapse/perplexity": 2.5}, "cluster collapse", ("2.5 of 4096", "sinkhorn")),
     ({"collapse/used_sample": 2 / 4096}, "cluster collapse", ("2.0 of 4096",)),
+    (
+      {"collapse/perplexity": None, "collapse/perplexity_sample": 2.2}, "cluster collapse",
+      ("2.2 of 4096",),
+    ),
+    (
+      {"collapse/embedding_cosine": 1.0, "collapse/feature_std": 0.14}, "dead projector",
+      ("std 0.140", "head.norm=batch"),
+    ),
     ({"collapse/rankme": 1.4, "collapse/feature_std": 0.1}, "dimensional collapse", ("1.4",)),
     ({"collapse/rankme": 4.0}, "dimensional collapse", ("4.0 directions",)),
     (
@@ -82,6 +90,24 @@ def test_advice_fits_what_the_run_has():
   assert codes.sentence.endswith("raise head.bottleneck or lower method.num_prototypes")
 
 
+def test_advice_does_not_tell_to_set_what_is_set():
+  settings = {"method.targets": "sinkhorn", "optim.lr": 0.1, "head.norm_output": False}
+  one = {"collapse/perplexity": 1.0, "train/target_entropy": 0.01}
+  assert judge(one, settings=settings).sentence.endswith(": lower optim.lr")
+  codes = judge(one, settings=settings, prototypes="dictionary").sentence
+  assert codes.endswith(": set head.norm_output=True or lower optim.lr")
+  settings["head.norm_output"] = True
+  assert "norm_output" not in judge(one, settings=settings, prototypes="dictionary").sentence
+
+
+def test_what_else_holds_is_named_too():
+  """Copies among the prototypes may be the reason why every image gets all of them."""
+  changes = {"train/loss": 8.3178, "train/target_entropy": 8.317, "collapse/unique_0.025": 0.03}
+  verdict = judge(changes)
+  assert verdict.label == "uniform collapse"
+  assert verdict.sentence.endswith("(also: partial prototype collapse)")
+
+
 @pytest.mark.parametrize(
   "changes",
   [
@@ -91,6 +117,7 @@ def test_advice_fits_what_the_run_has():
     {"collapse/unique_0.025": 0.93},
     {"collapse/unique_0.025": 0.4, "collapse/unique_0.025_random": 0.42},  # no room for more
     {"collapse/feature_std": 0.134, "collapse/rankme": 2.9},  # untrained ViT on digits
+    {"collapse/embedding_cosine": 0.99998},
   ],
 )
 def test_healthy_oddities_are_ok(changes):
@@ -158,7 +185,7 @@ def test_advice_fits_the_run():
   assert "mixture.horizon_steps" in judge(few, prototypes="mixture").sentence
   one = {"collapse/perplexity": 1.0}
   assert "method.targets=sinkhorn" in judge(one).sentence
-  assert "method.targets" not in judge(one, settings=["optim.lr", "batch_size"]).sentence
+  assert "method.targets" not in judge(one, settings={"optim.lr": 0.1, "batch_size": 64}).sentence
 
 
 def test_advice_names_settings_that_exist():
@@ -218,30 +245,6 @@ def _config(name="dino", **method):
   config.method.update({"num_prototypes": 4096, **method})
   config.optim.warmup_steps = 100
   return config
-
-
-def test_log_line_is_the_documented_one():
-  config = _config()
-  verdict = monitor.verdict(WELL, config=config, step=1200)
-  assert monitor.log_line(1200, WELL, verdict, config=config) == (
-    "step 1200/5000  eta 3:11  loss 7.91 (ln K 8.32)  H 6.10  unique 100%  used 61%  rank 143  "
-    "knn 71.2%  img/s 1630  wait 1%  [ok]"
-  )
-
-
-def test_log_line_leaves_out_what_was_not_measured():
-  config = _config(name="carp")
-  measures = {"train/loss": 1.5, "probe/knn": None, "collapse/used_sample": 0.25}
-  verdict = monitor.verdict(measures, config=config, step=3)
-  line = monitor.log_line(3, measures, verdict, config=config)
-  assert line == "step 3/5000  loss 1.50  used 25%  [warming up]"
-
-
-def test_long_runs_have_hours():
-  config = _config()
-  verdict = monitor.Verdict("ok", "", False)
-  line = monitor.log_line(0, {"time/img_per_s": 50.0}, verdict, config=config)
-  assert "eta 2:16:40" in line
 
 
 def test_verdict_reads_the_config():

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import tiny
 
-from protojax import errors, runlog
+from protojax import config as configs
+from protojax import errors, monitor, runlog
 
 
 def _log(tmp_path, losses, **changes):
@@ -29,3 +30,31 @@ def test_loss_that_is_not_finite_ends_the_run_in_one_line(tmp_path, loss):
   with pytest.raises(errors.UserError, match=f"the loss is {loss} after step 2: lower") as info:
     _log(tmp_path, [1.0, loss, 1.0])
   assert "\n" not in str(info.value)
+
+
+def _line(step, measures, *, name="dino", label="ok"):
+  config = configs.default(name)
+  config.update({"num_steps": 5000, "batch_size": 82})
+  return runlog.log_line(step, measures, monitor.Verdict(label, "", False), config=config)
+
+
+def test_log_line_is_the_documented_one():
+  measures = {
+    "train/loss": 7.91, "train/ln_k": 8.3178, "train/target_entropy": 6.10,
+    "collapse/unique_0.025": 1.0, "collapse/used": 0.61, "collapse/used_sample": 0.2,
+    "collapse/rankme": 143.2, "probe/knn": 0.712, "time/img_per_s": 1630.4, "time/data_wait": 0.013,
+  }  # fmt: skip
+  assert _line(1200, measures) == (
+    "step 1200/5000  eta 3:11  loss 7.91 (ln K 8.32)  H 6.10  unique 100%  used 61%  rank 143  "
+    "knn 71.2%  img/s 1630  wait 1%  [ok]"
+  )
+
+
+def test_log_line_leaves_out_what_was_not_measured():
+  measures = {"train/loss": 1.5, "probe/knn": None, "collapse/used_sample": 0.25}
+  line = _line(3, measures, name="carp", label="warming up")
+  assert line == "step 3/5000  loss 1.50  used 25%  [warming up]"
+
+
+def test_long_runs_have_hours():
+  assert "eta 2:16:40" in _line(0, {"time/img_per_s": 50.0})

@@ -1,0 +1,187 @@
+"""How soon the monitor names a collapse, and whether it cries wolf: the table of docs/collapse.md.
+
+  python benchmarks/collapse_zoo.py --workdir=runs/zoo [--cases ...]
+
+Trains small nets on scikit-learn's digits, 400 steps of 64 images each, with
+monitor.stop_on_collapse: the healthy recipes must come to their end, each deliberate fault must be
+named. The monitor looks every 20 steps and says nothing before step 100. Faults are settings where
+a setting can do it; the others (`tamper`) are bugs as they happen in one's own training code.
+"""
+
+import argparse
+import json
+import pathlib
+import re
+import shutil
+from collections.abc import Callable
+from typing import NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+
+from protojax import config as configs
+from protojax import errors, main, methods, train
+from protojax.methods import base
+
+_LABEL = re.compile(r"\bstep (\d+)/\d+ .*\[([^\]]+)\]$")
+
+
+def _aliased(method: base.Method) -> base.Method:
+  """The teacher is the student, as when both names hold one array."""
+
+  def update(variables, stats, step):
+    variables = method.update(variables, stats, step)
+    return variables.replace(teacher={**variables.teacher, "encoder": variables.encoder})
+
+  return method._replace(update=update)
+
+
+def _duplicated(method: base.Method) -> base.Method:
+  """Every prototype is one of eight."""
+
+  def init(key):
+    variables = method.init(key)
+
+    def copies(rows):
+      return jnp.tile(rows[:8], (rows.shape[0] // 8, *[1] * (rows.ndim - 1)))
+
+    return variables.replace(
+      prototypes=jax.tree.map(copies, variables.prototypes),
+      teacher={**variables.teacher, "prototypes": jax.tree.map(copies, variables.prototypes)},
+    )
+
+  return method._replace(init=init)
+
+
+def _dead(method: base.Method) -> base.Method:
+  """No hidden unit of the projector is ever above 0 (with head.activation=relu)."""
+
+  def init(key):
+    variables = method.init(key)
+
+    def kill(path, leaf):
+      name = jax.tree_util.keystr(path, simple=True, separator="/")
+      hidden = name.startswith("head/fc") and name.endswith("bias")
+      return leaf - 100.0 if hidden else leaf
+
+    encoder = jax.tree_util.tree_map_with_path(kill, variables.encoder)
+    return variables.replace(
+      encoder=encoder, teacher={**variables.teacher, "encoder": jax.tree.map(jnp.copy, encoder)}
+    )
+
+  return method._replace(init=init)
+
+
+class Case(NamedTuple):
+  """Attributes:
+  recipe: in configs/, brought to digits by `on_digits`.
+  changes: settings by dotted key with "__".
+  tamper: what happens to the method.
+  """
+
+  recipe: str
+  changes: dict = {}
+  tamper: Callable[[base.Method], base.Method] | None = None
+
+
+_JOINT = {"method__prototypes": "learned"}
+HEALTHY = {
+  "dino, mixture": Case("gmm_cifar10"),
+  "dino, joint": Case("dino_cifar10"),
+  "dino, frozen": Case("frozen_cifar10"),
+  "ibot": Case("ibot_cifar10"),
+  "msn": Case("msn_cifar10"),
+  "carp": Case("carp_cifar10"),
+  "swav": Case("swav_cifar10"),
+  "self-classifier": Case("self_classifier_cifar10"),
+  "falcon": Case("falcon_cifar10"),
+  "pcl": Case("pcl_cifar10"),
+  "barlow twins": Case("barlow_twins_cifar10"),
+  "vicreg": Case("vicreg_cifar10"),
+}
+FAULTS = {
+  "teacher aliased": Case("gmm_cifar10", tamper=_aliased),
+  "no centring": Case(
+    "dino_cifar10", {"method__targets": "center", "method__center_momentum": 1.0}
+  ),
+  "teacher's temperature 1": Case(
+    "dino_cifar10", {"method__teacher_temp": 1.0, "method__teacher_temp_start": 1.0}
+  ),
+  "Sinkhorn's epsilon 1": Case("swav_cifar10", {"method__epsilon": 1.0}),
+  "learning rate x 50": Case("dino_cifar10", {"optim__lr": 0.2}),
+  "joint prototypes, 8 at the start": Case("dino_cifar10", tamper=_duplicated),
+  "mixture too soft and too fast": Case("gmm_cifar10", {
+    "mixture__kappa": 3.0, "mixture__horizon_steps": 10.0, "mixture__balanced": False,
+  }),
+  "dead projector": Case(
+    "dino_cifar10", {"head__activation": "relu", "head__norm": "none"}, tamper=_dead
+  ),
+  "falcon without batch norm": Case("falcon_cifar10", {"head__norm_output": False}),
+}  # fmt: skip
+
+
+def on_digits(recipe: str, changes: dict, stop: bool):
+  """A CIFAR-10 recipe on digits: 400 steps of 64, K = 256, the quickstart's views and pace."""
+  config = main.load(f"configs/{recipe}.py")
+  digits = main.load("configs/quickstart.py")
+  config.update({
+    "num_steps": 400, "batch_size": 64, "log_every": 20, "save_every": 400, "eval_every": 400,
+  })  # fmt: skip
+  config.monitor.update({"every": 20, "stop_on_collapse": stop})
+  config.data.update({"name": "digits", "data_dir": None})
+  for key in ("flip", "saturation", "hue", "gray_prob", "solarize_prob", "mean", "std"):
+    config.augment[key] = digits.augment[key]
+  config.optim.update({"lr": digits.optim.lr, "warmup_steps": 40})
+  if config.method.num_prototypes:
+    config.method.num_prototypes = 256
+  if "coarse_clusters" in config.method:
+    config.method.coarse_clusters = (64, 128)
+  for key, value in changes.items():
+    section, _, leaf = key.rpartition("__")
+    config[section][leaf] = value
+  return config
+
+
+def run(case: Case, folder: pathlib.Path, stop: bool) -> dict:
+  """Trains one case; returns its labels by step, and what its result says."""
+  config = on_digits(case.recipe, case.changes, stop)
+  module = methods.load(config.method.name)
+  make = module.make
+  if case.tamper is not None:
+    tampered = mock.patch.object(module, "make", lambda c: case.tamper(make(c)))
+  else:
+    tampered = mock.patch.object(module, "make", make)
+  stopped = None
+  with tampered:
+    try:
+      train.run(config, str(folder))
+    except errors.UserError as error:
+      stopped = str(error)
+  labels = {}
+  for line in (folder / "train.log").read_text().splitlines():
+    if found := _LABEL.search(line):
+      labels[int(found[1])] = found[2]
+  alarms = {s: label for s, label in labels.items() if label not in ("ok", "warming up")}
+  result = folder / "eval" / "final" / "result.json"
+  measures = json.loads(result.read_text())["measures"] if result.exists() else {}
+  first = min(alarms, default=None)
+  return {
+    "step": first, "label": alarms.get(first), "stopped": stopped, "last": max(labels, default=0),
+    "alarms": len(alarms), "knn": measures.get("probe/knn"), "used": measures.get("collapse/used"),
+    "loss": measures.get("train/loss"), "ln_k": measures.get("train/ln_k"),
+  }  # fmt: skip
+
+
+if __name__ == "__main__":
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--workdir", default="runs/zoo")
+  parser.add_argument("--cases", nargs="*", default=[*HEALTHY, *FAULTS])
+  arguments = parser.parse_args()
+  configs.default()  # a missing package shows before the first run
+  for name in arguments.cases:
+    folder = pathlib.Path(arguments.workdir) / re.sub(r"\W+", "_", name)
+    shutil.rmtree(folder, ignore_errors=True)
+    out = run((HEALTHY | FAULTS)[name], folder, name in FAULTS)
+    print(json.dumps({"case": name, "healthy": name in HEALTHY, **out}), flush=True)
+    jax.clear_caches()
