@@ -3,9 +3,10 @@
   python benchmarks/cifar10.py --data_dir=$PROTOJAX_DATA_DIR --workdir=runs/cifar10 [--rows ...]
 
 Runs each row with `python -m protojax.main` in a process of its own, one after another (rows that
-are done are not run again), and prints JSON lines and Markdown tables from what the runs left: the
-kinds of prototypes, and the methods. The full form of GEDI takes a tenth of the steps.
-"raw pixels" and "untrained encoder" are the floors: k-NN and linear accuracy without any training.
+are done are not run again), writes what each left to docs/results/cifar10/ROW.json (measures, the
+protocol and environment of its result.json, config, commit) and prints Markdown tables of all that
+is there: the kinds of prototypes, and the methods. The full form of GEDI takes a tenth of the
+steps. "raw pixels" and "untrained encoder" are the floors: accuracies without any training.
 """
 
 import argparse
@@ -16,11 +17,10 @@ import subprocess
 import sys
 
 import jax
-import ml_collections
 import numpy as np
 
 from protojax import config as configs
-from protojax import main, monitor, programs, snapshot, train
+from protojax import main, monitor, programs, snapshot, train, workdir
 from protojax.data import pipeline
 from protojax.evals import knn, linear
 
@@ -50,6 +50,8 @@ METHODS = {
   "vicreg": "configs/vicreg_cifar10.py",
 }
 ROWS = PROTOTYPES | METHODS
+FLOORS = ("raw pixels", "untrained encoder")
+RESULTS = pathlib.Path(__file__).parents[1] / "docs" / "results" / "cifar10"
 # {measure: (head, factor, format)}
 _ACCURACY = {
   "rankme": ("RankMe", 1, ".1f"), "knn": ("k-NN %", 100, ".1f"),
@@ -70,8 +72,8 @@ METHOD_COLUMNS = {
 }  # fmt: skip
 
 
-def floors(data_dir: str) -> dict[str, dict[str, float]]:
-  """k-NN and linear accuracy of raw pixels and of the untrained encoder, same protocol."""
+def floors(data_dir: str) -> dict[str, dict]:
+  """{floor: {"measures", "protocol", "environment"}}, the protocol of the rows."""
   config = main.load("configs/frozen_cifar10.py")
   config.data.data_dir = data_dir
   train_source, bank, test = train.build_sources(config)
@@ -85,16 +87,20 @@ def floors(data_dir: str) -> dict[str, dict[str, float]]:
 
   a, b = pixels(bank), pixels(test)
   raw = {
-    "knn": knn.accuracy(*a, *b, num_classes=10, k=config.probe.k,
-                        temperature=config.probe.temperature),
-    "linear_fitted": linear.evaluate(*a, *b, num_classes=10)["linear"],
+    "probe/knn": knn.accuracy(*a, *b, num_classes=10, k=config.probe.k,
+                              temperature=config.probe.temperature),
+    "probe/linear_fitted": linear.evaluate(*a, *b, num_classes=10)["linear"],
   }  # fmt: skip
   program = programs.Program(config)
   view = snapshot.Snapshot(program, bank=bank, test=test)
   with jax.set_mesh(program.mesh):
     state = program.init(config.seed)
     measures = view.final(state)[0]
-  return {"raw pixels": raw, "untrained encoder": measures}
+  protocol, environment = workdir.protocol(config, bank, test), workdir.environment()
+  return {
+    name: {"measures": found, "protocol": protocol, "environment": environment}
+    for name, found in zip(FLOORS, (raw, measures), strict=True)
+  }
 
 
 def _short(measures: dict) -> dict[str, float]:
@@ -123,12 +129,39 @@ def least_loss(measures: dict, config) -> float | None:
   return None
 
 
-def result(folder: pathlib.Path) -> dict:
-  """Measures of a finished run, its verdict and the least loss it could have."""
-  measures = json.loads((folder / "eval/final/result.json").read_text())["measures"]
-  config = ml_collections.ConfigDict(json.loads((folder / "config.json").read_text()))
-  verdict = monitor.verdict(measures, config=config, step=measures["step"])
-  return measures | {"verdict": verdict.label, "least_loss": least_loss(measures, config)}
+def publish(row: str, result: dict, config: dict | None, commit: str) -> None:
+  """Writes docs/results/cifar10/ROW.json from a result.json, without the paths of the machine."""
+  given = ["--workdir=runs/cifar10", "--config.data.data_dir=$PROTOJAX_DATA_DIR"]
+  environment = {k: v for k, v in result["environment"].items() if k != "command"}
+  recipe = [f"--config={ROWS[row]}", *given] if row in ROWS else []
+  record = {"row": row, "commit": commit, "arguments": recipe, **result, "config": config}
+  record["environment"] = environment
+  RESULTS.mkdir(parents=True, exist_ok=True)
+  path = RESULTS / f"{row.replace(',', '').replace(' ', '_')}.json"
+  path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+
+
+def published() -> dict[str, dict]:
+  """{row: measures, "verdict" and "least_loss"} of what was published, in the README's order."""
+  records = {r["row"]: r for r in (json.loads(p.read_text()) for p in RESULTS.glob("*.json"))}
+  out = {}
+  for row in (*ROWS, *FLOORS):
+    if row in records:
+      out[row] = measures = records[row]["measures"]
+      if row in ROWS:
+        config = workdir.restored(records[row]["config"])
+        verdict = monitor.verdict(measures, config=config, step=measures["step"])
+        measures |= {"verdict": verdict.label, "least_loss": least_loss(measures, config)}
+  return out
+
+
+def tables() -> list[str]:
+  """The README's two, in Markdown, of what was published."""
+  rows, out = published(), []
+  for names, columns in ((PROTOTYPES, PROTOTYPE_COLUMNS), (METHODS, METHOD_COLUMNS)):
+    last = FLOORS if names is PROTOTYPES else ()
+    out.append(table({r: rows[r] for r in (*names, *last) if r in rows}, columns))
+  return out
 
 
 def table(results: dict[str, dict], columns: dict[str, tuple]) -> str:
@@ -149,25 +182,24 @@ if __name__ == "__main__":
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--data_dir", required=True)
   parser.add_argument("--workdir", default="runs/cifar10")
-  parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS))
+  parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), metavar="ROW")
   parser.add_argument("--no_floors", action="store_true")
-  parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="for every row")
   arguments = parser.parse_args()
-  lowest = {} if arguments.no_floors else floors(arguments.data_dir)
-  results = {}
+  commit = subprocess.run(
+    ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+  ).stdout.strip()
+  if not arguments.no_floors:
+    for floor, result in floors(arguments.data_dir).items():
+      publish(floor, result, None, commit)
   for row in arguments.rows:
     folder = pathlib.Path(arguments.workdir) / row.replace(",", "").replace(" ", "_")
     done = subprocess.run(
       [sys.executable, "-m", "protojax.main", f"--config={ROWS[row]}", f"--workdir={folder}",
-       f"--config.data.data_dir={arguments.data_dir}",
-       *(f"--config.{change}" for change in arguments.set)],
+       f"--config.data.data_dir={arguments.data_dir}"],
       check=False,
     )  # fmt: skip
     if done.returncode:
       sys.exit(done.returncode)
-    results[row] = result(folder)
-  for row, measures in (results | lowest).items():
-    print(json.dumps({"row": row, **_short(measures)}))
-  for rows, columns in ((PROTOTYPES, PROTOTYPE_COLUMNS), (METHODS, METHOD_COLUMNS)):
-    if shown := {row: measures for row, measures in results.items() if row in rows}:
-      print(table(shown | lowest, columns), end="\n\n")
+    result = json.loads((folder / "eval" / "final" / "result.json").read_text())
+    publish(row, result, json.loads((folder / "config.json").read_text()), commit)
+  print("\n\n".join(tables()))

@@ -20,6 +20,8 @@ LIMITS = {
   "teacher_one_hot": 0.1,  # of the largest entropy; healthy targets may be this sharp, hence:
   "codes_one_hot": 1.5,  # codes in use: all images have one and the same
   "codes_clusters": 4.0,  # below it a code says less than two bits, whatever K (at most K / 8)
+  # Of the monitor's sample alone: a net that learns slowly still has 3 codes after 100 steps.
+  "codes_clusters_sample": 2.0,
   # Directions uniform on the sphere give 1, untrained ViTs .13 (digits, mean cosine .98) to .73.
   "feature_std": 0.02,
   # One minus the mean cosine of what the head gives, at the rounding of float32: nothing gets
@@ -76,8 +78,11 @@ def _codes(measures: Mapping[str, float | None], num_prototypes: int) -> float |
   """Codes in use, by the strictest measure there is."""
   known = [measures[k] * num_prototypes for k in ("collapse/used", "collapse/used_sample")
            if measures.get(k) is not None]  # fmt: skip
-  known += [measures[k] for k in ("collapse/perplexity", "collapse/perplexity_sample")
-            if measures.get(k) is not None]  # fmt: skip
+  if measures.get("collapse/perplexity") is not None:
+    known.append(measures["collapse/perplexity"])
+  sample = measures.get("collapse/perplexity_sample")
+  if sample is not None and sample < LIMITS["codes_clusters_sample"]:
+    known.append(sample)
   return min(known, default=None)
 
 

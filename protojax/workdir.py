@@ -226,14 +226,9 @@ def export_encoder(folder: pathlib.Path, step: int, state, config, mesh) -> None
     export.write(folder / "exported", tree, info)
 
 
-def write_result(
-  folder: pathlib.Path, result: dict, arrays: dict, config, *, bank, test
-) -> pathlib.Path:
-  """Writes eval/final/: arrays.npz, and result.json, every number with the protocol it was made by.
-
-  Draws report.png between the two, so that a run with a result has everything; returns its path.
-  """
-  protocol = {
+def protocol(config, bank, test) -> dict[str, object]:
+  """How the accuracies and the usage at the end of a run are measured, for result.json."""
+  return {
     "bank": f"{bank.name} ({len(bank)} images)",
     "test": None if test is None else f"{test.name} ({len(test)} images)",
     "limit": config.probe.limit,
@@ -245,13 +240,22 @@ def write_result(
     "linear": "logistic regression on frozen features, strength chosen on a tenth of the bank",
     "usage": "share of prototypes that are the argmax of any bank image",
   }
+
+
+def write_result(
+  folder: pathlib.Path, result: dict, arrays: dict, config, *, bank, test
+) -> pathlib.Path:
+  """Writes eval/final/: arrays.npz, and result.json, every number with the protocol it was made by.
+
+  Draws report.png between the two, so that a run with a result has everything; returns its path.
+  """
   final = folder / "eval" / "final"
   final.mkdir(parents=True, exist_ok=True)
   np.savez(final / "arrays.npz", **arrays)
   picture = report.picture(folder)
   _write_json(
     final / "result.json",
-    {"measures": result, "protocol": protocol, "environment": environment()},
+    {"measures": result, "protocol": protocol(config, bank, test), "environment": environment()},
   )
   return picture
 

@@ -1,0 +1,134 @@
+"""Every command in README.md, CONTRIBUTING.md and docs/ is run, in the order of the page.
+
+Each page has a folder of its own, with the recipes and IMAGES in it, where its commands find what
+the ones before have left. Training is cut to a recipe's `:debug` form and two steps. Only looked at
+are installing, launch/test.sh (which continuous integration runs) and benchmarks, which
+take hours; outside of that integration, launch/quickstart.sh trains without installing first. A
+command that this file does not know is an error.
+"""
+
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks import cifar10
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+_DATA = pathlib.Path(os.environ.get("PROTOJAX_DATA_DIR", ROOT.parent / "shared" / "data"))
+_SHORT = (
+  "--config.num_steps=2", "--config.batch_size=8", "--config.save_every=2",
+  "--config.monitor.images=16", "--config.probe.limit=40", "--config.probe.batch_size=8",
+)  # fmt: skip
+
+
+def commands(page: pathlib.Path) -> list[str]:
+  """Commands of the bash blocks, fenced or indented, and of the running text, no comments."""
+  text = page.read_text()
+  blocks = re.findall(r"^```(?:bash|sh|shell)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+  without = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+  blocks += re.findall(r"(?<=\n\n)(?:    \S.*\n)+", without)
+  blocks += re.findall(r"`((?:python|pip|bash) [^`]+)`", without)
+  lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+  lines = [" ".join(shlex.split(line, comments=True, posix=False)) for line in lines]
+  return [part.strip() for line in lines for part in line.split("&&") if part.strip()]
+
+
+def _python(words, cwd):
+  environment = {
+    **os.environ, "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "2",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PROTOJAX_DATA_DIR": str(_DATA),
+  }  # fmt: skip
+  done = subprocess.run(
+    [sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True,
+    timeout=600, check=False,
+  )  # fmt: skip
+  assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
+  return done.stdout
+
+
+def _check_extras(words):
+  project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+  wanted = re.findall(r"\[([a-z,]+)\]", " ".join(words))
+  assert wanted and all(set(w.split(",")) <= set(project["optional-dependencies"]) for w in wanted)
+
+
+def run(command: str, cwd: pathlib.Path) -> None:
+  """Runs one command of a page in the page's folder."""
+  words = shlex.split(command.replace("$PROTOJAX_DATA_DIR", str(_DATA)))
+  match words:
+    case ["git", "clone", "<this", "repository>"] | ["cd", "protojax"]:
+      pass  # where the reader is now
+    case ["python3.11", "-m", "venv", _] | [".", _]:
+      pass
+    case ["pip", "install", *rest]:
+      _check_extras(rest)
+    case ["bash", "launch/test.sh", *_]:
+      subprocess.run(["bash", "-n", "launch/test.sh"], cwd=ROOT, check=True)
+    case ["bash", "launch/quickstart.sh"] if "PROTOJAX_AT_FLOORS" in os.environ:
+      environment = {**os.environ, "PROTOJAX_VENV": str(cwd / "venv")}  # installs for a minute
+      script = ["bash", "launch/quickstart.sh", str(cwd / "runs" / "quickstart"), *_SHORT]
+      subprocess.run(script, cwd=ROOT, env=environment, check=True, timeout=900)
+    case ["bash", "launch/quickstart.sh"]:
+      _python(["-m", "protojax.main", "--config=configs/quickstart.py",
+               "--workdir=runs/quickstart", *_SHORT], cwd)  # fmt: skip
+    case ["ruff", *rest]:
+      _python(["-m", "ruff", *rest], ROOT)
+    case ["python", "-m", "pytest", *rest]:
+      _python(["-m", "pytest", "-q", "--collect-only", *rest], ROOT)
+    case ["python", "-m", "protojax.main", *rest]:
+      debug = [w + ":debug" if re.fullmatch(r"--config=[^:]*\.py", w) else w for w in rest]
+      given = {w.split("=")[0] for w in rest}
+      _python(["-m", "protojax.main", *debug, *(s for s in _SHORT if s.split("=")[0] not in given)],
+              cwd)  # fmt: skip
+    case ["python", "-m", module, *rest] if module.startswith("protojax."):
+      _python(["-m", module, *rest], cwd)
+    case ["python", script, *rest] if script.startswith("benchmarks/"):
+      said = _python([script, "--help"], ROOT)  # hours, else
+      assert all(w.split("=")[0] in said for w in rest if w.startswith("--"))
+    case _:
+      raise AssertionError(f"this test does not know how to run {command!r}")
+
+
+@pytest.fixture
+def folder(tmp_path):
+  for name in ("configs", "benchmarks"):
+    (tmp_path / name).symlink_to(ROOT / name)
+  rng = np.random.default_rng(0)
+  for split in ("train", "test"):
+    for i in range(48):
+      path = tmp_path / "IMAGES" / split / f"class{i % 2}" / f"{i}.png"
+      path.parent.mkdir(parents=True, exist_ok=True)
+      Image.fromarray(rng.integers(0, 255, (20, 24, 3), np.uint8)).save(path)
+  return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_command_of_the_page_runs(page, folder):
+  found = commands(page)
+  assert found
+  for command in found:
+    if "$PROTOJAX_DATA_DIR" in command and not (_DATA / "cifar10").is_dir():
+      pytest.skip("needs the prepared CIFAR-10")
+    run(command, folder)
+
+
+def test_a_command_that_nobody_knows_is_an_error(folder):
+  with pytest.raises(AssertionError, match="does not know how to run 'rm -rf /'"):
+    run("rm -rf /", folder)
+
+
+def test_tables_of_the_readme_are_those_of_the_published_results():
+  """Every number of the two tables is in docs/results/cifar10/ROW.json, from a result.json."""
+  readme = (ROOT / "README.md").read_text().splitlines()
+  shown = [line for line in readme if line.startswith("|") and line.count("|") > 10]
+  rows = [line for table in cifar10.tables() for line in table.splitlines()]
+  assert rows == shown
