@@ -91,10 +91,10 @@ HEALTHY = {
   "dino, mixture": Case("gmm_cifar10"),
   "dino, joint": Case("dino_cifar10", _NORMED),
   "dino, frozen": Case("frozen_cifar10", _NORMED),
-  "ibot": Case("ibot_cifar10"),
+  "ibot, mixture": Case("ibot_cifar10", {"method__prototypes": "mixture"}),
   "msn": Case("msn_cifar10"),
   "carp": Case("carp_cifar10"),
-  "swav": Case("swav_cifar10"),
+  "swav": Case("swav_cifar10", {"optim__lr": 1e-3}),
   "self-classifier": Case("self_classifier_cifar10"),
   "falcon": Case("falcon_cifar10"),
   "pcl": Case("pcl_cifar10"),
@@ -109,7 +109,7 @@ FAULTS = {
   "teacher's temperature 1": Case(
     "dino_cifar10", {**_NORMED, "method__teacher_temp": 1.0, "method__teacher_temp_start": 1.0}
   ),
-  "Sinkhorn's epsilon 1": Case("swav_cifar10", {"method__epsilon": 1.0}),
+  "Sinkhorn's epsilon 1": Case("swav_cifar10", {"optim__lr": 1e-3, "method__epsilon": 1.0}),
   "learning rate x 50": Case("dino_cifar10", {**_NORMED, "optim__lr": 0.2}),
   "joint prototypes, 8 at the start": Case("dino_cifar10", _NORMED, tamper=_duplicated),
   "mixture too soft and too fast": Case("gmm_cifar10", {

@@ -20,8 +20,10 @@ LIMITS = {
   "teacher_one_hot": 0.1,  # of the largest entropy; healthy targets may be this sharp, hence:
   "codes_one_hot": 1.5,  # codes in use: all images have one and the same
   "codes_clusters": 4.0,  # below it a code says less than two bits, whatever K (at most K / 8)
-  # Of the monitor's sample alone: a net that learns slowly still has 3 codes after 100 steps.
+  # Of the monitor's sample alone, after as many times the grace period: Self-Classifier has had
+  # 1.8 codes after 140 steps and 13 after 220.
   "codes_clusters_sample": 2.0,
+  "sample_grace": 5,
   # Directions uniform on the sphere give 1, untrained ViTs .13 (digits, mean cosine .98) to .73.
   "feature_std": 0.02,
   # One minus the mean cosine of what the head gives, at the rounding of float32: nothing gets
@@ -74,14 +76,14 @@ def _prototypes(measures: Mapping[str, float | None]) -> str:
   )
 
 
-def _codes(measures: Mapping[str, float | None], num_prototypes: int) -> float | None:
+def _codes(measures: Mapping[str, float | None], num_prototypes: int, late: bool) -> float | None:
   """Codes in use, by the strictest measure there is."""
   known = [measures[k] * num_prototypes for k in ("collapse/used", "collapse/used_sample")
            if measures.get(k) is not None]  # fmt: skip
   if measures.get("collapse/perplexity") is not None:
     known.append(measures["collapse/perplexity"])
   sample = measures.get("collapse/perplexity_sample")
-  if sample is not None and sample < LIMITS["codes_clusters_sample"]:
+  if late and sample is not None and sample < LIMITS["codes_clusters_sample"]:
     known.append(sample)
   return min(known, default=None)
 
@@ -134,7 +136,8 @@ def judge(
     known = [c for c in changes if settings is None or _can(c, settings)]
     return " or ".join([*([", ".join(known[:-1])] if known[:-1] else []), *known[-1:]])
 
-  found = list(_findings(measures, num_prototypes, step, prototypes, advise))
+  late = step >= LIMITS["sample_grace"] * grace_steps
+  found = list(_findings(measures, num_prototypes, step, late, prototypes, advise))
   if not found:
     return Verdict("ok", _well(measures, num_prototypes, prototypes), False)
   also = f" (also: {', '.join(v.label for v in found[1:])})" if found[1:] else ""
@@ -166,13 +169,13 @@ def _well(measures, num_prototypes, prototypes) -> str:
   )
 
 
-def _findings(measures, num_prototypes, step, prototypes, advise):
+def _findings(measures, num_prototypes, step, late, prototypes, advise):
   """The verdicts whose rule holds, in the order of `judge`."""
   get, limit = measures.get, LIMITS
   loss, entropy = get("train/loss"), get("train/target_entropy")
   cross_entropy = loss if get("train/cross_entropy") is None else get("train/cross_entropy")
   std, rank, cosine = (get(f"collapse/{k}") for k in ("feature_std", "rankme", "mean_cosine"))
-  codes, chance = _codes(measures, num_prototypes), get("train/ln_k")
+  codes, chance = _codes(measures, num_prototypes, late), get("train/ln_k")
   most = _most(measures, num_prototypes)
 
   if get("collapse/teacher_distance") == 0:

@@ -100,6 +100,13 @@ def test_advice_does_not_tell_to_set_what_is_set():
   assert "norm_output" not in judge(one, settings=settings, prototypes="dictionary").sentence
 
 
+def test_few_codes_in_the_sample_alone_count_late_only():
+  few = {"collapse/perplexity": None, "collapse/perplexity_sample": 1.8}
+  assert judge(few, step=499).label == "ok"
+  assert judge(few, step=500).label == "cluster collapse"
+  assert judge({**few, "collapse/perplexity": 1.8}, step=100).label == "cluster collapse"
+
+
 def test_what_else_holds_is_named_too():
   """Copies among the prototypes may be the reason why every image gets all of them."""
   changes = {"train/loss": 8.3178, "train/target_entropy": 8.317, "collapse/unique_0.025": 0.03}
