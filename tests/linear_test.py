@@ -189,7 +189,7 @@ def test_weaker_penalties_are_left_out_once_two_in_a_row_were_worse(monkeypatch)
 
 def test_held_out_tenth_holds_every_class():
   labels = np.repeat(np.arange(5), (400, 300, 200, 80, 20))
-  held = linear._held_out(labels)
+  held = linear.held_out(labels)
   np.testing.assert_array_equal(np.bincount(labels[held]), [40, 30, 20, 8, 2])
 
 

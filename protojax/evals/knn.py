@@ -1,9 +1,11 @@
 """Weighted k-nearest neighbours by cosine, exact, on the device (the protocol of arXiv 2104.14294).
 
-Print k and the temperature beside every number: other settings move it by several points.
+The bank is sent to the device part by part, so it may be larger than the device's memory. Print k
+and the temperature beside every number: other settings move it by several points.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,27 +13,112 @@ import numpy as np
 
 from protojax import errors
 
-# Similarities held at once: 256 MiB of float32.
+# Similarities held at once, and numbers of the bank on the device at once: 256 MiB of float32.
 _PAIRS = 2**26
+_PART = 2**26
 
 
-@functools.partial(jax.jit, static_argnames=("num_classes", "k", "chunk"))
-def _scores(bank, labels, queries, temperature, *, num_classes, k, chunk):
-  def unit(rows):
-    rows = rows.astype(jnp.float32)
-    return rows / jnp.maximum(jnp.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
+def _unit(rows):
+  rows = rows.astype(jnp.float32)
+  return rows / jnp.maximum(jnp.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
 
-  bank = unit(bank)
+
+@functools.partial(jax.jit, static_argnames="chunk")
+def _merge(best, part, start, num, queries, *, chunk):
+  """`best` (similarities, rows; [M, k] each) after rows `start` and on of `num`, which are `part`.
+
+  What was found before stands first, and `top_k` takes the first of equals: the lower row.
+  """
+  part = _unit(part)
+  k, rows = best[0].shape[1], start + jnp.arange(part.shape[0], dtype=jnp.int32)
+
+  def one(old):
+    query, nearest, found = old
+    similarity = jnp.matmul(part, query, precision=jax.lax.Precision.HIGHEST)
+    similarity = jnp.where(rows < num, similarity, -jnp.inf)  # the last part is padded
+    new, at = jax.lax.top_k(similarity, min(k, part.shape[0]))
+    nearest, order = jax.lax.top_k(jnp.concatenate([nearest, new]), k)
+    return nearest, jnp.concatenate([found, rows[at]])[order]
+
+  return jax.lax.map(one, (_unit(queries), *best), batch_size=chunk)
+
+
+def _check_k(k: int, num: int) -> None:
+  if not 1 <= k <= num:
+    raise errors.UserError(
+      f"k-NN: k={k} neighbours of a bank of {num} images: choose 1 to {num} with --config.probe.k"
+    )
+
+
+def nearest(
+  bank: jax.Array,
+  queries: jax.Array,
+  *,
+  k: int,
+  chunk: int | None = None,
+  part: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """The k most similar bank rows of every query, most similar first; of equals the lower row.
+
+  Args:
+    bank: [N, D] features, any norm and float dtype; stays on the host but for one part.
+    queries: [M, D].
+    k: at most N.
+    chunk: queries compared with a part at a time; None fits 256 MiB of similarities.
+    part: bank rows on the device at a time; None fits 256 MiB.
+
+  Returns:
+    (cosines float32 [M, k], bank rows int32 [M, k]).
+
+  Raises:
+    UserError: if k is not in 1..N.
+  """
+  num = len(bank)
+  _check_k(k, num)
+  bank, queries = np.asarray(bank), jnp.asarray(queries)
+  part = min(num, part or max(1, _PART // bank.shape[1]))
+  chunk = min(chunk or max(1, min(1024, _PAIRS // part)), max(len(queries), 1))
+  shape = len(queries), k
+  best = jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros(shape, jnp.int32)
+  for start in range(0, num, part):
+    rows = bank[start : start + part]
+    rows = np.pad(rows, ((0, part - len(rows)), (0, 0)))
+    best = _merge(best, rows, start, num, queries, chunk=chunk)
+  return best
+
+
+def _votes(similarity, classes, temperature, num_classes):
+  """Share of each class in the votes of neighbours [k], the most similar first: float32 [C]."""
+  # The largest weight is 1, so that exp never overflows; shares do not change.
+  weights = jnp.exp((similarity - similarity[0]) / temperature)
+  return jax.ops.segment_sum(weights, classes, num_classes) / weights.sum()
+
+
+@functools.partial(jax.jit, static_argnames="num_classes")
+def _scores(similarity, classes, temperature, *, num_classes):
+  return jax.vmap(lambda s, c: _votes(s, c, temperature, num_classes))(similarity, classes)
+
+
+@functools.partial(jax.jit, static_argnames=("num_classes", "ks"))
+def _ranks(similarity, classes, labels, temperatures, *, num_classes, ks):
+  """How many classes come before the right one: int32 [M, len(ks), T]; C if no neighbour has it."""
 
   def one(query):
-    similarity = jnp.matmul(bank, query, precision=jax.lax.Precision.HIGHEST)
-    nearest, rows = jax.lax.top_k(similarity, k)  # of equals, the lower index
-    # The largest weight is 1, so that exp never overflows; shares do not change.
-    weights = jnp.exp((nearest - nearest[0]) / temperature)
-    votes = jax.ops.segment_sum(weights, labels[rows], num_classes)
-    return votes / weights.sum()
+    similarity, classes, label = query
 
-  return jax.lax.map(one, unit(queries), batch_size=chunk)
+    def rank(k, temperature):
+      near = classes[:k]
+      votes = _votes(similarity[:k], near, temperature, num_classes)
+      present = jnp.zeros(num_classes, bool).at[near].set(True)
+      votes = jnp.where(present, votes, -1.0)  # behind those whose weight rounds to 0
+      before = (votes > votes[label]) | (
+        (votes == votes[label]) & (jnp.arange(num_classes) < label)
+      )
+      return jnp.where(present[label], before.sum(dtype=jnp.int32), num_classes)
+
+    return jnp.stack([jax.vmap(functools.partial(rank, k))(temperatures) for k in ks])
+
+  return jax.lax.map(one, (similarity, classes, labels), batch_size=1024)
 
 
 def _check_labels(name: str, labels: np.ndarray, num_classes: int) -> None:
@@ -39,6 +126,13 @@ def _check_labels(name: str, labels: np.ndarray, num_classes: int) -> None:
     bad = labels[(labels < 0) | (labels >= num_classes)][0]
     raise errors.UserError(
       f"k-NN: the {name} holds label {bad}, outside 0..{num_classes - 1}: give labelled images"
+    )
+
+
+def _check_temperature(temperature: float) -> None:
+  if not temperature > 0:
+    raise errors.UserError(
+      f"k-NN: temperature={temperature:g} must be positive: set --config.probe.temperature"
     )
 
 
@@ -51,6 +145,7 @@ def scores(
   k: int = 20,
   temperature: float = 0.07,
   chunk: int | None = None,
+  part: int | None = None,
 ) -> jax.Array:
   """Share of each class in the votes of the k most similar bank rows, weighted exp(cosine / T).
 
@@ -61,7 +156,8 @@ def scores(
     num_classes: C.
     k: neighbours that vote, at most N. Of equally similar rows the earlier ones vote.
     temperature: T.
-    chunk: queries compared with the bank at a time; None fits 256 MiB of similarities.
+    chunk: as for `nearest`.
+    part: as for `nearest`.
 
   Returns:
     float32 [M, C], rows sum to 1.
@@ -69,22 +165,11 @@ def scores(
   Raises:
     UserError: if k is not in 1..N, the temperature not positive, or a label out of range.
   """
-  num = len(bank)
-  if not 1 <= k <= num:
-    raise errors.UserError(
-      f"k-NN: k={k} neighbours of a bank of {num} images: choose 1 to {num} with --config.probe.k"
-    )
-  if not temperature > 0:
-    raise errors.UserError(
-      f"k-NN: temperature={temperature:g} must be positive: set --config.probe.temperature"
-    )
-  _check_labels("bank", np.asarray(bank_labels), num_classes)
-  if chunk is None:
-    chunk = max(1, min(1024, _PAIRS // num))
-  return _scores(
-    jnp.asarray(bank), jnp.asarray(bank_labels, jnp.int32), jnp.asarray(queries),
-    temperature, num_classes=num_classes, k=k, chunk=min(chunk, max(len(queries), 1)),
-  )  # fmt: skip
+  _check_temperature(temperature)
+  bank_labels = np.asarray(bank_labels, np.int32)
+  _check_labels("bank", bank_labels, num_classes)
+  similarity, rows = nearest(bank, queries, k=k, chunk=chunk, part=part)
+  return _scores(similarity, jnp.asarray(bank_labels)[rows], temperature, num_classes=num_classes)
 
 
 def predict(bank, bank_labels, queries, **options) -> jax.Array:
@@ -101,7 +186,7 @@ def accuracy(bank, bank_labels, queries, query_labels, *, num_classes: int, **op
     queries: [M, D], M > 0.
     query_labels: int [M], 0 to num_classes - 1.
     num_classes: C.
-    **options: k, temperature, chunk of `scores`.
+    **options: k, temperature, chunk, part of `scores`.
 
   Raises:
     UserError: as `scores`, and for query labels out of range.
@@ -110,3 +195,56 @@ def accuracy(bank, bank_labels, queries, query_labels, *, num_classes: int, **op
   _check_labels("test set", query_labels, num_classes)
   predicted = predict(bank, bank_labels, queries, num_classes=num_classes, **options)
   return float(np.mean(np.asarray(predicted) == query_labels))
+
+
+def evaluate(
+  bank: jax.Array,
+  bank_labels: jax.Array,
+  queries: jax.Array,
+  query_labels: jax.Array,
+  *,
+  num_classes: int,
+  ks: Sequence[int] = (10, 20, 100, 200),
+  temperatures: Sequence[float] = (0.07,),
+  chunk: int | None = None,
+  part: int | None = None,
+) -> dict[str, float]:
+  """Accuracies at several k and T from one pass over the bank.
+
+  Args:
+    bank: [N, D].
+    bank_labels: int [N], 0 to num_classes - 1.
+    queries: [M, D], M > 0.
+    query_labels: int [M], 0 to num_classes - 1.
+    num_classes: C.
+    ks: numbers of neighbours, each at most N.
+    temperatures: all tried with every k.
+    chunk: as for `nearest`.
+    part: as for `nearest`.
+
+  Returns:
+    {"top1_k20_T0.07": share of queries whose class has the most votes, of equals the lowest,
+    "top5_k20_T0.07": share of those whose class is among the five with the most, ...}, 0 to 1;
+    top5 only with five classes or more. A class that no neighbour has is never among them.
+
+  Raises:
+    UserError: as `scores`, and for query labels out of range.
+  """
+  for k in ks:
+    _check_k(k, len(bank))
+  for temperature in temperatures:
+    _check_temperature(temperature)
+  bank_labels, query_labels = np.asarray(bank_labels, np.int32), np.asarray(query_labels, np.int32)
+  _check_labels("bank", bank_labels, num_classes)
+  _check_labels("test set", query_labels, num_classes)
+  similarity, rows = nearest(bank, queries, k=max(ks), chunk=chunk, part=part)
+  ranks = _ranks(
+    similarity, jnp.asarray(bank_labels)[rows], query_labels,
+    jnp.asarray(temperatures, jnp.float32), num_classes=num_classes, ks=tuple(ks),
+  )  # fmt: skip
+  ranks, out = np.asarray(ranks), {}
+  for i, k in enumerate(ks):
+    for j, temperature in enumerate(temperatures):
+      for top in (1, 5) if num_classes >= 5 else (1,):
+        out[f"top{top}_k{k}_T{temperature:g}"] = float(np.mean(ranks[:, i, j] < top))
+  return out

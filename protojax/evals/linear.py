@@ -122,12 +122,12 @@ class Classifier(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="shape")
-def _objective(flat, inputs, labels, l2, *, shape):
+def _objective(flat, inputs, labels, l2, free, *, shape):
   """Value and gradient of mean cross entropy + l2 / 2 |weight|^2 at flat [(D + 1) * C]."""
 
   def value(flat):
     matrix = flat.reshape(shape)
-    params = {"weight": matrix[:-1], "bias": matrix[-1]}
+    params = {"weight": matrix[:-1], "bias": free * matrix[-1]}  # free: 1, or 0
     each = optax.softmax_cross_entropy_with_integer_labels(_logits(params, inputs), labels)
     return each.mean() + 0.5 * l2 * jnp.sum(params["weight"] ** 2)
 
@@ -142,8 +142,10 @@ def fit(
   l2: float,
   max_steps: int = 100,
   start: Classifier | None = None,
+  standardise: bool = True,
+  intercept: bool = True,
 ) -> Classifier:
-  """Multinomial logistic regression on standardised features by full-batch L-BFGS.
+  """Multinomial logistic regression by full-batch L-BFGS.
 
   Minimises mean cross entropy + l2 / 2 |weight|^2 (the bias goes free): scikit-learn's C is
   1 / (N l2). Deterministic. Gradients are computed on the default device.
@@ -155,6 +157,8 @@ def fit(
     l2: strength of the penalty.
     max_steps: of L-BFGS.
     start: classifier whose weights to start from; zeros without one.
+    standardise: give every dimension mean 0 and variance 1 first; else take features as they are.
+    intercept: fit a bias; else it is 0.
 
   Raises:
     UserError: if a feature is not finite or a label out of range.
@@ -170,19 +174,22 @@ def fit(
       "linear probe: the features hold NaN or infinity: the encoder has diverged, take an earlier "
       "checkpoint"
     )
-  mean = features.mean(axis=0, dtype=np.float64).astype(np.float32)
-  std = features.std(axis=0, dtype=np.float64)
-  # A dimension that varies by rounding alone is noise: it stays out.
-  dead = std <= 1e-6 * np.maximum(np.abs(mean), std.max())
-  scale = np.where(dead, 0.0, 1.0 / np.where(dead, 1.0, std)).astype(np.float32)
+  mean, scale = np.zeros(features.shape[1], np.float32), np.ones(features.shape[1], np.float32)
+  if standardise:
+    mean = features.mean(axis=0, dtype=np.float64).astype(np.float32)
+    std = features.std(axis=0, dtype=np.float64)
+    # A dimension that varies by rounding alone is noise: it stays out.
+    dead = std <= 1e-6 * np.maximum(np.abs(mean), std.max())
+    scale = np.where(dead, 0.0, 1.0 / np.where(dead, 1.0, std)).astype(np.float32)
   inputs = jnp.asarray((features - mean[None, :]) * scale[None, :])
   shape = (features.shape[1] + 1, num_classes)
   first = np.zeros(shape) if start is None else np.concatenate([start.weight, start.bias[None, :]])
 
   def value_and_grad(flat):
     value, grad = _objective(
-      jnp.asarray(flat, jnp.float32), inputs, jnp.asarray(labels), l2, shape=shape
-    )
+      jnp.asarray(flat, jnp.float32), inputs, jnp.asarray(labels), l2, float(intercept),
+      shape=shape,
+    )  # fmt: skip
     return float(value), np.asarray(grad, np.float64)
 
   found = scipy.optimize.minimize(
@@ -201,52 +208,51 @@ def predict(classifier: Classifier, features: jax.Array) -> np.ndarray:
   return logits.argmax(axis=-1).astype(np.int32)
 
 
-def _held_out(labels: np.ndarray) -> np.ndarray:
-  """bool [N]: every tenth row of each class, at random but always the same."""
+def held_out(labels: np.ndarray) -> np.ndarray:
+  """bool [N]: every tenth row of int [N] in class order, drawn at random but always the same.
+
+  Raises:
+    UserError: for fewer than ten rows.
+  """
+  if labels.size < 10:
+    raise errors.UserError(
+      f"linear probe: {labels.size} training images are too few to hold a tenth out: give 10"
+    )
   order = np.lexsort((np.random.default_rng(0).random(labels.size), labels))
   mask = np.zeros(labels.size, bool)
   mask[order[5::10]] = True
   return mask
 
 
-def evaluate(
-  train_features: jax.Array,
-  train_labels: jax.Array,
-  test_features: jax.Array,
-  test_labels: jax.Array,
+def choose(
+  features: jax.Array,
+  labels: jax.Array,
   *,
   num_classes: int,
   strengths: Sequence[float] = _STRENGTHS,
   max_steps: int = 100,
-) -> dict[str, float]:
-  """Accuracy of a linear classifier whose penalty never saw the test images.
+) -> tuple[Classifier, float, float]:
+  """The classifier whose penalty does best on a tenth of the images, held out, fitted to all.
 
-  Each strength is fitted to 90 % of the training images; the best on the other 10 % (of equals the
-  strongest) is fitted again to all of them, and only then tested. Two worse ones in a row end the
-  search: the weaker ones are the slowest to fit.
+  Each strength is fitted to 90 % of the images, and the best on the other 10 % (of equals the
+  strongest) again to all of them. Two worse ones in a row end the search: the weaker ones are the
+  slowest to fit.
 
   Args:
-    train_features: [N, D].
-    train_labels: int [N].
-    test_features: [M, D].
-    test_labels: int [M].
+    features: [N, D].
+    labels: int [N].
     num_classes: C.
     strengths: candidates for `l2` of `fit`, from strong to weak: each starts where the last ended.
     max_steps: of L-BFGS, for each fit.
 
   Returns:
-    {"linear": accuracy on test, "l2": strength chosen, "held_out": its accuracy on the 10 %,
-    "train": accuracy on train}.
+    (classifier, its l2, accuracy on the 10 % of the one that was fitted to the 90 %).
 
   Raises:
-    UserError: as `fit`, and for fewer than ten training images.
+    UserError: as `fit`, and for fewer than ten images.
   """
-  features, labels = np.asarray(train_features, np.float32), np.asarray(train_labels)
-  if labels.size < 10:
-    raise errors.UserError(
-      f"linear probe: {labels.size} training images are too few to hold a tenth out: give 10"
-    )
-  held = _held_out(labels)
+  features, labels = np.asarray(features, np.float32), np.asarray(labels)
+  held = held_out(labels)
   best, classifier, worse = None, None, 0
   for l2 in strengths:
     if worse == 2:
@@ -263,9 +269,30 @@ def evaluate(
   classifier = fit(
     features, labels, num_classes=num_classes, l2=l2, max_steps=max_steps, start=start
   )
+  return classifier, l2, accuracy
+
+
+def evaluate(
+  train_features, train_labels, test_features, test_labels, **options
+) -> dict[str, float]:
+  """Accuracy of a linear classifier whose penalty never saw the test images.
+
+  Args:
+    train_features: [N, D]; train_labels: int [N].
+    test_features: [M, D]; test_labels: int [M].
+    **options: num_classes, strengths, max_steps of `choose`.
+
+  Returns:
+    {"linear": accuracy on test, "l2": strength chosen, "held_out": its accuracy on the 10 %,
+    "train": accuracy on train}.
+
+  Raises:
+    UserError: as `choose`.
+  """
+  classifier, l2, accuracy = choose(train_features, train_labels, **options)
   return {
     "linear": float(np.mean(predict(classifier, test_features) == np.asarray(test_labels))),
     "l2": l2,
     "held_out": accuracy,
-    "train": float(np.mean(predict(classifier, features) == labels)),
+    "train": float(np.mean(predict(classifier, train_features) == np.asarray(train_labels))),
   }

@@ -1,0 +1,137 @@
+"""How well codes agree with classes, and how well codes drawn by chance would.
+
+Mutual information grows with the number of codes by chance alone: 16,384 uniformly random codes of
+the 10,000 test images of CIFAR-10 have an NMI of .35. So every value stands beside its chance.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.optimize
+from sklearn import metrics
+from sklearn.metrics import cluster
+
+from protojax import kmeans
+
+
+def hungarian_accuracy(codes: np.ndarray, labels: np.ndarray) -> float:
+  """Share of rows that the best one-to-one matching of codes and classes gets right, 0 to 1.
+
+  Args:
+    codes: int [N].
+    labels: int [N].
+  """
+  table = cluster.contingency_matrix(labels, codes)
+  right = scipy.optimize.linear_sum_assignment(table, maximize=True)
+  return float(table[right].sum() / len(labels))
+
+
+def purity(codes: np.ndarray, labels: np.ndarray) -> float:
+  """Share of rows that are of the most frequent class of their code, 0 to 1; 1 for a code a row."""
+  table = cluster.contingency_matrix(labels, codes, sparse=True)
+  return float(table.max(axis=0).sum() / len(labels))
+
+
+def chance_nmi(labels: np.ndarray, num_codes: int, *, draws: int = 5, seed: int = 0) -> float:
+  """Mean NMI (arithmetic) of int [N] with uniformly random codes, 0 to num_codes - 1, of each row.
+
+  Args:
+    labels: int [N].
+    num_codes: as many as the prototypes, used or not.
+    draws: of the codes.
+    seed: of the draws.
+  """
+  rng = np.random.default_rng(seed)
+  return float(np.mean([
+    metrics.normalized_mutual_info_score(labels, rng.integers(num_codes, size=len(labels)))
+    for _ in range(draws)
+  ]))  # fmt: skip
+
+
+def evaluate(
+  codes: np.ndarray,
+  labels: np.ndarray,
+  *,
+  num_codes: int,
+  num_classes: int,
+  draws: int = 5,
+  seed: int = 0,
+) -> dict[str, float]:
+  """Agreement of codes with classes, each beside its chance; entropies in the arithmetic mean.
+
+  Args:
+    codes: int [N], 0 to num_codes - 1.
+    labels: int [N], 0 to num_classes - 1.
+    num_codes: K.
+    num_classes: C.
+    draws: of the chance values.
+    seed: of the draws.
+
+  Returns:
+    "nmi", "ami", "ari"; "nmi_permuted": mean NMI of these codes with permuted labels;
+    "nmi_above_permuted": the difference; "nmi_uniform": `chance_nmi`; "used": codes that occur;
+    "perplexity": exp of the entropy of their histogram; with K <= C "hungarian", of the best
+    one-to-one matching, else "purity", of a majority vote on these same rows, and
+    "purity_permuted", its mean with permuted labels.
+  """
+  codes, labels = np.asarray(codes), np.asarray(labels)
+  rng = np.random.default_rng(seed)
+  permuted = [rng.permutation(labels) for _ in range(draws)]
+  nmi = metrics.normalized_mutual_info_score
+  counts = np.bincount(codes, minlength=num_codes)
+  share = counts[counts > 0] / codes.size
+  by_chance = float(np.mean([nmi(other, codes) for other in permuted]))
+  out = {
+    "nmi": float(nmi(labels, codes)),
+    "ami": float(metrics.adjusted_mutual_info_score(labels, codes)),
+    "ari": float(metrics.adjusted_rand_score(labels, codes)),
+    "nmi_permuted": by_chance,
+    "nmi_uniform": chance_nmi(labels, num_codes, draws=draws, seed=seed),
+    "used": int(share.size),
+    "perplexity": float(np.exp(-np.sum(share * np.log(share)))),
+  }
+  out["nmi_above_permuted"] = out["nmi"] - by_chance
+  if num_codes <= num_classes:
+    return out | {"hungarian": hungarian_accuracy(codes, labels)}
+  return out | {
+    "purity": purity(codes, labels),
+    "purity_permuted": float(np.mean([purity(codes, other) for other in permuted])),
+  }
+
+
+def kmeans_codes(
+  bank: np.ndarray,
+  queries: np.ndarray,
+  *,
+  num_clusters: int,
+  num_steps: int = 50,
+  num_restarts: int = 10,
+  seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Codes of k-means on features of unit length, fitted to the bank alone.
+
+  Starts are random rows, so the order of the bank tells nothing of its classes.
+
+  Args:
+    bank: [N, D].
+    queries: [M, D].
+    num_clusters: K, at most N.
+    num_steps: Lloyd's iterations.
+    num_restarts: the one with the least inertia is taken.
+    seed: of the starts.
+
+  Returns:
+    (codes of the bank int32 [N], of the queries [M]).
+  """
+
+  def unit(rows):
+    rows = np.asarray(rows, np.float32)
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+  found = kmeans.fit(
+    jnp.asarray(unit(bank)), jax.random.key(seed), num_clusters=num_clusters, num_steps=num_steps,
+    num_restarts=num_restarts,
+  )  # fmt: skip
+  centroids = np.asarray(found.centroids)
+  nearness = unit(queries) @ centroids.T - 0.5 * np.square(centroids).sum(axis=1)[None, :]
+  return np.asarray(found.codes), nearness.argmax(axis=1).astype(np.int32)

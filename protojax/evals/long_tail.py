@@ -1,0 +1,132 @@
+"""Accuracy and prototypes of frequent and rare classes (the cuts of arXiv 1904.05160)."""
+
+import numpy as np
+
+from protojax import collapse
+from protojax.evals import knn, linear
+
+SPLITS = ("many", "medium", "few")
+
+
+def splits(labels: np.ndarray, num_classes: int) -> dict[str, np.ndarray]:
+  """{"many", "medium", "few": int [n] classes} of more than 100, 20 to 100, 1 to 19 images.
+
+  Args:
+    labels: int [N] of the train images; a class without any is in no split.
+    num_classes: C.
+  """
+  counts = np.bincount(labels, minlength=num_classes)
+  cut = {
+    "many": counts > 100,
+    "medium": (counts >= 20) & (counts <= 100),
+    "few": (counts < 20) & (counts > 0),
+  }
+  return {name: np.flatnonzero(cut[name]) for name in SPLITS}
+
+
+def accuracies(predicted: np.ndarray, labels: np.ndarray, parts: dict) -> dict[str, float]:
+  """{"all", "balanced", and one a split that test images fall into: accuracy}, 0 to 1.
+
+  Args:
+    predicted: int [M].
+    labels: int [M] of the test images.
+    parts: as `splits` gives them.
+
+  Returns:
+    Shares of test images, but "balanced", the mean over classes of the share of the class.
+  """
+  predicted, labels = np.asarray(predicted), np.asarray(labels)
+  right = predicted == labels
+  out = {
+    "all": float(right.mean()),
+    "balanced": float(np.mean([right[labels == c].mean() for c in np.unique(labels)])),
+  }
+  for name, classes in parts.items():
+    if (here := np.isin(labels, classes)).any():
+      out[name] = float(right[here].mean())
+  return out
+
+
+def allocation(
+  codes: np.ndarray,
+  labels: np.ndarray,
+  prototypes: np.ndarray,
+  parts: dict,
+  *,
+  num_classes: int,
+  threshold: float = 0.025,
+) -> dict[str, float]:
+  """Which split the prototypes serve: that of the majority class of their images.
+
+  Args:
+    codes: int [N], prototype of every train image.
+    labels: int [N].
+    prototypes: [K, D].
+    parts: as `splits` gives them.
+    num_classes: C.
+    threshold: cosine distance under which prototypes count as one, `collapse.cover`.
+
+  Returns:
+    {"used_many": share of the prototypes that have images, "unique_many": share of the unique ones
+    that have some, alone or through their copies, ...}; the three shares of each sum to 1. Of
+    equally frequent classes the lowest is the majority.
+  """
+  owner = np.asarray(collapse.cover(prototypes, (threshold,))[0])
+  split_of = np.full(num_classes, -1)
+  for i, name in enumerate(SPLITS):
+    split_of[parts[name]] = i
+  out = {}
+  for kind, group in (("used", codes), ("unique", owner[codes])):
+    there = group >= 0  # a prototype of zeros is nobody's copy and not unique
+    # One column a pair of group and class, a group's largest first; np.unique finds that one.
+    pairs, counts = np.unique(
+      np.stack([group[there], labels[there]]), axis=1, return_counts=True
+    )
+    pairs = pairs[:, np.lexsort((pairs[1], -counts))]
+    _, first = np.unique(pairs[0], return_index=True)
+    served = np.bincount(split_of[pairs[1, first]], minlength=len(SPLITS)) / first.size
+    out |= {f"{kind}_{name}": float(n) for name, n in zip(SPLITS, served, strict=True)}
+  return out
+
+
+def evaluate(
+  bank: np.ndarray,
+  bank_labels: np.ndarray,
+  queries: np.ndarray,
+  query_labels: np.ndarray,
+  *,
+  num_classes: int,
+  k: int = 20,
+  temperature: float = 0.07,
+) -> dict[str, float]:
+  """Accuracies of k-NN and of logistic regression (`linear.choose`), per split and balanced.
+
+  Args:
+    bank: [N, D], long-tailed.
+    bank_labels: int [N].
+    queries: [M, D].
+    query_labels: int [M].
+    num_classes: C.
+    k: neighbours.
+    temperature: of their weights.
+
+  Returns:
+    {"knn_all", "knn_balanced", "knn_many", ..., "linear_all", ..., "linear_l2": strength chosen on
+    a tenth of the bank}; and "classes_many", "images_many": how many classes and what share of the
+    bank's images each split has, ...
+
+  Raises:
+    UserError: as `knn.scores` and `linear.choose`.
+  """
+  parts = splits(bank_labels, num_classes)
+  near = knn.predict(
+    bank, bank_labels, queries, num_classes=num_classes, k=k, temperature=temperature
+  )
+  classifier, l2, _ = linear.choose(bank, bank_labels, num_classes=num_classes)
+  out = {"linear_l2": l2}
+  for name, found in (("knn", near), ("linear", linear.predict(classifier, queries))):
+    out |= {f"{name}_{k}": v for k, v in accuracies(found, query_labels, parts).items()}
+  for name, classes in parts.items():
+    out[f"classes_{name}"] = int(classes.size)
+    out[f"images_{name}"] = float(np.isin(bank_labels, classes).mean())
+  return out
