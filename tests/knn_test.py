@@ -110,3 +110,61 @@ def test_unlabelled_queries_are_refused():
   bank, labels, queries, num = _random()
   with pytest.raises(errors.UserError, match="test set holds label -1"):
     knn.accuracy(bank, labels, queries, np.full(len(queries), -1), num_classes=num)
+
+
+@pytest.mark.parametrize("part", [1, 3, 50, 229, 230, 1000])
+def test_parts_of_the_bank_do_not_change_the_neighbours(part):
+  bank, _, queries, _ = _random()
+  similarity, rows = knn.nearest(bank, queries, k=31, part=part, chunk=10)
+  cosine = _unit(queries) @ _unit(bank).T
+  expected = np.argsort(-cosine, axis=1, kind="stable")[:, :31]
+  np.testing.assert_array_equal(rows, expected)
+  np.testing.assert_allclose(similarity, np.take_along_axis(cosine, expected, 1), atol=1e-6)
+
+
+def test_equal_rows_in_several_parts_are_found_in_their_order():
+  bank = np.tile([[1.0, 0.0], [0.0, 1.0]], (6, 1))
+  _, rows = knn.nearest(bank, np.array([[3.0, 0.0], [0.0, 0.5]]), k=5, part=4)
+  np.testing.assert_array_equal(rows, [[0, 2, 4, 6, 8], [1, 3, 5, 7, 9]])
+
+
+def test_several_k_and_temperatures_at_once_are_those_one_at_a_time():
+  bank, labels, queries, num = _random()
+  right = np.random.default_rng(1).integers(num, size=len(queries))
+  ks, temperatures = (3, 10, 200), (0.07, 0.5)
+  got = knn.evaluate(
+    bank, labels, queries, right, num_classes=num, ks=ks, temperatures=temperatures, part=60
+  )
+  for k in ks:
+    for t in temperatures:
+      expected = knn.accuracy(
+        bank, labels, queries, right, num_classes=num, k=k, temperature=t
+      )
+      assert got[f"top1_k{k}_T{t:g}"] == expected
+      votes = reference_scores(bank, labels, queries, num, k, t)
+      order = np.argsort(-votes, axis=1, kind="stable")[:, :5]
+      present = np.take_along_axis(votes, right[:, None], 1) > 0
+      among = (order == right[:, None]).any(axis=1) & present[:, 0]
+      assert got[f"top5_k{k}_T{t:g}"] == np.mean(among)
+  assert len(got) == 12
+
+
+def test_top5_needs_five_classes():
+  bank, labels, queries, _ = _random(num_classes=4)
+  got = knn.evaluate(
+    bank, labels, queries, np.zeros(len(queries), int), num_classes=4, ks=(20,)
+  )
+  assert set(got) == {"top1_k20_T0.07"}
+
+
+def test_top5_never_credits_a_class_that_no_neighbour_has():
+  bank, queries = np.eye(6), np.eye(6)[:2]
+  got = knn.evaluate(bank, np.full(6, 3), queries, np.array([0, 3]), num_classes=6, ks=(2,))
+  assert got == {"top1_k2_T0.07": 0.5, "top5_k2_T0.07": 0.5}
+
+
+def test_more_neighbours_than_images_are_refused_at_every_k():
+  bank, labels, queries, num = _random()
+  for ks in ((10, 231), (0, 10)):
+    with pytest.raises(errors.UserError, match="choose 1 to 230"):
+      knn.evaluate(bank, labels, queries, np.zeros(57, int), num_classes=num, ks=ks)

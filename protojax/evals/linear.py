@@ -46,7 +46,8 @@ def _standardise(features, mean, var):
 
 
 def _logits(params, inputs):
-  return inputs @ params["weight"] + params["bias"][None, :]
+  product = jnp.matmul(inputs, params["weight"], precision=jax.lax.Precision.HIGHEST)
+  return product + params["bias"][None, :]
 
 
 def online_probe(num_classes: int, dim: int, *, learning_rate: float = 1e-3) -> OnlineProbe:
