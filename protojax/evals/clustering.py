@@ -11,7 +11,7 @@ import scipy.optimize
 from sklearn import metrics
 from sklearn.metrics import cluster
 
-from protojax import kmeans
+from protojax import errors, kmeans
 
 
 def hungarian_accuracy(codes: np.ndarray, labels: np.ndarray) -> float:
@@ -122,7 +122,14 @@ def kmeans_codes(
 
   Returns:
     (codes of the bank int32 [N], of the queries [M]).
+
+  Raises:
+    UserError: for a bank of fewer than K images.
   """
+  if len(bank) < num_clusters:
+    raise errors.UserError(
+      f"k-means: {num_clusters} clusters of a bank of {len(bank)} images: give more images"
+    )
 
   def unit(rows):
     rows = np.asarray(rows, np.float32)

@@ -1,0 +1,175 @@
+"""The protocols of `python -m protojax.evaluate`: what each fixes, and how it is measured.
+
+Each takes what the encoder saw and gives a `Task`: settings first, so that they can be compared
+with those of an earlier result before anything is computed.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from protojax.evals import clustering, linear, linear_grid, long_tail, low_shot
+from protojax.evals import knn as neighbours
+
+_CHANCE_DRAWS = 5
+
+
+class Seen(NamedTuple):
+  """Rows of the labelled images, from `trained.rows`.
+
+  Attributes:
+    bank, test: {"features": {layer: [N, F]}, "codes": {set: int32 [N]}, "label": int32 [N]};
+      without "codes" where there are no prototypes.
+    num_classes: C.
+    prototypes: {set: [K, D]}.
+  """
+
+  bank: dict[str, Any]
+  test: dict[str, Any]
+  num_classes: int
+  prototypes: dict[str, np.ndarray]
+
+  def last(self) -> tuple[np.ndarray, ...]:
+    """(bank, its labels, test, its labels) of the last layer."""
+    bank, test = self.bank, self.test
+    return bank["features"]["last"], bank["label"], test["features"]["last"], test["label"]
+
+
+class Task(NamedTuple):
+  """A protocol for certain rows.
+
+  Attributes:
+    settings: JSON, part of the protocol in result.json.
+    measure: () -> {measure: number or name}.
+    notes: what was left out, and why.
+  """
+
+  settings: dict[str, Any]
+  measure: Callable[[], dict]
+  notes: Sequence[str] = ()
+
+
+def knn(seen: Seen, *, ks: Sequence[int], temperatures: Sequence[float]) -> Task:
+  """Weighted k-NN at every k and T; nothing is chosen, all are reported."""
+  settings = {
+    "layers": ["last"], "k": list(ks), "temperature": list(temperatures),
+    "rule": "cosine, votes weighted exp(similarity / temperature), whole bank",
+    "selection": "none: every k and temperature is reported",
+  }  # fmt: skip
+  return Task(settings, lambda: neighbours.evaluate(
+    *seen.last(), num_classes=seen.num_classes, ks=ks, temperatures=temperatures
+  ))  # fmt: skip
+
+
+def linear_probe(seen: Seen, *, mode: str, layers: Sequence[str], epochs: int) -> Task:
+  """The grid of SGD heads, and logistic regression on the last layer."""
+  settings = {
+    "mode": mode, "layers": list(layers), "rates_per_256": list(linear_grid.RATES),
+    "epochs": epochs, "batch_size": 256, "seed": 0,
+    "rule": "SGD, momentum .9, weight decay 0, cosine to 0, weights N(0, .01), features as they "
+    "are and from the evaluation transform: no train augmentation",
+    "selection": {
+      "honest": "layer and rate on a held-out tenth of the bank, then trained on all of it",
+      "paper": "layer and rate on the test images",
+    }[mode],
+    "logistic": "L-BFGS on standardised features of the last layer, lambda / 2 |weight|^2 beside "
+    "the mean cross entropy, lambda on a held-out tenth of the bank",
+  }  # fmt: skip
+
+  def measure():
+    grid = linear_grid.evaluate(
+      {k: seen.bank["features"][k] for k in layers}, seen.bank["label"],
+      {k: seen.test["features"][k] for k in layers}, seen.test["label"],
+      num_classes=seen.num_classes, mode=mode, epochs=epochs,
+    )  # fmt: skip
+    fitted = linear.evaluate(*seen.last(), num_classes=seen.num_classes)
+    return grid | {"logistic_accuracy": fitted["linear"], "logistic_l2": fitted["l2"]}
+
+  return Task(settings, measure)
+
+
+def few_shot(seen: Seen) -> Task:
+  """Logistic regression on 1, 2, 5 images a class and on 1 % and 10 % of every class."""
+  counts = np.bincount(seen.bank["label"], minlength=seen.num_classes)
+  smallest = int(counts[counts > 0].min())
+  per_class = [n for n in (1, 2, 5) if n <= smallest]
+  notes = [
+    f"{n} a class: the smallest class of the bank has {smallest} images"
+    for n in (1, 2, 5) if n > smallest
+  ]  # fmt: skip
+  settings = {
+    "layers": ["last"], "per_class": per_class, "shares": [0.01, 0.1], "seeds": [0, 1, 2, 3, 4],
+    "rule": "features of unit length, no bias, L-BFGS, lambda / 2 |weight|^2 beside the mean cross "
+    "entropy of the n images",
+    "lambda": "0.1 / n", "selection": "none: lambda is fixed",
+    "std": "over the draws, n - 1",
+  }  # fmt: skip
+  return Task(settings, lambda: low_shot.evaluate(
+    *seen.last(), num_classes=seen.num_classes, per_class=per_class, shares=settings["shares"],
+    seeds=settings["seeds"], strength=0.1,
+  ), notes)  # fmt: skip
+
+
+def clusters(seen: Seen) -> Task:
+  """Codes of every set of prototypes, and k-means with as many clusters as classes."""
+  notes = [] if "codes" in seen.bank else ["codes of prototypes: there are no prototypes"]
+  settings = {
+    "layers": ["last"], "sets": sorted(seen.bank.get("codes", {})), "splits": ["test", "train"],
+    "nmi": "arithmetic mean of the entropies",
+    "kmeans": "K = classes, features of unit length, fitted to the bank, 50 steps, best of 10",
+    "hungarian": "best one-to-one matching on the split itself, where K <= classes",
+    "purity": "majority vote on the split itself, where K > classes",
+    "permuted": "mean over draws of permuted labels",
+    "uniform": "mean NMI over draws of uniformly random codes, 0 to K - 1",
+    "draws": _CHANCE_DRAWS, "seed": 0,
+  }  # fmt: skip
+
+  def measure():
+    features, _, others, _ = seen.last()
+    fitted = clustering.kmeans_codes(features, others, num_clusters=seen.num_classes)
+    out = {}
+    for split, rows, found in (("test", seen.test, fitted[1]), ("train", seen.bank, fitted[0])):
+      sets = {"kmeans": (found, seen.num_classes)} | {
+        name: (codes, len(seen.prototypes[name])) for name, codes in rows.get("codes", {}).items()
+      }
+      for name, (codes, num_codes) in sets.items():
+        scores = clustering.evaluate(
+          codes, rows["label"], num_codes=num_codes, num_classes=seen.num_classes,
+          draws=_CHANCE_DRAWS,
+        )  # fmt: skip
+        out |= {f"{split}_{name}_{k}": v for k, v in scores.items()}
+    return out
+
+  return Task(settings, measure, notes)
+
+
+def tail(seen: Seen) -> Task:
+  """Accuracy of frequent and rare classes, and the prototypes that they get."""
+  parts = long_tail.splits(seen.bank["label"], seen.num_classes)
+  notes = [
+    f"{name}: no class of the bank has {size} images"
+    for name, size in (("many", "over 100"), ("medium", "20 to 100"), ("few", "1 to 19"))
+    if not parts[name].size
+  ]
+  if "codes" not in seen.bank:
+    notes.append("allocation of prototypes: there are no prototypes")
+  settings = {
+    "layers": ["last"], "k": 20, "temperature": 0.07,
+    "splits": "by images of a class in the bank: many > 100, medium 20 to 100, few < 20",
+    "balanced": "mean over classes of the accuracy on the class",
+    "linear": "logistic regression, lambda on a held-out tenth of the bank",
+    "allocation": "split of the majority class of a prototype's bank images; unique: of those "
+    "within cosine distance .025 of it, in index order",
+  }  # fmt: skip
+
+  def measure():
+    out = long_tail.evaluate(*seen.last(), num_classes=seen.num_classes, k=20, temperature=0.07)
+    for name, codes in seen.bank.get("codes", {}).items():
+      shares = long_tail.allocation(
+        codes, seen.bank["label"], seen.prototypes[name], parts, num_classes=seen.num_classes
+      )
+      out |= {f"{name}_{k}": v for k, v in shares.items()}
+    return out
+
+  return Task(settings, measure, notes)
