@@ -49,12 +49,14 @@ def differences(before: dict, after: dict, skip: tuple[str, ...] = ()) -> list[s
   Args:
     before: a protocol.
     after: another.
-    skip: top-level keys to leave out.
+    skip: names to leave out, with all below them.
   """
-  old, new = (
-    _flat({k: v for k, v in one.items() if k not in skip}) for one in (before, after)
+  old, new = _flat(before), _flat(after)
+  names = sorted(
+    k
+    for k in old.keys() | new.keys()
+    if old.get(k) != new.get(k) and not any(f"{k}.".startswith(f"{s}.") for s in skip)
   )
-  names = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
   return [f"{k} {_short(old.get(k))} -> {_short(new.get(k))}" for k in names]
 
 
@@ -63,7 +65,7 @@ def _short(value: Any) -> str:
 
 
 def require_free(path: pathlib.Path, protocol: dict) -> None:
-  """Refuses to replace a result of another protocol, or of another model.
+  """Refuses to replace a result of another protocol, or of another model; a run may have moved.
 
   Args:
     path: of result.json; need not exist.
@@ -74,9 +76,10 @@ def require_free(path: pathlib.Path, protocol: dict) -> None:
   """
   if not path.exists():
     return
-  before = read(path)["protocol"]
-  # As it will be read back: tuples become lists.
-  changed = differences(before, json.loads(json.dumps(protocol)), skip=("software",))
+  # `protocol` as it would be read back: tuples become lists.
+  changed = differences(
+    read(path)["protocol"], json.loads(json.dumps(protocol)), skip=("software", "model.path")
+  )
   if changed:
     raise errors.UserError(
       f"{path} holds a result made otherwise ({'; '.join(changed)}): move it away, or add "

@@ -1,0 +1,294 @@
+"""The program on a run of a few steps: results, certificates, comparisons, and mistakes."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from PIL import Image
+
+from protojax import cli, errors, evaluate, main, train, trained
+from protojax.evals import certificate, clustering, knn, long_tail, protocols
+
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """A run on a long tail, and every protocol's result."""
+  folder = tmp_path_factory.mktemp("evaluate") / "run"
+  config = main.load(str(ROOT / "configs" / "quickstart.py:debug"))
+  config.update({"num_steps": 2, "save_every": 1, "batch_size": 16})
+  config.model.depth = 1
+  config.augment.num_local = 0
+  config.data.imbalance = 10.0
+  config.probe.limit = 64
+  config.method.num_prototypes = 32
+  train.run(config, str(folder))
+  evaluate.main([f"--workdir={folder}", "--protocol=all", "--epochs=1"])
+  return folder
+
+
+def _result(run, name):
+  return json.loads((run / "eval" / name / "result.json").read_text())
+
+
+def _evaluate(*argv):
+  evaluate.main([str(a) for a in argv])
+
+
+def _refused(words, *argv):
+  with pytest.raises(errors.UserError, match=words) as caught:
+    _evaluate(*argv)
+  assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def rows(run):
+  """(bank, test) as `trained.rows` gives them."""
+  model = trained.load(str(run))
+  return [
+    trained.rows(model, trained.source(model, split), parts=("features", "codes"))
+    for split in ("train", "test")
+  ]
+
+
+def test_measures_are_those_of_the_functions_on_the_same_rows(run, rows):
+  bank, test = rows
+  got = _result(run, "knn")["measures"]
+  assert got == knn.evaluate(
+    bank["features"]["last"], bank["label"], test["features"]["last"], test["label"],
+    num_classes=10,
+  )  # fmt: skip
+  got = _result(run, "clustering")["measures"]
+  for split, seen in (("train", bank), ("test", test)):
+    expected = clustering.evaluate(
+      seen["codes"]["prototypes"], seen["label"], num_codes=32, num_classes=10
+    )
+    assert {k: got[f"{split}_prototypes_{k}"] for k in expected} == expected
+    assert got[f"{split}_kmeans_hungarian"] > 0.1
+  few = _result(run, "low_shot")["measures"]
+  assert few["1_per_class_images"] == 10 and few["10_percent_images"] == 143
+
+
+def test_a_result_says_everything_that_made_it(run, rows):
+  bank, test = rows
+  result = _result(run, "knn")
+  assert set(result) == {"measures", "protocol", "environment"}
+  protocol = result["protocol"]
+  assert protocol["bank"] == {
+    "data": "digits", "split": "train", "images": 1442, "unreadable": 0, "classes": 10,
+    "content": certificate.content(bank["index"], bank["label"]),
+  }  # fmt: skip
+  assert protocol["test"]["images"] == 355
+  assert protocol["test"]["content"] != protocol["bank"]["content"]
+  assert protocol["k"] == [10, 20, 100, 200] and protocol["temperature"] == [0.07]
+  assert protocol["transform"] == {"storage_px": 32, "px": 32, "crop": 1.0}
+  assert protocol["model"]["weights"] == "teacher" and protocol["model"]["step"] == 2
+  assert protocol["model"]["prototypes"] == {"prototypes": 32}
+  assert {"jax", "scikit-learn", "devices"} <= set(protocol["software"])
+  assert _result(run, "low_shot")["protocol"]["lambda"] == "0.1 / n"
+  assert "arithmetic" in _result(run, "clustering")["protocol"]["nmi"]
+
+
+def test_content_changes_with_an_image_a_label_or_the_order():
+  index, label = np.arange(5), np.array([0, 1, 0, 1, 1])
+  prints = [
+    certificate.content(index, label), certificate.content(index, label[::-1]),
+    certificate.content(index + 1, label), certificate.content(index[::-1], label[::-1]),
+  ]  # fmt: skip
+  assert len(set(prints)) == 4
+  assert prints[0] == certificate.content(index.astype(np.int32), label.astype(np.int32))
+
+
+def test_long_tail_takes_the_images_the_run_was_trained_on(run):
+  result = _result(run, "long_tail")
+  model = trained.load(str(run))
+  data = train.build_sources(model.config)[0]
+  assert result["protocol"]["bank"]["images"] == len(data) < 1442
+  assert result["protocol"]["bank"]["split"] == "train, imbalance 10, seed 0"
+  split = long_tail.splits(data.labels, 10)
+  assert {k: v.tolist() for k, v in split.items()} == data.tail_split
+  measures = result["measures"]
+  assert [measures[f"classes_{s}"] for s in long_tail.SPLITS] == [len(v) for v in split.values()]
+  for kind in ("used", "unique"):
+    shares = [measures[f"prototypes_{kind}_{s}"] for s in long_tail.SPLITS]
+    assert sum(shares) == pytest.approx(1.0)
+
+
+def test_paper_mode_says_that_it_selected_on_the_test_images(run, capsys, tmp_path):
+  assert "held-out tenth" in _result(run, "linear")["protocol"]["selection"]
+  copy = shutil.copytree(run, tmp_path / "run")
+  _evaluate(f"--workdir={copy}", "--protocol=linear", "--mode=paper", "--epochs=1",
+            "--layers=last", "--overwrite")  # fmt: skip
+  protocol = _result(copy, "linear")["protocol"]
+  assert protocol["mode"] == "paper"
+  assert protocol["selection"] == "layer and rate on the test images"
+  assert "selected on the test images" in capsys.readouterr().out
+  _refused("linear: .*mode honest -> paper", "--compare", run, copy, "--protocol=linear")
+
+
+def test_the_same_again_replaces_its_own_file_only(run, tmp_path):
+  copy = tmp_path / "moved" / "run"
+  shutil.copytree(run, copy)
+  files = {p: p.stat().st_mtime_ns for p in copy.rglob("*") if p.is_file()}
+  _evaluate(f"--workdir={copy}", "--protocol=knn")
+  after = {p: p.stat().st_mtime_ns for p in copy.rglob("*") if p.is_file()}
+  assert {p for p in after if after[p] != files.get(p)} == {copy / "eval" / "knn" / "result.json"}
+  assert _result(copy, "knn")["measures"] == _result(run, "knn")["measures"]
+
+
+def test_a_result_made_otherwise_is_not_replaced_without_overwrite(run, capsys):
+  path = run / "eval" / "knn" / "result.json"
+  protocol = _result(run, "knn")["protocol"]
+  certificate.require_free(path, protocol | {"software": {"jax": "0"}, "k": (10, 20, 100, 200)})
+  certificate.require_free(path.with_name("none.json"), {})
+  for part, words in (
+    ({"model": protocol["model"] | {"step": 1}}, "model.step 2 -> 1.*add --overwrite"),
+    ({"k": [5]}, r"k \[10, 20, 100, 200\] -> \[5\]"),
+  ):
+    with pytest.raises(errors.UserError, match=words):
+      certificate.require_free(path, protocol | part)
+  before = path.read_bytes()
+  _refused("add --overwrite", f"--workdir={run}", "--protocol=knn", "--step=1")
+  assert path.read_bytes() == before and capsys.readouterr().out == ""
+
+
+def test_compare_shows_both_and_the_difference_of_two_steps(run, tmp_path, capsys):
+  copy = shutil.copytree(run, tmp_path / "run")
+  _evaluate(f"--workdir={copy}", "--protocol=knn", "--step=1", "--overwrite")
+  capsys.readouterr()
+  _evaluate("--compare", run / "eval" / "knn" / "result.json", copy, "--protocol=knn")
+  out = capsys.readouterr().out
+  a, b = (_result(w, "knn")["measures"]["top1_k20_T0.07"] for w in (run, copy))
+  line = next(line for line in out.splitlines() if "top1_k20_" in line)
+  assert line.split() == ["top1_k20_T0.07", f"{a:.4f}", f"{b:.4f}", f"{b - a:+.4f}"]
+  assert "model.step 2 -> 1" in out and "transform" not in out
+
+
+def test_unlike_protocols_are_refused_in_one_line_with_every_difference(run, tmp_path):
+  other = tmp_path / "result.json"
+  result = _result(run, "knn")
+  result["protocol"]["k"] = [20]
+  result["protocol"]["bank"]["content"] = "sha256:0"
+  result["protocol"]["model"]["seed"] = 7  # this may differ
+  other.write_text(json.dumps(result))
+  _refused(
+    r"bank.content sha256:\w+ -> sha256:0; knn: k \[10, 20, 100, 200\] -> \[20\]$",
+    "--compare", run, other,
+  )  # fmt: skip
+
+
+def test_compare_needs_results_of_both(run, tmp_path):
+  _refused("no eval/.*/result.json", "--compare", run, tmp_path)
+  (tmp_path / "result.json").write_text("{}")
+  _refused("is not a result of", "--compare", run, tmp_path / "result.json")
+  other = tmp_path / "knn.json"
+  other.write_text(json.dumps(_result(run, "knn")))
+  _refused("no protocol in common", "--compare", other, run, "--protocol=linear")
+
+
+def test_exported_weights_are_judged_beside_themselves_and_say_what_was_left_out(
+  run, tmp_path, capsys
+):
+  exported = shutil.copytree(run / "exported", tmp_path / "exported")
+  _evaluate(f"--workdir={exported}", "--protocol=clustering", "--data=digits")
+  assert "left out: codes of prototypes: there are no prototypes" in capsys.readouterr().out
+  got, expected = (_result(w, "clustering")["measures"] for w in (exported, run))
+  assert set(got) == {k for k in expected if "_kmeans_" in k}
+  for k in got:
+    assert got[k] == pytest.approx(expected[k], abs=0.02)
+
+
+def test_splits_without_classes_and_draws_without_images_are_named():
+  label = np.repeat([0, 1, 2], [150, 30, 4])
+  rows = {"features": {"last": np.zeros((184, 2))}, "label": label}
+  seen = protocols.Seen(rows, rows, 3, {})
+  assert protocols.tail(seen).notes == ["allocation of prototypes: there are no prototypes"]
+  few = protocols.few_shot(seen)
+  assert few.notes == ["5 a class: the smallest class of the bank has 4 images"]
+  assert few.settings["per_class"] == [1, 2]
+  one = {"features": {"last": np.zeros((90, 2))}, "label": np.repeat([0, 1, 2], 30), "codes": {}}
+  assert protocols.tail(protocols.Seen(one, one, 3, {})).notes == [
+    "many: no class of the bank has over 100 images", "few: no class of the bank has 1 to 19 images"
+  ]  # fmt: skip
+
+
+def test_features_that_are_not_finite_are_counted(run, tmp_path):
+  exported = shutil.copytree(run / "exported", tmp_path / "exported")
+  file = exported / "encoder.safetensors"
+  with safetensors.safe_open(file, framework="numpy") as opened:
+    metadata = opened.metadata()
+  tensors = safetensors.numpy.load_file(file)
+  name = next(k for k in tensors if "cls_token" in k)
+  tensors[name] = np.full_like(tensors[name], np.nan)
+  safetensors.numpy.save_file(tensors, file, metadata=metadata)
+  _refused("355 of 355 rows of features of digits/test .*NaN", f"--workdir={exported}",
+           "--protocol=knn", "--data=digits")  # fmt: skip
+  assert not (exported / "eval").exists()
+
+
+def _images(root, names):
+  for name in names:
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)).save(
+      root / name
+    )
+  return f"--data_dir={root}"
+
+
+@pytest.mark.parametrize(
+  ("names", "words"),
+  [
+    (["train/0.png", "test/0.png"], "needs labels and .*train has none"),
+    (["train/a/0.png", "train/b/1.png", "test/a/0.png", "test/c/0.png"], "different classes"),
+    (["train/a/0.png", "train/b/1.png", "test/a/0.png", "test/b/0.png"],
+     "--k=10 neighbours of a bank of 2 images"),
+  ],
+)  # fmt: skip
+def test_unusable_images_are_one_line(run, tmp_path, names, words):
+  exported = shutil.copytree(run / "exported", tmp_path / "exported")
+  data = _images(tmp_path / "images", names)
+  _refused(words, f"--workdir={exported}", "--protocol=knn", "--data=folder", data)
+  assert not (exported / "eval").exists()
+
+
+@pytest.mark.parametrize(
+  ("arguments", "words"),
+  [
+    (["--step=5"], "no checkpoint 5 in .*: there are 2, 1"),
+    (["--k=2000"], "--k=2000 neighbours of a bank of 1442 images"),
+    (["--k=0"], "choose 1 to 1442"),
+    (["--k=many"], "--k: invalid"),
+    (["--temperature=0"], "--temperature=0 must be positive"),
+    (["--protocol=linear", "--layers=last9"], "--layers=last9 is unknown here: there are last"),
+    (["--protocol=linear", "--epochs=0"], "--epochs=0 must be at least 1"),
+    (["--protocol=fast"], "invalid choice: 'fast'"),
+    (["--data=nothing", "--data_dir=."], "no data set 'nothing'"),
+  ],
+)  # fmt: skip
+def test_mistakes_are_one_line(run, arguments, words):
+  _refused(words, f"--workdir={run}", "--protocol=knn", *arguments)
+
+
+def test_a_folder_without_a_run_is_one_line_and_status_2(tmp_path):
+  done = subprocess.run(
+    [sys.executable, "-m", "protojax.evaluate", f"--workdir={tmp_path}"], cwd=ROOT,
+    capture_output=True, text=True, env={**os.environ, "JAX_NUM_CPU_DEVICES": "2"}, timeout=300,
+  )  # fmt: skip
+  assert done.returncode == 2 and done.stdout == ""
+  assert len([line for line in done.stderr.splitlines() if line.startswith("protojax: ")]) == 1
+  assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_nothing_to_judge_is_one_line():
+  with pytest.raises(SystemExit) as stopped:
+    cli.guarded(evaluate.main, [])
+  assert stopped.value.code == 2
