@@ -6,7 +6,8 @@
 
 import argparse
 import sys
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -44,103 +45,122 @@ def _numbers(kind):
   return parse
 
 
-def _sources(model: trained.Trained, args) -> tuple[sources.Source, sources.Source]:
-  """(bank, test), labelled alike.
+class Images(NamedTuple):
+  """What an encoder sees of a source; `split` names it in the protocol, `rows` once encoded."""
+
+  source: sources.Source
+  split: str
+  rows: dict[str, Any] | None = None
+
+
+def _sources(model: trained.Trained, args, names: Sequence[str]) -> dict[str, Images]:
+  """{"bank", "test", and "tail": the long-tailed images that the run was trained on, if it was}.
 
   Raises:
-    UserError: if there is no such data, it has no labels or one class, or their classes differ.
+    UserError: if there is no such data, it has no labels or one class, or classes differ.
   """
+  config = model.config
+  data, probe = config.data, config.probe
+  splits = ("train", "test") if args.data else (probe.train_split, probe.test_split)
   bank, test = (
-    trained.source(model, split, name=args.data, data_dir=args.data_dir)
-    for split in ("train", "test")
+    Images(trained.source(model, role, name=args.data, data_dir=args.data_dir), split)
+    for role, split in zip(("train", "test"), splits, strict=True)
   )
-  for source in (bank, test):
-    sources.require_labels(source, "--protocol")
-  _require_alike(bank, test)
-  return bank, test
-
-
-def _require_alike(bank, test) -> None:
-  if bank.class_names != test.class_names:
-    raise errors.UserError(
-      f"{bank.name} and {test.name} have different classes ({bank.num_classes} and "
-      f"{test.num_classes}): give both the same sub-folders"
-    )
-  if bank.num_classes < 2:
-    raise errors.UserError(
-      f"{bank.name} has one class, so every answer is right: give images of two classes or more"
-    )
-
-
-def _tail_source(model: trained.Trained, args):
-  """The long-tailed images that the run was trained on, or None where it was not."""
-  data, probe = model.config.data, model.config.probe
+  found = {"bank": bank, "test": test}
   own = (probe.name, probe.data_dir) == (data.name, data.data_dir)
-  if args.data is not None or model.kind != "run" or data.imbalance is None or not own:
-    return None
-  return sources.build(
-    data.name, split=data.split, data_dir=args.data_dir or data.data_dir,
-    imbalance=data.imbalance, seed=model.config.seed,
-  )  # fmt: skip
+  if "long_tail" in names and not args.data and own and data.imbalance is not None:
+    source = sources.build(
+      data.name, split=data.split, data_dir=args.data_dir or data.data_dir,
+      imbalance=data.imbalance, seed=config.seed,
+    )  # fmt: skip
+    split = f"{data.split}, imbalance {data.imbalance:g}, seed {config.seed}"
+    found["tail"] = Images(source, split)
+    if len(names) == 1:
+      del found["bank"]
+  for images in found.values():
+    sources.require_labels(images.source, "--protocol")
+    if images.source.class_names != test.source.class_names:
+      raise errors.UserError(
+        f"{images.source.name} and {test.source.name} have different classes "
+        f"({images.source.num_classes} and {test.source.num_classes}): give both the same ones"
+      )
+  if test.source.num_classes < 2:
+    raise errors.UserError(
+      f"{test.source.name} has one class, so every answer is right: give two classes or more"
+    )
+  return found
 
 
-def _encode(model, source, layers) -> dict[str, Any]:
-  """Rows of a labelled source, checked.
+def _encode(model: trained.Trained, images: Images, layers: Sequence[str]) -> Images:
+  """Fills in the rows.
 
   Raises:
     UserError: for labels that are missing, or features that are not finite.
   """
   parts = ("features", "codes") if model.prototypes else ("features",)
-  seen = trained.rows(model, source, parts=parts, layers=layers)
-  if (missing := int(np.sum(seen["label"] < 0))) or not seen["label"].size:
+  rows, name = trained.rows(model, images.source, parts=parts, layers=layers), images.source.name
+  if missing := int(np.sum(rows["label"] < 0)):
     raise errors.UserError(
-      f"{missing} of {seen['label'].size} images of {source.name} have no label: choose another "
-      "split with --config.probe.train_split or .test_split of the run, or other data with --data"
+      f"{missing} of {rows['label'].size} images of {name} have no label: choose other data with "
+      "--data and --data_dir"
     )
-  for layer, rows in seen["features"].items():
-    if bad := int(np.sum(~np.isfinite(rows).all(axis=1))):
+  for layer, x in rows["features"].items():
+    if bad := int(np.sum(~np.isfinite(x).all(axis=1))):
       raise errors.UserError(
-        f"{bad} of {len(rows)} rows of features of {source.name} (layer {layer}) hold NaN or "
-        f"infinity at step {model.step}: the encoder has diverged, take an earlier --step"
+        f"{bad} of {len(x)} rows of features of {name} (layer {layer}) hold NaN or infinity at "
+        f"step {model.step}: the encoder has diverged, take an earlier --step"
       )
-  return seen
+  return images._replace(rows=rows)
 
 
-def _require_known_classes(bank, test, names) -> None:
-  new = np.setdiff1d(test["label"], bank["label"])
-  if new.size:
+def _require_known_classes(bank: Images, test: Images) -> None:
+  names, known = bank.source.class_names, np.unique(bank.rows["label"])
+  if (new := np.setdiff1d(test.rows["label"], known)).size:
     raise errors.UserError(
-      f"{new.size} classes of the test images have no image in the bank, {names[new[0]]!r} first: "
-      "give both splits the same classes"
+      f"{new.size} classes of {test.source.name} have no image in {bank.source.name}, "
+      f"{names[new[0]]!r} first: give both splits the same classes"
     )
-  if np.unique(bank["label"]).size < 2:
+  if known.size < 2:
     raise errors.UserError(
-      f"all images of the bank are of class {names[bank['label'][0]]!r}: give images of two "
-      "classes or more"
+      f"all images of {bank.source.name} are of class {names[known[0]]!r}, so every answer is "
+      "right: give two classes or more"
     )
 
 
-def _describe(model, source, seen, *, split: str, args) -> dict[str, Any]:
+def _data(model: trained.Trained, images: Images, args) -> dict[str, Any]:
   """The part of a protocol that says which images."""
-  config = model.config
-  own = config.probe.name or config.data.name
+  labels = images.rows["label"]
   return {
-    "data": args.data or own,
-    "split": split,
-    "images": len(seen["label"]),
-    "unreadable": len(source) - len(seen["label"]),
-    "classes": source.num_classes,
-    "content": certificate.content(seen["index"], seen["label"]),
+    "data": args.data or model.config.probe.name or model.config.data.name,
+    "split": images.split,
+    "images": labels.size,
+    "unreadable": len(images.source) - labels.size,
+    "classes": images.source.num_classes,
+    "content": certificate.content(images.rows["index"], labels),
   }
 
 
-def _model(model: trained.Trained) -> dict[str, Any]:
+def _protocol(name, task, model, bank, test, args) -> dict[str, Any]:
+  """All that could make another run of the same program give other numbers."""
   config = model.config
+  look = config.augment
   return {
-    "path": str(model.path), "kind": model.kind, "step": model.step, "weights": model.weights,
-    "method": config.method.name, "prototypes": {k: len(v) for k, v in model.prototypes.items()},
-    "backbone": config.model.name, "seed": config.seed if model.kind == "run" else None,
-    "mean": list(config.augment.mean), "std": list(config.augment.std),
+    "name": name,
+    "bank": _data(model, bank, args),
+    "test": _data(model, test, args),
+    "transform": {
+      "storage_px": config.data.image_size, "px": look.global_size, "crop": config.probe.crop,
+    },
+    "features": "backbone, evaluation mode, frozen",
+    **task.settings,
+    "model": {
+      "path": str(model.path), "kind": model.kind, "step": model.step, "weights": model.weights,
+      "method": config.method.name, "backbone": config.model.name,
+      "prototypes": {k: len(v) for k, v in model.prototypes.items()},
+      "seed": config.seed if model.kind == "run" else None,
+      "mean": list(look.mean), "std": list(look.std),
+    },
+    "software": certificate.software(),
   }  # fmt: skip
 
 
@@ -172,52 +192,29 @@ def evaluate(args: argparse.Namespace) -> dict[str, dict]:
   """
   names = PROTOCOLS if args.protocol == "all" else (args.protocol,)
   model = trained.load(args.workdir, step=args.step)
-  bank, test = _sources(model, args)
+  images = _sources(model, args, names)
   for k in args.k if "knn" in names else ():
-    if not 1 <= k <= len(bank):
+    num = len(images["bank"].source)
+    if not 1 <= k <= num:
       raise errors.UserError(
-        f"--k={k} neighbours of a bank of {len(bank)} images: choose 1 to {len(bank)}, --k=10,20"
+        f"--k={k} neighbours of a bank of {num} images: choose 1 to {num}, --k=10,20"
       )
   there = trained.layers(model)
   if unknown := [layer for layer in args.layers or () if layer not in there]:
     raise errors.UserError(f"--layers={unknown[0]} is unknown here: there are {', '.join(there)}")
-  layers = (args.layers or there) if "linear" in names else ("last",)
-  encoded = dict.fromkeys((*layers, "last"))  # each once; every other protocol looks at the last
-  tail = _tail_source(model, args) if "long_tail" in names else None
-  if tail is not None:
-    _require_alike(tail, test)
-
-  seen_test = _encode(model, test, tuple(encoded))
-  banks = {}
-  if tail is None or len(names) > 1:
-    banks["train"] = bank, _encode(model, bank, tuple(encoded))
-  if tail is not None:
-    banks["tail"] = tail, _encode(model, tail, ("last",))
-  root, tasks = certificate.folder(args.workdir), {}
-  look, probe = model.config.augment, model.config.probe
-  splits = ("train", "test") if args.data else (probe.train_split, probe.test_split)
+  layers = (args.layers or there) if "linear" in names else ()
+  encoded = tuple(dict.fromkeys(("last", *layers)))  # the other protocols look at the last
+  images = {
+    role: _encode(model, some, ("last",) if role == "tail" else encoded)
+    for role, some in images.items()
+  }
+  test, root, tasks = images["test"], certificate.folder(args.workdir), {}
   for name in names:
-    which = "tail" if name == "long_tail" and tail is not None else "train"
-    source, rows = banks[which]
-    _require_known_classes(rows, seen_test, source.class_names)
-    seen = protocols.Seen(rows, seen_test, source.num_classes, model.prototypes)
+    bank = images["tail" if name == "long_tail" and "tail" in images else "bank"]
+    _require_known_classes(bank, test)
+    seen = protocols.Seen(bank.rows, test.rows, test.source.num_classes, model.prototypes)
     task = _task(name, seen, args, layers)
-    split = splits[0]
-    if which == "tail":
-      data = model.config.data
-      split = f"{data.split}, imbalance {data.imbalance:g}, seed {model.config.seed}"
-    protocol = {
-      "name": name,
-      "bank": _describe(model, source, rows, split=split, args=args),
-      "test": _describe(model, test, seen_test, split=splits[1], args=args),
-      "transform": {
-        "storage_px": model.config.data.image_size, "px": look.global_size, "crop": probe.crop,
-      },
-      "features": "backbone, evaluation mode, frozen",
-      **task.settings,
-      "model": _model(model),
-      "software": certificate.software(),
-    }  # fmt: skip
+    protocol = _protocol(name, task, model, bank, test, args)
     if not args.overwrite:
       certificate.require_free(root / name / "result.json", protocol)
     tasks[name] = task, protocol
