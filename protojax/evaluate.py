@@ -193,11 +193,11 @@ def evaluate(args: argparse.Namespace) -> dict[str, dict]:
   names = PROTOCOLS if args.protocol == "all" else (args.protocol,)
   model = trained.load(args.workdir, step=args.step)
   images = _sources(model, args, names)
-  for k in args.k if "knn" in names else ():
+  for k in (args.k or (10,)) if "knn" in names else ():
     num = len(images["bank"].source)
     if not 1 <= k <= num:
       raise errors.UserError(
-        f"--k={k} neighbours of a bank of {num} images: choose 1 to {num}, --k=10,20"
+        f"--k={k} neighbours of a bank of {num} images: choose 1 to {num}, such as --k=10,20"
       )
   there = trained.layers(model)
   if unknown := [layer for layer in args.layers or () if layer not in there]:
@@ -253,7 +253,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--data", help="digits, folder or a TFDS data set; default: the run's own")
   parser.add_argument("--data_dir", help="where the data is")
   parser.add_argument(
-    "--k", type=_numbers(int), default=(10, 20, 100, 200), help="of knn; default 10,20,100,200"
+    "--k", type=_numbers(int), help="of knn; default: those of 10,20,100,200 the bank allows"
   )
   parser.add_argument(
     "--temperature", type=_numbers(float), default=(0.07,), help="of knn; default 0.07"

@@ -12,6 +12,7 @@ import numpy as np
 from protojax.evals import clustering, linear, linear_grid, long_tail, low_shot
 from protojax.evals import knn as neighbours
 
+_KS = (10, 20, 100, 200)  # those of arXiv 2104.14294
 _CHANCE_DRAWS = 5
 
 
@@ -50,8 +51,14 @@ class Task(NamedTuple):
   notes: Sequence[str] = ()
 
 
-def knn(seen: Seen, *, ks: Sequence[int], temperatures: Sequence[float]) -> Task:
-  """Weighted k-NN at every k and T; nothing is chosen, all are reported."""
+def knn(seen: Seen, *, ks: Sequence[int] | None, temperatures: Sequence[float]) -> Task:
+  """Weighted k-NN at every k and T; nothing is chosen, all are reported.
+
+  Without `ks`, at those of 10, 20, 100 and 200 that the bank has images for.
+  """
+  num = len(seen.bank["label"])
+  notes = [] if ks else [f"k={k}: the bank has {num} images" for k in _KS if k > num]
+  ks = ks or [k for k in _KS if k <= num] or _KS[:1]  # a bank too small for any is refused below
   settings = {
     "layers": ["last"], "k": list(ks), "temperature": list(temperatures),
     "rule": "cosine, votes weighted exp(similarity / temperature), whole bank",
@@ -59,7 +66,7 @@ def knn(seen: Seen, *, ks: Sequence[int], temperatures: Sequence[float]) -> Task
   }  # fmt: skip
   return Task(settings, lambda: neighbours.evaluate(
     *seen.last(), num_classes=seen.num_classes, ks=ks, temperatures=temperatures
-  ))  # fmt: skip
+  ), notes)  # fmt: skip
 
 
 def linear_probe(seen: Seen, *, mode: str, layers: Sequence[str], epochs: int) -> Task:
@@ -155,7 +162,7 @@ def tail(seen: Seen) -> Task:
   if "codes" not in seen.bank:
     notes.append("allocation of prototypes: there are no prototypes")
   settings = {
-    "layers": ["last"], "k": 20, "temperature": 0.07,
+    "layers": ["last"], "k": min(20, len(seen.bank["label"])), "temperature": 0.07,
     "splits": "by images of a class in the bank: many > 100, medium 20 to 100, few < 20",
     "balanced": "mean over classes of the accuracy on the class",
     "linear": "logistic regression, lambda on a held-out tenth of the bank",
@@ -164,7 +171,9 @@ def tail(seen: Seen) -> Task:
   }  # fmt: skip
 
   def measure():
-    out = long_tail.evaluate(*seen.last(), num_classes=seen.num_classes, k=20, temperature=0.07)
+    out = long_tail.evaluate(
+      *seen.last(), num_classes=seen.num_classes, k=settings["k"], temperature=0.07
+    )
     for name, codes in seen.bank.get("codes", {}).items():
       shares = long_tail.allocation(
         codes, seen.bank["label"], seen.prototypes[name], parts, num_classes=seen.num_classes
