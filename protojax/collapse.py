@@ -91,12 +91,6 @@ def unique_counts(prototypes: jax.Array, thresholds: Sequence[float] = THRESHOLD
   return jnp.sum(owner == jnp.arange(prototypes.shape[0])[None, :], axis=1, dtype=jnp.int32)
 
 
-def largest_group(prototypes: jax.Array, threshold: float = 0.025) -> jax.Array:
-  """int32 []: rows of [K, D] that share the most frequent representative of the greedy `cover`."""
-  owner = cover(prototypes, (threshold,))[0]
-  return jnp.bincount(owner + 1, length=owner.size + 1)[1:].max()
-
-
 def random_prototypes(num: int, dim: int) -> jax.Array:
   """float32 [K, D]: unit rows, uniform on the sphere, the same ones every time."""
   return _unit(jax.random.normal(jax.random.key(0), (num, dim)))
@@ -131,41 +125,6 @@ def nearest_distances(prototypes: jax.Array) -> jax.Array:
 def nearest_quantiles(prototypes: jax.Array, quantiles=(0.05, 0.5, 0.95)) -> jax.Array:
   """Quantiles of `nearest_distances`: float32, as many as asked for."""
   return jnp.quantile(nearest_distances(prototypes), jnp.asarray(quantiles, jnp.float32))
-
-
-def isolated(prototypes: jax.Array, threshold: float = 0.025) -> jax.Array:
-  """int32 []: rows of [K, D] with no other row nearer than `threshold` (strictly)."""
-  return jnp.sum(nearest_distances(prototypes) >= threshold, dtype=jnp.int32)
-
-
-@jax.jit
-def _lowest_label(rows: jax.Array, labels: jax.Array, threshold: jax.Array) -> jax.Array:
-  """Lowest label among each row and its neighbours: int32 [K]."""
-
-  def one(i):
-    near = _distance(rows[i][None, :], rows)[0] < threshold
-    return jnp.where(near, labels, labels[i]).min()
-
-  return jax.lax.map(one, jnp.arange(labels.size), batch_size=_ROWS)
-
-
-def components(prototypes: jax.Array, threshold: float = 0.025) -> int:
-  """Connected components of the graph of rows of [K, D] nearer than `threshold` (strictly).
-
-  Chains (single linkage), so it is never more than `unique_counts`. A loop on the host around
-  compiled passes over all pairs, until no label moves: usually two.
-  """
-  rows = _unit(prototypes)
-  labels = np.arange(rows.shape[0], dtype=np.int32)
-  while True:
-    lowest = np.asarray(_lowest_label(rows, labels, threshold))
-    parent = np.arange(labels.size, dtype=np.int32)
-    np.minimum.at(parent, labels, lowest)  # whole components join the lowest they touch
-    while not np.array_equal(parent, parent[parent]):
-      parent = parent[parent]
-    if np.array_equal(parent[labels], labels):
-      return np.unique(labels).size
-    labels = parent[labels]
 
 
 def relative_uniqueness(prototypes: jax.Array, features: jax.Array) -> jax.Array:

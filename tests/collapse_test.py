@@ -49,18 +49,15 @@ def test_cover_depends_on_the_order_and_does_not_chain():
   """20 degrees are a distance of .060, 40 degrees .234: the middle row first covers both others."""
   assert collapse.unique_counts(_angles(0, 20, 40), (0.1,))[0] == 2
   assert collapse.unique_counts(_angles(20, 0, 40), (0.1,))[0] == 1
-  # Five steps of 20 degrees chain to one component, but not to one representative.
+  # Five steps of 20 degrees do not chain to one representative.
   chain = _angles(0, 20, 40, 60, 80)
   np.testing.assert_array_equal(collapse.cover(chain, (0.1,))[0], [0, 0, 2, 2, 4])
-  assert collapse.components(chain, 0.1) == 1
 
 
 def test_threshold_is_strict():
   rows = np.eye(3)  # distances of exactly 1
   assert collapse.unique_counts(rows, (1.0,))[0] == 3
   assert collapse.unique_counts(rows, (1.0001,))[0] == 1
-  assert collapse.isolated(rows, 1.0) == 3 and collapse.isolated(rows, 1.0001) == 0
-  assert collapse.components(rows, 1.0) == 3 and collapse.components(rows, 1.0001) == 1
 
 
 def test_counts_need_not_fall_as_the_threshold_grows_but_are_each_computed_alone():
@@ -75,9 +72,6 @@ def test_duplicates_of_random_rows_count_once_whatever_their_norm_and_order():
   rows = np.repeat(rng.normal(size=(150, 64)), 8, axis=0) * rng.uniform(0.1, 9, (1200, 1))
   rows = rows[rng.permutation(1200)].astype(np.float32)
   np.testing.assert_array_equal(collapse.unique_counts(rows)[:4], 150)
-  assert collapse.components(rows) == 150
-  assert collapse.isolated(rows) == 0
-  assert collapse.largest_group(rows) == 8
 
 
 def test_rows_without_a_direction_are_not_counted():
@@ -86,7 +80,6 @@ def test_rows_without_a_direction_are_not_counted():
   assert collapse.unique_counts(rows, (0.025,))[0] == 7
   np.testing.assert_array_equal(np.flatnonzero(collapse.cover(rows, (0.025,))[0] == -1), [2, 5, 7])
   assert collapse.unique_counts(np.full((4, 3), np.nan))[0] == 0
-  assert collapse.largest_group(np.full((4, 3), np.nan)) == 0
 
 
 def test_cover_never_holds_all_pairs():
@@ -105,26 +98,6 @@ def test_random_prototypes_pass_where_there_is_room():
     crowded[0] = 0
   owner = naive_owner(collapse.random_prototypes(300, 4), 0.25)
   assert collapse.random_unique(300, 4)[3] == len(set(owner))
-
-
-def test_largest_group_and_components_match_scipy():
-  from scipy.sparse import csgraph
-
-  rows = _clustered(700, 4, 60, 0.08).astype(np.float32)
-  near = 1.0 - _unit(rows.astype(np.float64)) @ _unit(rows.astype(np.float64)).T < 0.02
-  expected, _ = csgraph.connected_components(near)
-  assert 1 < expected < 700
-  assert collapse.components(rows, 0.02) == expected
-  owner = naive_owner(rows, 0.02)
-  assert collapse.largest_group(rows, 0.02) == np.bincount(owner).max()
-  assert collapse.isolated(rows, 0.02) == np.sum(near.sum(axis=1) == 1)
-
-
-def test_components_follow_a_long_chain_in_any_order():
-  rows = _angles(*range(0, 300, 2))
-  order = np.random.default_rng(1).permutation(len(rows))
-  assert collapse.components(rows[order], 0.001) == 1  # 2 degrees are .0006
-  assert collapse.components(rows[order], 0.0005) == len(rows)
 
 
 def test_nearest_distances_and_quantiles_match_numpy():
