@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import sys
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -90,8 +91,9 @@ def render(name: str, result: Mapping[str, Any]) -> list[str]:
   lines += [
     f"  copies to the bit: {result['copies_to_the_bit']:,}",
     "  nearest other prototype, 5 % / median / 95 %: "
-    + " / ".join(f"{v:.4f}" for v in near["distance"])
-    + "; expected of random ones " + " / ".join(f"{v:.4f}" for v in near["random"]),
+    + " / ".join(f"{v:.4f}" for v in near["distance"]),
+    "    of random ones, by the distribution of cosines on the sphere: "
+    + " / ".join(f"{v:.4f}" for v in near["random"]),
     f"  norm, least / median / most: {norm['least']:.4g} / {norm['median']:.4g} / "
     f"{norm['most']:.4g}"
     + (f"; gain g {result['gain']['least']:.4g} to {result['gain']['most']:.4g}"
@@ -144,7 +146,9 @@ def _examine(one: layouts.Prototypes, embeddings, prototypes="learned") -> tuple
 
 
 def _said(sentences: list[str]) -> list[str]:
-  return [f"  - {sentence}" for sentence in sentences]
+  """One sentence after the other, in lines of the width of the table."""
+  wrapped = (textwrap.wrap(s, 96, break_on_hyphens=False) for s in sentences)
+  return [("    " if i else "  - ") + line for lines in wrapped for i, line in enumerate(lines)]
 
 
 def _of_file(args) -> tuple[dict, list[str]]:
@@ -160,14 +164,14 @@ def _of_file(args) -> tuple[dict, list[str]]:
     raise errors.UserError(f"no prototypes found in {args.path}: {layouts.advice(arrays)}")
   kind = "named by --key" if args.key else f"names as in {layouts.kind(arrays, sets)}"
   whose = sorted({layouts.owner(s.name) for s in sets} - {""})
-  lines = [f"file: {len(arrays)} arrays, {kind}" + f"; weights of the {whose[0]}" * bool(whose)]
+  lines = [f"file: {len(arrays)} arrays, {kind}" + "".join(f"; weights of the {w}" for w in whose)]
   embeddings = None if args.embeddings is None else _embeddings(args.embeddings)
   out = {"kind": "file", "layout": kind, "sets": {}}
   for one in sets:
     out["sets"][one.name], shown = _examine(one, embeddings)
     lines += ["", *shown]
   if args.key and sets[0].matrix.shape[0] < sets[0].matrix.shape[1]:
-    lines.append("  - fewer rows than columns: if the file has them as [D, K], add --transpose")
+    lines += _said(["fewer rows than columns: if the file has them as [D, K], add --transpose"])
   return out, lines
 
 
@@ -188,7 +192,7 @@ def _of_run(args) -> tuple[dict, list[str]]:
         f"{args.path} is a folder without checkpoints or metrics of a run of protojax: give a "
         "workdir or one file (exported weights hold no prototypes)"
       )
-    return out, [*lines, "  - there is no checkpoint yet whose prototypes could be examined"]
+    return out, [*lines, *_said(["there is no checkpoint yet whose prototypes could be seen"])]
   model = trained.load(args.path, step=args.step)
   seen = {}
   if args.embeddings is not None:
@@ -231,6 +235,8 @@ def _write(path: pathlib.Path, content: dict) -> None:
   try:
     temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
     os.replace(temporary, path)
+  except (PermissionError, IsADirectoryError) as error:
+    raise errors.UserError(f"cannot write to --json={path}: {error.strerror}") from None
   finally:
     temporary.unlink(missing_ok=True)
 
@@ -256,6 +262,12 @@ def main(argv: list[str]) -> None:
   path = pathlib.Path(args.path).expanduser()
   if not path.exists():
     raise errors.UserError(f"there is no {args.path}: give a workdir, a checkpoint or a log")
+  out_path = None if args.json is None else pathlib.Path(args.json).expanduser()
+  if out_path is not None and (out_path.is_dir() or not out_path.parent.is_dir()):
+    what = "is a folder" if out_path.is_dir() else f"there is no folder {out_path.parent}"
+    raise errors.UserError(f"--json={args.json}: {what}: name a file in a folder that is there")
+  if args.limit < 0:
+    raise errors.UserError(f"--limit={args.limit} must not be negative (0: all images)")
   given = {k: getattr(args, k) for k in (*_OF_FILES, *_OF_RUNS)}
   if path.is_dir():
     examine, what, allowed = _of_run, "a workdir", _OF_RUNS
@@ -268,8 +280,8 @@ def main(argv: list[str]) -> None:
       raise errors.UserError(f"--{name} means nothing for {args.path}, {what}: leave it out")
   out, lines = examine(args)
   print("\n".join([f"protojax doctor: {args.path}", *lines]))
-  if args.json:
-    _write(pathlib.Path(args.json).expanduser(), {
+  if out_path is not None:
+    _write(out_path, {
       "path": args.path, "protojax": __version__, "distance": "cosine, 1 - cos", **out,
     })  # fmt: skip
 

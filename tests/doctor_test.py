@@ -1,0 +1,166 @@
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tiny
+import torch_format as made
+
+from protojax import checkpoint, doctor, errors, programs, trained, workdir
+
+_RNG = np.random.default_rng(0)
+
+
+def _unit(x):
+  return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def _head(v):
+  return {"head.last_layer.weight_g": np.ones((len(v), 1), np.float32),
+          "head.last_layer.weight_v": v.astype(np.float32)}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def collapsed():
+  return np.tile(_RNG.normal(size=(30, 32)), (10, 1)) * _RNG.uniform(1, 3, (300, 1))
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory, collapsed):
+  """A full checkpoint of DINO: the teacher's prototypes are copies, the student's are not."""
+  path = tmp_path_factory.mktemp("doctor") / "full.pth"
+  student = {f"module.{k}": v for k, v in _head(_RNG.normal(size=(300, 32))).items()}
+  made.save(path, {"student": student, "teacher": _head(collapsed), "epoch": 3})
+  return path
+
+
+def _examined(tmp_path, *argv):
+  doctor.main([*map(str, argv), f"--json={tmp_path / 'out.json'}"])
+  return json.loads((tmp_path / "out.json").read_text())
+
+
+def test_a_checkpoint_of_dino_is_examined_by_its_teacher(full, tmp_path, capsys):
+  result = _examined(tmp_path, full)
+  (name, one), = result["sets"].items()
+  assert name == "teacher.head.last_layer" and (one["num"], one["dim"]) == (300, 32)
+  assert one["unique"]["unique"][:3] == [30] * 3 and one["random"]["unique"][0] == 300
+  assert one["norm"]["most"] == pytest.approx(1.0) and one["groups"][0]["size"] == 10
+  shown = capsys.readouterr().out
+  for text in ("DINO", "weights of the teacher", "300 prototypes of 32 dimensions", "30 (10.0%)",
+               "partial prototype collapse: 90% of 300"):  # fmt: skip
+    assert text in shown
+  assert "\n  - partial prototype collapse" in shown
+  other = _examined(tmp_path, full, "--which=student")["sets"]
+  assert list(other) == ["student.module.head.last_layer"]
+  assert other["student.module.head.last_layer"]["unique"]["unique"][0] == 300
+
+
+def test_embeddings_show_what_is_used(full, collapsed, tmp_path, capsys):
+  rows = _unit(collapsed)[:4].repeat(50, axis=0) + 0.01 * _RNG.normal(size=(200, 32))
+  np.save(tmp_path / "z.npy", rows)
+  result = _examined(tmp_path, full, f"--embeddings={tmp_path / 'z.npy'}")
+  seen = result["sets"]["teacher.head.last_layer"]["usage"]
+  assert seen["images"] == 200 and seen["used"] < 0.2 and seen["unused"] > 250
+  assert f"{seen['unused']} by none" in capsys.readouterr().out
+  np.save(tmp_path / "z.npy", rows[:, :16])
+  with pytest.raises(errors.UserError, match="16 dimensions and teacher.head.last_layer 32"):
+    doctor.main([str(full), f"--embeddings={tmp_path / 'z.npy'}"])
+
+
+def test_a_file_without_known_prototypes_lists_its_matrices_and_asks(tmp_path, capsys, collapsed):
+  path = tmp_path / "b.npz"
+  np.savez(path, **{"patch_embed.proj.weight": np.zeros((4, 3, 2, 2)), "fc": collapsed.T})
+  with pytest.raises(errors.UserError, match="full ckpt"):
+    doctor.main([str(path)])
+  assert "\n  fc  [32, 300]\n" in capsys.readouterr().out
+  doctor.main([str(path), "--key=fc"])
+  assert "--transpose" in capsys.readouterr().out
+  result = _examined(tmp_path, path, "--key=fc", "--transpose")
+  assert result["sets"]["fc"]["unique"]["unique"][0] == 30
+
+
+def test_a_log_is_read_for_what_it_is(tmp_path, capsys):
+  losses = [9.0, *[math.log(4096)] * 9]
+  path = tmp_path / "log.txt"
+  path.write_text("".join(json.dumps({"train_loss": x, "epoch": i}) + "\n"
+                          for i, x in enumerate(losses)))  # fmt: skip
+  result = _examined(tmp_path, path)
+  assert result["kind"] == "log" and "ln 4096" in result["diagnosis"][0]
+  assert "uniform collapse: the loss is 8.318 = ln 4096" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, compile_fast):
+  """A run that has saved its first state and written one line."""
+  folder = tmp_path_factory.mktemp("doctor") / "run"
+  config = tiny.config(prototypes="frozen")
+  program = programs.Program(config, 0, devices=jax.devices()[:1])
+  folder = workdir.claim(str(folder), config)
+  with jax.set_mesh(program.mesh):
+    state = program.init(config.seed)
+    checkpoints = checkpoint.Checkpoints(folder)
+    checkpoints.save(1, state, workdir.metadata(config, 0.0))
+    checkpoints.close()
+    workdir.export_encoder(folder, 1, state, config, program.mesh)
+  (folder / "metrics.jsonl").write_text('{"step": 1, "train/loss": 3.5}\n')
+  return folder
+
+
+def test_a_run_is_judged_by_its_metrics_its_prototypes_and_its_images(run, tmp_path, capsys):
+  result = _examined(tmp_path, run, "--data=run", "--limit=100")
+  assert result["kind"] == "run" and result["run"]["step"] == 1
+  one = result["sets"]["prototypes"]
+  model = trained.load(str(run))
+  images = trained.source(model, "train")
+  seen = trained.rows(model, images, parts=("embeddings", "codes"), limit=100)
+  codes = seen["codes"]["prototypes"]
+  assert one["usage"]["images"] == 100
+  assert one["usage"]["used"] == pytest.approx(len(set(codes)) / 32)
+  shown = capsys.readouterr().out
+  assert "run: " in shown and "checkpoint of step 1" in shown and "100 of " in shown
+  np.save(tmp_path / "z.npy", seen["embeddings"]["prototypes"])
+  again = _examined(tmp_path, run, f"--embeddings={tmp_path / 'z.npy'}")
+  assert again["sets"]["prototypes"]["usage"] == one["usage"]
+
+
+def test_a_run_that_died_before_its_first_checkpoint_still_has_a_verdict(run, tmp_path, capsys):
+  shutil.copy(run / "config.json", tmp_path)
+  (tmp_path / "metrics.jsonl").write_text(
+    '{"step": 1, "train/loss": null, "non_finite": ["train/loss"]}\n'
+  )
+  for path in (tmp_path, tmp_path / "metrics.jsonl"):
+    doctor.main([str(path)])
+    assert "non-finite at step 1" in capsys.readouterr().out
+
+
+def test_exported_weights_say_that_they_hold_no_prototypes(run):
+  with pytest.raises(errors.UserError, match="exported weights hold no prototypes"):
+    doctor.main([str(run / "exported")])
+  with pytest.raises(errors.UserError, match="give the workdir of the run"):
+    doctor.main([str(run / "exported" / "encoder.safetensors")])
+
+
+@pytest.mark.parametrize(
+  "flags, said",
+  [(["--data=run"], "--data means nothing"), (["--step=3"], "--step means nothing"),
+   (["--which=both"], "invalid choice"), (["--kye=x"], "unrecognized"),
+   (["--key=teacher.head.last_layer.weight"], "did you mean"), (["--limit=-1"], "negative"),
+   (["--json=/nowhere/x.json"], "no folder"), (["--json=/"], "is a folder"),
+   (["--embeddings=/nowhere.npy"], "no file")],
+)  # fmt: skip
+def test_a_mistake_is_one_line(full, flags, said):
+  with pytest.raises(errors.UserError, match=said) as caught:
+    doctor.main([str(full), *flags])
+  assert "\n" not in str(caught.value)
+
+
+def test_the_program_ends_with_one_line_and_status_2(tmp_path):
+  made.save(tmp_path / "x.pth", {"w": np.ones(3), "bad": made.Global("posix", "system")})
+  command = [sys.executable, "-m", "protojax.doctor", str(tmp_path / "x.pth")]
+  done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+  assert done.returncode == 2 and done.stdout == ""
+  assert done.stderr.startswith("protojax: ") and len(done.stderr.splitlines()) == 1
