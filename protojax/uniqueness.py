@@ -72,9 +72,9 @@ def _link(parent: np.ndarray, near: np.ndarray, here: slice, there: slice) -> No
       return
     across = a[:, None] != b[None, :]
     across &= near
-    rows, columns = np.flatnonzero(across.any(axis=1)), np.flatnonzero(across.any(axis=0))
-    if not rows.size:
+    if not across.any():
       return
+    rows, columns = np.flatnonzero(across.any(axis=1)), np.flatnonzero(across.any(axis=0))
     one = np.concatenate([a[rows], a[across[:, columns].argmax(axis=0)]])
     other = np.concatenate([b[across[rows].argmax(axis=1)], b[columns]])
     names, edges = np.unique(np.stack([one, other]), return_inverse=True)
@@ -92,11 +92,14 @@ def _cover(owner: np.ndarray, near: np.ndarray, start: int, other: int) -> None:
   """
   here = owner[start : start + near.shape[0]]
   if other < start:
-    columns = np.arange(other, other + near.shape[1])
-    leading = near & (owner[other : other + near.shape[1]] == columns)[None, :]
-    first = leading.argmax(axis=1)
-    found = leading[np.arange(first.size), first] & (here < 0)
-    here[found] = other + first[found]
+    free = np.flatnonzero(here < 0)
+    leaders = owner[other : other + near.shape[1]]
+    leaders = np.flatnonzero(leaders == np.arange(other, other + leaders.size))
+    if free.size and leaders.size:
+      near = near[free][:, leaders]
+      first = near.argmax(axis=1)
+      found = near[np.arange(free.size), first]
+      here[free[found]] = other + leaders[first[found]]
     return
   for i in np.flatnonzero(near.any(axis=1)):
     if here[i] < 0:
