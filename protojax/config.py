@@ -92,6 +92,7 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
     "drop_path": 0.1,
     "registers": 0,
     "layer_scale": config_dict.placeholder(float),
+    "norm_eps": 1e-6,  # of layer norms
     "stem": "imagenet",  # ResNets: imagenet, cifar or cifar_pad2
     "zero_init_residual": True,
     "joint_norm": False,  # batch norm over all views together instead of view by view

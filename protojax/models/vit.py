@@ -42,9 +42,8 @@ def make(
   Raises:
     UserError: heads that cannot share the width, or a drop path rate that is none.
   """
-  default_width, default_depth, default_heads = VARIANTS[name]
-  width, depth = width or default_width, depth or default_depth
-  num_heads = num_heads or default_heads
+  given = zip((width, depth, num_heads), VARIANTS[name], strict=True)
+  width, depth, num_heads = (value or default for value, default in given)
   if width % num_heads:
     raise errors.UserError(
         f"model.width={width} cannot be shared among model.heads={num_heads}; "
@@ -57,13 +56,13 @@ def make(
   return ViT(width=width, depth=depth, num_heads=num_heads, **options)
 
 
-def position_weights(new: int, old: int) -> np.ndarray:
+def position_weights(new: int, old: int, offset: float = 0.1) -> np.ndarray:
   """Bicubic weights that resample `old` grid positions to `new`, [new, old] float64.
 
   As DINO's checkpoints expect it: a = -.75, no antialiasing (`jax.image.resize` differs in both),
-  half-pixel centres, border clamped, and the scale (new + .1) / old, not new / old.
+  half-pixel centres, border clamped, and the scale (new + offset) / old, not new / old.
   """
-  scale = (new + 0.1) / old
+  scale = (new + offset) / old
   source = (np.arange(new) + 0.5) / scale - 0.5
   first = np.floor(source).astype(int)
   weights = np.zeros((new, old))
@@ -125,8 +124,7 @@ class PatchEmbed(nn.Module):
     bias = self.param("bias", uniform, (self.width,)).astype(self.dtype)
     patches = images.astype(self.dtype).reshape(n, rows, p, columns, p, channels)
     patches = patches.swapaxes(2, 3).reshape(n, rows * columns, fan_in)
-    kernel = kernel.reshape(fan_in, self.width)
-    return _rows(lambda x: x @ kernel, patches) + bias[None, None]
+    return _rows(lambda x: x @ kernel.reshape(fan_in, self.width), patches) + bias[None, None]
 
 
 class Attention(nn.Module):
@@ -167,15 +165,16 @@ class Block(nn.Module):
   num_heads: int
   drop_path: float
   layer_scale: float | None
+  norm_eps: float
   dtype: jnp.dtype
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """[N, T, D] float32 -> [N, T, D] float32."""
-    y = _layer_norm("norm1", self.dtype)(x)
+    y = _layer_norm("norm1", self.norm_eps, self.dtype)(x)
     y = Attention(self.num_heads, self.dtype, name="attn")(y)
     x += self._finish_branch(y, "ls1", train)
-    y = _layer_norm("norm2", self.dtype)(x)
+    y = _layer_norm("norm2", self.norm_eps, self.dtype)(x)
     y = Mlp(self.dtype, name="mlp")(y)
     return x + self._finish_branch(y, "ls2", train)
 
@@ -205,6 +204,7 @@ class ViT(nn.Module):
     drop_path: rate of the last block; it grows linearly from 0 at the first.
     registers: tokens without position that only take part in attention.
     layer_scale: start of LayerScale's factors; None builds none.
+    norm_eps: what every layer norm adds to the variance.
     mask_token: whether there is a learned token, 0 at the start, to put in the place of patches.
     remat: recompute each block in the backward pass instead of storing its activations.
     dtype: of the matrix products. Parameters, norms, softmax and the residual stream are float32.
@@ -218,6 +218,7 @@ class ViT(nn.Module):
   drop_path: float = 0.0
   registers: int = 0
   layer_scale: float | None = None
+  norm_eps: float = 1e-6
   mask_token: bool = False
   remat: bool = False
   dtype: jnp.dtype = jnp.float32
@@ -273,9 +274,9 @@ class ViT(nn.Module):
 
     block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
     for i, rate in enumerate(np.linspace(0.0, self.drop_path, self.depth)):
-      x = block(self.num_heads, float(rate), self.layer_scale, self.dtype, name=f"blocks_{i}")(
-          x, train)
-    norm = _layer_norm("norm", jnp.float32)
+      x = block(self.num_heads, float(rate), self.layer_scale, self.norm_eps, self.dtype,
+                name=f"blocks_{i}")(x, train)
+    norm = _layer_norm("norm", self.norm_eps, jnp.float32)
     if not patches:
       return norm(x[:, 0])
     x = norm(x)
@@ -291,10 +292,9 @@ class ViT(nn.Module):
     patches = embedding[:, 1:].reshape(1, side, side, self.width)
     patches = jnp.einsum("hi,nijd->nhjd", rows, patches, precision="highest")
     patches = jnp.einsum("wj,nhjd->nhwd", columns, patches, precision="highest")
-    patches = patches.reshape(1, grid[0] * grid[1], self.width)
-    return jnp.concatenate([embedding[:, :1], patches], axis=1)
+    return jnp.concatenate([embedding[:, :1], patches.reshape(1, -1, self.width)], axis=1)
 
 
-def _layer_norm(name: str, dtype: jnp.dtype) -> nn.LayerNorm:
+def _layer_norm(name: str, epsilon: float, dtype: jnp.dtype) -> nn.LayerNorm:
   """Statistics in float32, the result in `dtype`."""
-  return nn.LayerNorm(epsilon=1e-6, use_fast_variance=False, dtype=dtype, name=name)
+  return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, dtype=dtype, name=name)
