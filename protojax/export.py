@@ -21,8 +21,8 @@ PyTree = Any
 _WEIGHTS, _CONFIG = "encoder.safetensors", "config.json"
 
 
-def _names(tree: PyTree) -> dict[str, Any]:
-  """{"params.backbone.blocks_0.attn.qkv.kernel": leaf, ...}."""
+def flat(tree: PyTree) -> dict[str, Any]:
+  """{"params.backbone.blocks_0.attn.qkv.kernel": leaf, ...} of nested dicts."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
@@ -49,7 +49,7 @@ def write(folder: str | os.PathLike, tree: PyTree, info: dict) -> None:
     UserError: if the disk is full or the folder cannot be written; what was there stays whole.
   """
   folder = pathlib.Path(folder)
-  tensors = {name: np.ascontiguousarray(leaf) for name, leaf in _names(tree).items()}
+  tensors = {name: np.ascontiguousarray(leaf) for name, leaf in flat(tree).items()}
   content = safetensors.numpy.save(tensors, metadata={"info": json.dumps(info)})
   try:
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,15 +100,19 @@ def load(path: str | os.PathLike, template: PyTree) -> PyTree:
     template: pytree of anything with shape and dtype, like the "params" that were written.
 
   Returns:
-    Pytree of NumPy arrays with the dtypes of `template`.
+    Pytree of NumPy arrays with the dtypes of `template`; None in the place of a parameter that the
+    file says it lacks, as one does that was converted from a backbone without a head.
 
   Raises:
     UserError: if the file cannot be read, or a parameter is missing, left over or of another shape.
   """
-  tensors, _ = read(path)
+  tensors, info = read(path)
   there = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("params.")}
-  here = {name: tuple(leaf.shape) for name, leaf in _names({"params": template}).items()}
-  wrong = sorted(k for k in there.keys() | here.keys() if there.get(k) != here.get(k))
+  wanted = flat({"params": template})
+  here = {name: tuple(leaf.shape) for name, leaf in wanted.items()}
+  lacks = tuple(f"params.{name}." for name in info.get("lacks", ()))
+  fresh = {k for k in here.keys() - there.keys() if f"{k}.".startswith(lacks)}
+  wrong = sorted(k for k in (there.keys() | here.keys()) - fresh if there.get(k) != here.get(k))
   if wrong:
     first, more = wrong[0], f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
     raise errors.UserError(
@@ -116,5 +120,5 @@ def load(path: str | os.PathLike, template: PyTree) -> PyTree:
       f"{there.get(first, 'none')} there and {here.get(first, 'none')} here{more}: use the model "
       "and head settings it was trained with (config.json beside it)"
     )
-  leaves = [tensors[k].astype(leaf.dtype) for k, leaf in _names({"params": template}).items()]
+  leaves = [None if k in fresh else tensors[k].astype(v.dtype) for k, v in wanted.items()]
   return jax.tree.unflatten(jax.tree.structure(template), leaves)

@@ -13,6 +13,7 @@ import threading
 import jax
 import ml_collections
 import numpy as np
+from absl import logging
 from jax.experimental import multihost_utils
 
 from protojax import __version__, errors, export, report, sharding
@@ -74,7 +75,7 @@ def restored(plain: dict) -> ml_collections.ConfigDict:
   """A config from what JSON made of one; settings that are missing there have their defaults.
 
   Args:
-    plain: nested; at least {"method": {"name": ...}}. Lists become tuples.
+    plain: nested; lists become tuples. Without a method it is DINO's.
 
   Raises:
     UserError: if there is no such method.
@@ -85,7 +86,7 @@ def restored(plain: dict) -> ml_collections.ConfigDict:
       return {k: tuples(v) for k, v in value.items()}
     return tuple(map(tuples, value)) if isinstance(value, list) else value
 
-  config = configs.default(plain["method"]["name"])
+  config = configs.default(plain.get("method", {"name": "dino"})["name"])
   with config.unlocked(), config.ignore_type():
     config.update(tuples(plain))
   return config
@@ -271,12 +272,23 @@ def warm_start(state, params):
 
   Args:
     state: fresh `train_step.TrainState`.
-    params: from `export.load`, host arrays.
+    params: from `export.load`, host arrays; where it has None the state's own stay.
   """
+  fresh = [
+    jax.tree_util.keystr(path, simple=True, separator=".")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: x is None)
+    if leaf is None
+  ]
+  if fresh:
+    logging.info("init_from has none of these, they start fresh: %s", ", ".join(fresh))
 
-  def placed():  # twice: student and teacher must not share buffers
-    return jax.tree.map(lambda old, new: jax.device_put(new, old.sharding), state.encoder, params)
+  def placed(old):  # once each: student and teacher must not share buffers
+    return jax.tree.map(
+      lambda new, old: old if new is None else jax.device_put(new, old.sharding), params, old,
+      is_leaf=lambda x: x is None,
+    )  # fmt: skip
 
   if state.teacher == ():
-    return state.replace(encoder=placed())
-  return state.replace(encoder=placed(), teacher={**state.teacher, "encoder": placed()})
+    return state.replace(encoder=placed(state.encoder))
+  teacher = {**state.teacher, "encoder": placed(state.teacher["encoder"])}
+  return state.replace(encoder=placed(state.encoder), teacher=teacher)

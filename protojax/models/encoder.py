@@ -49,10 +49,10 @@ def build(config: ml_collections.ConfigDict, *, mask_token: bool = False) -> Enc
     config: `model.name` is one of vit_tiny, vit_small, vit_base, resnet8, resnet18, resnet50.
       Optional, absent or None for the default: `precision`; of the transformers
       model.{patch_size, image_size, width, depth, heads, drop_path, registers, layer_scale,
-      norm_eps, remat}; of the ResNets model.{width (resnet8), stem, zero_init_residual, joint_norm, remat};
-      head.{layers, hidden, bottleneck, norm, norm_output,
-      activation, bias, init, l2}. A field that the named model does not have is
-      ignored, so that `model.name` can be switched alone.
+      norm_eps, remat}; of the ResNets
+      model.{width (resnet8), stem, zero_init_residual, joint_norm, remat};
+      head.{layers, hidden, bottleneck, norm, norm_output, activation, bias, init, l2}. A field
+      that the named model does not have is ignored, so that `model.name` can be switched alone.
     mask_token: for a method that hides patches from a transformer.
 
   Raises:

@@ -57,7 +57,7 @@ def features(
     return {"last": encoders.features(encoder, params, batch_stats, images)}
   backbone = encoder.backbone
   tokens = _captured(backbone, params, images, lambda module: isinstance(module, vit.Block))
-  norm = nn.LayerNorm(epsilon=1e-6, use_fast_variance=False)
+  norm = nn.LayerNorm(epsilon=backbone.norm_eps, use_fast_variance=False)
   last = [
     norm.apply({"params": params["backbone"]["norm"]}, tokens[f"blocks_{i}"]["__call__"][0])
     for i in range(max(0, backbone.depth - 4), backbone.depth)

@@ -1,0 +1,257 @@
+"""Weights in from other libraries, and out to them, with an account of every tensor.
+
+  python -m protojax.convert dino_deitsmall16_pretrain.pth converted
+  python -m protojax.convert runs/own own_timm --format=timm
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import sys
+from collections.abc import Iterator
+
+import safetensors
+import safetensors.numpy
+
+from protojax import cli, errors, export
+from protojax.foreign import compiled, inwards, outwards
+from protojax.models import resnet
+
+_DESCRIPTION = """\
+Converts weights, tensor by tensor, and says what became of each.
+
+  python -m protojax.convert dino_vitsmall16_pretrain.pth converted      from another library
+  python -m protojax.convert checkpoint.pth converted --which=student
+  python -m protojax.convert runs/own own_timm --format=timm             from a run of protojax
+
+In: DINO, iBOT, DINOv2 and timm transformers, Hugging Face's ViT and Dinov2, torchvision ResNet-18
+and -50 (SwAV's and DINO's too), as .pth, .pt, .safetensors, .npz or a folder. The folder OUT then
+holds encoder.safetensors and config.json: --config.init_from=OUT trains from it, evaluate and embed
+take it as it is.
+
+Out, of a run or of exported weights:
+  timm  model.safetensors and config.json: timm.create_model("hf-hub...") or torchvision's names
+  hf    a folder for transformers.AutoModel.from_pretrained
+  jax   features.jax, for jax.export.deserialize: float32 [B, S, S, 3] normalised -> [B, F]
+  onnx  encoder.onnx, of the same function; needs jax2onnx"""
+
+FORMATS = ("protojax", "timm", "hf", "jax", "onnx")
+# All that any format writes: only a folder of these is ever replaced.
+_OURS = {
+  "encoder.safetensors", "model.safetensors", "config.json", "preprocessor_config.json",
+  "features.jax", "encoder.onnx", "encoder.onnx.data",
+}  # fmt: skip
+_SHOWN = 4  # names of tensors that one line of the account shows
+
+
+@contextlib.contextmanager
+def _whole_folder(out: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
+  """A folder to write into that becomes `out` when nothing failed, and else is gone."""
+  if out.exists() or out.is_symlink():
+    if not overwrite:
+      raise errors.UserError(f"{out} is there already: name another OUT or add --overwrite")
+    other = "is no folder"
+    if out.is_dir():
+      foreign = sorted({p.name for p in out.iterdir()} - _OURS)
+      other = f"holds {foreign[0]}" if foreign else None
+    if other:
+      raise errors.UserError(
+        f"{out} {other}, which no conversion wrote, so it is not replaced: name another OUT"
+      )
+  part, old = (out.with_name(f".{out.name}.{os.getpid()}.{end}") for end in ("part", "old"))
+  try:
+    part.mkdir(parents=True)
+    yield part
+    if out.exists():
+      out.rename(old)
+    part.rename(out)
+  except (PermissionError, NotADirectoryError, FileExistsError) as error:
+    raise errors.UserError(f"cannot write to {out}: {error.strerror}") from None
+  finally:
+    shutil.rmtree(part, ignore_errors=True)
+    if old.exists() and not out.exists():
+      old.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def exported_of(path: pathlib.Path) -> pathlib.Path | None:
+  """Where protojax's own weights lie, of a run or a folder or file; None if these are not ours."""
+  if (path / "exported").is_dir() or (path / "env.json").is_file():
+    return path / "exported"
+  if (path / "encoder.safetensors").is_file():
+    return path
+  if path.is_file() and path.suffix == ".safetensors":
+    try:
+      with safetensors.safe_open(path, framework="numpy") as opened:
+        return path if "info" in (opened.metadata() or {}) else None
+    except safetensors.SafetensorError:
+      return None  # whoever reads it next says that it is damaged
+  return None
+
+
+def _list(count: int, what: str, names: list[str]) -> str:
+  shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+  return f"{what} {count}" + (f": {shown}" if names else "")
+
+
+def _write_json(path: pathlib.Path, content: dict) -> None:
+  path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def bring_in(
+  path: pathlib.Path, out: pathlib.Path, *, overwrite=False, allow_partial=False, **options
+) -> list[str]:
+  """Converts weights of another library to a folder like exported/ of a run.
+
+  Args:
+    path: a file, or a folder of Hugging Face or timm.
+    out: the new folder.
+    overwrite: replace a folder that an earlier conversion wrote.
+    allow_partial: convert although a tensor is missing or unexpected.
+    **options: of `inwards.convert`.
+
+  Returns:
+    The account, lines.
+
+  Raises:
+    UserError: for weights that do not fit one to one, and anything that cannot be read or written.
+  """
+  done = inwards.convert(path, **options)
+  model, source = done.info["model"], done.info["source"]
+  shape = f"{model['name']}, stem {model['stem']}"
+  if model["name"].startswith("vit"):
+    fields = ("width", "depth", "heads", "patch_size", "image_size", "registers", "norm_eps")
+    shape = "transformer, " + ", ".join(f"{key} {model[key]}" for key in fields)
+    shape += ", LayerScale" if model["layer_scale"] else ""
+  lines = [
+    f"read {source['file']}: {source['layout']}"
+    + (f", tensors below {source['prefix']!r}" if source["prefix"] else ""),
+    f"model {shape}",
+    "head "
+    + ("none, a run that starts from this begins with a fresh one" if "head" not in done.info else
+       "{layers} layers, hidden {hidden}, output {bottleneck}".format(**done.info["head"])),
+    f"matched {done.matched} of {len(done.tensors)} tensors",
+    _list(len(done.missing), "missing", done.missing),
+    _list(len(done.unexpected), "unexpected", done.unexpected),
+    *(_list(len(left), f"set aside ({why})", left) for why, left in done.aside.items()),
+    *(f"note: {note}" for note in done.notes),
+  ]  # fmt: skip
+  if (done.missing or done.unexpected) and not allow_partial:
+    raise errors.UserError(
+      f"{path} fits only in part: {lines[4]}; {lines[5]}. Nothing was written; --allow_partial "
+      "initialises what is missing and leaves out what is unexpected"
+    )
+  with _whole_folder(out, overwrite) as folder:
+    export.write(folder, done.tensors, done.info)
+  return [*lines, _wrote(out)]
+
+
+def take_out(
+  path: pathlib.Path, out: pathlib.Path, format: str, *, overwrite: bool = False
+) -> list[str]:
+  """Converts an exported encoder to another library's files.
+
+  Args:
+    path: folder or file that `export.read` takes.
+    out: the new folder.
+    format: "timm", "hf", "jax" or "onnx".
+    overwrite: replace a folder that an earlier conversion wrote.
+
+  Returns:
+    The account, lines.
+
+  Raises:
+    UserError: for an encoder that the format cannot hold, and anything that cannot be read or
+      written.
+  """
+  tensors, info = export.read(path)
+  lines = [
+    f"read {path}: the {info['weights']}"
+    + ("" if info["step"] is None else f" of step {info['step']}")
+    + f", {info['model']['name']}, {len(tensors)} tensors"
+  ]
+  with _whole_folder(out, overwrite) as folder:
+    if format in ("timm", "hf"):
+      plain, rest = outwards.plain(tensors, info)
+      if format == "timm":
+        theirs, config, notes = outwards.timm(plain, info)
+      else:
+        theirs, config, processor, notes = outwards.hugging_face(plain, info)
+        _write_json(folder / "preprocessor_config.json", processor)
+      lines += [
+        f"matched {len(plain)} of {len(plain)} tensors of the backbone, {len(theirs)} of {format}",
+        *([_list(len(rest), "left out (projection head)", rest)] if rest else []),
+        *(f"note: {note}" for note in notes),
+      ]
+      safetensors.numpy.save_file(theirs, folder / "model.safetensors", metadata={"format": "pt"})
+    else:
+      size = info["image"]["global_size"]
+      features = compiled.function(tensors, info)
+      if format == "jax":
+        (folder / "features.jax").write_bytes(compiled.serialized(features, size))
+      else:
+        compiled.write_onnx(folder / "encoder.onnx", features, size)
+      config = {
+        "input": f"images float32 [B, {size}, {size}, 3], in [0, 1], minus mean, over std",
+        "output": "features float32 [B, F], the backbone's last layer", **info,
+      }  # fmt: skip
+      lines.append(
+        f"images [B, {size}, {size}, 3] float32, normalised -> features, any B; "
+        + ("checked with ONNX Runtime" if format == "onnx" else ", ".join(compiled.PLATFORMS))
+      )
+    _write_json(folder / "config.json", config)
+  return [*lines, _wrote(out)]
+
+
+def _wrote(out: pathlib.Path) -> str:
+  files = sorted(out.iterdir())
+  return f"wrote {out}: " + ", ".join(
+    f"{file.name} ({file.stat().st_size / 1e6:.1f} MB)" for file in files
+  )
+
+
+def main(argv: list[str]) -> None:
+  parser = cli.parser("convert", _DESCRIPTION)
+  parser.add_argument("path", metavar="IN", help="file of weights, folder, or workdir of a run")
+  parser.add_argument("out", metavar="OUT", help="folder to write")
+  parser.add_argument("--format", choices=FORMATS, help="default: protojax, from others")
+  parser.add_argument("--which", choices=("teacher", "student"), help="of a file with both")
+  parser.add_argument("--heads", type=int, help="attention heads; default: config.json, width / 64")
+  parser.add_argument("--stem", choices=resnet.STEMS, help="of a ResNet whose first layer is 3 x 3")
+  parser.add_argument("--image_size", type=int, help="pixels to resample the position embedding to")
+  parser.add_argument("--no_head", action="store_true", help="leave the projection head out")
+  parser.add_argument("--allow_partial", action="store_true", help="convert what fits")
+  parser.add_argument("--overwrite", action="store_true", help="replace an earlier conversion")
+  args = parser.parse_args(argv)
+  path, out = (pathlib.Path(p).expanduser() for p in (args.path, args.out))
+  if out.resolve() in (path.resolve(), *path.resolve().parents):
+    raise errors.UserError(f"OUT={args.out} would replace IN={args.path}: name another OUT")
+  ours, to_ours = exported_of(path), args.format in (None, "protojax")
+  if ours is None and not to_ours:
+    raise errors.UserError(
+      f"{args.path} is not protojax's: bring it in first (without --format), then convert that to "
+      f"{args.format}"
+    )
+  if ours is None:
+    lines = bring_in(
+      path, out, overwrite=args.overwrite, allow_partial=args.allow_partial, which=args.which,
+      heads=args.heads, stem=args.stem, image_size=args.image_size, with_head=not args.no_head,
+    )  # fmt: skip
+  else:
+    if to_ours:
+      raise errors.UserError(
+        f"{args.path} is protojax's already: --format={', '.join(FORMATS[1:])} converts it"
+      )
+    for name in ("which", "heads", "stem", "image_size", "no_head", "allow_partial"):
+      if getattr(args, name):
+        raise errors.UserError(
+          f"--{name} is for weights of other libraries; {args.path} is protojax's"
+        )
+    lines = take_out(ours, out, args.format, overwrite=args.overwrite)
+  print("\n".join(lines))
+
+
+if __name__ == "__main__":
+  cli.guarded(main, sys.argv[1:])

@@ -1,0 +1,1 @@
+"""Weights of other libraries: their names, their shapes and their settings."""
