@@ -132,7 +132,7 @@ def bring_in(
     "head "
     + ("none, a run that starts from this begins with a fresh one" if "head" not in done.info else
        "{layers} layers, hidden {hidden}, output {bottleneck}".format(**done.info["head"])),
-    f"matched {done.matched} of {len(done.tensors)} tensors",
+    f"matched {len(done.tensors)} of {len(done.tensors) + len(done.missing)} tensors",
     _list(len(done.missing), "missing", done.missing),
     _list(len(done.unexpected), "unexpected", done.unexpected),
     *(_list(len(left), f"set aside ({why})", left) for why, left in done.aside.items()),
@@ -143,8 +143,9 @@ def bring_in(
       f"{path} fits only in part: {lines[4]}; {lines[5]}. Nothing was written; --allow_partial "
       "initialises what is missing and leaves out what is unexpected"
     )
+  tensors = done.tensors | (inwards.fresh(done) if done.missing else {})
   with _whole_folder(out, overwrite) as folder:
-    export.write(folder, done.tensors, done.info)
+    export.write(folder, tensors, done.info)
   return [*lines, _wrote(out)]
 
 

@@ -18,10 +18,9 @@ class Converted(NamedTuple):
   """What `convert` made.
 
   Attributes:
-    tensors: {"params.backbone.norm.scale": float32, ...}, for `export.write`.
+    tensors: {"params.backbone.norm.scale": float32, ...} that came out of the file.
     info: its description, for `export.write`.
-    matched: number of tensors that came out of the file.
-    missing: ours that the file lacks, freshly initialised here.
+    missing: ours that the file lacks.
     unexpected: the file's that ours lack.
     aside: {why: the file's that are no part of an encoder}.
     notes: sentences about what could not be read off the file.
@@ -29,7 +28,6 @@ class Converted(NamedTuple):
 
   tensors: dict[str, np.ndarray]
   info: dict
-  matched: int
   missing: list[str]
   unexpected: list[str]
   aside: dict[str, list[str]]
@@ -116,7 +114,7 @@ def convert(
   model, tensors, size, notes = _model(net, heads, stem, image_size)
   head, sources = settings.of_head(net.head, net.activation) if net.head else (None, {})
   encoder = encoders.build(ml_collections.ConfigDict({"model": model, "head": head or {}}))
-  out, used = {}, set()
+  out, missing, used = {}, [], set()
   for name, leaf in settings.template(encoder, size).items():
     collection, part, below = name.split(".", 2)
     if part == "head" and head is None:
@@ -129,7 +127,7 @@ def convert(
       tensor = tensors.get(plain)
       used.add(plain)
     if tensor is None:
-      out[name] = None
+      missing.append(name)
       continue
     tensor = names.turn(name, np.asarray(tensor))
     if tensor.shape != leaf.shape:
@@ -138,11 +136,6 @@ def convert(
         f"a {model['name']} of its settings: these weights cannot be converted"
       )
     out[name] = np.asarray(tensor, np.float32)
-  missing = sorted(name for name, tensor in out.items() if tensor is None)
-  if missing:
-    params, stats = encoders.init(encoder, jax.random.key(0), size)
-    fresh = export.flat({"params": params, "batch_stats": stats})
-    out.update({name: np.asarray(fresh[name]) for name in missing})
   if net.mean is None:
     notes.append("mean and std of the images: ImageNet's, the file does not say")
   info = {
@@ -156,13 +149,20 @@ def convert(
   if head:
     info["head"] = head
   return Converted(
-    tensors=out, info=info, matched=len(out) - len(missing), missing=missing,
-    unexpected=sorted(set(tensors) - used), aside=net.aside, notes=notes,
+    tensors=out, info=info, missing=missing, unexpected=sorted(set(tensors) - used),
+    aside=net.aside, notes=notes,
   )  # fmt: skip
+
+
+def fresh(done: Converted) -> dict[str, np.ndarray]:
+  """What `done` is missing, as a new encoder starts with it: {name: float32}."""
+  encoder, size = settings.encoder_of(done.info), done.info["image"]["global_size"]
+  params, stats = jax.jit(lambda key: encoders.init(encoder, key, size))(jax.random.key(0))
+  start = export.flat({"params": params, "batch_stats": stats})
+  return {name: np.asarray(start[name]) for name in done.missing}
 
 
 def _layout(net: network.Network) -> str:
   if net.kind == "resnet":
     return "torchvision ResNet"
   return "Hugging Face transformer" if net.hugging_face else "DINO or timm transformer"
-

@@ -1,0 +1,455 @@
+"""python -m protojax.convert: every tensor accounted for, back to the bit, whole or not at all."""
+
+import errno
+import json
+import logging
+import os
+import pathlib
+import subprocess
+import sys
+
+import foreign_layouts as layouts
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import tiny
+
+from protojax import convert, errors, export, programs, trained, workdir
+from protojax.foreign import compiled, inwards, names, settings
+from protojax.models import encoder as encoders
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
+REGISTERS = {"registers": 3, "scaled": True}
+
+
+def _save(folder, tensors, name="in.safetensors"):
+  safetensors.numpy.save_file(tensors, folder / name)
+  return folder / name
+
+
+def _brought_in(folder, tensors, **options):
+  convert.bring_in(_save(folder, tensors), folder / "out", **options)
+  return folder / "out"
+
+
+def _full(**parts):
+  """A full checkpoint of DINO, as `tensors.read` names its tensors."""
+  out = {"dino_loss.center": np.zeros((1, 8), np.float32)}
+  for part, seed in (("student.module.", 3), ("teacher.", 4)):
+    out |= layouts.prefixed(part + "backbone.", layouts.vit(seed=seed, **parts))
+    out |= layouts.prefixed(part + "head.", layouts.head(seed=seed))
+  return out
+
+
+# Key lists and names.
+
+
+@pytest.mark.parametrize(
+  "shape, extra, count",
+  [({}, (), 150), ({"registers": 4, "scaled": True}, ("mask_token",), 176)],
+  ids=["DINO", "DINOv2 with registers"],
+)
+def test_published_key_lists_are_matched_completely(tmp_path, shape, extra, count):
+  tensors = layouts.vit(depth=12, **shape) | {name: np.ones((1, 64), np.float32) for name in extra}
+  assert len(tensors) == count
+  done = inwards.convert(_save(tmp_path, tensors))
+  assert (len(done.tensors), done.missing, done.unexpected) == (count - len(extra), [], [])
+  assert sorted(name for left in done.aside.values() for name in left) == sorted(extra)
+
+
+def test_a_patch_kernel_and_a_linear_layer_keep_their_meaning(tmp_path):
+  tensors = layouts.vit()
+  out, _ = export.read(_brought_in(tmp_path, tensors))
+  image = np.random.default_rng(0).normal(size=(8, 8, 3)).astype(np.float32)
+  theirs = np.einsum("dchw,hwc->d", tensors["patch_embed.proj.weight"], image)
+  ours = image.reshape(-1) @ out["params.backbone.patch_embed.kernel"].reshape(-1, 64)
+  np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+  np.testing.assert_array_equal(
+    out["params.backbone.blocks_1.attn.qkv.kernel"], tensors["blocks.1.attn.qkv.weight"].T
+  )
+
+
+@pytest.mark.parametrize("which, seed", [(None, 4), ("teacher", 4), ("student", 3)])
+def test_a_full_checkpoint_gives_the_network_that_is_asked_for_with_its_head(tmp_path, which, seed):
+  folder = _brought_in(tmp_path, _full(), which=which)
+  tensors, info = export.read(folder)
+  np.testing.assert_array_equal(
+    tensors["params.backbone.cls_token"], layouts.vit(seed=seed)["cls_token"]
+  )
+  np.testing.assert_array_equal(
+    tensors["params.head.fc3.kernel"], layouts.head(seed=seed)["mlp.4.weight"].T
+  )
+  assert info["weights"] == ("encoder" if which == "student" else "teacher")
+  assert (info["head"]["hidden"], info["head"]["bottleneck"]) == (32, 16)
+
+
+def test_what_is_set_aside_is_said_with_its_reason(tmp_path):
+  full = _full() | {"student.module.backbone.masked_embed": np.ones((1, 64), np.float32)}
+  lines = convert.bring_in(_save(tmp_path, full), tmp_path / "out", which="student")
+  account = "\n".join(lines)
+  assert "matched 36 of 36" in account and "missing 0" in account and "unexpected 0" in account
+  assert "(prototypes, no part of an encoder) 2: student.module.head.last_layer" in account
+  assert "training with masks starts a fresh one) 1: student.module.backbone.masked" in account
+  assert "set aside (other parts of the file (teacher)) 38: teacher.backbone." in account
+
+
+def test_the_head_can_be_left_out(tmp_path):
+  tensors, info = export.read(_brought_in(tmp_path, _full(), with_head=False))
+  assert not any(".head." in name for name in tensors) and "head" not in info
+  assert "head" in info["lacks"]
+
+
+def test_blocks_in_chunks_are_blocks(tmp_path):
+  plain = layouts.vit(depth=3)
+  chunked = {}
+  for name, tensor in plain.items():
+    for chunk, blocks in ((0, "01"), (1, "2")):
+      for i in blocks:
+        name = name.replace(f"blocks.{i}.", f"blocks.{chunk}#{i}.")
+    chunked["teacher.backbone." + name.replace("#", ".")] = tensor
+  assert "teacher.backbone.blocks.1.2.norm1.bias" in chunked
+  ours, _ = export.read(_brought_in(tmp_path, chunked))
+  (tmp_path / "plain").mkdir()
+  expected, _ = export.read(_brought_in(tmp_path / "plain", plain))
+  assert ours.keys() == expected.keys()
+  for name in ours:
+    np.testing.assert_array_equal(ours[name], expected[name])
+
+
+def test_half_precision_becomes_float32_without_loss(tmp_path):
+  half = {k: v.astype(jnp.bfloat16) for k, v in layouts.vit().items()}
+  tensors, _ = export.read(_brought_in(tmp_path, half))
+  assert {v.dtype for v in tensors.values()} == {np.dtype(np.float32)}
+  np.testing.assert_array_equal(
+    tensors["params.backbone.pos_embed"], half["pos_embed"].astype(np.float32)
+  )
+
+
+@pytest.mark.parametrize("path", ["in.npz", "in.safetensors"])
+def test_numpy_archives_are_read_too(tmp_path, path):
+  tensors = layouts.vit()
+  np.savez(tmp_path / "in.npz", **tensors)
+  _save(tmp_path, tensors)
+  done = inwards.convert(tmp_path / path)
+  np.testing.assert_array_equal(done.tensors["params.backbone.cls_token"], tensors["cls_token"])
+
+
+# There and back.
+
+
+@pytest.mark.parametrize("shape", [{}, REGISTERS, {"scaled": True}], ids=str)
+@pytest.mark.parametrize("format", ["timm", "hf"])
+def test_transformers_come_back_to_the_bit(tmp_path, format, shape):
+  folder = _brought_in(tmp_path, layouts.vit(**shape), heads=2)
+  convert.take_out(folder, tmp_path / format, format)
+  lines = convert.bring_in(tmp_path / format, tmp_path / "back")
+  (before, info), (after, info_after) = export.read(folder), export.read(tmp_path / "back")
+  assert before.keys() == after.keys() and info["model"] == info_after["model"]
+  for name in before:
+    if shape == REGISTERS and format == "timm" and name.endswith(("cls_token", "pos_embed")):
+      continue  # the class token's position is in the token there
+    np.testing.assert_array_equal(before[name], after[name], name)
+  np.testing.assert_allclose(
+    before["params.backbone.cls_token"][0, 0] + before["params.backbone.pos_embed"][0, 0],
+    after["params.backbone.cls_token"][0, 0] + after["params.backbone.pos_embed"][0, 0],
+  )
+  assert info["image"] == info_after["image"] and not any("heads:" in line for line in lines)
+
+
+@pytest.mark.parametrize("bottleneck", [False, True])
+def test_resnets_come_back_under_torchvisions_names(tmp_path, bottleneck):
+  tensors = layouts.resnet(bottleneck=bottleneck, classes=5)
+  folder = _brought_in(tmp_path, tensors)
+  convert.take_out(folder, tmp_path / "timm", "timm")
+  back = safetensors.numpy.load_file(tmp_path / "timm" / "model.safetensors")
+  kept = {k for k in tensors if "num_batches" not in k and not k.startswith("fc.")}
+  assert back.keys() == kept
+  for name in kept:
+    np.testing.assert_array_equal(back[name], tensors[name])
+
+
+def test_hugging_faces_file_has_the_published_names(tmp_path):
+  folder = _brought_in(tmp_path, layouts.vit(depth=1, **REGISTERS))
+  convert.take_out(folder, tmp_path / "hf", "hf")
+  block = "encoder.layer.0."
+  modules = [
+    f"{block}{name}" for name in (
+      "norm1", "attention.attention.query", "attention.attention.key", "attention.attention.value",
+      "attention.output.dense", "norm2", "mlp.fc1", "mlp.fc2",
+    )
+  ] + ["layernorm", "embeddings.patch_embeddings.projection"]  # fmt: skip
+  assert safetensors.numpy.load_file(tmp_path / "hf" / "model.safetensors").keys() == {
+    *(f"{name}.{leaf}" for name in modules for leaf in ("weight", "bias")),
+    f"{block}layer_scale1.lambda1", f"{block}layer_scale2.lambda1", "embeddings.cls_token",
+    "embeddings.mask_token", "embeddings.position_embeddings", "embeddings.register_tokens",
+  }  # fmt: skip
+  config = json.loads((tmp_path / "hf" / "config.json").read_text())
+  assert (config["model_type"], config["num_register_tokens"]) == ("dinov2_with_registers", 3)
+
+
+def test_names_of_hugging_face_in_memory_are_understood():
+  rng = np.random.default_rng(0)
+  parts = {
+    f"layers.3.attention.{x}_proj.weight": rng.normal(size=(4, 4)).astype("f") for x in "qkv"
+  }
+  plain = names.from_hugging_face({**parts, "layers.3.mlp.fc1.bias": np.ones(2), "other": 1})
+  assert plain.keys() == {"blocks.3.attn.qkv.weight", "blocks.3.mlp.fc1.bias", "other"}
+  np.testing.assert_array_equal(
+    plain["blocks.3.attn.qkv.weight"], np.concatenate(list(parts.values()))
+  )
+
+
+# What protojax does with it.
+
+
+def test_a_backbone_starts_a_run_that_keeps_its_own_head_and_says_so(tmp_path, caplog):
+  folder = _brought_in(tmp_path, layouts.vit(width=32, depth=1), heads=2)
+  state = programs.Program(tiny.config("ibot")).init(0)
+  loaded = export.load(folder, state.encoder)
+  with caplog.at_level(logging.INFO):
+    started = jax.device_get(workdir.warm_start(state, loaded))
+  assert "start fresh: backbone.mask_token, head.fc1.bias" in caplog.text
+  expected = layouts.vit(width=32, depth=1)["blocks.0.mlp.fc1.weight"].T
+  state = jax.device_get(state)
+  for new, old in (
+    (started.encoder, state.encoder), (started.teacher["encoder"], state.teacher["encoder"]),
+  ):  # fmt: skip
+    np.testing.assert_array_equal(new["backbone"]["blocks_0"]["mlp"]["fc1"]["kernel"], expected)
+    jax.tree.map(np.testing.assert_array_equal, new["head"], old["head"])
+
+
+def test_a_backbone_of_another_shape_starts_nothing(tmp_path):
+  folder = _brought_in(tmp_path, layouts.vit(width=32, depth=2), heads=2)
+  abstract = programs.Program(tiny.config()).abstract.encoder
+  with pytest.raises(errors.UserError, match="blocks_1.* there and none here"):
+    export.load(folder, abstract)
+
+
+def test_a_parameter_that_the_file_does_not_say_it_lacks_is_refused(tmp_path):
+  folder = _brought_in(tmp_path, layouts.vit(width=32, depth=1), heads=2)
+  tensors, info = export.read(folder)
+  export.write(folder, tensors, {**info, "lacks": ["backbone.mask_token"]})
+  with pytest.raises(errors.UserError, match="head.fc1.bias has shape none there"):
+    export.load(folder, programs.Program(tiny.config()).abstract.encoder)
+
+
+def test_evaluation_takes_what_was_converted(tmp_path):
+  folder = _brought_in(tmp_path, layouts.vit(width=32, depth=1), heads=2)
+  model = trained.load(str(folder))
+  assert (model.kind, model.step, model.weights) == ("encoder", None, "encoder")
+  images = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
+
+  @jax.jit
+  def features(params, images):
+    return encoders.features(model.encoder, params, model.batch_stats, images)
+
+  expected = jax.jit(compiled.function(*export.read(folder)))(images)
+  np.testing.assert_allclose(features(model.params, images), expected, atol=1e-6)
+
+
+def test_serialised_function_gives_the_features_for_any_batch(tmp_path):
+  pytest.importorskip("flatbuffers")
+  folder = _brought_in(tmp_path, _full(**REGISTERS))
+  convert.take_out(folder, tmp_path / "jax", "jax")
+  function = jax.export.deserialize((tmp_path / "jax" / "features.jax").read_bytes())
+  assert set(function.platforms) == {"cpu", "cuda", "tpu"}
+  tensors, info = export.read(folder)
+  for batch in (1, 3):
+    images = np.random.default_rng(batch).normal(size=(batch, 16, 16, 3)).astype(np.float32)
+    expected = jax.jit(compiled.function(tensors, info))(images)
+    np.testing.assert_allclose(function.call(images), expected, atol=1e-5)
+
+
+def test_onnx_file_gives_the_features_for_any_batch(tmp_path):
+  pytest.importorskip("jax2onnx")
+  runtime = pytest.importorskip("onnxruntime")
+  folder = _brought_in(tmp_path, layouts.vit(**REGISTERS))
+  convert.take_out(folder, tmp_path / "onnx", "onnx")
+  session = runtime.InferenceSession(tmp_path / "onnx" / "encoder.onnx")
+  tensors, info = export.read(folder)
+  for batch in (1, 4):
+    images = np.random.default_rng(batch).normal(size=(batch, 16, 16, 3)).astype(np.float32)
+    (there,) = session.run(["features"], {"images": images})
+    expected = jax.jit(compiled.function(tensors, info))(images)
+    np.testing.assert_allclose(there, expected, atol=1e-4)
+
+
+def test_onnx_without_jax2onnx_says_what_to_install(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "jax2onnx", None)
+  folder = _brought_in(tmp_path, layouts.vit())
+  with pytest.raises(errors.UserError, match="pip install .*jax2onnx") as caught:
+    convert.take_out(folder, tmp_path / "onnx", "onnx")
+  assert "\n" not in str(caught.value) and not (tmp_path / "onnx").exists()
+
+
+# What is refused.
+
+
+def _without(tensors, *endings):
+  return {k: v for k, v in tensors.items() if not k.endswith(endings)}
+
+
+def _swiglu():
+  tensors = _without(layouts.vit(), "mlp.fc1.weight", "mlp.fc1.bias")
+  return tensors | {"blocks.0.mlp.w12.weight": np.ones((512, 64), np.float32)}
+
+
+@pytest.mark.parametrize(
+  "tensors, words",
+  [
+    (_swiglu, "SwiGLU"),
+    (lambda: _without(layouts.vit(), "qkv.bias"), "have no bias"),
+    (lambda: layouts.vit() | {"blocks.0.mlp.fc1.weight": np.ones((128, 64), "f")}, "is 128 wide"),
+    (lambda: layouts.vit(width=96), "give --heads"),
+    (lambda: layouts.vit() | {"patch_embed.proj.weight": np.ones((64, 1, 8, 8), "f")},
+     r"shape \(64, 1, 8, 8\)"),
+    (lambda: layouts.vit() | {"norm.bias": np.ones(3, "f")}, r"norm.bias has shape \(3,\) there"),
+    (lambda: _without(layouts.vit(), "blocks.1.norm2.bias"),
+     "missing 1: params.backbone.blocks_1.norm2.bias; unexpected 0. Nothing was written"),
+    (lambda: layouts.vit() | {"fc_norm.weight": np.ones(64, "f")}, "unexpected 1: fc_norm.weight"),
+    (lambda: _without(layouts.vit(), "cls_token"), "there is no cls_token"),
+    (lambda: {"a": np.ones(2, "f")}, "no network of a known layout"),
+    (lambda: layouts.resnet(stem=3), "--stem=cifar or --stem=cifar_pad2"),
+    (lambda: {k: v for k, v in layouts.resnet().items() if "layer4.1" not in k},
+     r"\(2, 2, 2, 1\) blocks"),
+    (lambda: layouts.prefixed("a.", layouts.vit()) | layouts.prefixed("b.", layouts.vit()),
+     r"several networks, a\., b\."),
+  ],
+)  # fmt: skip
+def test_weights_of_another_model_are_refused_in_one_line(tmp_path, tensors, words):
+  with pytest.raises(errors.UserError, match=words) as caught:
+    _brought_in(tmp_path, tensors())
+  assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_part_of_the_weights_only_on_request(tmp_path):
+  tensors = _without(layouts.vit(), "norm.weight") | {"fc_norm.weight": np.ones(64, np.float32)}
+  folder = _brought_in(tmp_path, tensors, allow_partial=True)
+  out, _ = export.read(folder)
+  np.testing.assert_array_equal(out["params.backbone.norm.scale"], np.ones(64))
+  np.testing.assert_array_equal(out["params.backbone.norm.bias"], tensors["norm.bias"])
+
+
+def test_settings_that_hugging_face_says_and_ours_cannot_be_are_refused(tmp_path):
+  folder = _brought_in(tmp_path, layouts.vit())
+  convert.take_out(folder, tmp_path / "hf", "hf")
+  file = tmp_path / "hf" / "config.json"
+  file.write_text(json.dumps({**json.loads(file.read_text()), "hidden_act": "quick_gelu"}))
+  with pytest.raises(errors.UserError, match="hidden_act='quick_gelu'"):
+    convert.bring_in(tmp_path / "hf", tmp_path / "back")
+  file.write_text("{")
+  with pytest.raises(errors.UserError, match="not readable JSON"):
+    convert.bring_in(tmp_path / "hf", tmp_path / "back")
+
+
+def test_encoders_that_a_format_cannot_hold_are_refused(tmp_path):
+  folder = _brought_in(tmp_path, layouts.resnet())
+  with pytest.raises(errors.UserError, match="hf is for transformers"):
+    convert.take_out(folder, tmp_path / "hf", "hf")
+  encoder = encoders.build(tiny.config(model__name="resnet8"))
+  params, _ = jax.jit(lambda key: encoders.init(encoder, key, 16))(jax.random.key(0))
+  info = {"weights": "encoder", "step": 1, "model": {"name": "resnet8"}}
+  export.write(tmp_path / "eight", {"params": jax.device_get(params)}, info)
+  with pytest.raises(errors.UserError, match="resnet8 has no counterpart"):
+    convert.take_out(tmp_path / "eight", tmp_path / "timm", "timm")
+  assert not (tmp_path / "hf").exists() and not (tmp_path / "timm").exists()
+
+
+def test_a_description_of_another_model_is_refused(tmp_path):
+  folder = _brought_in(tmp_path, layouts.vit())
+  tensors, info = export.read(folder)
+  export.write(folder, tensors, {**info, "model": {**info["model"], "depth": 3}})
+  with pytest.raises(errors.UserError, match=r"blocks_2.* is missing: these weights are not"):
+    convert.take_out(folder, tmp_path / "timm", "timm")
+
+
+def test_nothing_is_replaced_unasked_and_nothing_else_is_ever_deleted(tmp_path):
+  file = _save(tmp_path, layouts.vit())
+  out = tmp_path / "out"
+  convert.bring_in(file, out)
+  before = (out / "encoder.safetensors").read_bytes()
+  with pytest.raises(errors.UserError, match="is there already.*--overwrite"):
+    convert.bring_in(file, out)
+  _save(tmp_path, layouts.vit(seed=9))
+  convert.bring_in(file, out, overwrite=True)
+  assert (out / "encoder.safetensors").read_bytes() != before
+  (out / "thesis.tex").write_text("x")
+  with pytest.raises(errors.UserError, match="thesis.tex, which no conversion wrote"):
+    convert.bring_in(file, out, overwrite=True)
+  assert (out / "thesis.tex").read_text() == "x"
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["in.safetensors", "out"]
+
+
+def test_a_failure_while_writing_leaves_the_old_folder_whole(tmp_path, monkeypatch):
+  folder = _brought_in(tmp_path, layouts.vit())
+  convert.take_out(folder, tmp_path / "timm", "timm")
+  before = {p.name: p.read_bytes() for p in (tmp_path / "timm").iterdir()}
+
+  def full(*unused):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  monkeypatch.setattr(convert, "_write_json", full)
+  with pytest.raises(OSError, match="No space"):  # which `cli.guarded` says in one line
+    convert.take_out(folder, tmp_path / "timm", "timm", overwrite=True)
+  assert {p.name: p.read_bytes() for p in (tmp_path / "timm").iterdir()} == before
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["in.safetensors", "out", "timm"]
+
+
+@pytest.mark.parametrize(
+  "arguments, words",
+  [
+    (["missing.pth", "new"], "there is no"),
+    (["in.safetensors", "new", "--format=timm"], "bring it in first"),
+    (["out", "new"], "is protojax's already"),
+    (["out", "new", "--format=timm", "--heads=3"], "--heads is for weights of other libraries"),
+    (["in.safetensors", "new", "--image_size=17"], "no multiple of the patch size 8"),
+    (["in.safetensors", "new", "--heads=5"], "does not divide"),
+    (["in.safetensors", "new", "--stem=cifar"], "--stem is for ResNets"),
+    (["in.safetensors", "new", "--which=student"], "holds one network"),
+    (["out", "out", "--format=timm", "--overwrite"], "would replace IN"),
+    (["in.safetensors", "new", "--fromat=timm"], "unrecognized arguments"),
+    (["empty", "new"], "holds neither a run of protojax"),
+  ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(tmp_path, monkeypatch, arguments, words):
+  _brought_in(tmp_path, layouts.vit())
+  (tmp_path / "empty").mkdir()
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(errors.UserError, match=words) as caught:
+    convert.main(arguments)
+  assert "\n" not in str(caught.value) and not (tmp_path / "new").exists()
+
+
+def test_a_run_is_converted_from_its_exported_encoder(tmp_path, capsys):
+  exported = _brought_in(tmp_path, layouts.vit())
+  (tmp_path / "run").mkdir()
+  os.rename(exported, tmp_path / "run" / "exported")
+  convert.main([str(tmp_path / "run"), str(tmp_path / "timm"), "--format=timm"])
+  assert "matched 30 of 30 tensors of the backbone" in capsys.readouterr().out
+
+
+def test_the_program_says_what_it_did_and_a_mistake_is_status_2(tmp_path):
+  file, out = _save(tmp_path, layouts.vit()), tmp_path / "out"
+  environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+  def run(*arguments):
+    command = [sys.executable, "-m", "protojax.convert", *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+  done = run(file, out)
+  assert done.returncode == 0 and "matched 30 of 30" in done.stdout, done.stderr
+  done = run(file, out)
+  assert done.returncode == 2 and done.stdout == ""
+  assert done.stderr.startswith("protojax: ") and len(done.stderr.splitlines()) == 1
+
+
+def test_heads_are_taken_as_dinos_only_where_nothing_says():
+  tensors = layouts.vit(width=128)
+  assert settings.of_vit(tensors)["heads"] == 2
+  assert settings.of_vit(tensors, heads=8)["heads"] == 8
+  with pytest.raises(errors.UserError, match="does not divide"):
+    settings.of_vit(tensors, heads=7)
