@@ -15,7 +15,8 @@
 #   PROTOJAX_TEST_VENV   where the environment goes (default .venv-test; the second: *-newest)
 #   PROTOJAX_PYTHON      the interpreter of the suite, found by itself if not given
 #   PROTOJAX_DATA_DIR    prepared data sets (default ../shared/data); tests that need one it lacks
-#                        are skipped
+#                        are skipped, and so are those that compare with PyTorch where it has no build
+#                        for CPUs
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/venv.sh
@@ -45,6 +46,22 @@ print(f'jax {jax.__version__}, flax {flax.__version__}: every module imports')" 
   return "$status"
 }
 
+# PyTorch and transformers, whose networks ours are compared with: only where a build of PyTorch for
+# CPUs is at hand, because the package index's for Linux brings several GB of CUDA. Constrained, so
+# that the versions under test stay what they are.
+add_peers() {
+  local wanted=(-c launch/floors.txt -e ".[peers]") pip=("$venv/bin/python" -m pip install -qq)
+  [ "${PROTOJAX_AT_FLOORS:-}" ] || wanted=(-e ".[peers]")
+  [ ! -e "$venv/peers" ] || return 0
+  if timeout 300 "${pip[@]}" --dry-run --report "$venv/peers.json" "${wanted[@]}" &&
+    ! grep -Eq '"name": "(nvidia|cuda|triton)' "$venv/peers.json" &&
+    timeout 600 "${pip[@]}" "${wanted[@]}"; then
+    touch "$venv/peers"
+  else
+    echo "Comparisons with PyTorch left out: no build of it for CPUs can be had here"
+  fi 2>/dev/null
+}
+
 failed=
 if "$python" -c "import sys; sys.exit(sys.version_info[:2] != (3, 11))"; then
   make_venv "$venv" "$python" -c launch/floors.txt -e ".[test]"
@@ -59,6 +76,7 @@ else
   echo "No Python 3.11 chosen: the suite runs on $("$python" -V) with the newest packages"
   make_venv "$venv" "$python" --upgrade --upgrade-strategy eager -e ".[test]"
 fi
+add_peers
 
 "$venv/bin/python" -m ruff check . || failed+=" ruff"
 "$venv/bin/python" -m pytest -n auto --dist loadgroup --durations=10 "$@" || failed+=" pytest"
