@@ -32,7 +32,8 @@ holds encoder.safetensors and config.json: --config.init_from=OUT trains from it
 take it as it is.
 
 Out, of a run or of exported weights:
-  timm  model.safetensors and config.json: timm.create_model("hf-hub...") or torchvision's names
+  timm  a folder for timm.create_model("local-dir:OUT", pretrained=True); of a ResNet the names in
+        it are torchvision's too
   hf    a folder for transformers.AutoModel.from_pretrained
   jax   features.jax, for jax.export.deserialize: float32 [B, S, S, 3] normalised -> [B, F]
   onnx  encoder.onnx, of the same function; needs jax2onnx"""
@@ -186,7 +187,8 @@ def take_out(
         *([_list(len(rest), "left out (projection head)", rest)] if rest else []),
         *(f"note: {note}" for note in notes),
       ]
-      safetensors.numpy.save_file(theirs, folder / "model.safetensors", metadata={"format": "pt"})
+      content = safetensors.numpy.save(theirs, metadata={"format": "pt"})
+      (folder / "model.safetensors").write_bytes(content)
     else:
       size = info["image"]["global_size"]
       features = compiled.function(tensors, info)
@@ -218,7 +220,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument("path", metavar="IN", help="file of weights, folder, or workdir of a run")
   parser.add_argument("out", metavar="OUT", help="folder to write")
   parser.add_argument("--format", choices=FORMATS, help="default: protojax, from others")
-  parser.add_argument("--which", choices=("teacher", "student"), help="of a file with both")
+  parser.add_argument("--which", help="teacher (default), student or a prefix, of several networks")
   parser.add_argument("--heads", type=int, help="attention heads; default: config.json, width / 64")
   parser.add_argument("--stem", choices=resnet.STEMS, help="of a ResNet whose first layer is 3 x 3")
   parser.add_argument("--image_size", type=int, help="pixels to resample the position embedding to")

@@ -87,6 +87,16 @@ def test_a_full_checkpoint_gives_the_network_that_is_asked_for_with_its_head(tmp
   assert (info["head"]["hidden"], info["head"]["bottleneck"]) == (32, 16)
 
 
+def test_a_network_without_a_name_of_ours_is_chosen_by_its_prefix(tmp_path):
+  tensors = {}
+  for prefix, seed in (("state_dict.backbone.", 1), ("state_dict.momentum_backbone.", 2)):
+    tensors |= layouts.prefixed(prefix, layouts.vit(seed=seed))
+  folder = _brought_in(tmp_path, tensors, which="state_dict.momentum_backbone")
+  np.testing.assert_array_equal(
+    export.read(folder)[0]["params.backbone.cls_token"], layouts.vit(seed=2)["cls_token"]
+  )
+
+
 def test_what_is_set_aside_is_said_with_its_reason(tmp_path):
   full = _full() | {"student.module.backbone.masked_embed": np.ones((1, 64), np.float32)}
   lines = convert.bring_in(_save(tmp_path, full), tmp_path / "out", which="student")
@@ -317,7 +327,7 @@ def _swiglu():
     (lambda: {k: v for k, v in layouts.resnet().items() if "layer4.1" not in k},
      r"\(2, 2, 2, 1\) blocks"),
     (lambda: layouts.prefixed("a.", layouts.vit()) | layouts.prefixed("b.", layouts.vit()),
-     r"several networks, a\., b\."),
+     r"holds 2 networks: a, b; give one as --which"),
   ],
 )  # fmt: skip
 def test_weights_of_another_model_are_refused_in_one_line(tmp_path, tensors, words):
@@ -409,7 +419,7 @@ def test_a_failure_while_writing_leaves_the_old_folder_whole(tmp_path, monkeypat
     (["in.safetensors", "new", "--image_size=17"], "no multiple of the patch size 8"),
     (["in.safetensors", "new", "--heads=5"], "does not divide"),
     (["in.safetensors", "new", "--stem=cifar"], "--stem is for ResNets"),
-    (["in.safetensors", "new", "--which=student"], "holds one network"),
+    (["in.safetensors", "new", "--which=student"], "--which=student is not one of them"),
     (["out", "out", "--format=timm", "--overwrite"], "would replace IN"),
     (["in.safetensors", "new", "--fromat=timm"], "unrecognized arguments"),
     (["empty", "new"], "holds neither a run of protojax"),

@@ -1,5 +1,6 @@
 """Converted weights compute what the PyTorch original computes; where PyTorch is installed."""
 
+import argparse
 import functools
 import warnings
 
@@ -110,6 +111,25 @@ def test_embeddings_of_a_full_dino_checkpoint_are_the_originals(tmp_path, norm):
   images = _images(16)
   theirs = _theirs(None, images, lambda x: projector(model(x)))
   _assert_close(_ours(folder, images, head=True), theirs)
+
+
+def test_a_file_of_torch_save_with_all_that_dino_puts_into_one_is_read(tmp_path):
+  def tensors(seed):
+    parts = layouts.prefixed("backbone.", layouts.vit(seed=seed, **_DINO))
+    parts |= layouts.prefixed("head.", layouts.head(seed=seed))
+    return {k: torch.from_numpy(v) for k, v in parts.items()}
+
+  content = {
+    "student": layouts.prefixed("module.", tensors(1)), "teacher": tensors(2), "epoch": 3,
+    "optimizer": {"state": {0: {"step": 7, "exp_avg": torch.ones(3)}}, "param_groups": []},
+    "args": argparse.Namespace(arch="vit_small"), "dino_loss": {"center": torch.zeros(1, 8)},
+  }  # fmt: skip
+  torch.save(content, tmp_path / "checkpoint.pth")
+  for which, seed in (("teacher", 2), ("student", 1)):
+    convert.bring_in(tmp_path / "checkpoint.pth", tmp_path / which, which=which)
+    read, _ = export.read(tmp_path / which)
+    expected = layouts.vit(seed=seed, **_DINO)
+    np.testing.assert_array_equal(read["params.backbone.pos_embed"], expected["pos_embed"])
 
 
 def test_dinov2_with_registers_is_the_original_at_its_size_and_resampled(tmp_path):

@@ -47,16 +47,16 @@ def apply(net, params, x):
   return jax.jit(net.apply)({"params": params}, x)
 
 
-def reference_layer_norm(x, p):
+def reference_layer_norm(x, p, eps):
   centred = x - x.mean(-1, keepdims=True)
-  return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * p["scale"] + p["bias"]
+  return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps) * p["scale"] + p["bias"]
 
 
 def reference_linear(x, p):
   return x @ p["kernel"] + p["bias"]
 
 
-def reference_vit(params, x, heads, patch, positions, mask=None):
+def reference_vit(params, x, heads, patch, positions, mask=None, eps=1e-6):
   """All tokens in float64, registers last, a loop per patch and per head; positions [1 + n, D]."""
   p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
   x = np.asarray(x, np.float64)
@@ -75,7 +75,7 @@ def reference_vit(params, x, heads, patch, positions, mask=None):
     x = np.concatenate([x, np.repeat(p["registers"], len(x), axis=0)], axis=1)
   for i in range(sum(name.startswith("blocks_") for name in p)):
     block = p[f"blocks_{i}"]
-    qkv = reference_linear(reference_layer_norm(x, block["norm1"]), block["attn"]["qkv"])
+    qkv = reference_linear(reference_layer_norm(x, block["norm1"], eps), block["attn"]["qkv"])
     query, key, value = np.split(qkv, 3, axis=-1)
     outputs = []
     for h in np.split(np.arange(width), heads):
@@ -83,10 +83,10 @@ def reference_vit(params, x, heads, patch, positions, mask=None):
       outputs.append(special.softmax(logits, axis=-1) @ value[..., h])
     y = reference_linear(np.concatenate(outputs, axis=-1), block["attn"]["proj"])
     x = x + y * block.get("ls1", 1.0)
-    y = reference_linear(reference_layer_norm(x, block["norm2"]), block["mlp"]["fc1"])
+    y = reference_linear(reference_layer_norm(x, block["norm2"], eps), block["mlp"]["fc1"])
     y = y * 0.5 * (1 + special.erf(y / np.sqrt(2)))
     x = x + reference_linear(y, block["mlp"]["fc2"]) * block.get("ls2", 1.0)
-  return reference_layer_norm(x, p["norm"])
+  return reference_layer_norm(x, p["norm"], eps)
 
 
 @pytest.mark.parametrize(
@@ -106,12 +106,14 @@ def test_position_weights_have_the_golden_rows():
   np.testing.assert_allclose(weights.sum(axis=1), 1.0, atol=1e-12)
 
 
-@pytest.mark.parametrize("options", [{}, {"registers": 3, "layer_scale": 0.5}, {"remat": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"registers": 3, "layer_scale": 0.5}, {"remat": True}, {"norm_eps": 0.1}])
 def test_forward_equals_a_float64_reference(options):
   net = small(**options)
   params = random_params(net)
   positions = np.asarray(params["pos_embed"][0], np.float64)
-  expected = reference_vit(params, images(), 3, 4, positions)[:, 0]
+  eps = options.get("norm_eps", 1e-6)
+  expected = reference_vit(params, images(), 3, 4, positions, eps=eps)[:, 0]
   actual = apply(net, params, images())
   assert actual.dtype == jnp.float32
   np.testing.assert_allclose(actual, expected, atol=5e-5)

@@ -100,7 +100,8 @@ def convert(
 
   Args:
     path: a file, or a folder of Hugging Face or timm.
-    which: "teacher" or "student" of a file with both; None takes the only one or the teacher.
+    which: of several networks in the file "teacher", "student" or a prefix; None takes the only
+      one or the teacher.
     heads: attention heads; None takes what config.json says, else width / 64.
     stem: key of `resnet.STEMS`, for a first convolution of 3 x 3.
     image_size: pixels that the position embedding is resampled to; None keeps the file's.

@@ -103,17 +103,16 @@ def _choose(prefixes: dict[str, str], which: str | None, path) -> str:
       f"{path} holds no network of a known layout (DINO, iBOT, DINOv2, timm or Hugging Face "
       "transformers, torchvision ResNets)"
     )
-  words = _WHICH[which or "teacher"]
-  fitting = [p for p in prefixes if set(p.split(".")) & set(words)]
   if which is None and len(prefixes) == 1:
     return next(iter(prefixes))
+  words = set(_WHICH.get(which or "teacher", ()))
+  fitting = [p for p in prefixes if p.rstrip(".") == which or words & set(p.split("."))]
   if len(fitting) != 1:
-    there = ", ".join(p or "(no prefix)" for p in prefixes)
+    there = ", ".join(p.rstrip(".") or "(no prefix)" for p in prefixes)
     raise errors.UserError(
-      f"{path} holds {'several networks' if len(prefixes) > 1 else 'one network'}, {there}: "
-      + ("give --which=teacher or --which=student" if which is None else
-         f"none or more than one is a {which}")
-    )  # fmt: skip
+      f"{path} holds {len(prefixes)} networks: {there}; "
+      + ("give one as --which" if which is None else f"--which={which} is not one of them")
+    )
   return fitting[0]
 
 
@@ -122,7 +121,8 @@ def read(path: pathlib.Path, *, which: str | None = None, with_head: bool = True
 
   Args:
     path: from `file_of`; config.json and preprocessor_config.json beside it are read too.
-    which: "teacher" or "student" of a file with both; None takes the only one or the teacher.
+    which: of several networks in the file "teacher", "student" or a prefix; None takes the only
+      one or the teacher.
     with_head: whether a projection head is wanted.
 
   Raises:
@@ -136,7 +136,7 @@ def read(path: pathlib.Path, *, which: str | None = None, with_head: bool = True
   }  # fmt: skip
   prefix = _choose(prefixes, which, path)
   layout = prefixes[prefix]
-  root = prefix.removesuffix("backbone.")
+  root = re.sub(r"(^|\.)backbone\.$", r"\1", prefix)
   backbone, head, aside, activation = {}, {}, {}, "gelu"
   for name, tensor in arrays.items():
     inside = name.startswith(prefix)
