@@ -50,6 +50,7 @@ _SHOWN = 4  # names of tensors that one line of the account shows
 @contextlib.contextmanager
 def _whole_folder(out: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
   """A folder to write into that becomes `out` when nothing failed, and else is gone."""
+  out = out.absolute()  # "." has no name
   if out.exists() or out.is_symlink():
     if not overwrite:
       raise errors.UserError(f"{out} is there already: name another OUT or add --overwrite")

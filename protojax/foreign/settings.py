@@ -114,13 +114,15 @@ def of_head(
   Raises:
     UserError: if it is not linear layers of one hidden width with or without batch norm between.
   """
-  places = sorted(tensors, key=lambda place: -1 if place is None else place)
-  linear = [p for p in places if tensors[p]["weight"].ndim == 2]
+  weights = {place: leaves["weight"] for place, leaves in tensors.items() if "weight" in leaves}
+  places = sorted(weights, key=lambda place: -1 if place is None else place)
+  linear = [p for p in places if weights[p].ndim == 2]
   norms = [p for p in places if p not in linear]
-  widths = {tensors[p]["weight"].shape[0] for p in linear[:-1]}
+  widths = {weights[p].shape[0] for p in linear[:-1]}
   step = 3 if norms else 2
-  regular = linear == [None] or linear == [step * i for i in range(len(linear))]
-  if not linear or not regular or len(widths) > 1 or norms != [p + 1 for p in linear[:-1] if norms]:
+  regular = linear and linear in ([None], [step * i for i in range(len(linear))])
+  between = [p + 1 for p in linear[:-1]] if norms else []
+  if not regular or len(widths) > 1 or norms != between or weights.keys() != tensors.keys():
     raise errors.UserError(
       "its projection head is not the one of DINO or SwAV: leave it out with --no_head"
     )
@@ -134,7 +136,7 @@ def of_head(
     sources[f"params.head.norm{i}.bias"] = place, "bias"
     sources[f"batch_stats.head.norm{i}.mean"] = place, "running_mean"
     sources[f"batch_stats.head.norm{i}.var"] = place, "running_var"
-  bottleneck = tensors[linear[-1]]["weight"].shape[0]
+  bottleneck = weights[linear[-1]].shape[0]
   settings = {
     **configs.default().head.to_dict(), "layers": len(linear),
     "hidden": widths.pop() if widths else bottleneck, "bottleneck": bottleneck,
