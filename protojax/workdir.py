@@ -16,7 +16,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from protojax import __version__, errors, export, report, sharding
+from protojax import __version__, errors, export, picture, sharding
 from protojax import config as configs
 
 _OURS = (
@@ -253,12 +253,12 @@ def write_result(
   final = folder / "eval" / "final"
   final.mkdir(parents=True, exist_ok=True)
   np.savez(final / "arrays.npz", **arrays)
-  picture = report.picture(folder)
+  drawn = picture.draw(folder)
   _write_json(
     final / "result.json",
     {"measures": result, "protocol": protocol(config, bank, test), "environment": environment()},
   )
-  return picture
+  return drawn
 
 
 def read_result(folder: pathlib.Path) -> dict[str, float] | None:

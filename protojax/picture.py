@@ -15,7 +15,7 @@ def _curve(lines, key):
   return np.array(points).reshape(-1, 2).T
 
 
-def picture(workdir: pathlib.Path) -> pathlib.Path:
+def draw(workdir: pathlib.Path) -> pathlib.Path:
   """Draws workdir/report.png from metrics.jsonl and eval/final/arrays.npz.
 
   Args:

@@ -1,0 +1,142 @@
+"""What a run left in its workdir, read back: curves, results, arrays and settings, without JAX."""
+
+import json
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import ml_collections
+import numpy as np
+
+from protojax import errors
+
+METRICS, FINAL, ARRAYS = "metrics.jsonl", "eval/final/result.json", "eval/final/arrays.npz"
+Curve = tuple[np.ndarray, np.ndarray]  # steps int [n], ascending; values float [n]
+
+
+class Record(NamedTuple):
+  """A run as its files tell it; what is missing is empty.
+
+  Attributes:
+    name: of the run among those read with it.
+    folder: its workdir.
+    config: resolved settings, of the version that wrote them.
+    curves: {name in metrics.jsonl: (steps int [n], values float [n])}; NaN where a value was not
+      finite.
+    results: {"eval/final/result.json": its content, ...}, one entry an evaluation.
+    arrays: those of eval/final/arrays.npz, see `snapshot.Snapshot.final`.
+    notes: one sentence for every file that could not be read in full.
+  """
+
+  name: str
+  folder: pathlib.Path
+  config: ml_collections.ConfigDict
+  curves: dict[str, Curve]
+  results: dict[str, dict]
+  arrays: dict[str, np.ndarray]
+  notes: tuple[str, ...]
+
+  @property
+  def step(self) -> int:
+    """Of the final measures, or of the last line of metrics.jsonl."""
+    final = self.measures(FINAL).get("step")
+    return max((int(s[-1]) for s, _ in self.curves.values()), default=0) if final is None else int(final)
+
+  def measures(self, file: str) -> dict[str, float]:
+    """{name: number} of one of `results`, nested names joined by dots; {} if it is not there."""
+    return _numbers(self.results.get(file, {}).get("measures", {}))
+
+  def latest(self) -> dict[str, float]:
+    """The last value of every metric: what the log line of an unfinished run knows."""
+    return {key: float(values[-1]) for key, (_, values) in self.curves.items()}
+
+
+def read(folders: Sequence[pathlib.Path]) -> list[Record]:
+  """The runs in these workdirs, finished or not.
+
+  Raises:
+    UserError: if one of them holds no run.
+  """
+  names = [folder.absolute().name for folder in folders]
+  return [
+    _read(folder, name if names.count(name) == 1 else str(folder))
+    for folder, name in zip(folders, names, strict=True)
+  ]
+
+
+def _read(folder: pathlib.Path, name: str) -> Record:
+  if not folder.is_dir() or not ((folder / METRICS).exists() or (folder / FINAL).exists()):
+    raise errors.UserError(
+      f"--workdir={folder} holds no run of protojax ({METRICS} is missing): give the folder that "
+      "python -m protojax.main --workdir wrote"
+    )
+  notes = []
+  curves = _curves(folder / METRICS, notes)
+  results = {}
+  for path in sorted(folder.glob("eval/*/result.json")):
+    content = _json(path, folder, notes)
+    if content:
+      results[path.relative_to(folder).as_posix()] = content
+  config = ml_collections.ConfigDict(_json(folder / "config.json", folder, notes))
+  return Record(name, folder, config, curves, results, _arrays(folder, notes), tuple(notes))
+
+
+def _json(path: pathlib.Path, folder: pathlib.Path, notes: list[str]) -> dict:
+  try:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(content, dict):
+      return content
+    problem = "it is not an object"
+  except (OSError, ValueError) as error:
+    problem = getattr(error, "strerror", None) or "it is not JSON"
+  notes.append(f"{path.relative_to(folder).as_posix()} was left out: {problem}.")
+  return {}
+
+
+def _arrays(folder: pathlib.Path, notes: list[str]) -> dict[str, np.ndarray]:
+  path = folder / ARRAYS
+  if not path.exists():
+    return {}
+  try:
+    with np.load(path, allow_pickle=False) as file:
+      return {key: file[key] for key in file.files}
+  except Exception:  # a damaged archive raises almost anything
+    notes.append(f"{ARRAYS} was left out: it is damaged.")
+    return {}
+
+
+def _curves(path: pathlib.Path, notes: list[str]) -> dict[str, Curve]:
+  """Of equal steps the latest line counts; going back, a line replaces all from its step on."""
+  points: dict[str, dict[int, float]] = {}
+  newest, torn = -1, 0
+  lines = path.read_bytes().splitlines() if path.exists() else []
+  for line in lines:
+    try:
+      record = json.loads(line)
+      step = int(record.pop("step"))
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+      torn += 1
+      continue
+    if step < newest:  # a run that went on from an earlier checkpoint
+      points = {k: {s: v for s, v in p.items() if s < step} for k, p in points.items()}
+    newest = step
+    for key, value in record.items():
+      if value is None or isinstance(value, int | float) and not isinstance(value, bool):
+        finite = value is not None and math.isfinite(value)
+        points.setdefault(key, {})[step] = float(value) if finite else math.nan
+  if torn:
+    notes.append(f"{torn} unreadable line{'s' * (torn > 1)} of {METRICS} left out.")
+  return {
+    key: (np.array(list(p)), np.array(list(p.values()))) for key, p in points.items() if p
+  }
+
+
+def _numbers(tree: dict, prefix: str = "") -> dict[str, float]:
+  out = {}
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      out |= _numbers(value, f"{prefix}{key}.")
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+      out[prefix + key] = value
+  return out
