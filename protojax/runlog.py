@@ -1,6 +1,7 @@
 """What a run says: metrics one step late, one verdict a line, a summary at the end."""
 
 import math
+import pathlib
 import time
 from collections.abc import Mapping
 
@@ -113,8 +114,8 @@ class RunLog:
     if full and verdict.label != "ok":
       self._writer.line(f"  {verdict.label}: {verdict.sentence}")
 
-  def summary(self, result: dict[str, float], picture) -> None:
-    """The last words: verdict, accuracies, where the picture lies."""
+  def summary(self, result: dict[str, float], page: pathlib.Path) -> None:
+    """The last words: verdict, accuracies, where the report lies or how to have it written."""
     self.result |= result
     verdict = self.verdict(int(result["step"]))
     lines = [f"verdict   {verdict.label}: {verdict.sentence}"]
@@ -126,7 +127,8 @@ class RunLog:
       )
     if "probe/linear_fitted" in result:
       lines.append(f"linear    {result['probe/linear_fitted']:.1%} (fitted on frozen features)")
-    lines.append(f"picture   {picture}")
+    again = f"python -m protojax.report --workdir={page.parent}"
+    lines.append(f"report    {page if page.exists() else again}")
     for line in lines:
       self._writer.line(line)
 

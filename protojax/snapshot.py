@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from protojax import collapse, collect, sharding, train_step
-from protojax.evals import knn, linear
+from protojax.evals import knn, linear, purity
 
 
 class Snapshot:
@@ -131,9 +131,10 @@ class Snapshot:
 
     Returns:
       Measures: those of `monitor` and `evaluate` and, with labels, "probe/linear_fitted", the
-      accuracy of a linear classifier fitted to frozen features; and the arrays that the picture
+      accuracy of a linear classifier fitted to frozen features; and the arrays that the report
       draws: "usage" [K], "nearest" and "nearest_random" (cosine distance of every prototype to its
-      nearest neighbour, [K]), "spectrum" [D].
+      nearest neighbour, [K]), "spectrum" [D], and with labels "majority" and "purity" [K], the most
+      frequent class of each prototype's images and its share.
     """
     bank, test = self._encode(state)
     measures = self.monitor(state) | self._judge(state, bank, test)
@@ -143,6 +144,10 @@ class Snapshot:
       matrix = matrices[name]
       num, dim = matrix.shape
       arrays["usage"] = np.bincount(bank["codes"][name], minlength=num)
+      if self._bank.num_classes:
+        arrays["majority"], arrays["purity"] = purity.majority(
+          bank["codes"][name], bank["label"], num
+        )
       arrays["nearest"] = np.asarray(collapse.nearest_distances(matrix))
       arrays["nearest_random"] = np.asarray(
         collapse.nearest_distances(collapse.random_prototypes(num, dim))

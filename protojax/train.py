@@ -13,9 +13,11 @@ from protojax import (
   export,
   optim,
   programs,
+  report,
   runlog,
   sharding,
   snapshot,
+  trained,
 )
 from protojax import config as configs
 from protojax import workdir as workdirs
@@ -141,7 +143,7 @@ def run(config, workdir: str) -> dict[str, float]:
       stack.callback(stream.close)
     log = stack.enter_context(log)
     if start == config.num_steps and (result := workdirs.read_result(folder)):
-      log.summary(result, folder / "report.png")
+      log.summary(result, folder / report.NAME)
       return result
     logging.info("compiling the step (%s)", optim.describe(config))
     step_fn = lowered.compile()
@@ -178,6 +180,8 @@ def run(config, workdir: str) -> dict[str, float]:
     log.measures(config.num_steps, measures)
     result = log.result | {"step": config.num_steps, "seed": config.seed, "seconds": seconds()}
     if jax.process_index() == 0:
-      picture = workdirs.write_result(folder, result, arrays, config, bank=bank, test=test)
-      log.summary(result, picture)
+      workdirs.write_result(folder, result, arrays, config, bank=bank, test=test)
+    model = trained.of_state(str(folder), program, state, config.num_steps)
+    page = report.after_training(model, arrays, bank=bank, train=train_source)
+    log.summary(result, page)
   return result

@@ -104,14 +104,18 @@ def _run(path, folder, step) -> Trained:
     step, state, _ = checkpoints.restore_latest(target, step)
   finally:
     checkpoints.close()
+  return of_state(path, program, state, step)
+
+
+def of_state(path: str, program: programs.Program, state, step: int) -> Trained:
+  """The encoder of a state of the run in `path` after `step` updates; all processes call it."""
   weights, tree = workdir.encoder_of(state)
-  variables = train_step.variables_of(state)
-  matrices = jax.jit(program.method.prototype_matrices)(variables)
+  variables, whole = train_step.variables_of(state), sharding.replicated(program.mesh)
+  matrices = jax.jit(program.method.prototype_matrices, out_shardings=whole)(variables)
   return Trained(
-    path=path, kind="run", config=config, step=step, weights=weights,
-    encoder=encoders.build(_calm(config)), params=tree["params"], batch_stats=tree["batch_stats"],
-    prototypes=jax.device_get(matrices), method=program.method, variables=variables,
-    mesh=program.mesh,
+    path=path, kind="run", config=program.config, step=step, weights=weights, **tree,
+    encoder=encoders.build(_calm(program.config)), prototypes=jax.device_get(matrices),
+    method=program.method, variables=variables, mesh=program.mesh,
   )  # fmt: skip
 
 
@@ -149,9 +153,7 @@ def _exported(path, folder) -> Trained:
 
 def _require_fit(path, net, params, image_size) -> None:
   """Refuses weights that are not those of the backbone their description names."""
-  abstract, _ = jax.eval_shape(
-    lambda key: encoders.init(net, key, image_size), jax.random.key(0)
-  )
+  abstract, _ = jax.eval_shape(lambda key: encoders.init(net, key, image_size), jax.random.key(0))
 
   def shapes(tree):
     leaves = jax.tree_util.tree_leaves_with_path(tree.get("backbone", {}))
@@ -260,7 +262,7 @@ def attention(model: Trained, images: np.ndarray) -> np.ndarray:
   """
   size = np.full((len(images), 2), images.shape[1], np.int32)
 
-  @jax.jit
+  @functools.partial(jax.jit, out_shardings=sharding.replicated(model.mesh))
   def forward(params, image):
     prepared = _prepare(model, {"image": image, "size": size})
     return backbone_layers.attention(model.encoder, params, prepared)

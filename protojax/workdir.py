@@ -21,7 +21,7 @@ from protojax import config as configs
 
 _OURS = (
   "config.json", "env.json", "checkpoints", "exported", "metrics.jsonl", "train.log", "eval",
-  "report.png",
+  "report.png", "report.html",
 )  # fmt: skip
 
 
@@ -245,20 +245,19 @@ def protocol(config, bank, test) -> dict[str, object]:
 
 def write_result(
   folder: pathlib.Path, result: dict, arrays: dict, config, *, bank, test
-) -> pathlib.Path:
+) -> None:
   """Writes eval/final/: arrays.npz, and result.json, every number with the protocol it was made by.
 
-  Draws report.png between the two, so that a run with a result has everything; returns its path.
+  Draws report.png between the two.
   """
   final = folder / "eval" / "final"
   final.mkdir(parents=True, exist_ok=True)
   np.savez(final / "arrays.npz", **arrays)
-  drawn = picture.draw(folder)
+  picture.draw(folder)
   _write_json(
     final / "result.json",
     {"measures": result, "protocol": protocol(config, bank, test), "environment": environment()},
   )
-  return drawn
 
 
 def read_result(folder: pathlib.Path) -> dict[str, float] | None:

@@ -15,7 +15,7 @@ from matplotlib import ticker
 
 COLOURS = 6  # --c0 to --c5 of the page; further runs take them again, dashed
 _WIDTH, _HEIGHT = 380, 230
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 368, 10, 194
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 362, 10, 194
 _POINTS = 300  # a line has no more; of longer ones the extremes are kept
 
 
@@ -59,8 +59,8 @@ def number(value: float) -> str:
 
 
 def _power(value: float) -> str:
-  """A power of ten: 1, 10, 100, 10⁻³."""
-  if 0.01 <= value <= 1000:
+  """0 or a power of ten: 1, 10, 100, 10⁻³."""
+  if value == 0 or 0.01 <= value <= 1000:
     return f"{value:g}"
   raised = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
   return "10" + f"{math.log10(value):.0f}".translate(raised)
@@ -198,7 +198,7 @@ def _drawn(line: Line, at_x, at_y) -> str:
 
 
 def _thinned(line: Line) -> Line:
-  """At most about `_POINTS` points: of every stretch the lowest, the highest and what is missing."""
+  """At most about `_POINTS` points: of each stretch the lowest, the highest, what is missing."""
   if len(line.x) <= _POINTS or line.steps:
     return line
   keep = {0, len(line.x) - 1}

@@ -41,7 +41,9 @@ class Record(NamedTuple):
   def step(self) -> int:
     """Of the final measures, or of the last line of metrics.jsonl."""
     final = self.measures(FINAL).get("step")
-    return max((int(s[-1]) for s, _ in self.curves.values()), default=0) if final is None else int(final)
+    if final is not None:
+      return int(final)
+    return max((int(steps[-1]) for steps, _ in self.curves.values()), default=0)
 
   def measures(self, file: str) -> dict[str, float]:
     """{name: number} of one of `results`, nested names joined by dots; {} if it is not there."""
@@ -58,6 +60,8 @@ def read(folders: Sequence[pathlib.Path]) -> list[Record]:
   Raises:
     UserError: if one of them holds no run.
   """
+  if len({folder.resolve() for folder in folders}) < len(folders):
+    raise errors.UserError("the same --workdir is given twice: give each run once")
   names = [folder.absolute().name for folder in folders]
   return [
     _read(folder, name if names.count(name) == 1 else str(folder))

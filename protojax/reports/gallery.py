@@ -16,6 +16,7 @@ from protojax.data import source as sources
 
 LIMIT = 2000  # images looked at after training
 _SIDE = 96  # pixels of the longer side of a stored picture, at most
+_TINY = 48
 _CARDS, _NEAREST = 6, 8  # prototypes of a kind, images of each
 _IMAGES = 6  # rows of attention maps
 _VIEWED = 4  # rows of augmentation samples
@@ -23,10 +24,17 @@ _LOCALS, _HEADS = 8, 12  # at most shown
 
 
 class Picture(NamedTuple):
-  """A data URI and what it shows, in words."""
+  """An image of the page.
+
+  Attributes:
+    uri: data URI.
+    text: what it shows, in words.
+    tiny: so small that its pixels are shown as squares.
+  """
 
   uri: str
   text: str
+  tiny: bool
 
 
 class Card(NamedTuple):
@@ -50,7 +58,7 @@ class Looks(NamedTuple):
   """What the page shows in pictures; a sentence in the place of what cannot be shown.
 
   Attributes:
-    prototypes: {"Most used": cards, "Median": cards, "Least used": cards}.
+    prototypes: {"Most used": cards, ...}.
     seen: how the nearest images were found, one sentence.
     attention: of each image the image, the mean over heads, and the heads.
     views: of each image the image, then its views.
@@ -108,17 +116,14 @@ def _prototypes(model, bank, arrays, limit):
   rows = [k for numbers in chosen.values() for k in numbers]
   cosine = _unit(matrix[rows]) @ _unit(seen["embeddings"][name]).T  # [P, N]
   nearest = np.argsort(-cosine, axis=1, kind="stable")[:, :_NEAREST]
-  thumbnails = {
-    row: (image, label)
-    for row, image, label in _read(bank, np.unique(seen["index"][nearest]), _SIDE)
-  }
+  images = _read(bank, np.unique(seen["index"][nearest]))
   cards = {}
   for i, number in enumerate(rows):
     pictures = []
     for j in nearest[i]:
-      image, label = thumbnails[int(seen["index"][j])]
+      image, label = images[int(seen["index"][j])]
       named = f"{bank.class_names[label]}, " if label >= 0 else ""
-      pictures.append(Picture(image, f"{named}cosine {cosine[i, j]:.3f}"))
+      pictures.append(_picture(image, f"{named}cosine {cosine[i, j]:.3f}"))
     most, pure = (arrays[k][number] if k in arrays else None for k in ("majority", "purity"))
     cards[number] = Card(
       number, int(arrays["usage"][number]), "" if most is None or most < 0 else
@@ -140,7 +145,7 @@ def _chosen(usage: np.ndarray) -> dict[str, list[int]]:
   parts = {
     "Most used": order[:_CARDS],
     "Median of the used": order[middle : min(middle + _CARDS, used)],
-    "Least used": order[::-1][:_CARDS],
+    f"Least used ({len(usage) - used:,} of {len(usage):,} dead)": order[::-1][:_CARDS],
   }
   taken, chosen = set(), {}
   for kind, numbers in parts.items():
@@ -152,31 +157,24 @@ def _chosen(usage: np.ndarray) -> dict[str, list[int]]:
 def _attention(model, bank):
   if not model.config.model.name.startswith("vit"):
     raise errors.UserError(f"{model.config.model.name} has no attention")
-  wanted = np.arange(_IMAGES) * len(bank) // _IMAGES
-  size = model.config.data.image_size
-  images, names = [], []
-  for index in np.unique(wanted):
-    record = next(bank.read([index]))
-    if not isinstance(record, sources.CorruptImage):
-      images.append(pipeline.squash(record["image"], size))
-      label = record["label"]
-      names.append(bank.class_names[label] if label >= 0 else bank.describe(index))
-  if not images:
+  found = _read(bank, np.unique(np.arange(_IMAGES) * len(bank) // _IMAGES))
+  if not found:
     raise errors.UserError(f"the images of {bank.name} cannot be read")
-  maps = trained.attention(model, np.stack(images))  # [N, H, h, w]
+  images = np.stack([
+    pipeline.squash(image, model.config.data.image_size) for image, _ in found.values()
+  ])  # fmt: skip
   rows = []
-  for image, name, heads in zip(images, names, maps, strict=True):
-    row = [Picture(uri(image), name)]
-    for title, weights in [("mean of heads", heads.mean(axis=0)), *_numbered(heads)]:
-      row.append(
-        Picture(uri(_heat(image, weights)), f"{title}: at most {weights.max():.3f} on one patch")
-      )
-    rows.append(tuple(row))
+  for (index, (_, label)), image, heads in zip(
+    found.items(), images, trained.attention(model, images), strict=True
+  ):
+    maps = {"mean of heads": heads.mean(axis=0)}
+    maps |= {f"head {i + 1}": weights for i, weights in enumerate(heads[:_HEADS])}
+    name = bank.class_names[label] if label >= 0 else bank.describe(index)
+    rows.append((
+      _picture(image, name),
+      *(_picture(_heat(image, w), f"{title}, up to {w.max():.2f}") for title, w in maps.items()),
+    ))  # fmt: skip
   return tuple(rows)
-
-
-def _numbered(heads: np.ndarray) -> list[tuple[str, np.ndarray]]:
-  return [(f"head {i}", weights) for i, weights in enumerate(heads[:_HEADS])]
 
 
 def _views(config, train):
@@ -196,30 +194,33 @@ def _views(config, train):
   views = jax.device_get(jax.jit(augment.make(config.augment))(key, batch))
   rows = []
   for i, image in enumerate(batch["image"]):
-    row = [Picture(uri(image), f"image {batch['index'][i]} of {train.name}")]
+    row = [_picture(image, f"{train.name}, image {batch['index'][i]}")]
     for kind, title in (("global", "global view"), ("local", "local view")):
       for j, view in enumerate(views.get(kind, [()] * len(batch["image"]))[i][:_LOCALS]):
         plain = view * np.array(config.augment.std) + np.array(config.augment.mean)
         pixels = np.round(255 * plain.clip(0, 1)).astype(np.uint8)
-        row.append(Picture(uri(pixels), f"{title} {j + 1}, {len(view)} px"))
+        row.append(_picture(pixels, f"{title} {j + 1}, {len(view)} px"))
     rows.append(tuple(row))
   return tuple(rows)
 
 
-def _read(source, indices: Sequence[int], side: int):
-  """(index, data URI, label) of the records that can be read."""
-  for index, record in zip(indices, source.read(indices), strict=True):
-    if not isinstance(record, sources.CorruptImage):
-      yield int(index), uri(record["image"], side), record["label"]
+def _read(source, indices: Sequence[int]) -> dict[int, tuple[np.ndarray, int]]:
+  """{index: (uint8 [H, W, 3], label)} of the records that can be read."""
+  records = zip(indices, source.read(indices), strict=True)
+  return {
+    int(index): (record["image"], record["label"])
+    for index, record in records if not isinstance(record, sources.CorruptImage)
+  }  # fmt: skip
 
 
-def uri(image: np.ndarray, side: int = _SIDE) -> str:
-  """uint8 [H, W, 3] -> data URI, made smaller where the longer side has more than `side` pixels."""
-  picture = Image.fromarray(image)
-  picture.thumbnail((side, side))
+def _picture(image: np.ndarray, text: str) -> Picture:
+  """uint8 [H, W, 3], made smaller where a side has more than `_SIDE` pixels."""
+  small = Image.fromarray(image)
+  small.thumbnail((_SIDE, _SIDE))
   file = io.BytesIO()
-  picture.save(file, "webp", quality=88, method=4)
-  return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
+  small.save(file, "webp", quality=88, method=4)
+  data = base64.b64encode(file.getvalue()).decode()
+  return Picture(f"data:image/webp;base64,{data}", text, max(image.shape[:2]) <= _TINY)
 
 
 def _heat(image: np.ndarray, weights: np.ndarray) -> np.ndarray:

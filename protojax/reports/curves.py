@@ -1,0 +1,167 @@
+"""Which charts a report shows, and from which numbers; several runs share every chart."""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from protojax.reports import charts
+from protojax.reports import record as records
+
+_BINS = 48
+_FLOOR = 1e-7  # of the largest eigenvalue; below it is the noise of float32
+
+
+def sets(runs: Sequence[records.Record]) -> list[str]:
+  """Tags of the prototype sets that were measured: "" for the main one, "patch_" of iBOT, ..."""
+  keys = {key for run in runs for key in (*run.curves, *run.measures(records.FINAL))}
+  found = (re.fullmatch(r"collapse/(.*)unique_0\.025", key) for key in keys)
+  return sorted(match[1] for match in found if match)
+
+
+def training(runs: Sequence[records.Record]) -> list[str]:
+  """Loss, target entropy, accuracies, rank and spread over the steps, <figure> elements."""
+  loss, parts = _lines(runs, "train/loss"), _lines(runs, "train/cross_entropy")
+  if parts:
+    loss = [line._replace(label=f"{line.label}, loss") for line in loss] + [
+      line._replace(label=f"{line.label}, cross entropy", reference=True) for line in parts
+    ]
+  chance = _reference(runs, "train/ln_k", "ln K")
+  told = "mean since the line before" + "; dashed in colour: the cross entropy alone" * bool(parts)
+  told += "; dashed: ln K, uniform predictions" * bool(chance)
+  entropy = _lines(runs, "train/target_entropy")
+  most = "nats" + "; dashed: ln K, its largest value" * bool(chance)
+  share = {"scale": charts.PERCENT}
+  return [
+    _over_steps(runs, "Loss", [*loss, *chance], told),
+    _over_steps(runs, "Entropy of the targets", [*entropy, *chance] if entropy else [], most),
+    _over_steps(
+      runs, "k-NN accuracy", _lines(runs, "probe/knn"),
+      "on the test images, protocol in the table above", **share,
+    ),
+    _over_steps(
+      runs, "Linear accuracy, online", _lines(runs, "probe/linear"),
+      "on the test images; classifier trained beside the encoder", **share,
+    ),
+    _over_steps(
+      runs, "RankMe", _lines(runs, "collapse/rankme"),
+      "effective rank of the features of a fixed sample",
+    ),
+    _over_steps(
+      runs, "Feature spread", _lines(runs, "collapse/feature_std"),
+      "standard deviation of unit features times √D: 1 on the whole sphere, 0 collapsed",
+    ),
+  ]  # fmt: skip
+
+
+def prototypes(runs: Sequence[records.Record], tag: str) -> list[str]:
+  """Uniqueness, use and drift of one set of prototypes over the steps, <figure> elements."""
+  share = {"scale": charts.PERCENT, "y_range": (0.0, 1.03)}
+  figures = []
+  for limit in ("0.025", "0.25", "0.5"):
+    key = f"collapse/{tag}unique_{limit}"
+    lines = _lines(runs, key)
+    figures.append(_over_steps(
+      runs, f"Unique at cosine distance {limit}",
+      [*lines, *_reference(runs, f"{key}_random", "random")] if lines else [],
+      "share of K, greedy cover; dashed: random prototypes, same K and D", **share,
+    ))  # fmt: skip
+  for name, title, told, options in (
+    ("used_sample", "Used",
+     "share of K that is nearest to some image of a sample", share),
+    ("perplexity", "Perplexity of use",
+     "over the bank; K: all are used alike, 1: a single one", {}),
+    ("drift", "Drift", "mean cosine to where each started; 1: never moved", {}),
+  ):  # fmt: skip
+    lines = _lines(runs, f"collapse/{tag}{name}")
+    figures.append(_over_steps(runs, title, lines, told, **options))
+  return figures
+
+
+def ends(runs: Sequence[records.Record]) -> list[str]:
+  """Distances, use and spectrum at the end of the runs, <figure> elements."""
+  return [_nearest(runs), _usage(runs), _spectrum(runs)]
+
+
+def _nearest(runs) -> str:
+  top = max((_finite(run, "nearest").max(initial=1.0) for run in runs), default=1.0)
+  top = max([top, *(_finite(run, "nearest_random").max(initial=1.0) for run in runs)])
+  bins = np.linspace(0.0, top, _BINS + 1)
+  lines = []
+  for key, label, reference in (
+    ("nearest_random", "random", True), ("nearest", "this run", False),
+  ):  # fmt: skip
+    for i, run in enumerate(runs):
+      values = _finite(run, key)
+      if len(values):
+        share = np.append(np.histogram(values, bins)[0] / len(values), 0.0)
+        colour = None if reference and len(runs) == 1 else i
+        name = label if len(runs) == 1 else f"{run.name}, {label}" if reference else run.name
+        lines.append(charts.Line(name, bins, share, colour, reference, steps=True))
+  high = max((line.y.max() for line in lines), default=1.0)
+  return charts.figure(
+    "Distance to the nearest other prototype", lines, x_label="cosine distance",
+    scale=charts.PERCENT, y_range=(0, 1.08 * float(high)),
+    caption="share of K in each bin; dashed: random prototypes, same K and D",
+  )  # fmt: skip
+
+
+def _usage(runs) -> str:
+  lines, even = [], []
+  for i, run in enumerate(runs):
+    usage = run.arrays.get("usage", np.zeros(0))
+    if len(usage):
+      rank = 100 * np.arange(1, len(usage) + 1) / len(usage)
+      lines.append(charts.Line(run.name, rank, np.sort(usage)[::-1].astype(float), i))
+      colour = None if len(runs) == 1 else i
+      even.append(
+        charts.Line("balanced", np.array([0.0, 100.0]), np.full(2, usage.mean()), colour, True)
+      )
+  return charts.figure(
+    "Images per prototype", [*lines, *even], x_label="prototypes by rank, % of K",
+    scale=charts.COUNT, x_range=(0, 100),
+    caption="of the whole bank, log(1 + images) axis; dashed: balanced use",
+  )  # fmt: skip
+
+
+def _spectrum(runs) -> str:
+  lines = []
+  for i, run in enumerate(runs):
+    values = np.sort(_finite(run, "spectrum"))[::-1]
+    values = values[values > _FLOOR * values.max(initial=0.0)]
+    if len(values):
+      share = values / values.sum()
+      lines.append(charts.Line(run.name, np.arange(1.0, len(share) + 1), share, i))
+  return charts.figure(
+    "Spectrum of the features", lines, x_label="eigenvalue of the covariance, by rank",
+    scale=charts.LOG, caption="share of the variance, log axis; a cliff is dimensional collapse",
+  )
+
+
+def _over_steps(runs, title: str, lines: list[charts.Line], told: str, **options) -> str:
+  """A chart whose steps go as far as those of all others."""
+  last = max((float(steps[-1]) for run in runs for steps, _ in run.curves.values()), default=1.0)
+  return charts.figure(
+    title, lines, x_label="step, optimizer updates", caption=told, x_range=(0.0, last), **options
+  )
+
+
+def _lines(runs, key: str) -> list[charts.Line]:
+  return [
+    charts.Line(run.name, *run.curves[key], i) for i, run in enumerate(runs) if key in run.curves
+  ]
+
+
+def _reference(runs, key: str, label: str) -> list[charts.Line]:
+  """One neutral line where all runs agree, else one each in the run's colour."""
+  lines = _lines(runs, key)
+  lines = [line._replace(reference=True, label=f"{label}, {line.label}") for line in lines]
+  if lines and len({float(y) for line in lines for y in np.unique(line.y)}) == 1:
+    ends = np.array([min(li.x[0] for li in lines), max(li.x[-1] for li in lines)], float)
+    return [lines[0]._replace(x=ends, y=lines[0].y[[0, -1]], label=label, colour=None)]
+  return lines
+
+
+def _finite(run, key: str) -> np.ndarray:
+  values = np.asarray(run.arrays.get(key, np.zeros(0)), float)
+  return values[np.isfinite(values)]

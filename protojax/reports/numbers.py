@@ -1,0 +1,250 @@
+"""The numbers of a report: verdicts, key numbers and evaluations, each with file and protocol.
+
+Every number stands in a <data> element that names its run, its file and its key in there.
+"""
+
+import html
+import math
+from collections.abc import Sequence
+
+from protojax import monitor
+from protojax.reports import charts, curves
+from protojax.reports import record as records
+
+_SAMPLE = "at most {images} evenly spread images of the bank"
+# key in result.json, label, form, how it is obtained. {tag} is that of a prototype set.
+_KEYS = (
+  ("probe/knn", "k-NN accuracy", "%", "cosine, k = {k}, T = {temperature}, weights "
+   "exp(similarity / T); bank {bank}, tested on {test}; {features}; {transform}"),
+  ("probe/linear_fitted", "Linear accuracy", "%",
+   "{linear}; bank {bank}, tested on {test}; {transform}"),
+  ("probe/linear", "Linear accuracy, online", "%",
+   "softmax classifier trained by Adam beside the encoder on {bank}, tested on {test}"),
+  ("collapse/{tag}unique_0.025", "Unique at .025", "%",
+   "greedy cover in index order, cosine distance below .025; random ones: {random_25}"),
+  ("collapse/{tag}unique_0.25", "Unique at .25", "%",
+   "as above, cosine distance below .25; random ones: {random_250}"),
+  ("collapse/{tag}unique_0.5", "Unique at .5", "%",
+   "as above, cosine distance below .5; random ones: {random_500}"),
+  ("collapse/{tag}used", "Used", "%", "{usage}; bank {bank}"),
+  ("collapse/{tag}perplexity", "Perplexity of use", "",
+   "exp of the entropy of the histogram of nearest prototypes; bank {bank}"),
+  ("collapse/{tag}drift", "Drift", "",
+   "mean cosine of each prototype to where it started; 1: never moved"),
+  ("collapse/{tag}relative_uniqueness", "Relative spacing", "",
+   "median distance between nearest prototypes over that between features and theirs; " + _SAMPLE),
+  ("collapse/rankme", "RankMe", "", "effective rank of the features of " + _SAMPLE),
+  ("collapse/feature_std", "Feature spread", "",
+   "standard deviation of unit features times √D, 0 is collapse; " + _SAMPLE),
+  ("train/loss", "Loss", "", "training, mean of the last {log_every} steps"),
+  ("train/ln_k", "ln K", "", "loss of uniform predictions, and the largest entropy of a target"),
+  ("train/target_entropy", "Entropy of the targets", "",
+   "nats, mean of the last {log_every} steps"),
+  ("time/img_per_s", "Images a second", "", "of training alone, over the last {log_every} steps"),
+  ("seconds", "Wall time", "s", "compiling, training and evaluating, all restarts together"),
+)  # fmt: skip
+_SIGNS = {"ok": "✓", "warn": "!", "bad": "✕", "open": "…"}
+
+
+class _Facts(dict):
+  """What a protocol does not say reads "n/a"."""
+
+  def __missing__(self, key):
+    return "n/a"
+
+
+def verdict(run: records.Record) -> tuple[str, str, str]:
+  """(kind: ok, warn, bad or open; label; sentence): `monitor.verdict` of the last measures."""
+  measures = run.measures(records.FINAL) or run.latest()
+  try:
+    found = monitor.verdict(measures, config=run.config, step=run.step)
+  except (AttributeError, KeyError, TypeError, ValueError):
+    return "open", "no verdict", "config.json is missing or of another version."
+  calm = {"ok": "ok", "warming up": "open"}
+  kind = "bad" if found.collapsed else calm.get(found.label, "warn")
+  return kind, found.label, found.sentence
+
+
+def cards(runs: Sequence[records.Record]) -> str:
+  """An <article> for every run: verdict, and what was trained on what."""
+  return "".join(_card(i, run) for i, run in enumerate(runs))
+
+
+def _card(number: int, run: records.Record) -> str:
+  kind, label, sentence = verdict(run)
+  facts = _about(run)
+  if records.FINAL not in run.results:
+    facts["Unfinished"] = f"the numbers are the last ones, of step {run.step:,} or before"
+  rows = "".join(f"<div><dt>{_e(k)}</dt><dd>{_e(v)}</dd></div>" for k, v in facts.items())
+  notes = "".join(f'<p class="note">{_e(note)}</p>' for note in run.notes)
+  return (
+    f'<article class="run {kind}"><h2>{swatch(number)}{_e(run.name)}</h2>'
+    f'<p class="verdict"><b><span aria-hidden="true">{_SIGNS[kind]}</span> {_e(label)}</b> '
+    f"{_e(sentence)}</p><dl>{rows}</dl>{notes}</article>"
+  )
+
+
+def _about(run: records.Record) -> dict[str, str]:
+  config, facts = run.config, {}
+  try:
+    method = config.method
+    facts["Method"] = method.name
+    if method.num_prototypes and method.prototypes != "none":
+      dim = config.head.bottleneck
+      facts["Prototypes"] = f"{method.prototypes}, {method.num_prototypes:,} × {dim}"
+    facts["Encoder"] = config.model.name
+    facts["Data"] = f"{config.data.name}, {config.data.num_records:,} images"
+    facts["Steps"] = f"{run.step:,} of {config.num_steps:,}, {config.batch_size:,} images each"
+    facts["Seed"] = str(config.seed)
+  except (AttributeError, KeyError, TypeError, ValueError):
+    pass  # a config of another version: what it does say
+  environment = run.results.get(records.FINAL, {}).get("environment", {})
+  if isinstance(environment, dict) and environment:
+    devices = environment.get("devices") or []
+    versions = environment.get("packages") or {}
+    facts["Ran on"] = (
+      f"{len(devices)} × {devices[0] if devices else 'n/a'}, jax {versions.get('jax', 'n/a')}, "
+      f"protojax {environment.get('protojax', 'n/a')}"
+    )
+  return facts
+
+
+def key_numbers(runs: Sequence[records.Record]) -> str:
+  """<table>: a row a measure, a column a run, and how the numbers were obtained.
+
+  Further prototype sets have a table each, folded away.
+  """
+  parts = []
+  for tag in ["", *(tag for tag in curves.sets(runs) if tag)]:
+    body = []
+    for key, label, form, how in _KEYS:
+      if not tag or "{tag}" in key:
+        key = key.replace("{tag}", tag)
+        values = [_value(run, key) for run in runs]
+        told = [
+          how.format_map(_facts(run, tag)) for run, (value, _) in zip(runs, values, strict=True)
+          if value is not None
+        ]  # fmt: skip
+        if told:
+          body.append(_row(runs, label, key, form, values, told))
+    table = _table(runs, body, last="How it was obtained")
+    parts.append(folded(f"Prototype set: {tag.rstrip('_')}", table) if tag else table)
+  return "".join(parts)
+
+
+def _value(run: records.Record, key: str) -> tuple[float | None, str]:
+  """(the number or None, its file): the final result's, else the latest of the curves."""
+  if records.FINAL in run.results:
+    return run.measures(records.FINAL).get(key), records.FINAL
+  return run.latest().get(key), records.METRICS
+
+
+def _facts(run: records.Record, tag: str) -> _Facts:
+  facts = _Facts()
+  try:
+    config = run.config
+    probe = config.probe
+    facts |= {"images": f"{config.monitor.images:,}", "log_every": str(config.log_every)}
+    facts |= {"k": probe.k, "temperature": probe.temperature}
+    facts["bank"], facts["test"] = (
+      f"{probe.name}/{split}" for split in (probe.train_split, probe.test_split)
+    )
+  except (AttributeError, KeyError, TypeError, ValueError):
+    pass
+  protocol = run.results.get(records.FINAL, {}).get("protocol", {})
+  facts |= protocol if isinstance(protocol, dict) else {}
+  if facts.get("limit"):
+    facts["bank"] = f"{facts['bank']}, {facts['limit']} of them, evenly spread"
+  for name, limit in (("25", "0.025"), ("250", "0.25"), ("500", "0.5")):
+    value, _ = _value(run, f"collapse/{tag}unique_{limit}_random")
+    facts[f"random_{name}"] = "n/a" if value is None else written(value, "%")
+  return facts
+
+
+def evaluations(runs: Sequence[records.Record]) -> str:
+  """A <section> for every eval/*/result.json but the final one, with its protocol."""
+  files = sorted({file for run in runs for file in run.results} - {records.FINAL})
+  parts = []
+  for file in files:
+    keys = dict.fromkeys(key for run in runs for key in run.measures(file))
+    body = [
+      _row(runs, key, key, "", [(run.measures(file).get(key), file) for run in runs], [])
+      for key in keys
+    ]
+    protocols = [run.results.get(file, {}).get("protocol", {}) for run in runs]
+    told = "".join(
+      f"<h4>{swatch(i)}{_e(run.name)}</h4>{settings_list(protocol)}"
+      for i, (run, protocol) in enumerate(zip(runs, protocols, strict=True)) if protocol
+    )  # fmt: skip
+    parts.append(
+      f"<h3>{_e(file.split('/')[1])} <code>{_e(file)}</code></h3>{_table(runs, body)}"
+      f"{folded('Protocol', told)}"
+    )
+  return "".join(parts)
+
+
+def folded(summary: str, content: str) -> str:
+  """<details> whose summary is plain text."""
+  return f"<details><summary>{_e(summary)}</summary>{content}</details>"
+
+
+def settings_list(tree: dict) -> str:
+  """<dl> of a JSON object's entries."""
+  items = tree.items() if isinstance(tree, dict) else []
+  return '<dl class="wide">' + "".join(
+    f"<div><dt>{_e(k)}</dt><dd>{_e(v)}</dd></div>" for k, v in items
+  ) + "</dl>"  # fmt: skip
+
+
+def _table(runs, body: list[str], last: str = "") -> str:
+  if not body:
+    return "<p>No number was written yet.</p>"
+  heads = "".join(f'<th scope="col">{swatch(i)}{_e(r.name)}</th>' for i, r in enumerate(runs))
+  end = f'<th scope="col">{last}</th>' * bool(last)
+  return (
+    f'<table class="keys"><thead><tr><th scope="col">Measure</th>{heads}{end}</tr></thead>'
+    f"<tbody>{''.join(body)}</tbody></table>"
+  )
+
+
+def _row(runs, label, key, form, values, told) -> str:
+  cells = []
+  for number, (run, (value, file)) in enumerate(zip(runs, values, strict=True)):
+    name = f'<span class="of">{swatch(number)}{_e(run.name)}</span>' * (len(runs) > 1)
+    shown = '<span class="none">–</span>'
+    if value is not None:
+      shown = (
+        f'<data value="{_e(repr(value))}" data-run="{_e(run.name)}" data-file="{_e(file)}" '
+        f'data-key="{_e(key)}" title="{_e(f"{file}: {key} = {value!r}")}">'
+        f"{_e(written(value, form))}</data>"
+      )
+    cells.append(f"<td>{name}{shown}</td>")
+  mono = f"<code>{_e(key)}</code>" if label != key else ""
+  how = ""
+  if told:
+    known = dict.fromkeys(told)
+    how = f'<td class="how">{"<br>".join(_e(t) for t in known)}</td>'
+  return f'<tr><th scope="row">{_e(label)}{mono}</th>{"".join(cells)}{how}</tr>'
+
+
+def written(value: float, form: str = "") -> str:
+  """A number for people: form "%" of a share, "s" of seconds, "" of anything else."""
+  if isinstance(value, float) and not math.isfinite(value):
+    return "not finite"
+  if form == "%":
+    return f"{100 * value:.1f} %"
+  if form == "s":
+    minutes, seconds = divmod(round(value), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
+  return charts.number(value)
+
+
+def swatch(number: int) -> str:
+  """The colour of a run."""
+  again = " again" * (number >= charts.COLOURS)
+  return f'<i class="swatch c{number % charts.COLOURS}{again}" aria-hidden="true"></i>'
+
+
+def _e(text) -> str:
+  return html.escape(str(text))
