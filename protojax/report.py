@@ -7,7 +7,7 @@ import sys
 import jax
 from absl import logging
 
-from protojax import cli, errors, trained
+from protojax import cli, errors, trained, workdir
 from protojax.data import source as sources
 from protojax.reports import gallery, page
 from protojax.reports import record as records
@@ -34,7 +34,7 @@ def after_training(model: trained.Trained, arrays: dict, *, bank, train) -> path
     The path of the page.
   """
   folder = pathlib.Path(model.path)
-  looks = gallery.look(model, bank=bank, train=train, arrays=arrays)
+  looks = gallery.look(model, model.config, bank=bank, train=train, arrays=arrays)
   if jax.process_index() == 0:
     run = records.read([folder])[0]
     page.write(folder / NAME, page.build([run], {run.name: looks}, _command([folder])))
@@ -48,24 +48,26 @@ def _command(folders) -> str:
 def _look(run: records.Record, limit: int) -> gallery.Looks | str:
   """The pictures of a run on the disk, or a sentence why there are none."""
   try:
-    model = trained.load(str(run.folder))
-  except errors.UserError as error:
-    return f"Left out: {error}."
-  data = model.config.data
-  return gallery.look(
-    model, arrays=run.arrays if run.measures(records.FINAL).get("step") == model.step else {},
-    bank=_found(trained.source, model, "train"), limit=limit,
-    train=_found(
-      sources.build, data.name, split=data.split, data_dir=data.data_dir,
-      imbalance=data.imbalance, seed=model.config.seed,
-    ),
-  )  # fmt: skip
+    config = workdir.restored(run.config.to_dict())
+  except (AttributeError, KeyError, TypeError, ValueError, errors.UserError):
+    return "config.json is missing or of another version."
+  data, arrays = config.data, run.arrays
+  train = _tried(
+    sources.build, data.name, split=data.split, data_dir=data.data_dir, imbalance=data.imbalance,
+    seed=config.seed,
+  )
+  model = bank = _tried(trained.load, str(run.folder))
+  if isinstance(model, trained.Trained):
+    bank = _tried(trained.source, model, "train")
+    if run.measures(records.FINAL).get("step") != model.step:
+      arrays = {}  # of another state
+  return gallery.look(model, config, bank=bank, train=train, arrays=arrays, limit=limit)
 
 
-def _found(build, *arguments, **options):
-  """The source, or the UserError that says why there is none."""
+def _tried(call, *arguments, **options):
+  """What `call` returns, or the UserError that says why it does not."""
   try:
-    return build(*arguments, **options)
+    return call(*arguments, **options)
   except errors.UserError as error:
     return error
 

@@ -12,6 +12,15 @@ from protojax import config as configs
 from protojax.reports import curves, gallery, numbers, style
 from protojax.reports import record as records
 
+_ATTENTION = (
+  "How much the class token attends to each patch in the last block: the image as it is evaluated, "
+  "the mean over heads, each head; each map from 0 (dark) to its own largest weight."
+)
+_VIEWS = (
+  "The first images of the run's first batch and the very views that its first step saw: crops and "
+  "colours; patches that a method hides are shown too."
+)
+_NOT_YET = "No measure of prototypes was written yet; the first comes at step monitor.every."
 _NO_PROTOTYPES = "No run here has prototypes, so there is nothing to say about their collapse."
 
 
@@ -33,9 +42,9 @@ def build(
       "By the step, from metrics.jsonl. A cross marks a value that was not finite."
     ) + _grid(curves.training(runs), "metrics.jsonl holds no measure yet."),
     "Prototypes": _prototypes(runs),
-    "Gallery": _each(runs, looks, _gallery),
-    "Attention": _each(runs, looks, _attention),
-    "Views": _each(runs, looks, _views),
+    "Gallery": _each(runs, looks, "prototypes", _gallery),
+    "Attention": _lead(_ATTENTION) + _each(runs, looks, "attention", _rows),
+    "Views": _lead(_VIEWS) + _each(runs, looks, "views", _rows),
     "Settings": _settings(runs),
   }  # fmt: skip
   links = "".join(f'<a href="#{name.lower()}">{name}</a>' for name in sections)
@@ -91,7 +100,8 @@ def _numbers(runs) -> str:
 def _prototypes(runs) -> str:
   tags, ends = curves.sets(runs), curves.ends(runs)
   if not tags:
-    return _lead(_NO_PROTOTYPES) + _grid(ends, "")
+    without = all(_said(run, "method", "prototypes") == "none" for run in runs)
+    return _lead(_NO_PROTOTYPES if without else _NOT_YET) + _grid(ends, "")
   parts = []
   for tag in tags:
     grid = _grid(curves.prototypes(runs, tag), "")
@@ -106,21 +116,26 @@ def _prototypes(runs) -> str:
   return lead + "".join(parts) + last
 
 
-def _each(runs, looks, show) -> str:
+def _said(run, section: str, name: str):
+  """A setting of the run, None where its config does not say it."""
+  found = run.config.get(section)
+  return found.get(name) if hasattr(found, "get") else None
+
+
+def _each(runs, looks, part: str, show) -> str:
+  """One part of every run's pictures, or the sentence in its place."""
   parts = []
   for i, run in enumerate(runs):
-    look = looks.get(run.name, "Pictures were not asked for.")
-    content = _lead(look) if isinstance(look, str) else show(look)
+    look = looks[run.name]
+    found = look if isinstance(look, str) else getattr(look, part)
     heading = f"<h3>{numbers.swatch(i)}{_e(run.name)}</h3>" * (len(runs) > 1)
-    parts.append(heading + content)
+    parts.append(heading + (_lead(f"Left out: {found}") if isinstance(found, str) else show(found)))
   return "".join(parts)
 
 
-def _gallery(look) -> str:
-  if isinstance(look.prototypes, str):
-    return _lead(f"Left out: {look.prototypes}")
-  parts = [_lead(look.seen)]
-  for kind, cards in look.prototypes.items():
+def _gallery(found) -> str:
+  parts = [_lead(found.how)]
+  for kind, cards in found.kinds.items():
     parts.append(f'<h3>{_e(kind)}</h3><div class="protos">{"".join(map(_card, cards))}</div>')
   return "".join(parts)
 
@@ -133,24 +148,6 @@ def _card(card) -> str:
     f'<div class="proto"><p><b>№ {card.number:,}</b> <span>{count}{pure}</span></p>'
     f'<div class="strip">{images}</div></div>'
   )
-
-
-def _attention(look) -> str:
-  if isinstance(look.attention, str):
-    return _lead(f"Left out: {look.attention}")
-  return _lead(
-    "How much the class token attends to each patch in the last block, evaluation transform: "
-    "the image, the mean over heads, each head; each map from 0 (dark) to its own largest weight."
-  ) + _rows(look.attention)  # fmt: skip
-
-
-def _views(look) -> str:
-  if isinstance(look.views, str):
-    return _lead(f"Left out: {look.views}")
-  return _lead(
-    "The first images of the run's first batch and the very views that its first step saw: crops "
-    "and colours; patches that a method hides are not shown hidden."
-  ) + _rows(look.views)  # fmt: skip
 
 
 def _rows(rows) -> str:

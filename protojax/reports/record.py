@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -103,8 +104,8 @@ def _arrays(folder: pathlib.Path, notes: list[str]) -> dict[str, np.ndarray]:
   if not path.exists():
     return {}
   try:
-    with np.load(path, allow_pickle=False) as file:
-      return {key: file[key] for key in file.files}
+    with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+      return {key: arrays[key] for key in arrays.files if arrays[key].dtype.kind in "iuf"}
   except Exception:  # a damaged archive raises almost anything
     notes.append(f"{ARRAYS} was left out: it is damaged.")
     return {}
@@ -126,9 +127,8 @@ def _curves(path: pathlib.Path, notes: list[str]) -> dict[str, Curve]:
       points = {k: {s: v for s, v in p.items() if s < step} for k, p in points.items()}
     newest = step
     for key, value in record.items():
-      if value is None or isinstance(value, int | float) and not isinstance(value, bool):
-        finite = value is not None and math.isfinite(value)
-        points.setdefault(key, {})[step] = float(value) if finite else math.nan
+      if value is None or _is_number(value):
+        points.setdefault(key, {})[step] = math.nan if value is None else float(_finite(value))
   if torn:
     notes.append(f"{torn} unreadable line{'s' * (torn > 1)} of {METRICS} left out.")
   return {
@@ -141,6 +141,15 @@ def _numbers(tree: dict, prefix: str = "") -> dict[str, float]:
   for key, value in tree.items():
     if isinstance(value, dict):
       out |= _numbers(value, f"{prefix}{key}.")
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-      out[prefix + key] = value
+    elif _is_number(value):
+      out[prefix + key] = _finite(value)
   return out
+
+
+def _is_number(value) -> bool:
+  return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _finite(value: float) -> float:
+  """The number, or NaN where no float is as large."""
+  return value if abs(value) <= sys.float_info.max else math.nan
