@@ -120,7 +120,7 @@ def _usage(runs) -> str:
   return charts.figure(
     "Images per prototype", [*lines, *even], x_label="prototypes by rank, % of K",
     scale=charts.COUNT, x_range=(0, 100),
-    caption="of the whole bank, log(1 + images) axis; dashed: balanced use",
+    caption="of the bank, axis log(1 + images); dashed: balanced use",
   )  # fmt: skip
 
 

@@ -141,7 +141,7 @@ def _gallery(found) -> str:
 
 
 def _card(card) -> str:
-  pure = "" if math.isnan(card.purity) else f", {card.purity:.0%} {_e(card.majority)}"
+  pure = "" if math.isnan(card.purity) else f", {card.purity:.0%} are “{_e(card.majority)}”"
   images = "".join(_image(picture) for picture in card.images)
   count = "dead: 0 images" if not card.count else f"{card.count:,} image{'s' * (card.count > 1)}"
   return (

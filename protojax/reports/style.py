@@ -94,7 +94,7 @@ display:block}
 .scroll{overflow-x:auto}
 .rows{display:grid;gap:.75rem 1.5rem;
 grid-template-columns:repeat(auto-fill,minmax(min(100%,calc(var(--n)*94px)),1fr))}
-.rows>div{display:grid;gap:.4rem;grid-template-columns:repeat(var(--n),minmax(0,88px))}
+.rows>div{display:grid;gap:.4rem;grid-template-columns:repeat(var(--n),minmax(0,1fr))}
 .rows figcaption{font-size:11.5px;line-height:1.3;color:var(--soft);overflow-wrap:anywhere}
 details{margin:.5rem 0}
 summary{cursor:pointer;color:var(--soft)}
