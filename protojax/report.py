@@ -12,7 +12,7 @@ from protojax.data import source as sources
 from protojax.reports import gallery, page
 from protojax.reports import record as records
 
-NAME = "report.html"
+NAME, OF_SEVERAL = "report.html", "comparison.html"
 _DESCRIPTION = """One self-contained page about a run, or about several in the same charts.
 
 Verdict and numbers with their protocol, curves, collapse of the prototypes, the images nearest to
@@ -77,7 +77,10 @@ def main(argv: list[str]) -> None:
   parser.add_argument(
     "--workdir", action="append", required=True, help="folder of a run; give it again for more"
   )
-  parser.add_argument("--out", help=f"file to write; default: {NAME} in the first workdir")
+  parser.add_argument(
+    "--out",
+    help=f"file to write; default: {NAME}, of several runs {OF_SEVERAL}, in the (first) workdir",
+  )  # fmt: skip
   parser.add_argument(
     "--limit", type=int, default=gallery.LIMIT,
     help="images among which those nearest to a prototype are sought; 0: all of the bank",
@@ -87,7 +90,9 @@ def main(argv: list[str]) -> None:
     raise errors.UserError(f"--limit={args.limit} must not be negative (0: all images)")
   folders = [pathlib.Path(w).expanduser() for w in args.workdir]
   runs = records.read(folders)
-  out = pathlib.Path(args.out).expanduser() if args.out else folders[0] / NAME
+  out = pathlib.Path(args.out).expanduser() if args.out else (
+    folders[0] / (NAME if len(folders) == 1 else OF_SEVERAL)
+  )
   looks = {}
   for run in runs:
     logging.info("looking at %s", run.folder)

@@ -21,7 +21,7 @@ from protojax import config as configs
 
 _OURS = (
   "config.json", "env.json", "checkpoints", "exported", "metrics.jsonl", "train.log", "eval",
-  "report.png", "report.html",
+  "report.png", "report.html", "comparison.html",
 )  # fmt: skip
 
 

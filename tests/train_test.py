@@ -114,7 +114,7 @@ def test_run_that_is_done_reports_again_and_changes_nothing(whole):
 
 def test_every_file_of_a_run_is_there(whole):
   for name in (
-    "config.json", "env.json", "metrics.jsonl", "train.log", "report.png",
+    "config.json", "env.json", "metrics.jsonl", "train.log", "report.png", "report.html",
     "exported/encoder.safetensors", "exported/config.json", "eval/final/result.json",
   ):  # fmt: skip
     assert (whole / name).stat().st_size > 0, name

@@ -66,11 +66,13 @@ def prototypes(runs: Sequence[records.Record], tag: str) -> list[str]:
       [*lines, *_reference(runs, f"{key}_random", "random")] if lines else [],
       "share of K, greedy cover; dashed: random prototypes, same K and D", **share,
     ))  # fmt: skip
+  # Of the sample at every look; versions before that wrote only the one of the bank.
+  of_sample = any(f"collapse/{tag}perplexity_sample" in run.curves for run in runs)
   for name, title, told, options in (
     ("used_sample", "Used",
      "share of K that is nearest to some image of a sample", share),
-    ("perplexity", "Perplexity of use",
-     "over the bank; K: all are used alike, 1: a single one", {}),
+    ("perplexity_sample" if of_sample else "perplexity", "Perplexity of use",
+     f"by the {'sample' if of_sample else 'bank'}; 1: all images have the same prototype", {}),
     ("drift", "Drift", "mean cosine to where each started; 1: never moved", {}),
   ):  # fmt: skip
     lines = _lines(runs, f"collapse/{tag}{name}")

@@ -5,8 +5,10 @@ Every number stands in a <data> element that names its run, its file and its key
 
 import html
 import math
+import re
 from collections.abc import Sequence
 
+from protojax import config as configs
 from protojax import monitor
 from protojax.reports import charts, curves
 from protojax.reports import record as records
@@ -162,11 +164,11 @@ def _facts(run: records.Record, tag: str) -> _Facts:
 
 
 def evaluations(runs: Sequence[records.Record]) -> str:
-  """A <section> for every eval/*/result.json but the final one, with its protocol."""
+  """A table for every eval/*/result.json but the final one, with its protocol."""
   files = sorted({file for run in runs for file in run.results} - {records.FINAL})
   parts = []
   for file in files:
-    keys = dict.fromkeys(key for run in runs for key in run.measures(file))
+    keys = sorted({key for run in runs for key in run.measures(file)}, key=_natural)
     body = [
       _row(runs, key, key, "", [(run.measures(file).get(key), file) for run in runs], [])
       for key in keys
@@ -176,21 +178,25 @@ def evaluations(runs: Sequence[records.Record]) -> str:
       f"<h4>{swatch(i)}{_e(run.name)}</h4>{settings_list(protocol)}"
       for i, (run, protocol) in enumerate(zip(runs, protocols, strict=True)) if protocol
     )  # fmt: skip
-    parts.append(
-      f"<h3>{_e(file.split('/')[1])} <code>{_e(file)}</code></h3>{_table(runs, body)}"
-      f"{folded('Protocol', told)}"
-    )
+    content = _table(runs, body) + folded("Protocol", told)
+    parts.append(folded(f"{file}: {len(body)} numbers", content, shown=len(body) <= 12))
   return "".join(parts)
 
 
-def folded(summary: str, content: str) -> str:
-  """<details> whose summary is plain text."""
-  return f"<details><summary>{_e(summary)}</summary>{content}</details>"
+def _natural(key: str) -> list:
+  """Order in which k10 comes before k100, and k20 between them."""
+  return [(part.isdigit(), int(part) if part.isdigit() else 0, part)
+          for part in re.split(r"([0-9]+)", key)]  # fmt: skip
+
+
+def folded(summary: str, content: str, shown: bool = False) -> str:
+  """<details> whose summary is plain text, open if `shown`."""
+  return f"<details{' open' * shown}><summary>{_e(summary)}</summary>{content}</details>"
 
 
 def settings_list(tree: dict) -> str:
-  """<dl> of a JSON object's entries."""
-  items = tree.items() if isinstance(tree, dict) else []
+  """<dl> of a JSON object's entries, nested names joined by dots."""
+  items = configs.flat(tree).items() if isinstance(tree, dict) else []
   return '<dl class="wide">' + "".join(
     f"<div><dt>{_e(k)}</dt><dd>{_e(v)}</dd></div>" for k, v in items
   ) + "</dl>"  # fmt: skip
@@ -202,8 +208,8 @@ def _table(runs, body: list[str], last: str = "") -> str:
   heads = "".join(f'<th scope="col">{swatch(i)}{_e(r.name)}</th>' for i, r in enumerate(runs))
   end = f'<th scope="col">{last}</th>' * bool(last)
   return (
-    f'<table class="keys"><thead><tr><th scope="col">Measure</th>{heads}{end}</tr></thead>'
-    f"<tbody>{''.join(body)}</tbody></table>"
+    f'<table class="keys{" few" * (not last)}"><thead><tr><th scope="col">Measure</th>{heads}{end}'
+    f"</tr></thead><tbody>{''.join(body)}</tbody></table>"
   )
 
 

@@ -60,6 +60,8 @@ tbody th code{display:block}
 td data{font-weight:600;white-space:nowrap}
 .none,.how{color:var(--soft)}.how{font-size:13px}
 .keys .of{display:none}
+.few{width:auto;min-width:min(100%,34rem)}
+.few th,.few td{padding:.25rem .75rem}
 .panel{padding:.35rem .5rem;margin:0 0 1rem}
 .grid{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,340px),1fr))}
 figure{margin:0}
