@@ -80,7 +80,7 @@ def _card(number: int, run: records.Record) -> str:
   rows = "".join(f"<div><dt>{_e(k)}</dt><dd>{_e(v)}</dd></div>" for k, v in facts.items())
   notes = "".join(f'<p class="note">{_e(note)}</p>' for note in run.notes)
   return (
-    f'<article class="run {kind}"><h2>{swatch(number)}{_e(run.name)}</h2>'
+    f'<article class="run {kind}"><h3>{swatch(number)}{_e(run.name)}</h3>'
     f'<p class="verdict"><b><span aria-hidden="true">{_SIGNS[kind]}</span> {_e(label)}</b> '
     f"{_e(sentence)}</p><dl>{rows}</dl>{notes}</article>"
   )

@@ -41,7 +41,7 @@ vertical-align:.25em;background:var(--run)}
 .run{padding:1rem 1.2rem;border-left:4px solid var(--state)}
 .run.ok{--state:var(--ok)}.run.warn{--state:var(--warn)}.run.bad{--state:var(--bad)}
 .run.open{--state:var(--open)}
-.run h2{font-size:1.05rem;margin:0 0 .3rem;overflow-wrap:anywhere}
+.run h3{font-size:1.05rem;margin:0 0 .3rem;overflow-wrap:anywhere}
 .verdict{margin:0 0 .8rem}.verdict b{color:var(--state);margin-right:.3em}
 dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,145px),1fr));
 gap:.5rem 1rem;margin:0}
