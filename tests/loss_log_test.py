@@ -113,12 +113,11 @@ def _run(tmp_path, records):
 
 def test_a_run_is_judged_by_all_it_has_measured_and_since_when(tmp_path):
   chance = math.log(32)
-  records = [
-    {"step": 100 * i, "train/loss": chance + (0.5 if i < 4 else 1e-3), "train/ln_k": chance,
-     "train/target_entropy": 1.0 if i < 4 else chance}
-    for i in range(1, 9)
-  ]  # fmt: skip
-  records.insert(1, {"step": 100, "collapse/feature_std": 0.7})
+  records = []
+  for i in range(1, 9):  # only both lines together tell: .01 from ln K is not enough alone
+    records.append({"step": 100 * i, "train/target_entropy": 1.0 if i < 4 else chance})
+    loss = chance + (0.5 if i < 4 else 0.01)
+    records.append({"step": 100 * i, "train/loss": loss, "train/ln_k": chance})
   verdict, step, since = _run(tmp_path, [*records, "torn {"])
   assert (verdict.label, step, since) == ("uniform collapse", 800, 400)
   (tmp_path / "metrics.jsonl").write_text("")

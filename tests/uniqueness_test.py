@@ -85,10 +85,10 @@ def test_copies_count_once_below_a_threshold_and_each_above_it(threshold, factor
 
 
 def test_the_threshold_is_strict():
-  got = uniqueness.measure(np.eye(3), (1.0, 1.0001))  # distances of exactly 1
+  got = uniqueness.measure(np.eye(3)[[0, 1, 2, 2]], (1.0, 1.0001))  # distances of 0 and exactly 1
   for counts in (got.unique, got.components):
     np.testing.assert_array_equal(counts, [3, 1])
-  np.testing.assert_array_equal(got.isolated, [3, 0])
+  np.testing.assert_array_equal(got.isolated, [2, 0])
 
 
 def test_the_cover_does_not_chain_and_the_components_do_in_any_order():
