@@ -56,8 +56,9 @@ def usage(
   for start in range(0, len(embeddings), _ROWS):
     rows = np.asarray(embeddings[start : start + _ROWS], np.float32)
     rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-    codes.append((rows @ weights.T).argmax(axis=1))
-    distances.append(1.0 - (rows @ unit.T).max(axis=1))
+    cosine = rows @ unit.T
+    distances.append(1.0 - cosine.max(axis=1))
+    codes.append((cosine if weights is unit else rows @ weights.T).argmax(axis=1))
   codes, num = np.concatenate(codes), len(weights)
   counts = np.bincount(codes, minlength=num)
   spread = float(np.median(np.concatenate(distances)))
@@ -135,7 +136,8 @@ def examine(
   if gain is not None:
     result["gain"] = _summary(np.asarray(gain, np.float64))
   if embeddings is not None:
-    met = unit if cosine else np.where(directed[:, None], weights, 0.0)
+    directions_only = cosine or (directed.all() and np.ptp(norms) < 1e-6)
+    met = unit if directions_only else np.where(directed[:, None], weights, 0.0)
     result["usage"] = usage(met, unit, near, embeddings)
   return result
 

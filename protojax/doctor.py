@@ -39,6 +39,7 @@ before the prototypes. PyTorch is not needed, and nothing inside a file is run. 
 distances, 1 - cos."""
 
 
+_MANY = 100_000  # prototypes; 65,536 of 256 dimensions take less than a minute of two cores
 _OF_FILES = ("key", "transpose", "which", "embeddings")  # flags that say something about a file
 _OF_RUNS = ("embeddings", "data", "data_dir", "split", "limit", "step")
 
@@ -136,6 +137,8 @@ def _examine(one: layouts.Prototypes, embeddings, prototypes="learned") -> tuple
     )
   if embeddings is not None and not (len(embeddings) > 1 and np.isfinite(embeddings).all()):
     raise errors.UserError("the embeddings must be at least two rows of finite numbers")
+  if len(weights) > _MANY:
+    print(f"comparing {len(weights):,} prototypes pair by pair: minutes", file=sys.stderr)
   result = diagnosis.examine(weights, gain=one.gain, cosine=one.cosine, embeddings=embeddings)
   result |= {"key": one.key, "aliases": list(one.aliases)}
   result["diagnosis"] = diagnosis.words(result, cosine=one.cosine, prototypes=prototypes)

@@ -67,6 +67,13 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
   path = pathlib.Path(path).expanduser()
   if path.is_dir():
     raise errors.UserError(f"{path} is a folder: give one of the files in it ({_FORMATS})")
+  arrays = _read(path)
+  if not all(name.isprintable() for name in arrays):  # they would move the cursor of a terminal
+    raise errors.UserError(f"{path} is damaged: names of its arrays cannot be printed")
+  return arrays
+
+
+def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
   try:
     raw = np.memmap(path, np.uint8, "r").view(np.ndarray)
     if raw[:6].tobytes() == b"\x93NUMPY":

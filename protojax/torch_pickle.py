@@ -41,7 +41,8 @@ _CALLS = {
 }
 # Settings, schedules and numbers beside the weights: read as an object that does and keeps nothing.
 _INERT = {
-  "torch": ("device", "strided", "contiguous_format", "preserve_format"),
+  "torch": ("Tensor", "device", "strided", "contiguous_format", "preserve_format"),
+  "torch.nn.parameter": ("Buffer", "Parameter"),
   "numpy": ("ndarray",),
   "numpy.core.multiarray": ("scalar",),
   "numpy._core.multiarray": ("scalar",),
@@ -57,8 +58,8 @@ _INERT_BUILTINS = (
 # Packages of settings; "pathlib" for itself and what is inside it, "pathlib2" not.
 _INERT_PACKAGES = (
   "addict", "dataclasses", "datetime", "easydict", "enum", "fvcore", "hydra", "lightning",
-  "lightning_fabric", "mmengine", "ml_collections", "omegaconf", "pathlib", "pytorch_lightning",
-  "torch.optim", "typing", "uuid", "yacs",
+  "lightning_fabric", "ml_collections", "mmcv", "mmengine", "omegaconf", "pathlib",
+  "pytorch_lightning", "torch.optim", "typing", "uuid", "yacs",
 )  # fmt: skip
 
 

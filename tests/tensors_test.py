@@ -96,6 +96,8 @@ def test_what_cannot_be_read_is_one_line(tmp_path):
   assert ".safetensors" in _refused(path)
   np.save(tmp_path / "object.npy", np.array([{}], dtype=object))
   assert "damaged" in _refused(tmp_path / "object.npy")
+  np.savez(tmp_path / "escape.npz", **{"a\x1b[2J": np.ones(2)})
+  assert "cannot be printed" in _refused(tmp_path / "escape.npz")
   np.savez(tmp_path / "object.npz", a=np.array([{}], dtype=object))
   assert "damaged" in _refused(tmp_path / "object.npz")
 

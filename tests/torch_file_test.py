@@ -277,12 +277,15 @@ def test_files_of_torch_are_read_value_by_value(path, legacy):
   optimizer = torch.optim.AdamW(layer.parameters())
   layer(torch.ones(1, 4)).sum().backward()
   optimizer.step()
+  tagged, owned = torch.randn(3), torch.nn.Parameter(torch.randn(3))
+  tagged.note = owned.note = "attributes of tensors are saved, too"
   kinds = ["bfloat16", "float16", "float64", "int8", "uint8", "int16", "int32", "int64", "bool",
            "complex64", "complex128", "float8_e4m3fn", "float8_e5m2"]  # fmt: skip
   tree = {
     "a": base, "t": base.t(), "part": base[1:, ::2], "wide": torch.ones(1).expand(4),
     "empty": torch.zeros(0, 3), "scalar": torch.tensor(2.5), "layer": layer.state_dict(),
-    "parameter": torch.nn.Parameter(torch.randn(2)), "optimizer": optimizer.state_dict(),
+    "parameter": torch.nn.Parameter(torch.randn(2)), "tagged": tagged, "tagged_parameter": owned,
+    "optimizer": optimizer.state_dict(),
     "numpy": np.asfortranarray(np.arange(6.0).reshape(2, 3)), "device": torch.device("cpu"),
     "dtype": torch.float32, "size": torch.Size([1, 2]), **_settings(),
     **{kind: torch.arange(5.0).to(getattr(torch, kind)) for kind in kinds},
