@@ -25,6 +25,7 @@ from protojax import (
   workdir,
 )
 from protojax import config as configs
+from protojax.data import source
 from protojax.evals import certificate, clustering, knn, long_tail, protocols
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
@@ -253,6 +254,34 @@ def test_features_that_are_not_finite_are_counted(run, tmp_path):
   _refused("1442 of 1442 rows of features of digits/train .*NaN", f"--workdir={exported}",
            "--protocol=knn", "--data=digits")  # fmt: skip
   assert not (exported / "eval").exists()
+
+
+def _labelled(name, labels, class_names):
+  labels = np.array(labels, np.int32)
+  return source.Source(name, np.arange(labels.size), None, labels, str, class_names)
+
+
+@pytest.mark.parametrize(
+  ("bank", "test", "class_names", "words"),
+  [
+    ([0, 0], [0], ["cat"], "^shop/test has one class, so every answer is right"),
+    ([0, 0], [0], ["cat", "dog"], "all images of shop/train are of class 'cat'"),
+    ([0, 1], [0, 2], ["cat", "dog", "emu"],
+     "^1 classes of shop/test have no image in shop/train, 'emu' first"),
+    ([0, 1], [0, -1], ["cat", "dog"], "1 of 2 images of shop/test have no label"),
+  ],
+)  # fmt: skip
+def test_labels_that_say_nothing_are_one_line(run, monkeypatch, bank, test, class_names, words):
+  images = {"train": _labelled("shop/train", bank, class_names),
+            "test": _labelled("shop/test", test, class_names)}  # fmt: skip
+
+  def rows(model, source, **options):
+    labels, features = source.labels, np.ones((len(source), 4), np.float32)
+    return {"label": labels, "index": np.arange(labels.size), "features": {"last": features}}
+
+  monkeypatch.setattr(trained, "source", lambda model, split, **options: images[split])
+  monkeypatch.setattr(trained, "rows", rows)
+  _refused(words, f"--workdir={run}", "--protocol=knn", "--k=1", "--overwrite")
 
 
 def _images(root, names):
