@@ -317,6 +317,13 @@ def test_numbers_are_written_short(value, text):
   assert charts.number(value) == text
 
 
+def test_ticks_of_long_runs_are_short():
+  lines = [charts.Line("a", np.array([0.0, 1.2e6]), np.array([1.0, 2.0]))]
+  text = charts.figure("t", lines, x_label="step", caption="c")
+  labels = re.findall(r'<text class="x"[^>]*>([^<]*)<', text)
+  assert labels == ["0", "250k", "500k", "750k", "1M", "step"]
+
+
 def test_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
   page.write(tmp_path / "new" / "r.html", "one")
   assert (tmp_path / "new" / "r.html").read_text() == "one"

@@ -58,6 +58,13 @@ def number(value: float) -> str:
   return f"{value:.3g}"
 
 
+def _tick(value: float) -> str:
+  """Shorter still where it is large: 250k, 1.5M."""
+  if not 1e5 <= abs(value) < 1e9:
+    return number(value)
+  return f"{value / 1e6:g}M" if abs(value) >= 1e6 else f"{value / 1e3:g}k"
+
+
 def _power(value: float) -> str:
   """0 or a power of ten: 1, 10, 100, 10⁻³."""
   if value == 0 or 0.01 <= value <= 1000:
@@ -77,7 +84,7 @@ def _powers(low: float, high: float) -> list[float]:
   return [10.0**n for n in range(first, last + 1, stride)]
 
 
-LINEAR = Scale(lambda v: v, _even, number)
+LINEAR = Scale(lambda v: v, _even, _tick)
 PERCENT = Scale(lambda v: v, _even, lambda v: f"{number(round(100 * v, 6))} %")
 LOG = Scale(np.log10, _powers, _power)  # values above 0
 COUNT = Scale(np.log1p, lambda low, high: [0.0, *_powers(1, max(high, 1))], _power)  # 0 has a place
@@ -160,7 +167,7 @@ def _axes(x_label, at_x, at_y, x_ticks, scale, x_range, y_range) -> list[str]:
     if x_range[0] <= value <= x_range[1]:
       x = float(at_x(value))
       parts.append(f'<path class="axis" d="M{x:.1f} {_BOTTOM}v4"/>')
-      parts.append(f'<text class="x" x="{x:.1f}" y="{_BOTTOM + 16}">{number(value)}</text>')
+      parts.append(f'<text class="x" x="{x:.1f}" y="{_BOTTOM + 16}">{_tick(value)}</text>')
   middle = (_LEFT + _RIGHT) / 2
   parts.append(f'<text class="x" x="{middle}" y="{_HEIGHT - 4}">{html.escape(x_label)}</text>')
   return parts

@@ -110,6 +110,7 @@ border-top:1px solid var(--line)}
 .keys tr:first-child{border-top:0}
 .keys th,.keys td,.keys tbody th{border:0;padding:0;min-width:0}
 .keys th,.keys .how{flex:1 0 100%}
+.few.keys tbody th{flex:1 1 60%}
 .keys .of{display:block;font-size:12px;color:var(--soft)}
 .rows>div{grid-template-columns:repeat(auto-fill,minmax(64px,1fr))}
 nav div{flex-wrap:nowrap;overflow-x:auto}nav span{margin-left:0;flex-wrap:nowrap}
