@@ -1,11 +1,12 @@
-"""How soon the monitor names a collapse, and whether it cries wolf: the table of docs/collapse.md.
+"""How soon the monitor names a collapse, and whether it cries wolf: the tables of docs/collapse.md.
 
   python benchmarks/collapse_zoo.py --workdir=runs/zoo [--cases ...]
 
-Trains small nets on scikit-learn's digits, 400 steps of 64 images each, with
-monitor.stop_on_collapse: the healthy recipes must come to their end, each deliberate fault must be
-named. The monitor looks every 20 steps and says nothing before step 100. Faults are settings where
-a setting can do it; the others (`tamper`) are bugs as they happen in one's own training code.
+Trains small nets on scikit-learn's digits, 400 steps of 64 images each. Each healthy recipe must
+come to its end without a word of collapse, each deliberate fault must be named; runs with a fault
+have monitor.stop_on_collapse. The monitor looks every 20 steps and says nothing before step 100.
+Faults are settings where a setting can do it; the others (`tamper`) are bugs as they happen in
+one's own training code. Writes docs/results/collapse_zoo.json and prints the tables.
 """
 
 import argparse
@@ -20,10 +21,10 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
-from protojax import config as configs
 from protojax import errors, main, methods, train
 from protojax.methods import base
 
+RESULTS = pathlib.Path(__file__).parents[1] / "docs" / "results" / "collapse_zoo.json"
 _LABEL = re.compile(r"\bstep (\d+)/\d+ .*\[([^\]]+)\]$")
 
 
@@ -144,45 +145,73 @@ def on_digits(recipe: str, changes: dict, stop: bool):
   return config
 
 
-def run(case: Case, folder: pathlib.Path, stop: bool) -> dict:
-  """Trains one case; returns its labels by step, and what its result says."""
-  config = on_digits(case.recipe, case.changes, stop)
+def run(name: str, folder: pathlib.Path) -> dict:
+  """Trains one case; what was said of it, when, and what its result says."""
+  case, fault = (HEALTHY | FAULTS)[name], name in FAULTS
+  config = on_digits(case.recipe, case.changes, stop=fault)
   module = methods.load(config.method.name)
-  make = module.make
-  if case.tamper is not None:
-    tampered = mock.patch.object(module, "make", lambda c: case.tamper(make(c)))
-  else:
-    tampered = mock.patch.object(module, "make", make)
+  make, tamper = module.make, case.tamper or (lambda method: method)
   stopped = None
-  with tampered:
+  with mock.patch.object(module, "make", lambda c: tamper(make(c))):
     try:
       train.run(config, str(folder))
     except errors.UserError as error:
       stopped = str(error)
-  labels = {}
-  for line in (folder / "train.log").read_text().splitlines():
-    if found := _LABEL.search(line):
-      labels[int(found[1])] = found[2]
-  alarms = {s: label for s, label in labels.items() if label not in ("ok", "warming up")}
+  said = [_LABEL.search(line) for line in (folder / "train.log").read_text().splitlines()]
+  alarms = {int(m[1]): m[2] for m in said if m and m[2] not in ("ok", "warming up")}
   result = folder / "eval" / "final" / "result.json"
   measures = json.loads(result.read_text())["measures"] if result.exists() else {}
-  first = min(alarms, default=None)
+  kept = ("probe/knn", "collapse/used", "collapse/perplexity", "train/loss", "train/ln_k")
   return {
-    "step": first, "label": alarms.get(first), "stopped": stopped, "last": max(labels, default=0),
-    "alarms": len(alarms), "knn": measures.get("probe/knn"), "used": measures.get("collapse/used"),
-    "loss": measures.get("train/loss"), "ln_k": measures.get("train/ln_k"),
+    "case": name, "fault": fault, "recipe": case.recipe, "changes": case.changes,
+    "tamper": case.tamper and case.tamper.__doc__, "step": min(alarms, default=None),
+    "label": alarms.get(min(alarms, default=None)), "labels": sorted(set(alarms.values())),
+    "stopped": stopped, "measures": {k: measures[k] for k in kept if k in measures},
   }  # fmt: skip
+
+
+def published() -> dict[str, dict]:
+  """{case: what `run` returned} of docs/results/collapse_zoo.json, in the order of this file."""
+  records = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+  return {name: records[name] for name in (*HEALTHY, *FAULTS) if name in records}
+
+
+def tables() -> list[str]:
+  """Markdown: the faults, then the healthy runs."""
+  faults = ["| fault | what was done | named at step | as | and |", "|---" * 5 + "|"]
+  healthy = ["| run | alarms | used % | perplexity | k-NN % | loss | ln K |", "|---" * 7 + "|"]
+  for name, record in published().items():
+    if record["fault"]:
+      changes = ", ".join(f"`{k.replace('__', '.')}={v}`" for k, v in record["changes"].items())
+      done = "; ".join(filter(None, [changes, record["tamper"]])).rstrip(".")
+      also = re.search(r"\(also: ([^)]+)\)", record["stopped"] or "")
+      faults.append(
+        f"| {name} | {done} | {record['step'] or 'never'} | {record['label'] or '–'} | "
+        f"{also[1] if also else '–'} |"
+      )
+    else:
+      measures = record["measures"]
+      cells = [
+        format(scale * measures[key], form) if key in measures else "–"
+        for key, scale, form in (
+          ("collapse/used", 100, ".1f"), ("collapse/perplexity", 1, ".0f"),
+          ("probe/knn", 100, ".1f"), ("train/loss", 1, ".2f"), ("train/ln_k", 1, ".2f"),
+        )
+      ]  # fmt: skip
+      cells = [name, ", ".join(record["labels"]) or "none", *cells]
+      healthy.append("| " + " | ".join(cells) + " |")
+  return ["\n".join(faults), "\n".join(healthy)]
 
 
 if __name__ == "__main__":
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--workdir", default="runs/zoo")
-  parser.add_argument("--cases", nargs="*", default=[*HEALTHY, *FAULTS])
+  parser.add_argument("--cases", nargs="*", default=[*HEALTHY, *FAULTS], metavar="CASE")
   arguments = parser.parse_args()
-  configs.default()  # a missing package shows before the first run
   for name in arguments.cases:
     folder = pathlib.Path(arguments.workdir) / re.sub(r"\W+", "_", name)
     shutil.rmtree(folder, ignore_errors=True)
-    out = run((HEALTHY | FAULTS)[name], folder, name in FAULTS)
-    print(json.dumps({"case": name, "healthy": name in HEALTHY, **out}), flush=True)
+    records = published() | {name: run(name, folder)}
+    RESULTS.write_text(json.dumps(records, indent=1, sort_keys=True) + "\n")
     jax.clear_caches()
+  print("\n\n".join(tables()))

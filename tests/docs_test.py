@@ -1,10 +1,11 @@
 """Every command in README.md, CONTRIBUTING.md and docs/ is run, in the order of the page.
 
-Each page has a folder of its own, with the recipes and IMAGES in it, where its commands find what
-the ones before have left. Training is cut to a recipe's `:debug` form and two steps. Only looked at
-are installing, launch/test.sh (which continuous integration runs) and benchmarks, which
-take hours; outside of that integration, launch/quickstart.sh trains without installing first. A
-command that this file does not know is an error.
+Each page has a folder of its own, with the recipes, IMAGES, checkpoint.pth (DINO's) and
+vit.safetensors (timm's) in it, where its commands find what the ones before have left. Training is
+cut to a recipe's `:debug` form and two steps. Only looked at are installing, launch/test.sh (which
+continuous integration runs) and benchmarks, which take hours; outside of that integration,
+launch/quickstart.sh trains without installing first. A command that this file does not know is an
+error.
 """
 
 import os
@@ -15,8 +16,11 @@ import subprocess
 import sys
 import tomllib
 
+import foreign_layouts
 import numpy as np
 import pytest
+import safetensors.numpy
+import torch_format
 from PIL import Image
 
 from benchmarks import cifar10
@@ -86,9 +90,9 @@ def run(command: str, cwd: pathlib.Path) -> None:
       _python(["-m", "pytest", "-q", "--collect-only", *rest], ROOT)
     case ["python", "-m", "protojax.main", *rest]:
       debug = [w + ":debug" if re.fullmatch(r"--config=[^:]*\.py", w) else w for w in rest]
-      given = {w.split("=")[0] for w in rest}
-      _python(["-m", "protojax.main", *debug, *(s for s in _SHORT if s.split("=")[0] not in given)],
-              cwd)  # fmt: skip
+      prepared = f"--config.data.data_dir={_DATA}" in rest  # CIFAR-10: 10,000 test images
+      few = ["--config.probe.test_split=test[:40]"] * prepared
+      _python(["-m", "protojax.main", *debug, *_SHORT, *few], cwd)
     case ["python", "-m", module, *rest] if module.startswith("protojax."):
       _python(["-m", module, *rest], cwd)
     case ["python", script, *rest] if script.startswith("benchmarks/"):
@@ -108,6 +112,11 @@ def folder(tmp_path):
       path = tmp_path / "IMAGES" / split / f"class{i % 2}" / f"{i}.png"
       path.parent.mkdir(parents=True, exist_ok=True)
       Image.fromarray(rng.integers(0, 255, (20, 24, 3), np.uint8)).save(path)
+  network = foreign_layouts.vit()
+  safetensors.numpy.save_file(network, tmp_path / "vit.safetensors")
+  parts = {"backbone": network, "head": foreign_layouts.head(prototypes=64)}
+  teacher = {f"{part}.{k}": v for part, tensors in parts.items() for k, v in tensors.items()}
+  torch_format.save(tmp_path / "checkpoint.pth", {"teacher": teacher, "epoch": 3})
   return tmp_path
 
 
