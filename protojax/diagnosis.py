@@ -30,9 +30,7 @@ def _spectrum(unit: np.ndarray) -> dict[str, float]:
     "rankme": float(np.exp(-(share * np.log(share)).sum())),
     "largest_possible": min(unit.shape),
     "directions_for_99_percent": int(np.searchsorted(energy.cumsum(), 0.99 * energy.sum()) + 1),
-    "mean_cosine": float(
-      ((unit.sum(axis=0, dtype=np.float64) ** 2).sum() / len(unit) - 1) / (len(unit) - 1)
-    ),
+    "mean_cosine": float(collapse.mean_pairwise_cosine(unit)),
   }
 
 
@@ -183,11 +181,11 @@ def words(result: Mapping[str, Any], *, cosine: bool, prototypes: str = "learned
     return [f"fewer than two of {num:,} rows have a direction: nothing to compare", *out[1:]]
   if verdict.label == "partial prototype collapse":
     out.append(
-      f"the effective number of clusters is about {count:,}, {num / count:.1f} prototypes to each; "
-      "learned together with the encoder, prototypes do this whatever K is (arXiv 2510.20108 has "
-      "908 of 60,000 for DINO): more of them will not help; moving them outside the gradient "
-      "(method.prototypes=mixture) or pushing them apart (KoLeo on prototypes, arXiv 2410.14060: "
-      "method.koleo_proto) may"
+      f"the effective number of clusters is about {count:,}, {num / count:.1f} prototypes to each"
+      + "; learned together with the encoder, prototypes do this whatever K is (arXiv 2510.20108 "
+      "has 908 of 60,000 for DINO): more of them will not help; moving them outside the gradient "
+      "(in protojax: method.prototypes=mixture) or pushing them apart (KoLeo on prototypes, arXiv "
+      "2410.14060; in protojax: method.koleo_proto) may" * (prototypes == "learned")
     )
   for threshold, one, other in zip(result["thresholds"], unique, random, strict=True):
     if verdict.label == "ok" and other - one > monitor.LIMITS["copies"] * num:

@@ -101,7 +101,7 @@ def render(name: str, result: Mapping[str, Any]) -> list[str]:
        if "gain" in result else ""),
     f"  spectrum of the directions: RankMe {spectrum['rankme']:.1f} of "
     f"{spectrum['largest_possible']}, {spectrum['directions_for_99_percent']} singular values hold "
-    f"99 % of the energy, mean cosine {spectrum['mean_cosine']:.3f}",
+    f"99 % of the energy, mean cosine {spectrum['mean_cosine']:z.3f}",
   ]  # fmt: skip
   if "usage" in result:
     seen = result["usage"]
@@ -269,6 +269,11 @@ def main(argv: list[str]) -> None:
   if out_path is not None and (out_path.is_dir() or not out_path.parent.is_dir()):
     what = "is a folder" if out_path.is_dir() else f"there is no folder {out_path.parent}"
     raise errors.UserError(f"--json={args.json}: {what}: name a file in a folder that is there")
+  idle = next((k for k in ("data_dir", "split", "limit") if getattr(args, k) and not args.data), "")
+  if idle:
+    raise errors.UserError(f"--{idle} says nothing without --data: add --data=run, or leave it out")
+  if args.data and args.embeddings:
+    raise errors.UserError("--data and --embeddings are two sources of embeddings: give one")
   if args.limit < 0:
     raise errors.UserError(f"--limit={args.limit} must not be negative (0: all images)")
   given = {k: getattr(args, k) for k in (*_OF_FILES, *_OF_RUNS)}

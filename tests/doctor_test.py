@@ -148,7 +148,8 @@ def test_exported_weights_say_that_they_hold_no_prototypes(run):
   "flags, said",
   [(["--data=run"], "--data means nothing"), (["--step=3"], "--step means nothing"),
    (["--which=both"], "invalid choice"), (["--kye=x"], "unrecognized"),
-   (["--key=teacher.head.last_layer.weight"], "did you mean"), (["--limit=-1"], "negative"),
+   (["--key=teacher.head.last_layer.weight"], "did you mean"), (["--limit=9"], "without --data"),
+   (["--data=run", "--limit=-1"], "negative"), (["--data=run", "--embeddings=x"], "give one"),
    (["--json=/nowhere/x.json"], "no folder"), (["--json=/"], "is a folder"),
    (["--embeddings=/nowhere.npy"], "no file")],
 )  # fmt: skip
