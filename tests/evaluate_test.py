@@ -40,7 +40,7 @@ def run(tmp_path_factory):
   Its states are not trained: that would take longer than everything else here.
   """
   config = main.load(str(ROOT / "configs" / "quickstart.py:debug"))
-  config.model.depth = 1
+  config.model.update({"depth": 1, "width": 32, "heads": 2})
   config.data.imbalance = 10.0
   config.method.num_prototypes = 32
   config = configs.resolve(config, len(train.build_sources(config)[0]))
