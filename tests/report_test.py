@@ -165,6 +165,16 @@ def test_several_runs_share_every_chart_and_their_differences_are_named(tmp_path
   assert "All settings of the runs are the same" not in text
 
 
+def test_more_runs_than_columns_fit_are_listed_line_by_line(tmp_path):
+  folders = [_run(tmp_path / f"run{i}") for i in range(8)]
+  parsed, text = _page(*folders)
+  assert 'class="keys many"' in text and 'class="keys"' not in text
+  assert "8 runs" in parsed.text
+  colours = [(line["n"], line["c"]) for line in parsed.chart("k-NN accuracy")]
+  assert colours == [(f"run{i}", i) for i in range(8)]
+  assert '<g class="line again c1">' in text  # the colour of run1, but dashed
+
+
 def test_equal_names_are_told_apart_and_one_run_is_not_taken_twice(tmp_path):
   folders = [_run(tmp_path / a / "run") for a in ("a", "b")]
   assert [run.name for run in records.read(folders)] == [str(f) for f in folders]
@@ -210,6 +220,14 @@ def test_damaged_files_are_named_and_the_rest_is_shown(tmp_path):
   for name in ("eval/final/arrays.npz", "eval/knn/result.json", "config.json"):
     assert f"{name} was left out" in parsed.text
   assert parsed.chart("Loss") and "62.0 %" in parsed.text
+
+
+def test_metrics_that_cannot_be_read_leave_the_result(tmp_path):
+  folder = _run(tmp_path / "run")
+  (folder / "metrics.jsonl").unlink()
+  parsed, _ = _page(folder)
+  assert "metrics.jsonl was left out: No such file" in parsed.text and "62.0 %" in parsed.text
+  assert parsed.chart("Loss") is None and parsed.chart("Images per prototype")
 
 
 def test_truncated_last_line_is_left_out_and_said(tmp_path):

@@ -45,6 +45,7 @@ _KEYS = (
   ("time/img_per_s", "Images a second", "", "of training alone, over the last {log_every} steps"),
   ("seconds", "Wall time", "s", "compiling, training and evaluating, all restarts together"),
 )  # fmt: skip
+_COLUMNS = 4  # runs that have one each
 _SIGNS = {"ok": "✓", "warn": "!", "bad": "✕", "open": "…"}
 
 
@@ -202,14 +203,19 @@ def settings_list(tree: dict) -> str:
   ) + "</dl>"  # fmt: skip
 
 
+def kinds(runs) -> str:
+  """Classes of a table with a column a run."""
+  return "keys many" if len(runs) > _COLUMNS else "keys"
+
+
 def _table(runs, body: list[str], last: str = "") -> str:
   if not body:
     return "<p>No number was written yet.</p>"
   heads = "".join(f'<th scope="col">{swatch(i)}{_e(r.name)}</th>' for i, r in enumerate(runs))
   end = f'<th scope="col">{last}</th>' * bool(last)
   return (
-    f'<table class="keys{" few" * (not last)}"><thead><tr><th scope="col">Measure</th>{heads}{end}'
-    f"</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    f'<table class="{kinds(runs)}{" few" * (not last)}"><thead><tr><th scope="col">Measure</th>'
+    f"{heads}{end}</tr></thead><tbody>{''.join(body)}</tbody></table>"
   )
 
 

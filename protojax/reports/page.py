@@ -34,7 +34,7 @@ def build(
     looks: {run's name: its pictures, or a sentence why there are none}.
     command: what writes this page again, for its last line.
   """
-  title = ", ".join(run.name for run in runs)
+  title = ", ".join(run.name for run in runs) if len(runs) < 5 else f"{len(runs)} runs"
   sections = {
     "Verdict": f'<div class="runs">{numbers.cards(runs)}</div>',
     "Numbers": _numbers(runs),
@@ -182,8 +182,8 @@ def _settings(runs) -> str:
     rows = "".join(_difference(key, runs, flat) for key in differing)
     parts.append(
       _lead("Settings that differ between the runs, from their config.json.")
-      + f'<div class="panel"><table class="keys"><thead><tr><th scope="col">Setting</th>{heads}'
-      f"</tr></thead><tbody>{rows}</tbody></table></div>"
+      + f'<div class="panel"><table class="{numbers.kinds(runs)}"><thead><tr>'
+      f'<th scope="col">Setting</th>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
       if differing else _lead("All settings of the runs are the same.")
     )  # fmt: skip
   for i, (run, settings) in enumerate(zip(runs, flat, strict=True)):

@@ -115,7 +115,11 @@ def _curves(path: pathlib.Path, notes: list[str]) -> dict[str, Curve]:
   """Of equal steps the latest line counts; going back, a line replaces all from its step on."""
   points: dict[str, dict[int, float]] = {}
   newest, torn = -1, 0
-  lines = path.read_bytes().splitlines() if path.exists() else []
+  try:
+    lines = path.read_bytes().splitlines()
+  except OSError as error:
+    notes.append(f"{METRICS} was left out: {error.strerror}.")
+    return {}
   for line in lines:
     try:
       record = json.loads(line)

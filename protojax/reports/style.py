@@ -4,6 +4,18 @@ Colours of runs: blue, vermilion, green, purple, ochre, slate; told apart with a
 3:1 or more against the page in both themes.
 """
 
+# A table as a list: on narrow screens, and of more runs than columns fit on any.
+_STACKED = """
+.T thead{position:absolute;clip-path:inset(50%);width:1px;height:1px;overflow:hidden}
+.T,.T tbody{display:block}
+.T tr{display:flex;flex-wrap:wrap;gap:.1rem 1.25rem;padding:.6rem .5rem;
+border-top:1px solid var(--line)}
+.T tr:first-child{border-top:0}
+.T th,.T td,.T tbody th{border:0;padding:0;min-width:0}
+.T th,.T .how{flex:1 0 100%}
+.T .of{display:block;font-size:12px;color:var(--soft)}
+"""
+
 CSS = """
 :root{color-scheme:light dark;--page:#f6f7f9;--card:#fff;--ink:#1b2026;--soft:#5a6470;
 --line:#dfe3e8;--grid:#e9ecf0;--ok:#00744f;--warn:#8f5a00;--bad:#b3261e;--open:#56636f;
@@ -103,21 +115,18 @@ summary{cursor:pointer;color:var(--soft)}
 footer{color:var(--soft);font-size:13px;padding-bottom:2.5rem}
 @media(max-width:760px){
 body{font-size:14.5px}
-.keys thead{position:absolute;clip-path:inset(50%);width:1px;height:1px;overflow:hidden}
-.keys,.keys tbody{display:block}
-.keys tr{display:flex;flex-wrap:wrap;gap:.1rem 1.25rem;padding:.6rem .5rem;
-border-top:1px solid var(--line)}
-.keys tr:first-child{border-top:0}
-.keys th,.keys td,.keys tbody th{border:0;padding:0;min-width:0}
-.keys th,.keys .how{flex:1 0 100%}
+STACKED
 .few.keys tbody th{flex:1 1 60%}
-.keys .of{display:block;font-size:12px;color:var(--soft)}
 .rows>div{grid-template-columns:repeat(auto-fill,minmax(64px,1fr))}
 nav div{flex-wrap:nowrap;overflow-x:auto}nav span{margin-left:0;flex-wrap:nowrap}
 nav span>*,nav a{white-space:nowrap}
 }
 @media print{nav{display:none}.chart,.run,.proto{break-inside:avoid}}
+MANY
+.keys.many td:not(.how){flex:0 0 7.6rem}
 """
+CSS = CSS.replace("STACKED", _STACKED.replace(".T", ".keys"))
+CSS = CSS.replace("MANY", _STACKED.replace(".T", ".keys.many"))
 
 SCRIPT = """
 (() => {
