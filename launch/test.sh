@@ -50,12 +50,16 @@ print(f'jax {jax.__version__}, flax {flax.__version__}: every module imports')" 
 # CPUs is at hand, because the package index's for Linux brings several GB of CUDA. Constrained, so
 # that the versions under test stay what they are.
 add_peers() {
-  local wanted=(-c launch/floors.txt -e ".[peers]") pip=("$venv/bin/python" -m pip install -qq)
-  [ "${PROTOJAX_AT_FLOORS:-}" ] || wanted=(-e ".[peers]")
+  local pip=("$venv/bin/python" -m pip install -qq --disable-pip-version-check) peers
   [ ! -e "$venv/peers" ] || return 0
-  if timeout 300 "${pip[@]}" --dry-run --report "$venv/peers.json" "${wanted[@]}" &&
+  [ -z "${PROTOJAX_AT_FLOORS:-}" ] || pip+=(-c launch/floors.txt)
+  mapfile -t peers < <("$venv/bin/python" -c "
+import tomllib
+project = tomllib.load(open('pyproject.toml', 'rb'))['project']
+print(*project['optional-dependencies']['peers'], sep='\n')")
+  if timeout 300 "${pip[@]}" --dry-run --report "$venv/peers.json" "${peers[@]}" &&
     ! grep -Eq '"name": "(nvidia|cuda|triton)' "$venv/peers.json" &&
-    timeout 600 "${pip[@]}" "${wanted[@]}"; then
+    timeout 900 "${pip[@]}" "${peers[@]}"; then
     touch "$venv/peers"
   else
     echo "Comparisons with PyTorch left out: no build of it for CPUs can be had here"
