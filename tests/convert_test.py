@@ -359,6 +359,16 @@ def test_settings_that_hugging_face_says_and_ours_cannot_be_are_refused(tmp_path
     convert.bring_in(tmp_path / "hf", tmp_path / "back")
 
 
+def test_what_lies_beside_a_file_and_says_nothing_of_use_changes_nothing(tmp_path):
+  (tmp_path / "config.json").write_text('{"pretrained_cfg": [1], "model_args": {"num_heads": "x"}}')
+  (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5], "image_std": "no"}')
+  _, info = export.read(_brought_in(tmp_path, layouts.vit(width=128)))
+  assert info["model"]["heads"] == 2 and info["image"]["std"] == [0.229, 0.224, 0.225]
+  (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 1]}')
+  _, info = export.read(_brought_in(tmp_path, layouts.vit(), overwrite=True))
+  assert info["image"]["mean"] == [0.5, 0.5, 1.0]
+
+
 def test_encoders_that_a_format_cannot_hold_are_refused(tmp_path):
   folder = _brought_in(tmp_path, layouts.resnet())
   with pytest.raises(errors.UserError, match="hf is for transformers"):

@@ -172,9 +172,8 @@ def read(path: pathlib.Path, *, which: str | None = None, with_head: bool = True
 def _described(path, hugging_face: bool, scaled: bool) -> dict:
   """What config.json and preprocessor_config.json beside the file say."""
   said, images = (_json(path.with_name(f)) for f in ("config.json", "preprocessor_config.json"))
-  cfg = said.get("pretrained_cfg") or {}
-  mean, std = images.get("image_mean", cfg.get("mean")), images.get("image_std", cfg.get("std"))
-  heads, eps = (said.get("model_args") or {}).get("num_heads"), None
+  timm, arguments = (_section(said, name) for name in ("pretrained_cfg", "model_args"))
+  heads, eps = arguments.get("num_heads"), None
   if hugging_face:
     # Without a config.json: the defaults of the two kinds.
     eps = said.get("layer_norm_eps", 1e-6 if scaled else 1e-12)
@@ -186,5 +185,18 @@ def _described(path, hugging_face: bool, scaled: bool) -> dict:
         f"none of {', '.join(_CONFIGS)} with gelu, which is what protojax can be"
       )
   return {
-    "heads": heads, "norm_eps": eps, "mean": mean and tuple(mean), "std": std and tuple(std),
-  }  # fmt: skip
+    "heads": heads if isinstance(heads, int) else None,
+    "norm_eps": eps if isinstance(eps, float) else None,
+    "mean": _channels(images.get("image_mean", timm.get("mean"))),
+    "std": _channels(images.get("image_std", timm.get("std"))),
+  }
+
+
+def _section(content: dict, name: str) -> dict:
+  return content[name] if isinstance(content.get(name), dict) else {}
+
+
+def _channels(value) -> tuple[float, ...] | None:
+  """Three numbers, or None for anything else."""
+  numbers = isinstance(value, list) and all(isinstance(v, int | float) for v in value)
+  return tuple(map(float, value)) if numbers and len(value) == 3 else None
