@@ -19,12 +19,11 @@ from protojax import (
   cli,
   diagnosis,
   errors,
-  layouts,
   loss_log,
   monitor,
-  tensors,
   trained,
 )
+from protojax.foreign import layouts, tensors
 
 _DESCRIPTION = """\
 Examines prototypes, or a loss.

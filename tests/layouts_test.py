@@ -2,7 +2,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from protojax import errors, layouts
+from protojax import errors
+from protojax.foreign import layouts
 
 _RNG = np.random.default_rng(0)
 

@@ -8,7 +8,8 @@ import pytest
 import safetensors.numpy
 import torch_format as made
 
-from protojax import errors, tensors
+from protojax import errors
+from protojax.foreign import tensors
 
 _ARRAYS = {
   "a.weight": np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32),

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch_format as made
 
-from protojax import errors, torch_file
+from protojax import errors
+from protojax.foreign import torch_file
 
 _RNG = np.random.default_rng(0)
 _BASE = _RNG.normal(size=(7, 5)).astype(np.float32)

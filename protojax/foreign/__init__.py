@@ -1,1 +1,1 @@
-"""Weights of other libraries: their names, their shapes and their settings."""
+"""Files and weights of other libraries: how they are read, what their arrays are called."""

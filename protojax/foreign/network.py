@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from protojax import errors, tensors
-from protojax.foreign import names
+from protojax import errors
+from protojax.foreign import names, tensors
 
 # A tensor that every network of a layout has, below whatever prefix.
 _ANCHORS = {

@@ -15,7 +15,8 @@ import zipfile
 import jax.numpy as jnp
 import numpy as np
 
-from protojax import errors, torch_pickle
+from protojax import errors
+from protojax.foreign import torch_pickle
 
 _MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
 _MOST_ENTRIES, _DEEPEST = 1_000_000, 64  # lists that hold one another need few bytes to be endless

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from protojax import errors, torch_file
+from protojax import errors
+from protojax.foreign import torch_file
 
 _SAFETENSORS = {
   "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
