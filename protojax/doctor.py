@@ -155,16 +155,17 @@ def _said(sentences: list[str]) -> list[str]:
 
 def _of_file(args) -> tuple[dict, list[str]]:
   arrays = tensors.read(args.path)
-  if args.key:
-    sets = [layouts.at(arrays, args.key, args.transpose)]
+  found = layouts.candidates(arrays)
+  key = args.key or (found[0][0] if found and len(arrays) == 1 else None)  # nothing to choose from
+  if key:
+    sets = [layouts.at(arrays, key, args.transpose)]
   else:
     sets = layouts.find(arrays, args.which)
   if not sets:
-    found = layouts.candidates(arrays)
     print(f"{args.path}: {len(arrays)} arrays; those with two axes, [rows, columns]:")
     print("\n".join(f"  {name}  {list(shape)}" for name, shape in found) or "  none")
     raise errors.UserError(f"no prototypes found in {args.path}: {layouts.advice(arrays)}")
-  kind = "named by --key" if args.key else f"names as in {layouts.kind(arrays, sets)}"
+  kind = f"prototypes taken from {key}" if key else f"names as in {layouts.kind(arrays, sets)}"
   whose = sorted({layouts.owner(s.name) for s in sets} - {""})
   lines = [f"file: {len(arrays)} arrays, {kind}" + "".join(f"; weights of the {w}" for w in whose)]
   embeddings = None if args.embeddings is None else _embeddings(args.embeddings)
@@ -172,7 +173,7 @@ def _of_file(args) -> tuple[dict, list[str]]:
   for one in sets:
     out["sets"][one.name], shown = _examine(one, embeddings)
     lines += ["", *shown]
-  if args.key and sets[0].matrix.shape[0] < sets[0].matrix.shape[1]:
+  if key and sets[0].matrix.shape[0] < sets[0].matrix.shape[1]:
     lines += _said(["fewer rows than columns: if the file has them as [D, K], add --transpose"])
   return out, lines
 

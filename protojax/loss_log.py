@@ -178,7 +178,8 @@ def words(log: Log) -> list[str]:
       "teacher's temperature"
     )
   late = 0
-  if unit == "epoch" and len(loss) > 1 and at[0] == 0 and loss[1] > loss[0]:
+  rises = len(loss) > 1 and loss[1] - loss[0] > _RISE
+  if unit == "epoch" and at[0] == 0 and rises and not ill:
     late = 1
     notes.append(
       f"the rise from epoch 0 to 1 ({loss[0]:.2f} to {loss[1]:.2f}) is normal where prototypes are "

@@ -43,6 +43,15 @@ def _examined(tmp_path, *argv):
   return json.loads((tmp_path / "out.json").read_text())
 
 
+def test_a_file_of_one_matrix_needs_no_name(tmp_path, collapsed):
+  np.save(tmp_path / "mine.npy", collapsed)
+  result = _examined(tmp_path, tmp_path / "mine.npy")
+  assert result["sets"]["mine"]["unique"]["unique"][0] == 30
+  np.save(tmp_path / "wide.npy", collapsed.T)
+  result = _examined(tmp_path, tmp_path / "wide.npy", "--transpose")
+  assert result["sets"]["wide"]["unique"]["unique"][0] == 30
+
+
 def test_a_checkpoint_of_dino_is_examined_by_its_teacher(full, tmp_path, capsys):
   result = _examined(tmp_path, full)
   (name, one), = result["sets"].items()

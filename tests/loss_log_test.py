@@ -39,6 +39,11 @@ def test_the_rise_after_the_first_epoch_is_normal(tmp_path):
   assert early[0].startswith("ok") and "by epoch 4" in early[1]
 
 
+def test_a_hair_of_a_rise_at_ln_k_is_not_called_normal(tmp_path):
+  said = _words(_dino(tmp_path, [8.3178 + 1e-4 * i for i in range(10)]))
+  assert len(said) == 1 and said[0].startswith("uniform collapse")
+
+
 @pytest.mark.parametrize("size, printed", [(4096, "8.318"), (65_536, "11.090"), (1024, "6.931")])
 def test_a_plateau_at_ln_k_is_named_with_k_and_its_start(tmp_path, size, printed):
   losses = [*np.linspace(math.log(size) + 2, math.log(size) + 0.1, 7), *[math.log(size) + 1e-3] * 9]

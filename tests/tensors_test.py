@@ -111,7 +111,8 @@ def test_cut_files_are_one_line(tmp_path):
     content = (tmp_path / name).read_bytes()
     for size in np.linspace(1, len(content) - 1, 20).astype(int):
       (tmp_path / "cut").write_bytes(content[:size])
-      _refused(tmp_path / "cut")
+      message = _refused(tmp_path / "cut")
+      assert name != "b.npz" or size < 4 or "damaged" in message
 
 
 def test_an_archive_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):

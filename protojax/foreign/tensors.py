@@ -88,6 +88,8 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
       return torch_file.read(path)
     if raw[:1].tobytes() == b"\x80":
       return torch_file.read(path)
+    if raw[:4].tobytes() == b"PK\3\4":
+      raise ValueError("its end is missing")
   except FileNotFoundError:
     raise errors.UserError(f"there is no file {path}") from None
   except OSError as error:
