@@ -73,6 +73,8 @@ def run(command: str, cwd: pathlib.Path) -> None:
       pass  # where the reader is now
     case ["python3.11", "-m", "venv", _] | [".", _]:
       pass
+    case ["pip", "install", "--no-deps", pinned]:
+      assert pinned in (ROOT / "protojax" / "foreign" / "compiled.py").read_text()
     case ["pip", "install", *rest]:
       _check_extras(rest)
     case ["bash", "launch/test.sh", *_]:
