@@ -51,32 +51,33 @@ def _directions(prototypes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   return rows, kept
 
 
-def _roots(parent: np.ndarray, here: slice) -> np.ndarray:
-  """Smallest known member of the component of each row of a block, by union-find."""
-  root = parent[here]
+def _roots(parent: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
+  """Smallest known member of the component of each of some rows, by union-find."""
+  root = parent[rows]
   while not np.array_equal(higher := parent[root], root):
     root = higher
-  parent[here] = root
+  parent[rows] = root
   return root
 
 
-def _link(parent: np.ndarray, near: np.ndarray, here: slice, there: slice) -> None:
-  """Joins the components of the near pairs of two blocks.
+def _link(parent: np.ndarray, near: np.ndarray, rows: np.ndarray, there: slice) -> None:
+  """Joins the components of near pairs, `near` [rows, there].
 
   One pair for every row and every column that still has one between two components, until there is
-  none: their number halves at least each time, and never all pairs are listed.
+  none: the components that have such pairs become at most half as many each time, and never all
+  pairs are listed.
   """
   while True:
-    a, b = _roots(parent, here), _roots(parent, there)
+    a, b = _roots(parent, rows), _roots(parent, there)
     if a.min() == a.max() == b.min() == b.max():
       return
     across = a[:, None] != b[None, :]
     across &= near
     if not across.any():
       return
-    rows, columns = np.flatnonzero(across.any(axis=1)), np.flatnonzero(across.any(axis=0))
-    one = np.concatenate([a[rows], a[across[:, columns].argmax(axis=0)]])
-    other = np.concatenate([b[across[rows].argmax(axis=1)], b[columns]])
+    i, j = np.flatnonzero(across.any(axis=1)), np.flatnonzero(across.any(axis=0))
+    one = np.concatenate([a[i], a[across[:, j].argmax(axis=0)]])
+    other = np.concatenate([b[across[i].argmax(axis=1)], b[j]])
     names, edges = np.unique(np.stack([one, other]), return_inverse=True)
     one, other = edges.reshape(2, -1)
     graph = scipy.sparse.coo_matrix((np.ones(one.size), (one, other)), [names.size] * 2)
@@ -85,26 +86,22 @@ def _link(parent: np.ndarray, near: np.ndarray, here: slice, there: slice) -> No
     parent[names] = names[np.unique(label, return_index=True)[1]][label]
 
 
-def _cover(owner: np.ndarray, near: np.ndarray, start: int, other: int) -> None:
-  """One step of the greedy cover: the rows from `start` on against the earlier ones from `other`.
+def _cover(owner: np.ndarray, near: np.ndarray, rows: np.ndarray, there: slice) -> None:
+  """A step of the greedy cover: rows that no earlier block represents, by leaders of this one."""
+  free = np.flatnonzero(owner[rows] < 0)
+  leading = near[free] & (owner[there] == np.arange(there.start, there.stop))[None, :]
+  first = leading.argmax(axis=1)
+  found = leading[np.arange(free.size), first]
+  owner[rows[free[found]]] = there.start + first[found]
 
-  Earlier blocks come first and in order, the block itself last.
-  """
-  here = owner[start : start + near.shape[0]]
-  if other < start:
-    free = np.flatnonzero(here < 0)
-    leaders = owner[other : other + near.shape[1]]
-    leaders = np.flatnonzero(leaders == np.arange(other, other + leaders.size))
-    if free.size and leaders.size:
-      near = near[free][:, leaders]
-      first = near.argmax(axis=1)
-      found = near[np.arange(free.size), first]
-      here[free[found]] = other + leaders[first[found]]
-    return
-  for i in np.flatnonzero(near.any(axis=1)):
-    if here[i] < 0:
-      here[near[i] & (here < 0)] = start + i
-      here[i] = start + i
+
+def _cover_itself(owner: np.ndarray, near: np.ndarray, rows: np.ndarray, here: slice) -> None:
+  """The last step, within a block, row after row; what stays free leads itself."""
+  owners = owner[here]
+  for i, row in enumerate(rows):
+    if owner[row] < 0:
+      owners[near[i] & (owners < 0)] = row
+      owner[row] = row
 
 
 def measure(
@@ -129,14 +126,16 @@ def measure(
       np.subtract(1.0, distance, out=distance)
       if other == start:
         np.fill_diagonal(distance, np.inf)
-      np.minimum(nearest[here], distance.min(axis=1), out=nearest[here])
-      np.minimum(nearest[there], closest := distance.min(axis=0), out=nearest[there])
+      closest = distance.min(axis=1)
+      np.minimum(nearest[here], closest, out=nearest[here])
+      np.minimum(nearest[there], distance.min(axis=0), out=nearest[there])
       for t in np.flatnonzero(limits > closest.min()):
-        near = distance < limits[t]
-        _cover(owner[t], near, start, other)
-        _link(parent[t], near, here, there)
+        some = np.flatnonzero(closest < limits[t])
+        near = (distance[some] if some.size < len(closest) else distance) < limits[t]
+        (_cover if other < start else _cover_itself)(owner[t], near, start + some, there)
+        _link(parent[t], near, start + some, there)
     for leaders in owner[:, here]:
-      free = np.flatnonzero(leaders < 0)  # near to no earlier row
+      free = np.flatnonzero(leaders < 0)
       leaders[free] = start + free
   nearest = np.maximum(nearest, 0.0)
   whole_owner = np.full((len(limits), len(prototypes)), -1, np.int32)
