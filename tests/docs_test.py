@@ -23,7 +23,7 @@ import safetensors.numpy
 import torch_format
 from PIL import Image
 
-from benchmarks import cifar10
+from benchmarks import cifar10, collapse_zoo
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -143,3 +143,13 @@ def test_tables_of_the_readme_are_those_of_the_published_results():
   shown = [line for line in readme if line.startswith("|") and line.count("|") > 10]
   rows = [line for table in cifar10.tables() for line in table.splitlines()]
   assert rows == shown
+
+
+def test_tables_of_the_early_warning_are_those_of_the_zoo():
+  """And every fault was named, no healthy run was; at least eight of each."""
+  page = (ROOT / "docs" / "collapse.md").read_text()
+  assert all(table in page for table in collapse_zoo.tables())
+  records = collapse_zoo.published()
+  assert set(records) == set(collapse_zoo.HEALTHY | collapse_zoo.FAULTS)
+  assert all(bool(record["labels"]) == record["fault"] for record in records.values())
+  assert min(len(collapse_zoo.HEALTHY), len(collapse_zoo.FAULTS)) >= 8
