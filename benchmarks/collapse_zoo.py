@@ -89,8 +89,7 @@ class Case(NamedTuple):
 # Without it joint prototypes stay at ln K here: the monitor is right to stop them at step 100.
 _NORMED = {"head__norm": "batch"}
 _CENTRED = {
-  **_NORMED, "method__targets": "center", "method__teacher_temp_start": 0.04,
-  "method__teacher_temp": 0.04,
+  "method__targets": "center", "method__teacher_temp_start": 0.04, "method__teacher_temp": 0.04,
 }  # fmt: skip
 HEALTHY = {
   "dino, mixture": Case("gmm_cifar10"),

@@ -20,9 +20,8 @@ LIMITS = {
   "teacher_one_hot": 0.1,  # of the largest entropy; healthy targets may be this sharp, hence:
   "codes_one_hot": 1.5,  # codes in use: all images have one and the same
   "codes_clusters": 4.0,  # below it a code says less than two bits, whatever K (at most K / 8)
-  # Of the monitor's sample alone, after as many times the grace period: Self-Classifier has had
-  # 1.8 codes after 140 steps and 13 after 220.
-  "codes_clusters_sample": 2.0,
+  # Grace periods until the monitor's sample alone may show it: slow starts have 2 or 3 codes after
+  # 100 steps and 13 or more after 220 (Self-Classifier, SwAV with a mixture; docs/collapse.md).
   "sample_grace": 5,
   # Directions uniform on the sphere give 1, untrained ViTs .13 (digits, mean cosine .98) to .73.
   "feature_std": 0.02,
@@ -76,15 +75,16 @@ def _prototypes(measures: Mapping[str, float | None]) -> str:
   )
 
 
-def _codes(measures: Mapping[str, float | None], num_prototypes: int, late: bool) -> float | None:
-  """Codes in use, by the strictest measure there is."""
-  known = [measures[k] * num_prototypes for k in ("collapse/used", "collapse/used_sample")
-           if measures.get(k) is not None]  # fmt: skip
-  if measures.get("collapse/perplexity") is not None:
-    known.append(measures["collapse/perplexity"])
-  sample = measures.get("collapse/perplexity_sample")
-  if late and sample is not None and sample < LIMITS["codes_clusters_sample"]:
-    known.append(sample)
+def _codes(
+  measures: Mapping[str, float | None], num_prototypes: int, *, sample: bool
+) -> float | None:
+  """Codes in use, by the strictest measure there is; with `sample` also of the monitor's sample."""
+  known = []
+  for end in ("", "_sample") if sample else ("",):
+    for name, scale in (("used", num_prototypes), ("perplexity", 1.0)):
+      value = measures.get(f"collapse/{name}{end}")
+      if value is not None:
+        known.append(value * scale)
   return min(known, default=None)
 
 
@@ -175,7 +175,7 @@ def _findings(measures, num_prototypes, step, late, prototypes, advise):
   loss, entropy = get("train/loss"), get("train/target_entropy")
   cross_entropy = loss if get("train/cross_entropy") is None else get("train/cross_entropy")
   std, rank, cosine = (get(f"collapse/{k}") for k in ("feature_std", "rankme", "mean_cosine"))
-  codes, chance = _codes(measures, num_prototypes, late), get("train/ln_k")
+  chance, codes = get("train/ln_k"), _codes(measures, num_prototypes, sample=True)
   most = _most(measures, num_prototypes)
 
   if get("collapse/teacher_distance") == 0:
@@ -229,6 +229,7 @@ def _findings(measures, num_prototypes, step, late, prototypes, advise):
       f"{_show(cosine, '.4f')}): {advice}",
       True,
     )
+  codes = _codes(measures, num_prototypes, sample=late)
   if not one_hot and codes is not None and codes < min(limit["codes_clusters"], num_prototypes / 8):
     balance = "mixture.balanced=True" if prototypes == "mixture" else "method.targets=sinkhorn"
     advice = advise(f"set {balance}", "lower optim.lr", "raise batch_size")

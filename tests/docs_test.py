@@ -93,7 +93,7 @@ def run(command: str, cwd: pathlib.Path) -> None:
     case ["python", "-m", "protojax.main", *rest]:
       debug = [w + ":debug" if re.fullmatch(r"--config=[^:]*\.py", w) else w for w in rest]
       prepared = f"--config.data.data_dir={_DATA}" in rest  # CIFAR-10: 10,000 test images
-      few = ["--config.probe.test_split=test[:40]"] * prepared
+      few = ["--config.data.name=cifar10", "--config.probe.test_split=test[:40]"] * prepared
       _python(["-m", "protojax.main", *debug, *_SHORT, *few], cwd)
     case ["python", "-m", module, *rest] if module.startswith("protojax."):
       _python(["-m", module, *rest], cwd)

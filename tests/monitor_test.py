@@ -101,9 +101,12 @@ def test_advice_does_not_tell_to_set_what_is_set():
 
 
 def test_few_codes_in_the_sample_alone_count_late_only():
-  few = {"collapse/perplexity": None, "collapse/perplexity_sample": 1.8}
+  few = {"collapse/perplexity": None, "collapse/perplexity_sample": 3.5}  # quickstart, step 120
   assert judge(few, step=499).label == "ok"
   assert judge(few, step=500).label == "cluster collapse"
+  assert judge({**few, "train/target_entropy": 0.1}, step=100).label == "ok"
+  one = {**few, "train/target_entropy": 0.1, "collapse/perplexity_sample": 1.1}
+  assert judge(one, step=100).label == "one-hot collapse"
   assert judge({**few, "collapse/perplexity": 1.8}, step=100).label == "cluster collapse"
 
 
@@ -125,7 +128,6 @@ def test_what_else_holds_is_named_too():
     {"collapse/unique_0.025": 0.4, "collapse/unique_0.025_random": 0.42},  # no room for more
     {"collapse/feature_std": 0.134, "collapse/rankme": 2.9},  # untrained ViT on digits
     {"collapse/embedding_cosine": 0.99998},
-    {"collapse/perplexity_sample": 3.5},  # the quickstart's at step 120
   ],
 )
 def test_healthy_oddities_are_ok(changes):
