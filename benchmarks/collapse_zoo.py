@@ -89,7 +89,8 @@ class Case(NamedTuple):
 # Without it joint prototypes stay at ln K here: the monitor is right to stop them at step 100.
 _NORMED = {"head__norm": "batch"}
 _CENTRED = {
-  "method__targets": "center", "method__teacher_temp_start": 0.04, "method__teacher_temp": 0.04,
+  **_NORMED, "method__targets": "center", "method__teacher_temp_start": 0.04,
+  "method__teacher_temp": 0.04, "optim__lr": 1e-3,
 }  # fmt: skip
 HEALTHY = {
   "dino, mixture": Case("gmm_cifar10"),

@@ -32,6 +32,17 @@ def test_loss_that_is_not_finite_ends_the_run_in_one_line(tmp_path, loss):
   assert "\n" not in str(info.value)
 
 
+def test_measures_from_before_the_first_verdict_are_not_judged_later(tmp_path):
+  """At step 100 the line comes before the look: what was seen at step 80 is not held against it."""
+  config = tiny.config(num_steps=400, optim__warmup_steps=10)
+  with runlog.RunLog(tmp_path, config, start=0, describe=str) as log:
+    assert log.verdict(100).label == "ok"
+    log.measures(80, {"collapse/rankme": 1.2})
+    assert log.verdict(100).label == "warming up"
+    log.measures(100, {"collapse/rankme": 1.2})
+    assert log.verdict(110).label == "dimensional collapse"
+
+
 def _line(step, measures, *, name="dino", label="ok"):
   config = configs.default(name)
   config.update({"num_steps": 5000, "batch_size": 82})
