@@ -103,8 +103,6 @@ HEALTHY = {
   "swav, mixture": Case("swav_cifar10", {"method__prototypes": "mixture"}),
   "self-classifier": Case("self_classifier_cifar10"),
   "falcon": Case("falcon_cifar10"),
-  "pcl": Case("pcl_cifar10"),
-  "barlow twins": Case("barlow_twins_cifar10"),
   "vicreg": Case("vicreg_cifar10"),
 }
 FAULTS = {
