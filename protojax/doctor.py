@@ -5,7 +5,6 @@
 
 import argparse
 import json
-import os
 import pathlib
 import sys
 import textwrap
@@ -19,6 +18,7 @@ from protojax import (
   cli,
   diagnosis,
   errors,
+  files,
   loss_log,
   monitor,
   trained,
@@ -233,17 +233,6 @@ def _of_log(args) -> tuple[dict, list[str]]:
   ]  # fmt: skip
 
 
-def _write(path: pathlib.Path, content: dict) -> None:
-  temporary = path.with_name(path.name + ".tmp")
-  try:
-    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    os.replace(temporary, path)
-  except (PermissionError, IsADirectoryError) as error:
-    raise errors.UserError(f"cannot write to --json={path}: {error.strerror}") from None
-  finally:
-    temporary.unlink(missing_ok=True)
-
-
 def _parser() -> argparse.ArgumentParser:
   parser = cli.parser("doctor", _DESCRIPTION)
   parser.add_argument("path", help="workdir of a run, a checkpoint, or a log")
@@ -289,9 +278,8 @@ def main(argv: list[str]) -> None:
   out, lines = examine(args)
   print("\n".join([f"protojax doctor: {args.path}", *lines]))
   if out_path is not None:
-    _write(out_path, {
-      "path": args.path, "protojax": __version__, "distance": "cosine, 1 - cos", **out,
-    })  # fmt: skip
+    about = {"path": args.path, "protojax": __version__, "distance": "cosine, 1 - cos"}
+    files.write(out_path, json.dumps(about | out, indent=2, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

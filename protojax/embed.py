@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 
-from protojax import __version__, cli, errors, trained
+from protojax import __version__, cli, errors, files, trained
 
 _DESCRIPTION = """\
 Writes features (and codes) of images, one row an image.
@@ -83,16 +83,7 @@ def write(path: str | os.PathLike, columns: dict[str, np.ndarray], protocol: dic
   """
   path = pathlib.Path(path)
   writer = _writer(path)
-  temporary = path.with_name(path.name + ".tmp")
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer(temporary, columns, json.dumps(protocol))
-    os.replace(temporary, path)
-  except (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
-    raise errors.UserError(f"cannot write to {path}: {error.strerror}") from None
-  finally:
-    if temporary.is_file():
-      temporary.unlink()
+  files.write(path, lambda whole: writer(whole, columns, json.dumps(protocol)))
 
 
 def _writer(path: pathlib.Path):

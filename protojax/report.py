@@ -7,7 +7,7 @@ import sys
 import jax
 from absl import logging
 
-from protojax import cli, errors, trained, workdir
+from protojax import cli, errors, files, trained, workdir
 from protojax.data import source as sources
 from protojax.reports import gallery, page
 from protojax.reports import record as records
@@ -37,7 +37,7 @@ def after_training(model: trained.Trained, arrays: dict, *, bank, train) -> path
   looks = gallery.look(model, model.config, bank=bank, train=train, arrays=arrays)
   if jax.process_index() == 0:
     run = records.read([folder])[0]
-    page.write(folder / NAME, page.build([run], {run.name: looks}, _command([folder])))
+    files.write(folder / NAME, page.build([run], {run.name: looks}, _command([folder])))
   return folder / NAME
 
 
@@ -97,7 +97,7 @@ def main(argv: list[str]) -> None:
   for run in runs:
     logging.info("looking at %s", run.folder)
     looks[run.name] = _look(run, args.limit)
-  page.write(out, page.build(runs, looks, shlex.join(["python", "-m", "protojax.report", *argv])))
+  files.write(out, page.build(runs, looks, shlex.join(["python", "-m", "protojax.report", *argv])))
   print(f"{out}: {len(runs)} run{'s' * (len(runs) > 1)}, {out.stat().st_size / 1e6:.2f} MB")
 
 

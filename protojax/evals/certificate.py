@@ -1,17 +1,15 @@
 """result.json: numbers beside everything that made them, and the comparison of two of them."""
 
-import errno
 import hashlib
 import importlib.metadata
 import json
-import os
 import pathlib
 from typing import Any
 
 import jax
 import numpy as np
 
-from protojax import __version__, errors, workdir
+from protojax import __version__, errors, files, workdir
 
 # Two results are alike if their protocols are, but for these parts: which model was judged (path,
 # step, weights, method, prototypes, seed of the run) and by which versions on which devices.
@@ -101,19 +99,7 @@ def write(path: pathlib.Path, measures: dict, protocol: dict) -> None:
   result = {
     "measures": measures, "protocol": protocol, "environment": workdir.environment()
   }  # fmt: skip
-  text = json.dumps(result, indent=2, sort_keys=True, default=str) + "\n"
-  temporary = path.with_name(path.name + ".tmp")
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(text)
-    os.replace(temporary, path)
-  except OSError as error:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-      raise
-    raise errors.UserError(f"cannot write to {path}: {error.strerror}") from None
-  finally:
-    if temporary.is_file():
-      temporary.unlink()
+  files.write(path, json.dumps(result, indent=2, sort_keys=True, default=str) + "\n")
 
 
 def read(path: pathlib.Path) -> dict:

@@ -3,11 +3,9 @@
 import html
 import json
 import math
-import os
-import pathlib
 from collections.abc import Mapping, Sequence
 
-from protojax import __version__, errors
+from protojax import __version__
 from protojax import config as configs
 from protojax.reports import curves, gallery, numbers, style
 from protojax.reports import record as records
@@ -65,24 +63,6 @@ def build(
     f"<footer>protojax {__version__}. Written by <code>{_e(command)}</code></footer>"
     f"<script>{style.SCRIPT}</script></body></html>\n"
   )
-
-
-def write(path: pathlib.Path, page: str) -> None:
-  """Writes the page, whole or not at all.
-
-  Raises:
-    UserError: if it cannot be written there.
-  """
-  temporary = path.with_name(path.name + ".tmp")
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
-  except (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
-    raise errors.UserError(f"cannot write the report to {path}: {error.strerror}") from None
-  finally:
-    if temporary.is_file():
-      temporary.unlink()
 
 
 def _numbers(runs) -> str:

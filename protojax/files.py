@@ -1,0 +1,37 @@
+"""Files that are there whole or not at all."""
+
+import errno
+import os
+import pathlib
+from collections.abc import Callable
+
+from protojax import errors
+
+
+def write(path: str | os.PathLike, content: str | bytes | Callable[[pathlib.Path], object]) -> None:
+  """Writes a file beside its place and moves it there when it is whole; makes its folder.
+
+  Args:
+    path: of the file; what was there stays until the new one is whole.
+    content: text (UTF-8), bytes, or what writes the file at the path it is given.
+
+  Raises:
+    UserError: if it cannot be written there.
+    OSError: if the disk is full; `cli.guarded` says so in one line.
+  """
+  path = pathlib.Path(path)
+  temporary = path.with_name(path.name + ".tmp")
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if callable(content):
+      content(temporary)
+    else:
+      temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(temporary, path)
+  except OSError as error:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+      raise
+    raise errors.UserError(f"cannot write to {path}: {error.strerror}") from None
+  finally:
+    if temporary.is_file():
+      temporary.unlink()
