@@ -7,9 +7,10 @@ import jax
 import numpy as np
 
 from protojax import sharding
-from protojax.data import pipeline, source
+from protojax.data import cache, pipeline, source
 
 PyTree = Any
+_KEYS = ("image", "size", "index", "label")
 
 
 def rows(
@@ -21,6 +22,7 @@ def rows(
   image_size: int,
   num_workers: int = 0,
   limit: int = 0,
+  cached: cache.Cache | None = None,
 ) -> PyTree:
   """What `forward` makes of every image that can be read, in the order of the source.
 
@@ -33,6 +35,7 @@ def rows(
     image_size: S, storage size in pixels.
     num_workers: processes that decode; 0 uses threads.
     limit: at most so many images, evenly spread; 0 takes all.
+    cached: `data` on the devices, which takes the host's place.
 
   Returns:
     The same pytree of NumPy arrays [N, ...], whole in every process.
@@ -41,19 +44,25 @@ def rows(
     UserError: if not one image can be read.
   """
   size = -(-batch_size // mesh.shape["data"]) * mesh.shape["data"]
-  part, count = sharding.rows_of_process(size, mesh)
-  batches = pipeline.sequential(
-    data, batch_size=size, image_size=image_size, limit=limit or None, num_workers=num_workers,
-    process_index=part, process_count=count,
-  )  # fmt: skip
+  if cached is None:
+    batches = _from_host(data, mesh, size, image_size, num_workers, limit or None)
+  else:
+    batches = cache.sequential(cached, batch_size=size, limit=limit or None, keys=_KEYS)
   seen = []
-  for batch in batches:
-    batch = {k: batch[k] for k in ("image", "size", "index", "label", "mask")}
-    batch = sharding.put_batch(batch, mesh)
-    out = jax.device_get({"out": forward(batch), "mask": _whole(batch["mask"], mesh)})
-    seen.append(jax.tree.map(lambda x, keep=out["mask"]: x[keep], out["out"]))
+  for batch, mask in batches:
+    out, keep = jax.device_get((forward(batch), mask))
+    seen.append(jax.tree.map(lambda x, keep=keep: x[keep], out))
   return jax.tree.map(lambda *parts: np.concatenate(parts), *seen)
 
 
-def _whole(x: jax.Array, mesh: jax.sharding.Mesh) -> jax.Array:
-  return jax.device_put(x, sharding.replicated(mesh))
+def _from_host(data, mesh, batch_size, image_size, num_workers, limit):
+  """(batch, mask bool [B], whole on every device) of one pass over the images."""
+  part, count = sharding.rows_of_process(batch_size, mesh)
+  batches = pipeline.sequential(
+    data, batch_size=batch_size, image_size=image_size, limit=limit, num_workers=num_workers,
+    process_index=part, process_count=count,
+  )  # fmt: skip
+  for batch in batches:
+    put = sharding.put_batch({k: batch[k] for k in (*_KEYS, "mask")}, mesh)
+    mask = jax.device_put(put.pop("mask"), sharding.replicated(mesh))
+    yield put, mask

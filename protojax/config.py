@@ -46,6 +46,9 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
     "imbalance": config_dict.placeholder(float),  # largest class over smallest
     "num_records": 0,  # 0: found out at the start; a run goes on only with as many
     "num_workers": 0,
+    # Keep the decoded images on the devices: device; off; or auto, where the devices say how much
+    # memory they have and an eighth of it is enough (data/cache.py).
+    "cache": "auto",
   })  # fmt: skip
   config.probe = ml_collections.ConfigDict({  # labelled images for k-NN, linear probe, monitor
     "name": config_dict.placeholder(str),  # None: data.name

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from protojax import methods, optim, sharding, train_step
-from protojax.data import augment, pipeline
+from protojax.data import augment, cache, pipeline
 from protojax.evals import linear
 
 
@@ -98,12 +98,36 @@ class Program:
     with jax.set_mesh(self.mesh):
       return self.step.lower(self.abstract, batch, probe_batch)
 
-  def batches(self, data, *, seed: int, step: int, batch_size: int, keys: tuple[str, ...]):
-    """Global batches of `data` from `step` on, two ahead of the device.
+  def load(self, data) -> cache.Cache:
+    """The images of a source on the devices."""
+    part, parts = sharding.rows_of_process(self.mesh.shape["data"], self.mesh)
+    return cache.load(
+      data, image_size=self.config.data.image_size, mesh=self.mesh,
+      num_workers=self.config.data.num_workers, part=part, parts=parts,
+    )  # fmt: skip
+
+  def batches(
+    self, data, *, seed: int, step: int, batch_size: int, keys: tuple[str, ...], cached=None
+  ):
+    """Global batches of `data` from `step` on, those from the host two ahead of the device.
+
+    Args:
+      data: from `source.build`.
+      seed: of the order.
+      step: number of the first batch.
+      batch_size: global.
+      keys: of `pipeline.batches`.
+      cached: `cache.Cache` of `data`, which takes the host's place, or None.
 
     Yields:
       ({key: global array}, rows replaced for a corrupt image int32 [b], seconds waited).
     """
+    if cached is not None:
+      gathered = cache.batches(cached, seed=seed, step=step, batch_size=batch_size, keys=keys)
+      while True:
+        start = time.perf_counter()
+        batch, skipped = next(gathered)
+        yield batch, skipped, time.perf_counter() - start
     part, parts = sharding.rows_of_process(batch_size, self.mesh)
     host = pipeline.batches(
       data, seed=seed, step=step, batch_size=batch_size, image_size=self.config.data.image_size,

@@ -22,13 +22,14 @@ class Snapshot:
     program: `programs.Program`.
     bank: source whose images are looked at (and, if labelled, the k-NN's train set).
     test: labelled source for k-NN and linear accuracy, or None.
+    cached: {source: `cache.Cache`} of those that lie on the devices.
   """
 
-  def __init__(self, program, *, bank, test=None):
+  def __init__(self, program, *, bank, test=None, cached=None):
     config, method = program.config, program.method
     self._config, self._mesh, self._method = config, program.mesh, method
     self._evaluation, self._probe = program.evaluation, program.probe
-    self._bank, self._test = bank, test
+    self._bank, self._test, self._cached = bank, test, cached or {}
     whole = sharding.replicated(self._mesh)
     self._forward = jax.jit(self._forward_fn, out_shardings=whole)
     self._matrices = jax.jit(
@@ -77,6 +78,7 @@ class Snapshot:
     return collect.rows(
       forward, source, mesh=self._mesh, batch_size=config.batch_size,
       image_size=config.data.image_size, num_workers=config.data.num_workers, limit=limit,
+      cached=self._cached.get(source),
     )  # fmt: skip
 
   def embeddings(self, state, source) -> tuple[np.ndarray, np.ndarray]:

@@ -21,7 +21,7 @@ from protojax import (
 )
 from protojax import config as configs
 from protojax import workdir as workdirs
-from protojax.data import source
+from protojax.data import cache, source
 
 
 def build_sources(config):
@@ -43,7 +43,8 @@ def build_sources(config):
       "--config.probe.name and --config.probe.data_dir", data_dir, probe.test_split,
     )  # fmt: skip
     return train, train, None
-  bank = source.build(name, split=probe.train_split, data_dir=data_dir)
+  same = own and probe.train_split == data.split and data.imbalance is None
+  bank = train if same else source.build(name, split=probe.train_split, data_dir=data_dir)
   if own and not bank.num_classes:
     logging.info("k-NN and linear probe are off: %s has no labels", bank.name)
     return train, bank, None
@@ -92,6 +93,11 @@ def run(config, workdir: str) -> dict[str, float]:
       )
   program = programs.Program(config, bank.num_classes if test is not None else 0)
   lowered = program.lower()
+  to_cache = cache.choose(
+    config.data.cache, [data for data in (train_source, bank, test) if data is not None],
+    image_size=config.data.image_size, images_drawn=config.num_steps * config.batch_size,
+    mesh=mesh,
+  )  # fmt: skip
   start_from = None
   if config.init_from:
     path = pathlib.Path(config.init_from).expanduser()
@@ -113,18 +119,7 @@ def run(config, workdir: str) -> dict[str, float]:
     before = metadata.get("seconds", 0.0)
     logging.info("resumed at step %d", start)
 
-  view = snapshot.Snapshot(program, bank=bank, test=test)
   log = runlog.RunLog(folder, config, start=start, describe=train_source.describe)
-  batches = program.batches(
-    train_source, seed=config.seed, step=start, batch_size=config.batch_size,
-    keys=("image", "size", "index"),
-  )  # fmt: skip
-  probe_batches = _no_batches()
-  if program.probe:
-    probe_batches = program.batches(
-      bank, seed=config.seed + 1, step=start, batch_size=config.probe.batch_size,
-      keys=("image", "size", "label"),
-    )  # fmt: skip
 
   def seconds():
     return before + time.time() - started
@@ -139,12 +134,24 @@ def run(config, workdir: str) -> dict[str, float]:
   # between the two and is done again by a run that goes on from n.
   with contextlib.ExitStack() as stack:
     stack.enter_context(contextlib.closing(checkpoints))
-    for stream in (batches, probe_batches):
-      stack.callback(stream.close)
     log = stack.enter_context(log)
     if start == config.num_steps and (result := workdirs.read_result(folder)):
       log.summary(result, folder / report.NAME)
       return result
+    cached = {data: program.load(data) for data in to_cache}
+    view = snapshot.Snapshot(program, bank=bank, test=test, cached=cached)
+    batches = program.batches(
+      train_source, seed=config.seed, step=start, batch_size=config.batch_size,
+      keys=("image", "size", "index"), cached=cached.get(train_source),
+    )  # fmt: skip
+    probe_batches = _no_batches()
+    if program.probe:
+      probe_batches = program.batches(
+        bank, seed=config.seed + 1, step=start, batch_size=config.probe.batch_size,
+        keys=("image", "size", "label"), cached=cached.get(bank),
+      )  # fmt: skip
+    for stream in (batches, probe_batches):
+      stack.callback(stream.close)
     logging.info("compiling the step (%s)", optim.describe(config))
     step_fn = lowered.compile()
     stop = stack.enter_context(workdirs.Stop())

@@ -96,8 +96,8 @@ def restored(plain: dict) -> ml_collections.ConfigDict:
 # how often, not what is computed. Everything else is refused, so a new option is safe by default.
 _FREE = (
   "resume", "overwrite", "log_every", "save_every", "eval_every", "keep_checkpoints", "monitor.",
-  "accum_steps", "model.remat", "mesh.", "data.data_dir", "data.num_workers", "probe.data_dir",
-  "probe.test_split", "probe.k", "probe.temperature", "probe.limit",
+  "accum_steps", "model.remat", "mesh.", "data.data_dir", "data.num_workers", "data.cache",
+  "probe.data_dir", "probe.test_split", "probe.k", "probe.temperature", "probe.limit",
   # Compared as the steps they come to:
   "num_epochs", "optim.warmup_epochs", "optim.freeze_prototypes_epochs",
 )  # fmt: skip

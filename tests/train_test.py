@@ -100,6 +100,25 @@ def test_stopped_and_resumed_run_equals_the_whole_one_to_the_bit(whole, tmp_path
   assert _losses(folder) == _losses(whole)
 
 
+def test_images_that_lie_on_the_devices_change_nothing_in_the_middle_of_an_epoch(
+  whole, tmp_path, monkeypatch, caplog
+):
+  folder = tmp_path / "run"
+  with monkeypatch.context() as patch:
+    _stop_after(patch, 3)
+    with pytest.raises(errors.Interrupted, match="stopped at step 3"):
+      train.run(_config(**{"data.cache": "device"}), str(folder))
+  caplog.set_level("INFO")
+  result = train.run(_config(**{"data.cache": "device"}), str(folder))
+  assert "digits/train lies on the devices: 1442 images" in caplog.text
+  assert _config().data.cache == "auto"  # which on CPUs takes the host's
+  chex.assert_trees_all_equal(_final(folder, _config())[1], _final(whole, _config())[1])
+  assert _losses(folder) == _losses(whole)
+  known = json.loads((whole / "eval" / "final" / "result.json").read_text())["measures"]
+  same = {k for k in known if k.startswith(("probe/", "collapse/"))}
+  assert same and {k: result[k] for k in same} == {k: known[k] for k in same}
+
+
 def test_run_that_is_done_reports_again_and_changes_nothing(whole):
   names = ("metrics.jsonl", "eval/final/result.json", "exported/encoder.safetensors")
   before = [(whole / name).read_bytes() for name in names]
@@ -223,7 +242,7 @@ def test_two_processes_train_and_resume_as_one(whole, tmp_path):
   np.testing.assert_allclose(losses[1], _losses(whole)[1], rtol=1e-5)
   # Take the last two steps away and let two processes do them again from checkpoint 4.
   shutil.rmtree(folder / "checkpoints" / "6")
-  for output, status in _pair(folder):
+  for output, status in _pair(folder, "--config.data.cache=device"):
     assert status == 0, output
-    assert "resumed at step 4" in output
+    assert "resumed at step 4" in output and "digits/train lies on the devices" in output
   assert _losses(folder) == losses

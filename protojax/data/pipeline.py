@@ -59,11 +59,21 @@ def batches(
     UserError: if image_size or num_workers is out of range.
   """
   _check(image_size, num_workers)
-  # Nearby seeds must not share epochs: grain shuffles epoch e with seed + e.
-  shuffle = int(np.random.SeedSequence(seed % 2**64).generate_state(1)[0])
-  order = grain.MapDataset.range(len(source)).shuffle(seed=shuffle).repeat()
+  order = shuffled(len(source), seed)
   chunks = _Chunks(source, order, image_size, batch_size, process_index, process_count)
   return _stream(chunks, step, num_workers)
+
+
+def shuffled(num_records: int, seed: int) -> grain.MapDataset:
+  """The endless order of rows that `batches` walks through: `[p]` is the row at position p.
+
+  Args:
+    num_records: N of the source.
+    seed: as in `batches`.
+  """
+  # Nearby seeds must not share epochs: grain shuffles epoch e with seed + e.
+  shuffle = int(np.random.SeedSequence(seed % 2**64).generate_state(1)[0])
+  return grain.MapDataset.range(num_records).shuffle(seed=shuffle).repeat()
 
 
 def sequential(
@@ -94,10 +104,35 @@ def sequential(
   Raises:
     UserError: as `batches`.
   """
+  rows = spread(len(source), limit)
+  return ordered(
+    source, rows, batch_size=batch_size, image_size=image_size, num_workers=num_workers,
+    process_index=process_index, process_count=process_count,
+  )  # fmt: skip
+
+
+def spread(num_records: int, limit: int | None) -> np.ndarray:
+  """int [n]: all rows of a source of `num_records`, or `limit` that are evenly spread over it."""
+  if limit is None or limit >= num_records:
+    return np.arange(num_records)
+  return np.arange(limit) * num_records // limit
+
+
+def ordered(
+  source: sources.Source,
+  rows: np.ndarray,
+  *,
+  batch_size: int,
+  image_size: int,
+  num_workers: int = 0,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:
+  """One pass over `rows`, int [n], of the source, in that order; everything else is `sequential`'s.
+
+  A row of -1 is padding.
+  """
   _check(image_size, num_workers)
-  rows = np.arange(len(source))
-  if limit is not None and limit < len(source):
-    rows = np.arange(limit) * len(source) // limit
   order = np.pad(rows, (0, -len(rows) % batch_size), constant_values=-1)
   chunks = _Chunks(source, order, image_size, batch_size, process_index, process_count)
   return _masked(_stream(chunks, 0, num_workers))
