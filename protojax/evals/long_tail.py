@@ -3,7 +3,7 @@
 import numpy as np
 
 from protojax import collapse
-from protojax.evals import knn, linear
+from protojax.evals import knn, linear, purity
 
 SPLITS = ("many", "medium", "few")
 
@@ -78,13 +78,9 @@ def allocation(
   out = {}
   for kind, group in (("used", codes), ("unique", owner[codes])):
     there = group >= 0  # a prototype of zeros is nobody's copy and not unique
-    # One column a pair of group and class, a group's largest first; np.unique finds that one.
-    pairs, counts = np.unique(
-      np.stack([group[there], labels[there]]), axis=1, return_counts=True
-    )
-    pairs = pairs[:, np.lexsort((pairs[1], -counts))]
-    _, first = np.unique(pairs[0], return_index=True)
-    served = np.bincount(split_of[pairs[1, first]], minlength=len(SPLITS)) / first.size
+    majority, _ = purity.majority(group[there], labels[there], len(prototypes))
+    serving = split_of[majority[majority >= 0]]
+    served = np.bincount(serving, minlength=len(SPLITS)) / serving.size
     out |= {f"{kind}_{name}": float(n) for name, n in zip(SPLITS, served, strict=True)}
   return out
 
