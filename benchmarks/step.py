@@ -1,4 +1,4 @@
-"""Where a training step's time goes: python benchmarks/step.py --config=configs/gmm_cifar10.py
+"""Where a training step's time goes: python -m benchmarks.step --config=configs/gmm_cifar10.py
 
 Times the compiled step and its parts on images in memory (no decoding), each part a program of its
 own, the median of several runs taken in turn, so that a drifting machine drifts for all of them.
@@ -15,12 +15,17 @@ import time
 import jax
 import numpy as np
 
+from benchmarks import flops
 from protojax import config as configs
 from protojax import main, programs, prototypes, sharding, train_step
 from protojax.data import augment
+from protojax.models import heads
+
+PARTS = ("augment", "forward", "gradient", "update", "prototypes")
 
 
-def _set(config, assignment):
+def change(config, assignment: str) -> None:
+  """Applies "model.patch_size=4" to a config, in the type that the setting has."""
   key, _, value = assignment.partition("=")
   section, _, leaf = key.rpartition(".")
   target = config[section] if section else config
@@ -34,8 +39,14 @@ def _set(config, assignment):
   target[leaf] = value
 
 
-def parts(program):
-  """{part: call without arguments} over arrays that are on the device."""
+def calls(program, step, parts=PARTS):
+  """{part: call without arguments} over arrays that are on the device, and the step itself.
+
+  Args:
+    program: `programs.Program` without a probe.
+    step: its compiled step.
+    parts: of PARTS; "prototypes" is left out where nothing moves by EM.
+  """
   config, method, mesh = program.config, program.method, program.mesh
   rng = np.random.default_rng(0)
   size = config.data.image_size
@@ -57,47 +68,67 @@ def parts(program):
   )
   stats = jax.block_until_ready(value(trained, frozen, views))[1].stats
   update = jax.jit(lambda v, s: method.update(v, s, state.step))
-  calls = {
+  found = {
     "augment": lambda: augmented(key, batch),
     "forward": lambda: value(trained, frozen, views),
     "gradient": lambda: gradient(trained, frozen, views),
     "update": lambda: update(variables, stats),
   }
-  if config.method.prototypes == "mixture" and "features" in stats:
-    move = jax.jit(prototypes.build(config).move)
-    calls["prototypes"] = lambda: move(variables.prototypes, stats["features"])
+  if config.method.prototypes == "mixture" and "prototypes" in parts:
+    bank = prototypes.build(config)
+    dim = config.head.bottleneck
+    features = jax.random.normal(key, (2 * config.batch_size, dim))  # of the two global views
+    features = jax.device_put(heads.l2_normalize(features), sharding.batch_sharding(mesh))
+    state_of_one = jax.jit(bank.init)(key)
+    move = jax.jit(bank.move)
+    found["prototypes"] = lambda: move(state_of_one, features)
 
   holder = [program.init(config.seed)]
 
   def whole():  # donates its state
-    holder[0], metrics = program.step(holder[0], batch, None)
+    holder[0], metrics = step(holder[0], batch, None)
     return metrics
 
-  return calls | {"step": whole}
+  return {k: v for k, v in found.items() if k in parts} | {"step": whole}
 
 
-def measure(config, repeats: int) -> dict:
-  """Medians over `repeats` rounds, in milliseconds, with shares and memory."""
+def measure(config, repeats: int, parts=PARTS) -> dict:
+  """Medians over `repeats` rounds, in milliseconds, with shares, operations and memory.
+
+  Args:
+    config: unresolved.
+    repeats: rounds; one more goes before them.
+    parts: of PARTS.
+  """
   config = configs.resolve(config, 50_000)
   program = programs.Program(config)
   with jax.set_mesh(program.mesh):
+    start = time.perf_counter()
     compiled = program.lower().compile()
-    calls = parts(program)
-    seconds = {name: [] for name in calls}
+    compile_s = time.perf_counter() - start
+    timed = calls(program, compiled, parts)
+    seconds = {name: [] for name in timed}
     for i in range(repeats + 1):
-      for name, call in calls.items():
+      for name, call in timed.items():
         start = time.perf_counter()
         jax.block_until_ready(call())
         if i:
           seconds[name].append(time.perf_counter() - start)
   middle = {name: statistics.median(values) for name, values in seconds.items()}
-  middle["backward"] = middle.pop("gradient") - middle["forward"]
+  if "gradient" in middle:
+    middle["backward"] = middle.pop("gradient") - middle["forward"]
   step = middle["step"]
+  counted = config.copy_and_resolve_references()
+  counted.model.attention = "xla"  # a fused kernel hides its products
+  counted = programs.Program(counted)
   memory = compiled.memory_analysis()
   return {
     "img_per_s": round(config.batch_size / step, 1),
-    "milliseconds": {k: round(1e3 * v, 2) for k, v in middle.items()},
-    "share_of_step": {k: round(v / step, 3) for k, v in middle.items() if k != "step"},
+    "milliseconds": {k: round(1e3 * v, 3) for k, v in middle.items()},
+    "share_of_step": {k: round(v / step, 4) for k, v in middle.items() if k != "step"},
+    "flops": flops.of_step(counted),
+    "flops_without_augmentation": flops.of_step(counted, augment=False),
+    "compile_s": round(compile_s, 1),
     "peak_mib": round(
       (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20, 1
     ),
@@ -117,7 +148,7 @@ if __name__ == "__main__":
   parser.add_argument("--set", nargs="*", default=[], metavar="model.patch_size=4")
   arguments = parser.parse_args()
   recipe = main.load(arguments.config)
-  for change in arguments.set:
-    _set(recipe, change)
+  for assignment in arguments.set:
+    change(recipe, assignment)
   line = {"config": arguments.config, "set": arguments.set} | measure(recipe, arguments.repeats)
   print(json.dumps(line))

@@ -96,6 +96,7 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
     "registers": 0,
     "layer_scale": config_dict.placeholder(float),
     "norm_eps": 1e-6,  # of layer norms
+    "attention": "xla",  # or cudnn: NVIDIA's fused kernel, for bfloat16 on their GPUs
     "stem": "imagenet",  # ResNets: imagenet, cifar or cifar_pad2
     "zero_init_residual": True,
     "joint_norm": False,  # batch norm over all views together instead of view by view

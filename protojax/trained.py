@@ -87,7 +87,9 @@ def _run(path, folder, step) -> Trained:
       f"{folder / 'config.json'} cannot be read ({type(error).__name__}): it says what the "
       f"checkpoints in {path} are; copy it along with them"
     ) from None
-  config.mesh.update({"data": -1, "model": 1, "rules": ()})  # this machine's, not the run's
+  # This machine's, not the run's.
+  config.mesh.update({"data": -1, "model": 1, "rules": ()})
+  config.model.attention = "xla"
   leaves = checkpoint.leaves(folder)
   if leaves is None:
     raise errors.UserError(
@@ -173,7 +175,7 @@ def _require_fit(path, net, params, image_size) -> None:
 def _calm(config):
   """For modules that only evaluate, whose blocks are to be seen."""
   config = config.copy_and_resolve_references()
-  config.model.update({"drop_path": 0.0, "remat": False})
+  config.model.update({"drop_path": 0.0, "remat": False, "attention": "xla"})
   return config
 
 

@@ -19,8 +19,8 @@ from protojax import errors
 from protojax.data import pipeline, source
 
 CHOICES = ("auto", "device", "off")
-# What cached data sets may take of a device's memory. An eighth leaves a step what it had, within
-# the error of any estimate of it; CIFAR-10 is .15 GB, ImageNet-1k at 256 px 252 GB over all devices.
+# What cached data sets may take of a device's memory. CIFAR-10 is .15 GB, ImageNet-1k at 256 px
+# 252 GB over all devices together.
 SHARE = 1 / 8
 _DECODED = 1024  # images decoded at a time
 

@@ -148,7 +148,7 @@ def of_head(
 
 def encoder_of(info: Mapping[str, Any]) -> encoders.Encoder:
   """The encoder, in float32 and without drop path, of a description that `export.read` gives."""
-  model = {**info["model"], "drop_path": 0.0}
+  model = {**info["model"], "drop_path": 0.0, "attention": "xla"}
   model["image_size"] = model.get("image_size") or info["image"]["global_size"]
   return encoders.build(
     ml_collections.ConfigDict({"model": model, "head": info.get("head") or {}})

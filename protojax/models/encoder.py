@@ -49,7 +49,7 @@ def build(config: ml_collections.ConfigDict, *, mask_token: bool = False) -> Enc
     config: `model.name` is one of vit_tiny, vit_small, vit_base, resnet8, resnet18, resnet50.
       Optional, absent or None for the default: `precision`; of the transformers
       model.{patch_size, image_size, width, depth, heads, drop_path, registers, layer_scale,
-      norm_eps, remat}; of the ResNets
+      norm_eps, attention, remat}; of the ResNets
       model.{width (resnet8), stem, zero_init_residual, joint_norm, remat};
       head.{layers, hidden, bottleneck, norm, norm_output, activation, bias, init, l2}. A field
       that the named model does not have is ignored, so that `model.name` can be switched alone.
@@ -70,7 +70,8 @@ def build(config: ml_collections.ConfigDict, *, mask_token: bool = False) -> Enc
     options = given(
         "model", width="width", depth="depth", num_heads="heads", patch_size="patch_size",
         image_size="image_size", drop_path="drop_path", registers="registers",
-        layer_scale="layer_scale", norm_eps="norm_eps", remat="remat")
+        layer_scale="layer_scale", norm_eps="norm_eps", attention="attention", remat="remat")
+    _check_attention(options.get("attention", "xla"), dtype)
     # 0 switches LayerScale off: a factor that starts at 0 would kill the branch.
     options["layer_scale"] = options.get("layer_scale") or None
     backbone = vit.make(name, dtype=dtype, mask_token=mask_token, **options)
@@ -249,6 +250,15 @@ def _apply(encoder, part, params, batch_stats, x, views=1, train=False, key=None
   if updated.get("batch_stats"):
     batch_stats = {**batch_stats, part: updated["batch_stats"]}
   return y, batch_stats
+
+
+def _check_attention(name: str, dtype) -> None:
+  _choice("model.attention", name, ("xla", "cudnn"))
+  if name == "cudnn" and (dtype != jnp.bfloat16 or jax.default_backend() != "gpu"):
+    raise errors.UserError(
+      f"model.attention=cudnn needs an NVIDIA GPU and precision=bfloat16, not "
+      f"{jax.default_backend()} and {jnp.dtype(dtype).name}: set model.attention=xla"
+    )
 
 
 def _choice(field: str, value: str, available) -> str:

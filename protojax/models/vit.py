@@ -131,6 +131,7 @@ class Attention(nn.Module):
   """Self-attention; queries, keys and values come from one kernel [D, 3 D]."""
 
   num_heads: int
+  implementation: str
   dtype: jnp.dtype
 
   @nn.compact
@@ -141,7 +142,8 @@ class Attention(nn.Module):
     qkv = qkv.reshape(n, tokens, 3, self.num_heads, width // self.num_heads)
     query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
     # Its logits and softmax are float32 whatever the inputs, its scale is head_width ** -.5.
-    x = jax.nn.dot_product_attention(query, key, value).reshape(n, tokens, width)
+    x = jax.nn.dot_product_attention(query, key, value, implementation=self.implementation)
+    x = x.reshape(n, tokens, width)
     return _rows(nn.Dense(width, dtype=self.dtype, kernel_init=_normal, name="proj"), x)
 
 
@@ -166,13 +168,14 @@ class Block(nn.Module):
   drop_path: float
   layer_scale: float | None
   norm_eps: float
+  attention: str
   dtype: jnp.dtype
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """[N, T, D] float32 -> [N, T, D] float32."""
     y = _layer_norm("norm1", self.norm_eps, self.dtype)(x)
-    y = Attention(self.num_heads, self.dtype, name="attn")(y)
+    y = Attention(self.num_heads, self.attention, self.dtype, name="attn")(y)
     x += self._finish_branch(y, "ls1", train)
     y = _layer_norm("norm2", self.norm_eps, self.dtype)(x)
     y = Mlp(self.dtype, name="mlp")(y)
@@ -205,6 +208,8 @@ class ViT(nn.Module):
     registers: tokens without position that only take part in attention.
     layer_scale: start of LayerScale's factors; None builds none.
     norm_eps: what every layer norm adds to the variance.
+    attention: who computes it, "xla" or "cudnn" (a fused kernel of NVIDIA's; bfloat16 on their
+      GPUs only).
     mask_token: whether there is a learned token, 0 at the start, to put in the place of patches.
     remat: recompute each block in the backward pass instead of storing its activations.
     dtype: of the matrix products. Parameters, norms, softmax and the residual stream are float32.
@@ -219,6 +224,7 @@ class ViT(nn.Module):
   registers: int = 0
   layer_scale: float | None = None
   norm_eps: float = 1e-6
+  attention: str = "xla"
   mask_token: bool = False
   remat: bool = False
   dtype: jnp.dtype = jnp.float32
@@ -274,8 +280,8 @@ class ViT(nn.Module):
 
     block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
     for i, rate in enumerate(np.linspace(0.0, self.drop_path, self.depth)):
-      x = block(self.num_heads, float(rate), self.layer_scale, self.norm_eps, self.dtype,
-                name=f"blocks_{i}")(x, train)
+      x = block(self.num_heads, float(rate), self.layer_scale, self.norm_eps, self.attention,
+                self.dtype, name=f"blocks_{i}")(x, train)
     norm = _layer_norm("norm", self.norm_eps, jnp.float32)
     if not patches:
       return norm(x[:, 0])

@@ -1,0 +1,229 @@
+"""Makes the most of a short time on an accelerator: works through a list, loses nothing.
+
+  python -m benchmarks.accelerator --out=FOLDER --minutes=9 [--state=FOLDER2]
+  python -m benchmarks.accelerator --collect FOLDER
+
+Every item of the list (`items.py`) is a process of its own, and a line of lines.jsonl the moment it
+is done. A later call with the same --state goes on where this one ended: what is done is not done
+again, what failed stays failed (--retry tries it again), what the clock cut goes on from its own
+checkpoint. --out gets all lines, those of earlier calls too. --collect makes
+docs/results/accelerator.md, its figures and the README's section of the lines in FOLDER.
+"""
+
+import argparse
+import os
+import pathlib
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent import futures
+
+from absl import logging
+
+from benchmarks.accelerator import items, records
+
+# Seconds that an item gets between being asked to stop and being killed: a step, a checkpoint, or
+# the end of an evaluation.
+_GRACE = 20
+# Starting JAX and tracing a step take this long; with less left nothing is begun.
+_LEAST = 40
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog="python -m benchmarks.accelerator", description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+  )  # fmt: skip
+  parser.add_argument("--out", type=pathlib.Path, help="folder that gets lines.jsonl")
+  parser.add_argument("--minutes", type=float, default=9.0, help="after which nothing runs")
+  parser.add_argument("--state", type=pathlib.Path, help="runs and caches; default: --out")
+  parser.add_argument("--only", nargs="*", default=[], metavar="PREFIX", help="items so named")
+  parser.add_argument("--retry", action="store_true", help="what failed before, too")
+  parser.add_argument("--rehearse", action="store_true", help="tiny nets, two steps, any machine")
+  parser.add_argument("--jobs", type=int, default=1, help="items at a time; above 1 to rehearse")
+  parser.add_argument("--commit", help="of the code; default: what git says")
+  parser.add_argument("--data_dir", default=os.environ.get("PROTOJAX_DATA_DIR"))
+  parser.add_argument("--list", action="store_true", help="print the items and end")
+  parser.add_argument("--collect", type=pathlib.Path, metavar="FOLDER")
+  parser.add_argument("--store_parity", action="store_true", help="write parity.json, on a CPU")
+  parser.add_argument("--item", help=argparse.SUPPRESS)  # what a process of the list is told
+  return parser
+
+
+def main(argv: list[str]) -> int:
+  parser = _parser()
+  arguments = parser.parse_args(argv)
+  if arguments.collect:
+    from benchmarks.accelerator import collect
+
+    print(collect.write(arguments.collect, rehearsal=arguments.rehearse))
+  elif arguments.store_parity:
+    from benchmarks.accelerator import parity
+
+    parity.store()
+  elif arguments.list:
+    for item in items.ITEMS:
+      print(f"{item.name:<40} {item.work:<8} about {item.seconds} s")
+  elif arguments.out is None:
+    parser.error("--out is missing: python -m benchmarks.accelerator --out=results --minutes=9")
+  elif arguments.minutes <= 0 or arguments.jobs < 1:
+    parser.error(f"--minutes={arguments.minutes:g} and --jobs={arguments.jobs} must be above 0")
+  elif arguments.item:
+    _run_here(arguments)
+  else:
+    return _work_through(arguments, parser)
+  return 0
+
+
+def _run_here(arguments) -> None:
+  """One item in this process; its result goes to result.json in the item's folder."""
+  logging.set_verbosity(logging.INFO)
+  item = next(i for i in items.ITEMS if i.name == arguments.item)
+  folder = _folder(arguments.state.resolve(), item)
+  result = items.run(
+    item, folder=folder, data_dir=arguments.data_dir, rehearse=arguments.rehearse
+  )
+  records.write_json(folder / "result.json", result)
+
+
+def _folder(state: pathlib.Path, item: items.Item) -> pathlib.Path:
+  return state / item.name.replace("/", "_").replace(" ", "_")
+
+
+def _work_through(arguments, parser) -> int:
+  """Every item that is left, in order, as long as there is time."""
+  deadline = time.monotonic() + 60 * arguments.minutes
+  lines = records.Lines(arguments.state or arguments.out, arguments.out)
+  chosen = tuple(arguments.only) or ("",)
+  wanted = [item for item in items.ITEMS if item.name.startswith(chosen)]
+  if not wanted:
+    parser.error(f"--only={' '.join(arguments.only)} names no item: --list shows all")
+  over = {"done", "skipped"} | (set() if arguments.retry else {"failed"})
+  left = [item for item in wanted if lines.status(item.name) not in over]
+  common = {
+    **records.machine(), "commit": arguments.commit or records.commit(),
+    "command": shlex.join(["python", "-m", "benchmarks.accelerator", *sys.argv[1:]]),
+    "rehearsal": arguments.rehearse,
+  }  # fmt: skip
+  least = 2 if arguments.rehearse else _LEAST
+
+  def do(item) -> None:
+    if stop.asked or deadline - time.monotonic() < least + _grace(arguments):
+      return
+    line = _one(item, arguments, deadline, stop)
+    with writing:
+      lines.append({"item": item.name, **line, **common})
+      print(f"{item.name}: {line['status']} after {line['seconds']:.0f} s", flush=True)
+
+  writing = threading.Lock()
+  with _Stoppable() as stop, futures.ThreadPoolExecutor(arguments.jobs) as pool:
+    for done in [pool.submit(do, item) for item in left]:
+      done.result()
+  left = [item for item in wanted if lines.status(item.name) not in over | {"failed"}]
+  if left:
+    print(f"the time is up: the same command goes on with {left[0].name}")
+  else:
+    print(f"every item has its line in {arguments.out / 'lines.jsonl'}")
+  return 0
+
+
+def _grace(arguments) -> float:
+  return min(_GRACE, 10 * arguments.minutes)
+
+
+class _Stoppable:
+  """SIGTERM and Ctrl-C end what runs, in order, and then the list."""
+
+  def __init__(self):
+    self.asked, self.children = False, set()
+
+  def __enter__(self):
+    self._old = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
+    return self
+
+  def _ask(self, number, frame):
+    del number, frame
+    self.asked = True
+    for child in tuple(self.children):
+      child.terminate()
+
+  def __exit__(self, *unused):
+    for number, handler in self._old.items():
+      signal.signal(number, handler)
+
+
+def _one(item, arguments, deadline, stop) -> dict:
+  """Runs one item as a process until it ends or the clock does.
+
+  Returns:
+    {"status": "done", "failed", "skipped" or "cut", "seconds", "result" or "error" and "log"}.
+  """
+  state = (arguments.state or arguments.out).resolve()
+  folder = _folder(state, item)
+  folder.mkdir(parents=True, exist_ok=True)
+  result = folder / "result.json"
+  result.unlink(missing_ok=True)
+  command = [
+    sys.executable, "-m", "benchmarks.accelerator", f"--item={item.name}", f"--out={folder}",
+    f"--state={state}", *(["--rehearse"] if arguments.rehearse else []),
+    *([f"--data_dir={pathlib.Path(arguments.data_dir).resolve()}"] if arguments.data_dir else []),
+  ]  # fmt: skip
+  start = time.monotonic()
+  with open(folder / "log.txt", "a") as log:
+    # A group of its own: Ctrl-C reaches this process alone, and a kill reaches all of the item's.
+    child = subprocess.Popen(
+      command, cwd=records.ROOT, env=_environment(state, arguments.rehearse), stdout=log,
+      stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    stop.children.add(child)
+    if stop.asked:  # between the last look and the start
+      child.terminate()
+    cut = not _ends(child, deadline - _grace(arguments) - time.monotonic())
+    if cut:
+      child.terminate()
+      if not _ends(child, _grace(arguments)):
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    stop.children.discard(child)
+  line = {"seconds": round(time.monotonic() - start, 2)}
+  if child.returncode == 0 and result.exists():
+    found = records.read_json(result)
+    return {"status": "skipped" if "skipped" in found else "done", **line, "result": found}
+  if cut or stop.asked:
+    return {"status": "cut", **line}
+  end = (folder / "log.txt").read_text(errors="replace").strip().splitlines()[-12:]
+  return {"status": "failed", **line, "error": f"status {child.returncode}", "log": end}
+
+
+def _ends(child: subprocess.Popen, seconds: float) -> bool:
+  """Waits for a process, at most so long."""
+  try:
+    child.wait(timeout=max(0.0, seconds))
+  except subprocess.TimeoutExpired:
+    return False
+  return True
+
+
+def _environment(state: pathlib.Path, rehearse: bool) -> dict[str, str]:
+  """What an item's process finds: caches that outlive it, all of the accelerator's memory."""
+  environment = {
+    "JAX_COMPILATION_CACHE_DIR": str(state / "xla_cache"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
+    "TORCHINDUCTOR_CACHE_DIR": str(state / "inductor_cache"),
+    "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
+    "MPLBACKEND": "Agg",
+    **os.environ,
+  }
+  if rehearse:
+    environment |= {
+      "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+      "TF_CPP_MIN_LOG_LEVEL": "3",  # XLA's remarks on reading its own cache
+    }  # fmt: skip
+  return environment
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,93 @@
+"""One training run on CIFAR-10 (JPEG copy), its final measures and its curves."""
+
+import math
+import pathlib
+import time
+
+import jax
+
+from benchmarks.accelerator import records, speed
+from protojax import config as configs
+from protojax import evaluate, main, train, workdir
+
+_IMAGES = 50_000
+_CURVES = ("collapse/", "probe/", "train/loss", "train/target_entropy")
+
+
+def recipe(options: dict, data_dir: str | None, rehearse: bool):
+  """The unresolved config of a row: evaluated, looked at and saved at every tenth of it."""
+  config = main.load(str(records.ROOT / options["config"]))
+  speed.change(config, options["changes"])
+  if rehearse:
+    config = _rehearsal(config)
+  config.data.data_dir = data_dir
+  steps = config.num_steps or math.ceil(config.num_epochs * (_IMAGES // config.batch_size))
+  tenth = math.ceil(steps / 10)
+  config.monitor.every = tenth
+  config.update({
+    "eval_every": tenth, "save_every": tenth, "log_every": math.ceil(tenth / 10),
+  })  # fmt: skip
+  return config
+
+
+def _rehearsal(config):
+  """Two steps of sixteen images of the same data set, two blocks, kept on the device."""
+  if config.model.name == "resnet18":
+    config.model.name = "resnet8"
+  config = configs.debug(config)
+  config.update({"num_steps": 2, "steps_per_epoch": 2, "batch_size": 16})
+  config.data.update({"name": "cifar10", "split": "train[:64]", "cache": "device"})
+  config.probe.update({"train_split": "train[:64]", "test_split": "test[:40]", "limit": 0})
+  config.monitor.images = 32
+  return config
+
+
+def run(options: dict, *, folder: pathlib.Path, data_dir: str | None, rehearse: bool) -> dict:
+  """Trains, or goes on with what an earlier call has left in `folder`.
+
+  Returns:
+    "measures" of the end (used, perplexity, RankMe, k-NN at k = 20 and T = .07, linear probe
+    fitted, ...), "knn" at other k and T, "clustering" where asked for, "curves" {measure: [[step,
+    value], ...]} of every tenth, "verdict", "img_per_s".
+  """
+  config = recipe(options, data_dir, rehearse)
+  started = time.time()
+  train.run(config, str(folder / "run"))
+  trained_s = time.time() - started
+  result = records.read_json(folder / "run" / "eval" / "final" / "result.json")
+  ks = "5,20" if rehearse else "20,200"
+  out = {
+    "measures": result["measures"], "protocol": result["protocol"],
+    "knn": _evaluate(folder, "knn", f"--k={ks}", "--temperature=0.07,0.1"),
+    "curves": curves(folder / "run"), "train_s": round(trained_s, 1),
+    "published": options.get("published") or options.get("published_knn"),
+    "config": options["config"], "changes": options["changes"],
+  }  # fmt: skip
+  if options.get("clusters"):
+    out["clustering"] = _evaluate(folder, "clustering")
+  resolved = workdir.restored(records.read_json(folder / "run" / "config.json"))
+  verdict = train.runlog.monitor.verdict(
+    result["measures"], config=resolved, step=result["measures"]["step"]
+  )
+  stats = jax.devices()[0].memory_stats() or {}
+  return out | {
+    "verdict": verdict.label, "device": jax.devices()[0].device_kind,
+    "peak_in_use_mib": round(stats.get("peak_bytes_in_use", 0) / 2**20) or None,
+  }  # fmt: skip
+
+
+def _evaluate(folder: pathlib.Path, protocol: str, *more: str) -> dict:
+  run_folder = folder / "run"
+  evaluate.main([f"--workdir={run_folder}", f"--protocol={protocol}", "--overwrite", *more])
+  return records.read_json(run_folder / "eval" / protocol / "result.json")["measures"]
+
+
+def curves(folder: pathlib.Path) -> dict[str, list]:
+  """{measure: [[step, value], ...]} of what was measured at every tenth of a run."""
+  found = {}
+  for line in records.read(folder / "metrics.jsonl"):
+    if any(name.startswith("collapse/") for name in line):
+      for name, value in line.items():
+        if name.startswith(_CURVES) and isinstance(value, int | float):
+          found.setdefault(name, []).append([line["step"], value])
+  return found

@@ -1,0 +1,114 @@
+"""A recipe's step on this machine: images a second, parts, and the share of what it could do."""
+
+import pathlib
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import step
+from benchmarks.accelerator import records
+from protojax import config as configs
+from protojax import main
+
+_BATCHES = (256, 128, 64, 32)
+_REPEATS = 10
+
+
+def recipe(options: dict, batch_size: int, rehearse: bool):
+  """The unresolved config of an item."""
+  config = main.load(str(records.ROOT / options["config"]))
+  change(config, options["changes"])
+  if rehearse:
+    config = configs.debug(config)
+    config.augment.num_local = min(2, options["changes"].get("augment.num_local", 0))
+    batch_size = 4
+  config.update({"batch_size": batch_size, "precision": "bfloat16"})
+  return config
+
+
+def change(config, changes: dict) -> None:
+  """Sets keys such as "model.patch_size"; what another method brings along may be new."""
+  name = changes.get("method.name")
+  with config.unlocked():
+    if name and name != config.method.name:
+      config.method.update(configs.default(name).method)
+    for key, value in changes.items():
+      section, _, leaf = key.rpartition(".")
+      (config[section] if section else config)[leaf] = value
+
+
+def matrix_peak(size: int) -> float:
+  """Operations a second of a bfloat16 matrix product [size, size] x [size, size], the best of 5."""
+  x = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
+  product = jax.jit(lambda a, b: (a @ b) * jnp.bfloat16(size**-0.5))
+  y, rounds, best = product(x, x), 10, float("inf")
+  jax.block_until_ready(y)
+  for _ in range(5):
+    start = time.perf_counter()
+    for _ in range(rounds):
+      y = product(y, x)
+    jax.block_until_ready(y)
+    best = min(best, time.perf_counter() - start)
+  return 2.0 * size**3 * rounds / best
+
+
+def out_of_memory(error: Exception) -> bool:
+  text = str(error)
+  return "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
+
+
+def largest(batches, measure) -> dict:
+  """`measure(batch size)` of the first batch that fits, with those that did not."""
+  too_large = []
+  for batch_size in batches:
+    try:
+      return measure(batch_size) | {"too_large": too_large}
+    except Exception as error:
+      if not out_of_memory(error):
+        raise
+      too_large.append(batch_size)
+  raise RuntimeError(f"no batch fits: tried {too_large}")
+
+
+def run(options: dict, *, folder: pathlib.Path, data_dir: str | None, rehearse: bool) -> dict:
+  """`benchmarks.step.measure` of a recipe in bfloat16 at 256 images, or the largest that fits.
+
+  Adds "matrix_peak" (operations a second, measured before and after; the larger), the share of it
+  that the step's products make up, the parts' remainder and the memory that was in use at most.
+  """
+  del folder, data_dir
+  if options["changes"].get("model.attention") == "cudnn" and jax.default_backend() != "gpu":
+    return {"skipped": f"cuDNN's attention needs an NVIDIA GPU, this is {jax.default_backend()}"}
+  size = 256 if rehearse else 8192
+  before = matrix_peak(size)
+
+  def measure(batch_size):
+    config = recipe(options, batch_size, rehearse)
+    return step.measure(config, 1 if rehearse else _REPEATS, tuple(options["parts"]))
+
+  found = largest(_BATCHES, measure)
+  peak = max(before, matrix_peak(size))
+  seconds = found["milliseconds"]["step"] / 1e3
+  parts = [found["milliseconds"].get(k) for k in ("augment", "forward", "update")]
+  if None not in parts:
+    rest = found["milliseconds"]["step"] - sum(parts)
+    found["milliseconds"]["backward_and_optimizer"] = round(rest, 3)
+  stats = jax.devices()[0].memory_stats() or {}
+  return found | {
+    "matrix_peak": peak, "share_of_peak": found["flops"] / seconds / peak,
+    "peak_in_use_mib": round(stats.get("peak_bytes_in_use", 0) / 2**20) or None,
+  }  # fmt: skip
+
+
+def median_seconds(call, wait, rounds: int) -> float:
+  """Of `call()` until `wait()` says it is done; two more go before."""
+  seconds = []
+  for i in range(rounds + 2):
+    start = time.perf_counter()
+    call()
+    wait()
+    if i > 1:
+      seconds.append(time.perf_counter() - start)
+  return statistics.median(seconds)
