@@ -419,7 +419,7 @@ def _clip(grads: list[torch.Tensor], limit: float, mode: str) -> None:
   torch._foreach_mul_(grads, factors)
 
 
-def make_step(peer: Peer, *, compiled: bool):
+def make_step(peer: Peer, *, compiled: bool, backend: str = "inductor"):
   """One training step as a function that moves the peer.
 
   Both forwards, backward, clip, AdamW, teacher average and centre; the order of ours.
@@ -428,6 +428,7 @@ def make_step(peer: Peer, *, compiled: bool):
     peer: from `build`.
     compiled: compile both forwards, loss and backward as one graph; costs minutes at the first
       call.
+    backend: of `torch.compile`; "aot_eager" traces the same graph and generates no code.
 
   Returns:
     (views of `loss`) -> the loss before the step, [] float32, not waited for.
@@ -435,9 +436,7 @@ def make_step(peer: Peer, *, compiled: bool):
   config, options = peer.config, peer.config.optim
   objective = _objective(peer)
   if compiled:
-    objective = torch.compile(
-      objective, dynamic=False, fullgraph=True, isolate_recompiles=True
-    )  # fmt: skip
+    objective = torch.compile(objective, dynamic=False, fullgraph=True, backend=backend)
   trained = list(peer.student.parameters())
   averaged = [] if peer.teacher is None else list(peer.teacher.parameters())
 

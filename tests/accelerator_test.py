@@ -1,5 +1,6 @@
 """The list for an accelerator: items can be built, no line is lost, pages are made of lines."""
 
+import importlib
 import json
 import os
 import pathlib
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 import pytest
 
@@ -44,7 +46,7 @@ def test_a_stopped_list_goes_on_and_says_everything_once(tmp_path):
   wanted = ["--only", "parity/falcon", "speed/gmm, K 4,096", "patch8/dino frozen"]
   data = f"--data_dir={_DATA}"
   first = _start(out, f"--state={state}", data, *wanted)
-  checkpoints = state / "patch8_dino_frozen" / "run" / "checkpoints"
+  checkpoints = state / "patch8" / "dino_frozen" / "run" / "checkpoints"
   deadline = time.time() + 240
   while not checkpoints.exists() or not any(p.name.isdigit() for p in checkpoints.iterdir()):
     assert first.poll() is None and time.time() < deadline, first.stdout.read()
@@ -65,7 +67,7 @@ def test_a_stopped_list_goes_on_and_says_everything_once(tmp_path):
   assert {"card", "driver", "versions", "commit", "command", "seconds"} <= last.keys()
   assert last["result"]["measures"]["step"] == 2 and "top1_k20_T0.1" in last["result"]["knn"]
   assert [step for step, _ in last["result"]["curves"]["probe/knn"]] == [1, 2]
-  log = (state / "patch8_dino_frozen" / "log.txt").read_text()
+  log = (state / "patch8" / "log.txt").read_text()
   assert "cifar10/train[:64] lies on the device: 64 images" in log
   assert "every item has its line" in _run(home, f"--state={state}", data, *wanted)
 
@@ -79,13 +81,78 @@ def test_a_stopped_list_goes_on_and_says_everything_once(tmp_path):
 
 
 def test_what_fails_is_recorded_and_passed_over(tmp_path):
-  arguments = ("--data_dir=/nowhere", "--only", "patch8/vicreg")
+  arguments = ("--data_dir=/nowhere", "--only", "patch8/vicreg", "patch8/barlow twins")
   assert "patch8/vicreg: failed" in _run(tmp_path, *arguments)
-  (line,) = records.read(tmp_path / "lines.jsonl")
-  assert "data_dir=/nowhere of data set 'cifar10' is not a folder" in line["log"][-1]
+  failed = [("patch8/vicreg", "failed"), ("patch8/barlow twins", "failed")]
+  assert _statuses(tmp_path) == failed
+  for line in records.read(tmp_path / "lines.jsonl"):
+    assert "data_dir=/nowhere of data set 'cifar10' is not a folder" in line["error"]
   assert "every item has its line" in _run(tmp_path, *arguments)
-  assert _statuses(tmp_path) == [("patch8/vicreg", "failed")]
+  assert _statuses(tmp_path) == failed
   assert "patch8/vicreg: failed" in _run(tmp_path, "--retry", *arguments)
+
+
+class _Call(NamedTuple):
+  """What `_together` reads of the command line."""
+
+  state: pathlib.Path
+  out: pathlib.Path
+  minutes: float = 9.0
+  rehearse: bool = True
+  data_dir: str | None = None
+
+
+def _together(tmp_path, monkeypatch, script, names, seconds=60.0):
+  """Lines and what is left of a group whose process runs `script` with the items' folders."""
+  program = importlib.import_module("benchmarks.accelerator.__main__")
+  group = [items.Item(f"x/{name}", "row", {}, 1) for name in names]
+  folders = [str(tmp_path / "x" / name) for name in names]
+  monkeypatch.setattr(
+    program, "_command", lambda group, *_: [sys.executable, "-c", script, *folders[-len(group) :]]
+  )
+  monkeypatch.setattr(program, "_GRACE", 1.0)
+  found = []
+  with program._Stoppable() as stop:
+    left = program._together(
+      group, _Call(tmp_path, tmp_path), time.monotonic() + seconds, stop,
+      lambda item, line: found.append((item.name, line["status"])),
+    )  # fmt: skip
+  return found, [item.name for item in left]
+
+
+_WRITE = """
+import json, os, sys, time
+def done(folder, name="result"):
+  json.dump({"error": "E", "log": []}, open(folder + "/new", "w"))
+  os.replace(folder + "/new", folder + "/" + name + ".json")
+"""
+
+
+def test_items_that_share_a_process_are_told_apart_when_it_dies(tmp_path, monkeypatch):
+  script = _WRITE + "done(sys.argv[1]); done(sys.argv[2], 'error'); os.kill(os.getpid(), 9)"
+  found, left = _together(tmp_path, monkeypatch, script, ["a", "b", "c", "d"])
+  assert found == [("x/a", "done"), ("x/b", "failed"), ("x/c", "failed")]
+  assert left == ["x/d"]  # for a new process
+
+
+def test_a_process_that_does_not_hear_is_killed_at_the_end_of_the_time(tmp_path, monkeypatch):
+  script = (
+    _WRITE + "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); done(sys.argv[1]); "
+    "time.sleep(60)"
+  )
+  start = time.monotonic()
+  found, left = _together(tmp_path, monkeypatch, script, ["a", "b", "c"], seconds=3.0)
+  assert found == [("x/a", "done"), ("x/b", "cut")] and left == []
+  assert time.monotonic() - start < 20
+
+
+def test_what_is_timed_has_a_process_of_its_own():
+  program = importlib.import_module("benchmarks.accelerator.__main__")
+  groups = [[item.name for item in group] for group in program._groups(items.ITEMS)]
+  assert sum(groups, []) == [item.name for item in items.ITEMS]
+  assert ["speed/gmm"] in groups and ["speed/dino, PyTorch"] in groups
+  sizes = {group[0].partition("/")[0]: len(group) for group in groups if len(group) > 1}
+  assert sizes["parity"] == 5 and sizes["patch8"] == 12 and sizes["table1"] == 5
 
 
 def test_mistakes_are_one_line():
@@ -220,5 +287,5 @@ def test_pages_are_made_of_lines_and_rehearsals_are_not_published(tmp_path, monk
 
 def test_readme_says_what_has_been_measured():
   found = collect.latest(records.read(collect.RESULTS / "accelerator" / "lines.jsonl"))
-  marked = f"{collect._BEGIN}\n{collect.section(found)}{collect._END}\n"
-  assert marked in (ROOT / "README.md").read_text()
+  shown = collect.published_section((ROOT / "README.md").read_text())
+  assert shown == f"{collect._BEGIN}\n{collect.section(found)}{collect._END}"

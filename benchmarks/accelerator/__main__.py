@@ -3,11 +3,13 @@
   python -m benchmarks.accelerator --out=FOLDER --minutes=9 [--state=FOLDER2]
   python -m benchmarks.accelerator --collect FOLDER
 
-Every item of the list (`items.py`) is a process of its own, and a line of lines.jsonl the moment it
-is done. A later call with the same --state goes on where this one ended: what is done is not done
-again, what failed stays failed (--retry tries it again), what the clock cut goes on from its own
-checkpoint. --out gets all lines, those of earlier calls too. --collect makes
-docs/results/accelerator.md, its figures and the README's section of the lines in FOLDER.
+Every item of the list (`items.py`) is a line of lines.jsonl the moment it is done. A later call
+with the same --state goes on where this one ended: what is done is not done again, what failed
+stays failed (--retry tries it again), what the clock cut goes on from its own checkpoint. Items
+that are timed have a process each; the others share one a part, for starting costs seconds, and
+where one takes the process along the next goes on in a new one. --out gets all lines, those of
+earlier calls too. --collect makes docs/results/accelerator.md, its figures and the README's section
+of the lines in FOLDER.
 """
 
 import argparse
@@ -19,11 +21,13 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from concurrent import futures
 
 from absl import logging
 
 from benchmarks.accelerator import items, records
+from protojax import errors
 
 # Seconds that an item gets between being asked to stop and being killed: a step, a checkpoint, or
 # the end of an evaluation.
@@ -43,13 +47,13 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument("--only", nargs="*", default=[], metavar="PREFIX", help="items so named")
   parser.add_argument("--retry", action="store_true", help="what failed before, too")
   parser.add_argument("--rehearse", action="store_true", help="tiny nets, two steps, any machine")
-  parser.add_argument("--jobs", type=int, default=1, help="items at a time; above 1 to rehearse")
+  parser.add_argument("--jobs", type=int, default=1, help="processes at a time; to rehearse")
   parser.add_argument("--commit", help="of the code; default: what git says")
   parser.add_argument("--data_dir", default=os.environ.get("PROTOJAX_DATA_DIR"))
   parser.add_argument("--list", action="store_true", help="print the items and end")
   parser.add_argument("--collect", type=pathlib.Path, metavar="FOLDER")
   parser.add_argument("--store_parity", action="store_true", help="write parity.json, on a CPU")
-  parser.add_argument("--item", help=argparse.SUPPRESS)  # what a process of the list is told
+  parser.add_argument("--items", nargs="+", help=argparse.SUPPRESS)  # what a process is told
   return parser
 
 
@@ -71,7 +75,7 @@ def main(argv: list[str]) -> int:
     parser.error("--out is missing: python -m benchmarks.accelerator --out=results --minutes=9")
   elif arguments.minutes <= 0 or arguments.jobs < 1:
     parser.error(f"--minutes={arguments.minutes:g} and --jobs={arguments.jobs} must be above 0")
-  elif arguments.item:
+  elif arguments.items:
     _run_here(arguments)
   else:
     return _work_through(arguments, parser)
@@ -79,18 +83,29 @@ def main(argv: list[str]) -> int:
 
 
 def _run_here(arguments) -> None:
-  """One item in this process; its result goes to result.json in the item's folder."""
+  """Items in this process; each leaves result.json or error.json in its folder."""
   logging.set_verbosity(logging.INFO)
-  item = next(i for i in items.ITEMS if i.name == arguments.item)
-  folder = _folder(arguments.state.resolve(), item)
-  result = items.run(
-    item, folder=folder, data_dir=arguments.data_dir, rehearse=arguments.rehearse
-  )
-  records.write_json(folder / "result.json", result)
+  for item in items.ITEMS:
+    if item.name in arguments.items:
+      folder = _folder(arguments.state.resolve(), item)
+      try:
+        result = items.run(
+          item, folder=folder, data_dir=arguments.data_dir, rehearse=arguments.rehearse
+        )
+      except errors.Interrupted:
+        sys.exit(143)
+      except Exception as error:
+        end = traceback.format_exc().splitlines()[-12:]
+        said = f"{type(error).__name__}: {error}"
+        records.write_json(folder / "error.json", {"error": said, "log": end})
+        traceback.print_exc()
+      else:
+        records.write_json(folder / "result.json", result)
 
 
 def _folder(state: pathlib.Path, item: items.Item) -> pathlib.Path:
-  return state / item.name.replace("/", "_").replace(" ", "_")
+  """STATE/part/what."""
+  return state / item.name.replace(",", "").replace(" ", "_")
 
 
 def _work_through(arguments, parser) -> int:
@@ -110,17 +125,18 @@ def _work_through(arguments, parser) -> int:
   }  # fmt: skip
   least = 2 if arguments.rehearse else _LEAST
 
-  def do(item) -> None:
-    if stop.asked or deadline - time.monotonic() < least + _grace(arguments):
-      return
-    line = _one(item, arguments, deadline, stop)
+  def report(item, line) -> None:
     with writing:
       lines.append({"item": item.name, **line, **common})
       print(f"{item.name}: {line['status']} after {line['seconds']:.0f} s", flush=True)
 
+  def do(group) -> None:
+    while group and not stop.asked and deadline - time.monotonic() >= least + _grace(arguments):
+      group = _together(group, arguments, deadline, stop, report)
+
   writing = threading.Lock()
   with _Stoppable() as stop, futures.ThreadPoolExecutor(arguments.jobs) as pool:
-    for done in [pool.submit(do, item) for item in left]:
+    for done in [pool.submit(do, group) for group in _groups(left)]:
       done.result()
   left = [item for item in wanted if lines.status(item.name) not in over | {"failed"}]
   if left:
@@ -128,6 +144,19 @@ def _work_through(arguments, parser) -> int:
   else:
     print(f"every item has its line in {arguments.out / 'lines.jsonl'}")
   return 0
+
+
+def _groups(left: list[items.Item]) -> list[list[items.Item]]:
+  """What shares a process: neighbours of one part, but for what is timed and has its peaks."""
+  groups = []
+  for item in left:
+    part = item.name.partition("/")[0]
+    alone = item.work in ("speed", "peer_speed")
+    if groups and not alone and groups[-1][0].name.partition("/")[0] == part:
+      groups[-1].append(item)
+    else:
+      groups.append([item])
+  return groups
 
 
 def _grace(arguments) -> float:
@@ -155,47 +184,88 @@ class _Stoppable:
       signal.signal(number, handler)
 
 
-def _one(item, arguments, deadline, stop) -> dict:
-  """Runs one item as a process until it ends or the clock does.
+def _together(group, arguments, deadline, stop, report) -> list[items.Item]:
+  """Runs items in one process until it ends or the clock does.
+
+  Args:
+    group: the items, in order.
+    arguments: the command line.
+    deadline: of `time.monotonic`, after which nothing may run.
+    stop: a `_Stoppable`.
+    report: (item, {"status": "done", "failed", "skipped" or "cut", "seconds", "result" or "error"
+      and "log"}), called the moment an item ends.
 
   Returns:
-    {"status": "done", "failed", "skipped" or "cut", "seconds", "result" or "error" and "log"}.
+    What is left to do in another process; nothing once the clock has cut.
   """
   state = (arguments.state or arguments.out).resolve()
-  folder = _folder(state, item)
-  folder.mkdir(parents=True, exist_ok=True)
-  result = folder / "result.json"
-  result.unlink(missing_ok=True)
-  command = [
-    sys.executable, "-m", "benchmarks.accelerator", f"--item={item.name}", f"--out={folder}",
-    f"--state={state}", *(["--rehearse"] if arguments.rehearse else []),
-    *([f"--data_dir={pathlib.Path(arguments.data_dir).resolve()}"] if arguments.data_dir else []),
-  ]  # fmt: skip
-  start = time.monotonic()
-  with open(folder / "log.txt", "a") as log:
-    # A group of its own: Ctrl-C reaches this process alone, and a kill reaches all of the item's.
+  left, grace, asked_at = list(group), _grace(arguments), None
+  for item in left:
+    folder = _folder(state, item)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("result.json", "error.json"):
+      (folder / name).unlink(missing_ok=True)
+  log = _folder(state, group[0]).parent / "log.txt"
+  with open(log, "a") as output:
+    # A group of its own: Ctrl-C reaches this process alone, and a kill reaches all of the child's.
     child = subprocess.Popen(
-      command, cwd=records.ROOT, env=_environment(state, arguments.rehearse), stdout=log,
-      stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+      _command(left, state, arguments), cwd=records.ROOT, stdin=subprocess.DEVNULL, stdout=output,
+      stderr=subprocess.STDOUT, env=_environment(state, arguments.rehearse), start_new_session=True,
     )  # fmt: skip
-    stop.children.add(child)
-    if stop.asked:  # between the last look and the start
+  stop.children.add(child)
+  since = time.monotonic()
+  while left:
+    ended = child.poll() is not None  # before the look at the files: what it wrote last counts
+    line = _left_by(_folder(state, left[0]))
+    now = time.monotonic()
+    if line is not None:
+      report(left.pop(0), {**line, "seconds": round(now - since, 2)})
+      since = now
+    elif ended:
+      asked = asked_at is not None or stop.asked
+      line = {"status": "cut"} if asked else _crashed(child.returncode, log)
+      report(left.pop(0), {**line, "seconds": round(now - since, 2)})
+      break
+    elif asked_at is None and (stop.asked or now > deadline - grace):
+      asked_at = now
       child.terminate()
-    cut = not _ends(child, deadline - _grace(arguments) - time.monotonic())
-    if cut:
-      child.terminate()
-      if not _ends(child, _grace(arguments)):
-        os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-    stop.children.discard(child)
-  line = {"seconds": round(time.monotonic() - start, 2)}
-  if child.returncode == 0 and result.exists():
-    found = records.read_json(result)
-    return {"status": "skipped" if "skipped" in found else "done", **line, "result": found}
-  if cut or stop.asked:
-    return {"status": "cut", **line}
-  end = (folder / "log.txt").read_text(errors="replace").strip().splitlines()[-12:]
-  return {"status": "failed", **line, "error": f"status {child.returncode}", "log": end}
+    elif asked_at is not None and now > asked_at + grace:
+      os.killpg(child.pid, signal.SIGKILL)
+    else:
+      time.sleep(0.1)
+  if child.poll() is None and asked_at is None:
+    _ends(child, grace)  # the last item is done, only the interpreter is left
+  if child.poll() is None:
+    os.killpg(child.pid, signal.SIGKILL)
+  child.wait()
+  stop.children.discard(child)
+  return [] if asked_at is not None or stop.asked else left
+
+
+def _command(group, state: pathlib.Path, arguments) -> list[str]:
+  data = arguments.data_dir
+  return [
+    sys.executable, "-m", "benchmarks.accelerator", f"--out={state}", f"--state={state}",
+    *(["--rehearse"] if arguments.rehearse else []),
+    *([f"--data_dir={pathlib.Path(data).resolve()}"] if data else []),
+    "--items", *(item.name for item in group),
+  ]  # fmt: skip
+
+
+def _left_by(folder: pathlib.Path) -> dict | None:
+  """The line of an item that has ended in order, well or not; None before."""
+  if (folder / "result.json").exists():
+    found = records.read_json(folder / "result.json")
+    return {"status": "skipped" if "skipped" in found else "done", "result": found}
+  if (folder / "error.json").exists():
+    return {"status": "failed", **records.read_json(folder / "error.json")}
+  return None
+
+
+def _crashed(status: int, log: pathlib.Path) -> dict:
+  """The line of an item that took its process along."""
+  end = log.read_text(errors="replace").strip().splitlines()[-12:]
+  return {"status": "failed", "error": f"the process ended with status {status}", "log": end}
 
 
 def _ends(child: subprocess.Popen, seconds: float) -> bool:

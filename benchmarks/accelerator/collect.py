@@ -79,11 +79,16 @@ def section(found: dict[str, dict]) -> str:
   return "\n".join(parts)
 
 
+def published_section(readme: str) -> str:
+  """What stands between the two marks of a README, with them."""
+  return readme[readme.index(_BEGIN) : readme.index(_END) + len(_END)]
+
+
 def write_section(readme: pathlib.Path, found: dict[str, dict]) -> None:
   """Replaces what stands between the two marks of the README."""
-  before, _, rest = readme.read_text().partition(_BEGIN)
-  _, _, after = rest.partition(_END)
-  records.write(readme, f"{before}{_BEGIN}\n{section(found)}{_END}{after}")
+  text = readme.read_text()
+  new = f"{_BEGIN}\n{section(found)}{_END}"
+  records.write(readme, text.replace(published_section(text), new))
 
 
 def _card(line: dict) -> str:

@@ -1,7 +1,9 @@
 """One training run on CIFAR-10 (JPEG copy), its final measures and its curves."""
 
+import importlib
 import math
 import pathlib
+import sys
 import time
 
 import jax
@@ -35,6 +37,8 @@ def _rehearsal(config):
   if config.model.name == "resnet18":
     config.model.name = "resnet8"
   config = configs.debug(config)
+  if config.model.name == "resnet8":
+    config.model.width = 16
   config.update({"num_steps": 2, "steps_per_epoch": 2, "batch_size": 16})
   config.data.update({"name": "cifar10", "split": "train[:64]", "cache": "device"})
   config.probe.update({"train_split": "train[:64]", "test_split": "test[:40]", "limit": 0})
@@ -48,8 +52,13 @@ def run(options: dict, *, folder: pathlib.Path, data_dir: str | None, rehearse: 
   Returns:
     "measures" of the end (used, perplexity, RankMe, k-NN at k = 20 and T = .07, linear probe
     fitted, ...), "knn" at other k and T, "clustering" where asked for, "curves" {measure: [[step,
-    value], ...]} of every tenth, "verdict", "img_per_s".
+    value], ...]} of every tenth, "verdict", and "peak_in_use_mib", the device memory that all rows
+    of this process so far had in use at most.
   """
+  if "torch" not in sys.modules:  # tensorboardX imports it where it finds it: seconds for nothing
+    sys.modules["torch"] = None
+    importlib.import_module("tensorboardX")
+    del sys.modules["torch"]
   config = recipe(options, data_dir, rehearse)
   started = time.time()
   train.run(config, str(folder / "run"))

@@ -12,7 +12,6 @@ from benchmarks.accelerator import records
 from protojax import config as configs
 from protojax import main
 
-_BATCHES = (256, 128, 64, 32)
 _REPEATS = 10
 
 
@@ -73,7 +72,7 @@ def largest(batches, measure) -> dict:
 
 
 def run(options: dict, *, folder: pathlib.Path, data_dir: str | None, rehearse: bool) -> dict:
-  """`benchmarks.step.measure` of a recipe in bfloat16 at 256 images, or the largest that fits.
+  """`benchmarks.step.measure` of a recipe in bfloat16, at the largest of the batches that fits.
 
   Adds "matrix_peak" (operations a second, measured before and after; the larger), the share of it
   that the step's products make up, the parts' remainder and the memory that was in use at most.
@@ -88,7 +87,7 @@ def run(options: dict, *, folder: pathlib.Path, data_dir: str | None, rehearse: 
     config = recipe(options, batch_size, rehearse)
     return step.measure(config, 1 if rehearse else _REPEATS, tuple(options["parts"]))
 
-  found = largest(_BATCHES, measure)
+  found = largest(options["batches"], measure)
   peak = max(before, matrix_peak(size))
   seconds = found["milliseconds"]["step"] / 1e3
   parts = [found["milliseconds"].get(k) for k in ("augment", "forward", "update")]
