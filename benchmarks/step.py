@@ -4,10 +4,12 @@ Times the compiled step and its parts on images in memory (no decoding), each pa
 own, the median of several runs taken in turn, so that a drifting machine drifts for all of them.
 Prints one JSON line. Shares are of the whole step; alone, parts are fused differently than inside
 it, so they need not add up to one. "backward" is value_and_grad minus forward; "update" is
-method.update: EM, teacher average, centre; "prototypes" is the EM step alone.
+method.update: teacher average, centre and, unless `method.em_order` is before_loss (then it is in
+"forward"), EM; "prototypes" is the EM step alone; "ready" the whole step on views that are ready.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -21,7 +23,7 @@ from protojax import main, programs, prototypes, sharding, train_step
 from protojax.data import augment
 from protojax.models import heads
 
-PARTS = ("augment", "forward", "gradient", "update", "prototypes")
+PARTS = ("augment", "forward", "gradient", "update", "prototypes", "ready")
 
 
 def change(config, assignment: str) -> None:
@@ -61,7 +63,8 @@ def calls(program, step, parts=PARTS):
   variables = train_step.variables_of(state)
   trained, frozen = train_step.split(variables, method.learns_prototypes)
   augmented = jax.jit(augment.make(config.augment))
-  views = {**augmented(key, batch), "index": batch["index"]}
+  made = augmented(key, batch)
+  views = {**made, "index": batch["index"]}
   value = jax.jit(lambda t, f, v: method.loss(t, f, v, key, state.step))
   gradient = jax.jit(
     lambda t, f, v: jax.value_and_grad(method.loss, has_aux=True)(t, f, v, key, state.step)
@@ -83,10 +86,27 @@ def calls(program, step, parts=PARTS):
     move = jax.jit(bank.move)
     found["prototypes"] = lambda: move(state_of_one, features)
 
-  holder = [program.init(config.seed)]
+  # Both whole steps donate their state.
+  states = {"step": program.init(config.seed)}
+  if "ready" in parts:
+    states["ready"] = program.init(config.seed)
+    on_views = jax.jit(
+      functools.partial(
+        train_step.train_step, method=method, tx=program.tx, evaluation=program.evaluation,
+        augment=lambda key, batch: batch["views"],
+      ),
+      donate_argnums=0,
+    )  # fmt: skip
 
-  def whole():  # donates its state
-    holder[0], metrics = step(holder[0], batch, None)
+    def ready():
+      given = {"views": made, "index": batch["index"]}
+      states["ready"], metrics = on_views(states["ready"], given)
+      return metrics
+
+    found["ready"] = ready
+
+  def whole():
+    states["step"], metrics = step(states["step"], batch, None)
     return metrics
 
   return {k: v for k, v in found.items() if k in parts} | {"step": whole}

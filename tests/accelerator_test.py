@@ -46,7 +46,7 @@ def test_a_stopped_list_goes_on_and_says_everything_once(tmp_path):
   wanted = ["--only", "parity/falcon", "speed/gmm, K 4,096", "patch8/dino frozen"]
   data = f"--data_dir={_DATA}"
   first = _start(out, f"--state={state}", data, *wanted)
-  checkpoints = state / "patch8" / "dino_frozen" / "run" / "checkpoints"
+  checkpoints = state / "rehearsal" / "patch8" / "dino_frozen" / "run" / "checkpoints"
   deadline = time.time() + 240
   while not checkpoints.exists() or not any(p.name.isdigit() for p in checkpoints.iterdir()):
     assert first.poll() is None and time.time() < deadline, first.stdout.read()
@@ -67,7 +67,7 @@ def test_a_stopped_list_goes_on_and_says_everything_once(tmp_path):
   assert {"card", "driver", "versions", "commit", "command", "seconds"} <= last.keys()
   assert last["result"]["measures"]["step"] == 2 and "top1_k20_T0.1" in last["result"]["knn"]
   assert [step for step, _ in last["result"]["curves"]["probe/knn"]] == [1, 2]
-  log = (state / "patch8" / "log.txt").read_text()
+  log = (state / "rehearsal" / "patch8" / "log.txt").read_text()
   assert "cifar10/train[:64] lies on the device: 64 images" in log
   assert "every item has its line" in _run(home, f"--state={state}", data, *wanted)
 
@@ -81,12 +81,13 @@ def test_a_stopped_list_goes_on_and_says_everything_once(tmp_path):
 
 
 def test_what_fails_is_recorded_and_passed_over(tmp_path):
-  arguments = ("--data_dir=/nowhere", "--only", "patch8/vicreg", "patch8/barlow twins")
+  (tmp_path / "cifar10").mkdir()
+  arguments = (f"--data_dir={tmp_path}", "--only", "patch8/vicreg", "patch8/barlow twins")
   assert "patch8/vicreg: failed" in _run(tmp_path, *arguments)
   failed = [("patch8/vicreg", "failed"), ("patch8/barlow twins", "failed")]
   assert _statuses(tmp_path) == failed
   for line in records.read(tmp_path / "lines.jsonl"):
-    assert "data_dir=/nowhere of data set 'cifar10' is not a folder" in line["error"]
+    assert line["error"].startswith("UserError: no data set 'cifar10' is prepared in")
   assert "every item has its line" in _run(tmp_path, *arguments)
   assert _statuses(tmp_path) == failed
   assert "patch8/vicreg: failed" in _run(tmp_path, "--retry", *arguments)
@@ -102,11 +103,11 @@ class _Call(NamedTuple):
   data_dir: str | None = None
 
 
-def _together(tmp_path, monkeypatch, script, names, seconds=60.0):
+def _together(tmp_path, monkeypatch, script, names, seconds=60.0, work="row"):
   """Lines and what is left of a group whose process runs `script` with the items' folders."""
   program = importlib.import_module("benchmarks.accelerator.__main__")
-  group = [items.Item(f"x/{name}", "row", {}, 1) for name in names]
-  folders = [str(tmp_path / "x" / name) for name in names]
+  group = [items.Item(f"x/{name}", work, {}, 1) for name in names]
+  folders = [str(tmp_path / "rehearsal" / "x" / name) for name in names]
   monkeypatch.setattr(
     program, "_command", lambda group, *_: [sys.executable, "-c", script, *folders[-len(group) :]]
   )
@@ -129,16 +130,35 @@ def done(folder, name="result"):
 
 
 def test_items_that_share_a_process_are_told_apart_when_it_dies(tmp_path, monkeypatch):
-  script = _WRITE + "done(sys.argv[1]); done(sys.argv[2], 'error'); os.kill(os.getpid(), 9)"
-  found, left = _together(tmp_path, monkeypatch, script, ["a", "b", "c", "d"])
-  assert found == [("x/a", "done"), ("x/b", "failed"), ("x/c", "failed")]
-  assert left == ["x/d"]  # for a new process
+  script = _WRITE + "done(sys.argv[1]); done(sys.argv[2], 'error'); "
+  end = "os.kill(os.getpid(), 9)"
+  found, left = _together(tmp_path, monkeypatch, script + end, ["a", "b", "c", "d"])
+  assert found == [("x/a", "done"), ("x/b", "failed")]
+  assert left == ["x/c", "x/d"]  # for a new process: c had not begun
+  begin = "open(sys.argv[3] + '/started', 'w').close(); "
+  found, left = _together(tmp_path, monkeypatch, script + begin + end, ["a", "b", "c", "d"])
+  assert found == [("x/a", "done"), ("x/b", "failed"), ("x/c", "failed")] and left == ["x/d"]
+  found, left = _together(tmp_path, monkeypatch, end, ["a", "b"])  # before it could begin
+  assert found == [("x/a", "failed")] and left == ["x/b"]
+
+
+def test_what_cannot_go_on_later_is_not_begun_too_late_and_not_waited_for_endlessly(
+  tmp_path, monkeypatch
+):
+  program = importlib.import_module("benchmarks.accelerator.__main__")
+  call, row = _Call(tmp_path, tmp_path, rehearse=False), items.Item("x/a", "row", {}, 900)
+  timed, now = items.Item("x/a", "speed", {}, 100), time.monotonic()
+  assert program._fits(row, call, now + 65) and not program._fits(row, call, now + 55)
+  assert program._fits(timed, call, now + 125) and not program._fits(timed, call, now + 115)
+  monkeypatch.setattr(program, "_limit", lambda item: 0.5)
+  found, left = _together(tmp_path, monkeypatch, "import time; time.sleep(60)", "ab", work="speed")
+  assert found == [("x/a", "failed")] and left == ["x/b"]
 
 
 def test_a_process_that_does_not_hear_is_killed_at_the_end_of_the_time(tmp_path, monkeypatch):
   script = (
     _WRITE + "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); done(sys.argv[1]); "
-    "time.sleep(60)"
+    "open(sys.argv[2] + '/started', 'w').close(); time.sleep(60)"
   )
   start = time.monotonic()
   found, left = _together(tmp_path, monkeypatch, script, ["a", "b", "c"], seconds=3.0)
@@ -158,6 +178,7 @@ def test_what_is_timed_has_a_process_of_its_own():
 def test_mistakes_are_one_line():
   for arguments, said in (
     (["--only", "nothing"], "--only=nothing names no item"), (["--minutes=0"], "must be above 0"),
+    (["--data_dir=/nowhere"], "--data_dir=/nowhere holds no cifar10"),
   ):  # fmt: skip
     process = _start("/tmp/none", *arguments)
     output, _ = process.communicate(timeout=60)
@@ -228,13 +249,26 @@ def test_the_largest_batch_that_fits_is_taken():
 
 
 def test_a_torn_line_is_mended_and_the_latest_counts(tmp_path):
-  (tmp_path / "lines.jsonl").write_text('{"item": "a", "status": "cut"}\n{"item": "b", "sta')
+  cut = {"item": "a", "status": "cut", "rehearsal": False}
+  (tmp_path / "lines.jsonl").write_text(json.dumps(cut) + '\n{"item": "b", "sta')
   lines = records.Lines(tmp_path, tmp_path / "out")
   assert lines.status("a") == "cut" and lines.status("b") is None
-  lines.append({"item": "a", "status": "done"})
+  lines.append({**cut, "status": "done"})
   assert records.Lines(tmp_path, tmp_path / "out").status("a") == "done"
   for folder in (tmp_path, tmp_path / "out"):
     assert _statuses(folder) == [("a", "cut"), ("a", "done")]
+  # A state that is lost takes nothing along, neither from --out nor from files brought home.
+  lines = records.Lines(tmp_path / "new", tmp_path / "out")
+  assert lines.status("a") == "done" and _statuses(tmp_path / "new") == _statuses(tmp_path)
+  lines = records.Lines(tmp_path / "x", tmp_path / "y", [tmp_path / "lines.jsonl"])
+  assert lines.status("a") == "done" and _statuses(tmp_path / "y") == _statuses(tmp_path)
+
+
+def test_a_rehearsal_does_not_stand_for_the_real_thing(tmp_path):
+  lines = records.Lines(tmp_path, tmp_path, rehearsal=True)
+  lines.append({"item": "a", "status": "done", "rehearsal": True})
+  assert lines.status("a") == "done"
+  assert records.Lines(tmp_path, tmp_path).status("a") is None
 
 
 def _line(item, seed=0, rehearsal=False, **result):
@@ -250,13 +284,15 @@ def test_pages_are_made_of_lines_and_rehearsals_are_not_published(tmp_path, monk
   monkeypatch.setattr(records, "ROOT", tmp_path)
   monkeypatch.setattr(collect, "RESULTS", tmp_path / "docs" / "results")
   speeds = {
-    "batch_size": 256, "milliseconds": {"step": 200.0, "augment": 40.0}, "img_per_s": 1280.0,
-    "flops": 3e13, "matrix_peak": 6e14, "share_of_peak": 0.25,
+    "batch_size": 256, "milliseconds": {"step": 200.0, "augment": 40.0, "ready": 150.0},
+    "img_per_s": 1280.0, "img_per_s_ready": 1706.7, "flops_without_augmentation": 3e13,
+    "matrix_peak": 6e14, "share_of_peak": 0.25, "share_of_peak_ready": 0.33,
   }  # fmt: skip
 
   def trained(knn):
     return {
-      "measures": {"probe/knn": knn, "collapse/used": 0.5}, "knn": {"top1_k200_T0.1": 0.5},
+      "measures": {"probe/knn": knn, "collapse/used": 0.5},
+      "knn": {"top1_k20_T0.07": knn, "top1_k200_T0.1": 0.5},
       "curves": {"probe/knn": [[970, 0.4], [1940, 0.6]]}, "verdict": "ok",
     }  # fmt: skip
 
@@ -264,13 +300,13 @@ def test_pages_are_made_of_lines_and_rehearsals_are_not_published(tmp_path, monk
     _line("speed/dino", **speeds), _line("patch8/carp joint", **trained(0.5)),
     _line("patch8, seed 1/carp joint", **trained(0.6)),
     _line("patch8/vicreg", rehearsal=True, **trained(0.1)),
-    {"item": "speed/gmm", "status": "failed", "error": "status 1", "log": ["x", "OSError: y"],
+    {"item": "speed/gmm", "status": "failed", "error": "the process ended", "log": ["OSError: y"],
      "rehearsal": False},
   ]  # fmt: skip
   records.write(tmp_path / "lines.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
   assert collect.write(tmp_path).endswith("3 items, 1 failed")
   page = (tmp_path / "docs" / "results" / "accelerator.md").read_text()
-  assert "| dino | 256 | 1280 | 1600 | 200.0 | 40.0 |" in page  # 1600: without augmentation
+  assert "| dino | 256 | 1280 | 1707 | 200.0 | 150.0 | 40.0 | – |" in page
   assert "| 50.0 | 60.0 | 50.0 |" in page  # k-NN at the end, best tenth, k = 200
   assert "| carp joint | 2 | – | 50.0 ± 0.0 | 55.0 ± 7.1 | – |" in page
   assert "vicreg" not in page and "- speed/gmm: OSError: y" in page
@@ -278,9 +314,12 @@ def test_pages_are_made_of_lines_and_rehearsals_are_not_published(tmp_path, monk
   said = readme.read_text()
   assert said.startswith("before\n") and said.endswith("after\n") and "| dino | 256 |" in said
   assert collect._NOTHING not in said
-  with pytest.raises(SystemExit, match="holds no item that is done outside of a rehearsal"):
+  with pytest.raises(SystemExit, match="no item that is done on an accelerator"):
     (tmp_path / "other").mkdir()
-    records.write(tmp_path / "other" / "lines.jsonl", json.dumps(lines[3]) + "\n")
+    on_cpu = {**lines[0], "card": None, "result": {**speeds, "backend": "cpu"}}
+    records.write(
+      tmp_path / "other" / "lines.jsonl", f"{json.dumps(lines[3])}\n{json.dumps(on_cpu)}\n"
+    )
     monkeypatch.setattr(collect, "RESULTS", tmp_path / "elsewhere")
     collect.write(tmp_path / "other")
 

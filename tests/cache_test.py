@@ -1,6 +1,7 @@
 """Batches gathered on the devices equal those of the host pipeline, record for record."""
 
 import io
+import re
 
 import jax
 import numpy as np
@@ -72,6 +73,7 @@ def test_one_pass_gives_the_rows_that_the_host_gives(limit):
 def test_on_several_devices_rows_are_exchanged_as_bytes_and_only_those_of_the_batch():
   cached = _loaded(8)
   text = cache._gather.lower(cached.arrays, np.zeros(16, np.int32), cached.mesh).compile().as_text()
+  assert re.search(r"u8\[2,8,8,3\]\S* reduce-scatter\(", text)  # two of the sixteen images each
   assert "all-gather" not in text  # of the images that a device holds
 
 

@@ -44,6 +44,10 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument("--out", type=pathlib.Path, help="folder that gets lines.jsonl")
   parser.add_argument("--minutes", type=float, default=9.0, help="after which nothing runs")
   parser.add_argument("--state", type=pathlib.Path, help="runs and caches; default: --out")
+  parser.add_argument(
+    "--known", nargs="*", default=[], type=pathlib.Path, metavar="LINES",
+    help="lines.jsonl of earlier calls whose state is gone: what they have done is not done again",
+  )  # fmt: skip
   parser.add_argument("--only", nargs="*", default=[], metavar="PREFIX", help="items so named")
   parser.add_argument("--retry", action="store_true", help="what failed before, too")
   parser.add_argument("--rehearse", action="store_true", help="tiny nets, two steps, any machine")
@@ -75,6 +79,8 @@ def main(argv: list[str]) -> int:
     parser.error("--out is missing: python -m benchmarks.accelerator --out=results --minutes=9")
   elif arguments.minutes <= 0 or arguments.jobs < 1:
     parser.error(f"--minutes={arguments.minutes:g} and --jobs={arguments.jobs} must be above 0")
+  elif arguments.jobs > 1 and not arguments.rehearse:
+    parser.error(f"--jobs={arguments.jobs} would disturb what is timed: it is for --rehearse")
   elif arguments.items:
     _run_here(arguments)
   else:
@@ -83,11 +89,16 @@ def main(argv: list[str]) -> int:
 
 
 def _run_here(arguments) -> None:
-  """Items in this process; each leaves result.json or error.json in its folder."""
+  """Items in this process; each leaves result.json or error.json in its folder.
+
+  After an error that is not a mistake of ours the process ends: it may have left the device in a
+  state in which nothing works any more.
+  """
   logging.set_verbosity(logging.INFO)
   for item in items.ITEMS:
     if item.name in arguments.items:
       folder = _folder(arguments.state.resolve(), item)
+      (folder / "started").touch()
       try:
         result = items.run(
           item, folder=folder, data_dir=arguments.data_dir, rehearse=arguments.rehearse
@@ -95,12 +106,19 @@ def _run_here(arguments) -> None:
       except errors.Interrupted:
         sys.exit(143)
       except Exception as error:
-        end = traceback.format_exc().splitlines()[-12:]
-        said = f"{type(error).__name__}: {error}"
-        records.write_json(folder / "error.json", {"error": said, "log": end})
         traceback.print_exc()
+        said = f"{type(error).__name__}: {error}"[:1000]
+        end = _tail(traceback.format_exc())
+        records.write_json(folder / "error.json", {"error": said, "log": end})
+        if not isinstance(error, errors.UserError):
+          sys.exit(1)
       else:
         records.write_json(folder / "result.json", result)
+
+
+def _tail(text: str) -> list[str]:
+  """The end of a log, for its line."""
+  return [line[:300] for line in text.strip().splitlines()[-60:]]
 
 
 def _folder(state: pathlib.Path, item: items.Item) -> pathlib.Path:
@@ -111,27 +129,34 @@ def _folder(state: pathlib.Path, item: items.Item) -> pathlib.Path:
 def _work_through(arguments, parser) -> int:
   """Every item that is left, in order, as long as there is time."""
   deadline = time.monotonic() + 60 * arguments.minutes
-  lines = records.Lines(arguments.state or arguments.out, arguments.out)
+  state = arguments.state or arguments.out
+  lines = records.Lines(state, arguments.out, arguments.known, arguments.rehearse)
   chosen = tuple(arguments.only) or ("",)
   wanted = [item for item in items.ITEMS if item.name.startswith(chosen)]
   if not wanted:
     parser.error(f"--only={' '.join(arguments.only)} names no item: --list shows all")
   over = {"done", "skipped"} | (set() if arguments.retry else {"failed"})
   left = [item for item in wanted if lines.status(item.name) not in over]
+  data = pathlib.Path(arguments.data_dir or "")
+  if any(item.work == "row" for item in left) and not (data / "cifar10").is_dir():
+    parser.error(
+      f"--data_dir={arguments.data_dir} holds no cifar10, prepared by TFDS: name the folder that "
+      "does, or leave the training runs out with --only parity speed"
+    )
   common = {
     **records.machine(), "commit": arguments.commit or records.commit(),
     "command": shlex.join(["python", "-m", "benchmarks.accelerator", *sys.argv[1:]]),
     "rehearsal": arguments.rehearse,
   }  # fmt: skip
-  least = 2 if arguments.rehearse else _LEAST
 
   def report(item, line) -> None:
     with writing:
-      lines.append({"item": item.name, **line, **common})
+      ended = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
+      lines.append({"item": item.name, **line, **common, "ended": ended})
       print(f"{item.name}: {line['status']} after {line['seconds']:.0f} s", flush=True)
 
   def do(group) -> None:
-    while group and not stop.asked and deadline - time.monotonic() >= least + _grace(arguments):
+    while group and not stop.asked and _fits(group[0], arguments, deadline):
       group = _together(group, arguments, deadline, stop, report)
 
   writing = threading.Lock()
@@ -157,6 +182,14 @@ def _groups(left: list[items.Item]) -> list[list[items.Item]]:
     else:
       groups.append([item])
   return groups
+
+
+def _fits(item, arguments, deadline) -> bool:
+  """Whether it is worth beginning: what cannot go on later must come to its end now."""
+  needed = _LEAST if item.work == "row" else max(_LEAST, item.seconds)
+  if arguments.rehearse:
+    needed = 2
+  return deadline - time.monotonic() >= needed + _grace(arguments)
 
 
 def _grace(arguments) -> float:
@@ -199,21 +232,36 @@ def _together(group, arguments, deadline, stop, report) -> list[items.Item]:
     What is left to do in another process; nothing once the clock has cut.
   """
   state = (arguments.state or arguments.out).resolve()
-  left, grace, asked_at = list(group), _grace(arguments), None
+  if arguments.rehearse:
+    state = state / "rehearsal"
+  left, grace = list(group), _grace(arguments)
   for item in left:
     folder = _folder(state, item)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("result.json", "error.json"):
+    for name in ("started", "result.json", "error.json"):
       (folder / name).unlink(missing_ok=True)
   log = _folder(state, group[0]).parent / "log.txt"
   with open(log, "a") as output:
     # A group of its own: Ctrl-C reaches this process alone, and a kill reaches all of the child's.
     child = subprocess.Popen(
       _command(left, state, arguments), cwd=records.ROOT, stdin=subprocess.DEVNULL, stdout=output,
-      stderr=subprocess.STDOUT, env=_environment(state, arguments.rehearse), start_new_session=True,
+      stderr=subprocess.STDOUT, env=_environment(state, arguments.rehearse), process_group=0,
     )  # fmt: skip
   stop.children.add(child)
-  since = time.monotonic()
+  try:
+    cut = _follow(child, left, state, deadline, grace, stop, report, log)
+    _ends(child, 0.0 if cut else grace)  # the last item is done, only the interpreter is left
+  finally:  # whatever happened here, nothing keeps the device
+    stop.children.discard(child)
+    if child.poll() is None:
+      os.killpg(child.pid, signal.SIGKILL)
+      _ends(child, grace)
+  return [] if cut else left
+
+
+def _follow(child, left, state, deadline, grace, stop, report, log) -> bool:
+  """Reports items as they end, taking them out of `left`; whether clock or user has cut."""
+  since, asked_at, first = time.monotonic(), None, left[0]
   while left:
     ended = child.poll() is not None  # before the look at the files: what it wrote last counts
     line = _left_by(_folder(state, left[0]))
@@ -221,25 +269,31 @@ def _together(group, arguments, deadline, stop, report) -> list[items.Item]:
     if line is not None:
       report(left.pop(0), {**line, "seconds": round(now - since, 2)})
       since = now
-    elif ended:
+    elif ended or (asked_at is not None and now > asked_at + grace):
       asked = asked_at is not None or stop.asked
-      line = {"status": "cut"} if asked else _crashed(child.returncode, log)
-      report(left.pop(0), {**line, "seconds": round(now - since, 2)})
-      break
+      begun = left[0] is first or (_folder(state, left[0]) / "started").exists()
+      if begun:
+        line = {"status": "cut", "log": _read_tail(log)} if asked else _crashed(child, log)
+        report(left.pop(0), {**line, "seconds": round(now - since, 2)})
+      return asked
+    elif left[0].work != "row" and now > since + _limit(left[0]):
+      child.kill()
+      if _ends(child, grace):
+        said = f"took more than {_limit(left[0])} s"
+        line = {"status": "failed", "error": said, "log": _read_tail(log)}
+        report(left.pop(0), {**line, "seconds": round(now - since, 2)})
+      return False
     elif asked_at is None and (stop.asked or now > deadline - grace):
       asked_at = now
       child.terminate()
-    elif asked_at is not None and now > asked_at + grace:
-      os.killpg(child.pid, signal.SIGKILL)
     else:
       time.sleep(0.1)
-  if child.poll() is None and asked_at is None:
-    _ends(child, grace)  # the last item is done, only the interpreter is left
-  if child.poll() is None:
-    os.killpg(child.pid, signal.SIGKILL)
-  child.wait()
-  stop.children.discard(child)
-  return [] if asked_at is not None or stop.asked else left
+  return asked_at is not None or stop.asked
+
+
+def _limit(item: items.Item) -> float:
+  """Seconds after which something that cannot go on later is taken to hang."""
+  return max(240, 3 * item.seconds)
 
 
 def _command(group, state: pathlib.Path, arguments) -> list[str]:
@@ -262,10 +316,14 @@ def _left_by(folder: pathlib.Path) -> dict | None:
   return None
 
 
-def _crashed(status: int, log: pathlib.Path) -> dict:
+def _crashed(child: subprocess.Popen, log: pathlib.Path) -> dict:
   """The line of an item that took its process along."""
-  end = log.read_text(errors="replace").strip().splitlines()[-12:]
-  return {"status": "failed", "error": f"the process ended with status {status}", "log": end}
+  said = f"the process ended with status {child.returncode}"
+  return {"status": "failed", "error": said, "log": _read_tail(log)}
+
+
+def _read_tail(log: pathlib.Path) -> list[str]:
+  return _tail(log.read_text(errors="replace"))
 
 
 def _ends(child: subprocess.Popen, seconds: float) -> bool:

@@ -1,5 +1,6 @@
 """Lines of results: read, appended at once, and what they say of the machine. Needs no JAX."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -7,7 +8,8 @@ import pathlib
 import platform
 import shutil
 import subprocess
-import time
+
+from protojax import files
 
 ROOT = pathlib.Path(__file__).parents[2]
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "torch")
@@ -19,16 +21,23 @@ class Lines:
   Args:
     state: folder that outlives a call.
     out: folder that gets every line, those of earlier calls too.
+    known: further files of lines, from another state.
+    rehearsal: whose lines count for `status`; the others are kept.
   """
 
-  def __init__(self, state: pathlib.Path, out: pathlib.Path):
+  def __init__(self, state: pathlib.Path, out: pathlib.Path, known=(), rehearsal: bool = False):
     self._paths = list(dict.fromkeys(f.resolve() / "lines.jsonl" for f in (state, out)))
-    for path in self._paths:
-      path.parent.mkdir(parents=True, exist_ok=True)
-    found = read(self._paths[0])
-    self._status = {line["item"]: line["status"] for line in found}
+    self._rehearsal, self._status = rehearsal, {}
+    # A line that is in several files counts once, at its first place.
+    found = {json.dumps(line): line for path in (*known, *self._paths) for line in read(path)}
+    for line in found.values():
+      self._note(line)
     for path in self._paths:  # also mends a line that a kill has torn
-      write(path, "".join(json.dumps(line) + "\n" for line in found))
+      write(path, "".join(text + "\n" for text in found))
+
+  def _note(self, line: dict) -> None:
+    if line["rehearsal"] == self._rehearsal:
+      self._status[line["item"]] = line["status"]
 
   def status(self, item: str) -> str | None:
     """That of the item's latest line."""
@@ -36,7 +45,7 @@ class Lines:
 
   def append(self, line: dict) -> None:
     """Adds a line to both files, on the disk when this returns."""
-    self._status[line["item"]] = line["status"]
+    self._note(line)
     for path in self._paths:
       with open(path, "a") as file:
         file.write(json.dumps(line) + "\n")
@@ -55,11 +64,7 @@ def read(path: pathlib.Path) -> list[dict]:
   return lines
 
 
-def write(path: pathlib.Path, text: str) -> None:
-  """Whole or not at all."""
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(text)
-  os.replace(temporary, path)
+write = files.write
 
 
 def write_json(path: pathlib.Path, content: dict) -> None:
@@ -82,13 +87,14 @@ def commit() -> str:
 
 
 def machine() -> dict:
-  """{"card", "driver", "card_mib", "versions", "started"}; no card where there is no nvidia-smi."""
+  """{"card", "driver", "card_memory", "versions", "cpus"}; no card where there is no nvidia-smi."""
   card = driver = memory = None
   if shutil.which("nvidia-smi"):
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True, check=False)
-    if done.returncode == 0 and done.stdout.strip():
-      card, driver, memory = (part.strip() for part in done.stdout.splitlines()[0].split(","))
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      done = subprocess.run(query, capture_output=True, text=True, check=False, timeout=20)
+      if done.returncode == 0 and done.stdout.strip():
+        card, driver, memory = (part.strip() for part in done.stdout.splitlines()[0].split(","))
   versions = {"python": platform.python_version()}
   for name in _PACKAGES:
     try:
@@ -97,5 +103,5 @@ def machine() -> dict:
       continue
   return {
     "card": card, "driver": driver, "card_memory": memory, "versions": versions,
-    "cpus": os.cpu_count(), "started": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()),
+    "cpus": os.cpu_count(),
   }  # fmt: skip

@@ -4,7 +4,6 @@ import importlib
 import math
 import pathlib
 import sys
-import time
 
 import jax
 
@@ -13,13 +12,13 @@ from protojax import config as configs
 from protojax import evaluate, main, train, workdir
 
 _IMAGES = 50_000
-_CURVES = ("collapse/", "probe/", "train/loss", "train/target_entropy")
+_LOSSES = ("train/loss", "train/target_entropy")
 
 
 def recipe(options: dict, data_dir: str | None, rehearse: bool):
   """The unresolved config of a row: evaluated, looked at and saved at every tenth of it."""
   config = main.load(str(records.ROOT / options["config"]))
-  speed.change(config, options["changes"])
+  speed.override(config, options["changes"])
   if rehearse:
     config = _rehearsal(config)
   config.data.data_dir = data_dir
@@ -60,15 +59,13 @@ def run(options: dict, *, folder: pathlib.Path, data_dir: str | None, rehearse: 
     importlib.import_module("tensorboardX")
     del sys.modules["torch"]
   config = recipe(options, data_dir, rehearse)
-  started = time.time()
   train.run(config, str(folder / "run"))
-  trained_s = time.time() - started
   result = records.read_json(folder / "run" / "eval" / "final" / "result.json")
   ks = "5,20" if rehearse else "20,200"
   out = {
     "measures": result["measures"], "protocol": result["protocol"],
     "knn": _evaluate(folder, "knn", f"--k={ks}", "--temperature=0.07,0.1"),
-    "curves": curves(folder / "run"), "train_s": round(trained_s, 1),
+    "curves": curves(folder / "run"),
     "published": options.get("published") or options.get("published_knn"),
     "config": options["config"], "changes": options["changes"],
   }  # fmt: skip
@@ -80,7 +77,8 @@ def run(options: dict, *, folder: pathlib.Path, data_dir: str | None, rehearse: 
   )
   stats = jax.devices()[0].memory_stats() or {}
   return out | {
-    "verdict": verdict.label, "device": jax.devices()[0].device_kind,
+    "verdict": verdict.label, "backend": jax.default_backend(),
+    "device": jax.devices()[0].device_kind,
     "peak_in_use_mib": round(stats.get("peak_bytes_in_use", 0) / 2**20) or None,
   }  # fmt: skip
 
@@ -92,11 +90,12 @@ def _evaluate(folder: pathlib.Path, protocol: str, *more: str) -> dict:
 
 
 def curves(folder: pathlib.Path) -> dict[str, list]:
-  """{measure: [[step, value], ...]} of what was measured at every tenth of a run."""
+  """{measure: [[step, value], ...]} of every tenth of a run, of losses every hundredth."""
   found = {}
   for line in records.read(folder / "metrics.jsonl"):
-    if any(name.startswith("collapse/") for name in line):
-      for name, value in line.items():
-        if name.startswith(_CURVES) and isinstance(value, int | float):
-          found.setdefault(name, []).append([line["step"], value])
+    for name, value in line.items():
+      if name.startswith(("collapse/", "probe/")) and "collapse/rankme" not in line:
+        continue  # of the online probe, at every line
+      if name.startswith(("collapse/", "probe/", *_LOSSES)) and isinstance(value, int | float):
+        found.setdefault(name, []).append([line["step"], value])
   return found

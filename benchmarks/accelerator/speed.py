@@ -1,5 +1,6 @@
 """A recipe's step on this machine: images a second, parts, and the share of what it could do."""
 
+import gc
 import pathlib
 import statistics
 import time
@@ -18,7 +19,7 @@ _REPEATS = 10
 def recipe(options: dict, batch_size: int, rehearse: bool):
   """The unresolved config of an item."""
   config = main.load(str(records.ROOT / options["config"]))
-  change(config, options["changes"])
+  override(config, options["changes"])
   if rehearse:
     config = configs.debug(config)
     config.augment.num_local = min(2, options["changes"].get("augment.num_local", 0))
@@ -27,7 +28,7 @@ def recipe(options: dict, batch_size: int, rehearse: bool):
   return config
 
 
-def change(config, changes: dict) -> None:
+def override(config, changes: dict) -> None:
   """Sets keys such as "model.patch_size"; what another method brings along may be new."""
   name = changes.get("method.name")
   with config.unlocked():
@@ -41,7 +42,8 @@ def change(config, changes: dict) -> None:
 def matrix_peak(size: int) -> float:
   """Operations a second of a bfloat16 matrix product [size, size] x [size, size], the best of 5."""
   x = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
-  product = jax.jit(lambda a, b: (a @ b) * jnp.bfloat16(size**-0.5))
+  x *= jnp.bfloat16(size**-0.5)  # so that powers stay of one size
+  product = jax.jit(jnp.matmul)
   y, rounds, best = product(x, x), 10, float("inf")
   jax.block_until_ready(y)
   for _ in range(5):
@@ -68,6 +70,7 @@ def largest(batches, measure) -> dict:
       if not out_of_memory(error):
         raise
       too_large.append(batch_size)
+    gc.collect()  # what the failed attempt held
   raise RuntimeError(f"no batch fits: tried {too_large}")
 
 
@@ -75,7 +78,8 @@ def run(options: dict, *, folder: pathlib.Path, data_dir: str | None, rehearse: 
   """`benchmarks.step.measure` of a recipe in bfloat16, at the largest of the batches that fits.
 
   Adds "matrix_peak" (operations a second, measured before and after; the larger), the share of it
-  that the step's products make up, the parts' remainder and the memory that was in use at most.
+  that the step's products make up, the same of the step on views that are ready, and the parts'
+  remainder. "peak_mib" is what XLA has planned for the step: arguments and temporary arrays.
   """
   del folder, data_dir
   if options["changes"].get("model.attention") == "cudnn" and jax.default_backend() != "gpu":
@@ -94,11 +98,12 @@ def run(options: dict, *, folder: pathlib.Path, data_dir: str | None, rehearse: 
   if None not in parts:
     rest = found["milliseconds"]["step"] - sum(parts)
     found["milliseconds"]["backward_and_optimizer"] = round(rest, 3)
-  stats = jax.devices()[0].memory_stats() or {}
-  return found | {
-    "matrix_peak": peak, "share_of_peak": found["flops"] / seconds / peak,
-    "peak_in_use_mib": round(stats.get("peak_bytes_in_use", 0) / 2**20) or None,
-  }  # fmt: skip
+  found |= {"matrix_peak": peak, "share_of_peak": found["flops"] / seconds / peak}
+  if "ready" in found["milliseconds"]:
+    ready = found["milliseconds"]["ready"] / 1e3
+    found["img_per_s_ready"] = round(found["batch_size"] / ready, 1)
+    found["share_of_peak_ready"] = found["flops_without_augmentation"] / ready / peak
+  return found
 
 
 def median_seconds(call, wait, rounds: int) -> float:

@@ -5,6 +5,7 @@ gathered there in the order of `pipeline.batches`, record for record, so trainin
 the bit to training without: views, checkpoints and resuming know nothing of it.
 """
 
+import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -81,9 +82,14 @@ def choose(
 
 
 def _room(mesh) -> int | None:
-  """Bytes that cached data may take of the smallest device of all processes; None if unknown."""
+  """Bytes that cached data may take of the smallest device of all processes; None if unknown.
+
+  All rows of a process pass through the memory of its host: no more than half of that.
+  """
   stats = [device.memory_stats() or {} for device in mesh.local_devices]
-  limit = min(s.get("bytes_limit", 0) for s in stats) // 2**20  # bytes would overflow int32
+  host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 / SHARE / len(stats)
+  limit = min([host, *(s.get("bytes_limit", 0) for s in stats)])
+  limit = int(limit / 2**20)  # bytes would overflow int32
   if jax.process_count() > 1:  # every process must come to the same answer
     limit = multihost_utils.process_allgather(np.int32(limit)).min()
   return int(limit * 2**20 * SHARE) or None
@@ -109,6 +115,7 @@ def load(
   Raises:
     UserError: if 100 images in a row cannot be read.
   """
+  logging.info("decoding %d images of %s to keep them on the devices", len(data), data.name)
   padded = -(-len(data) // mesh.shape["data"]) * mesh.shape["data"]
   held = padded // parts
   rows = np.arange(part * held, (part + 1) * held)
