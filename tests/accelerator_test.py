@@ -201,6 +201,8 @@ def test_a_row_is_a_method_with_known_settings(item):
   methods.load(config.method.name).make(config)
   tenth = config.eval_every
   assert 9 * tenth < config.num_steps <= 10 * tenth
+  rehearsed = row.recipe(item.options, "/data", rehearse=True)
+  assert rehearsed.probe.k <= 64 and configs.resolve(rehearsed, 64).num_steps == 2
   assert config.batch_size == (256 if item.name.startswith("table1") else 512)
 
 

@@ -40,7 +40,9 @@ def _rehearsal(config):
     config.model.width = 16
   config.update({"num_steps": 2, "steps_per_epoch": 2, "batch_size": 16})
   config.data.update({"name": "cifar10", "split": "train[:64]", "cache": "device"})
-  config.probe.update({"train_split": "train[:64]", "test_split": "test[:40]", "limit": 0})
+  config.probe.update({
+    "train_split": "train[:64]", "test_split": "test[:40]", "limit": 0, "k": 20,
+  })  # fmt: skip
   config.monitor.images = 32
   return config
 
