@@ -23,9 +23,11 @@ _IMAGES = 50_000
 
 def _start(out, *arguments):
   command = [sys.executable, "-m", "benchmarks.accelerator", f"--out={out}", "--rehearse"]
+  environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
+  environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # a rehearsal keeps every program: in its own
   return subprocess.Popen(
-    [*command, *arguments], cwd=ROOT, env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"}, text=True,
-    stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    [*command, *arguments], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
   )  # fmt: skip
 
 
