@@ -96,6 +96,8 @@ def test_every_field_reaches_its_module():
     ({}, {"norm": "layer"}, {}, "head.norm='layer'.*none, batch"),
     ({}, {"layers": 0}, {}, "head.layers=0"),
     ({}, {}, {"precision": "float16"}, "precision='float16'.*float32, bfloat16"),
+    ({"attention": "flash"}, {}, {}, "model.attention='flash'.*xla, cudnn"),
+    ({"attention": "cudnn"}, {}, {"precision": "bfloat16"}, "an NVIDIA GPU .* not cpu and bf"),
 ])
 def test_unknown_names_are_refused_with_those_available(model, head, rest, words):
   with pytest.raises(errors.UserError, match=words):
