@@ -56,8 +56,9 @@ def _stages(config, batch, stored: int):
   corner = [rng.uniform(0, stored / 3, (batch, v, 2)).astype(np.float32) for v, _, _ in groups]
   boxes = [jnp.asarray(np.concatenate([c, c + stored / 2], axis=-1)) for c in corner]
   crops = [jnp.asarray(rng.random((batch, v, s, 3, s), np.float32)) for v, s, _ in groups]
-  factors = [jnp.asarray(rng.uniform(0.8, 1.2, (batch, v, 4)).astype(np.float32))
-             for v, _, _ in groups]  # fmt: skip
+  factors = [
+    jnp.asarray(rng.uniform(0.8, 1.2, (batch, v, 4)).astype(np.float32)) for v, _, _ in groups
+  ]
   order = [jnp.asarray(rng.random((batch, v), np.float32)) for v, _, _ in groups]
 
   def crop(images, boxes):
@@ -93,13 +94,25 @@ def main() -> None:
   stored = 32 if args.preset == "cifar" else 256
   for stage, (fn, inputs) in _stages(config, args.batch, stored).items():
     compile_s, seconds = _measure(fn, inputs, args.repeats)
-    print(json.dumps({
-      "benchmark": "augment", "stage": stage, "preset": args.preset, "batch": args.batch,
-      "num_local": config.num_local, "img_per_s": round(args.batch / seconds, 1),
-      "ms": round(1e3 * seconds, 3), "compile_s": round(compile_s, 3), "repeats": args.repeats,
-      "backend": jax.default_backend(), "device": jax.devices()[0].device_kind,
-      "jax": jax.__version__,
-    }), flush=True)  # fmt: skip
+    print(
+      json.dumps(
+        {
+          "benchmark": "augment",
+          "stage": stage,
+          "preset": args.preset,
+          "batch": args.batch,
+          "num_local": config.num_local,
+          "img_per_s": round(args.batch / seconds, 1),
+          "ms": round(1e3 * seconds, 3),
+          "compile_s": round(compile_s, 3),
+          "repeats": args.repeats,
+          "backend": jax.default_backend(),
+          "device": jax.devices()[0].device_kind,
+          "jax": jax.__version__,
+        }
+      ),
+      flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -20,9 +20,11 @@ import jax
 import numpy as np
 
 from protojax import config as configs
-from protojax import main, monitor, programs, snapshot, train, workdir
+from protojax import environment, main
 from protojax.data import pipeline
 from protojax.evals import knn, linear
+from protojax.metrics import verdicts
+from protojax.training import evaluation, loop, programs, workdir
 
 PROTOTYPES = {
   "dino joint": "configs/dino_cifar10.py",
@@ -54,29 +56,42 @@ FLOORS = ("raw pixels", "untrained encoder")
 RESULTS = pathlib.Path(__file__).parents[1] / "docs" / "results" / "cifar10"
 # {measure: (head, factor, format)}
 _ACCURACY = {
-  "rankme": ("RankMe", 1, ".1f"), "knn": ("k-NN %", 100, ".1f"),
-  "linear_fitted": ("linear %", 100, ".1f"), "img_per_s": ("img/s", 1, ".0f"),
-  "seconds": ("wall s", 1, ".0f"), "seed": ("seed", 1, ".0f"),
-}  # fmt: skip
+  "rankme": ("RankMe", 1, ".1f"),
+  "knn": ("k-NN %", 100, ".1f"),
+  "linear_fitted": ("linear %", 100, ".1f"),
+  "img_per_s": ("img/s", 1, ".0f"),
+  "seconds": ("wall s", 1, ".0f"),
+  "seed": ("seed", 1, ".0f"),
+}
 PROTOTYPE_COLUMNS = {
-  "unique_0.025": ("unique .025", 100, ".1f"), "unique_0.05": (".05", 100, ".1f"),
-  "unique_0.1": (".1", 100, ".1f"), "unique_0.25": (".25", 100, ".1f"),
-  "unique_0.5": (".5", 100, ".1f"), "used": ("used %", 100, ".1f"),
-  "perplexity": ("perplexity", 1, ".0f"), "drift": ("drift", 1, ".3f"),
-  "relative_uniqueness": ("relative spacing", 1, ".2f"), **_ACCURACY,
-}  # fmt: skip
+  "unique_0.025": ("unique .025", 100, ".1f"),
+  "unique_0.05": (".05", 100, ".1f"),
+  "unique_0.1": (".1", 100, ".1f"),
+  "unique_0.25": (".25", 100, ".1f"),
+  "unique_0.5": (".5", 100, ".1f"),
+  "used": ("used %", 100, ".1f"),
+  "perplexity": ("perplexity", 1, ".0f"),
+  "drift": ("drift", 1, ".3f"),
+  "relative_uniqueness": ("relative spacing", 1, ".2f"),
+  **_ACCURACY,
+}
 METHOD_COLUMNS = {
-  "loss": ("loss", 1, ".2f"), "least_loss": ("least", 1, ".2f"), "ln_k": ("ln K", 1, ".2f"),
-  "unique_0.025": ("unique .025", 100, ".1f"), "unique_0.25": (".25", 100, ".1f"),
-  "used": ("used %", 100, ".1f"), **_ACCURACY, "verdict": ("verdict", 1, ""),
-}  # fmt: skip
+  "loss": ("loss", 1, ".2f"),
+  "least_loss": ("least", 1, ".2f"),
+  "ln_k": ("ln K", 1, ".2f"),
+  "unique_0.025": ("unique .025", 100, ".1f"),
+  "unique_0.25": (".25", 100, ".1f"),
+  "used": ("used %", 100, ".1f"),
+  **_ACCURACY,
+  "verdict": ("verdict", 1, ""),
+}
 
 
 def floors(data_dir: str) -> dict[str, dict]:
   """{floor: {"measures", "protocol", "environment"}}, the protocol of the rows."""
   config = main.load("configs/frozen_cifar10.py")
   config.data.data_dir = data_dir
-  train_source, bank, test = train.build_sources(config)
+  train_source, bank, test = loop.build_sources(config)
   config = configs.resolve(config, len(train_source))
 
   def pixels(data):
@@ -87,18 +102,19 @@ def floors(data_dir: str) -> dict[str, dict]:
 
   a, b = pixels(bank), pixels(test)
   raw = {
-    "probe/knn": knn.accuracy(*a, *b, num_classes=10, k=config.probe.k,
-                              temperature=config.probe.temperature),
+    "probe/knn": knn.accuracy(
+      *a, *b, num_classes=10, k=config.probe.k, temperature=config.probe.temperature
+    ),
     "probe/linear_fitted": linear.evaluate(*a, *b, num_classes=10)["linear"],
-  }  # fmt: skip
+  }
   program = programs.Program(config)
-  view = snapshot.Snapshot(program, bank=bank, test=test)
+  view = evaluation.Snapshot(program, bank=bank, test=test)
   with jax.set_mesh(program.mesh):
     state = program.init(config.seed)
     measures = view.final(state)[0]
-  protocol, environment = workdir.protocol(config, bank, test), workdir.environment()
+  protocol, made_by = workdir.protocol(config, bank, test), environment.describe()
   return {
-    name: {"measures": found, "protocol": protocol, "environment": environment}
+    name: {"measures": found, "protocol": protocol, "environment": made_by}
     for name, found in zip(FLOORS, (raw, measures), strict=True)
   }
 
@@ -149,8 +165,8 @@ def published() -> dict[str, dict]:
     if row in records:
       out[row] = measures = records[row]["measures"]
       if row in ROWS:
-        config = workdir.restored(records[row]["config"])
-        verdict = monitor.verdict(measures, config=config, step=measures["step"])
+        config = configs.restored(records[row]["config"])
+        verdict = verdicts.of_run(measures, config=config, step=measures["step"])
         measures |= {"verdict": verdict.label, "least_loss": least_loss(measures, config)}
   return out
 
@@ -194,10 +210,16 @@ if __name__ == "__main__":
   for row in arguments.rows:
     folder = pathlib.Path(arguments.workdir) / row.replace(",", "").replace(" ", "_")
     done = subprocess.run(
-      [sys.executable, "-m", "protojax.main", f"--config={ROWS[row]}", f"--workdir={folder}",
-       f"--config.data.data_dir={arguments.data_dir}"],
+      [
+        sys.executable,
+        "-m",
+        "protojax.main",
+        f"--config={ROWS[row]}",
+        f"--workdir={folder}",
+        f"--config.data.data_dir={arguments.data_dir}",
+      ],
       check=False,
-    )  # fmt: skip
+    )
     if done.returncode:
       sys.exit(done.returncode)
     result = json.loads((folder / "eval" / "final" / "result.json").read_text())

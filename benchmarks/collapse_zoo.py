@@ -21,8 +21,9 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
-from protojax import errors, main, methods, train
+from protojax import errors, main, methods
 from protojax.methods import base
+from protojax.training import loop
 
 RESULTS = pathlib.Path(__file__).parents[1] / "docs" / "results" / "collapse_zoo.json"
 _LABEL = re.compile(r"\bstep (\d+)/\d+ .*\[([^\]]+)\]$")
@@ -89,9 +90,12 @@ class Case(NamedTuple):
 # Without it joint prototypes stay at ln K here: the monitor is right to stop them at step 100.
 _NORMED = {"head__norm": "batch"}
 _CENTRED = {
-  **_NORMED, "method__targets": "center", "method__teacher_temp_start": 0.04,
-  "method__teacher_temp": 0.04, "optim__lr": 1e-3,
-}  # fmt: skip
+  **_NORMED,
+  "method__targets": "center",
+  "method__teacher_temp_start": 0.04,
+  "method__teacher_temp": 0.04,
+  "optim__lr": 1e-3,
+}
 HEALTHY = {
   "dino, mixture": Case("gmm_cifar10"),
   "dino, joint": Case("dino_cifar10", _NORMED),
@@ -108,31 +112,52 @@ HEALTHY = {
 FAULTS = {
   "teacher aliased": Case("gmm_cifar10", tamper=_aliased),
   "no centring": Case("dino_cifar10", {**_CENTRED, "method__center_momentum": 1.0}),
-  "teacher's temperature 1": Case("dino_cifar10", {
-    **_CENTRED, "method__teacher_temp": 1.0, "method__teacher_temp_start": 1.0,
-  }),
-  "Sinkhorn's epsilon 1": Case("dino_cifar10", {
-    **_NORMED, "method__teacher_temp": 1.0, "method__teacher_temp_start": 1.0,
-  }),
+  "teacher's temperature 1": Case(
+    "dino_cifar10",
+    {
+      **_CENTRED,
+      "method__teacher_temp": 1.0,
+      "method__teacher_temp_start": 1.0,
+    },
+  ),
+  "Sinkhorn's epsilon 1": Case(
+    "dino_cifar10",
+    {
+      **_NORMED,
+      "method__teacher_temp": 1.0,
+      "method__teacher_temp_start": 1.0,
+    },
+  ),
   "learning rate x 50": Case("dino_cifar10", {**_NORMED, "optim__lr": 0.2}),
   "joint prototypes, 8 at the start": Case("dino_cifar10", _NORMED, tamper=_duplicated),
-  "mixture too soft and too fast": Case("gmm_cifar10", {
-    "mixture__kappa": 3.0, "mixture__horizon_steps": 10.0, "mixture__balanced": False,
-  }),
+  "mixture too soft and too fast": Case(
+    "gmm_cifar10",
+    {
+      "mixture__kappa": 3.0,
+      "mixture__horizon_steps": 10.0,
+      "mixture__balanced": False,
+    },
+  ),
   "dead projector": Case(
     "dino_cifar10", {"head__activation": "relu", "head__norm": "none"}, tamper=_dead
   ),
   "falcon without batch norm": Case("falcon_cifar10", {"head__norm_output": False}),
-}  # fmt: skip
+}
 
 
 def on_digits(recipe: str, changes: dict, stop: bool):
   """A CIFAR-10 recipe on digits: 400 steps of 64, K = 256, the quickstart's views and pace."""
   config = main.load(f"configs/{recipe}.py")
   digits = main.load("configs/quickstart.py")
-  config.update({
-    "num_steps": 400, "batch_size": 64, "log_every": 20, "save_every": 400, "eval_every": 400,
-  })  # fmt: skip
+  config.update(
+    {
+      "num_steps": 400,
+      "batch_size": 64,
+      "log_every": 20,
+      "save_every": 400,
+      "eval_every": 400,
+    }
+  )
   config.monitor.update({"every": 20, "stop_on_collapse": stop})
   config.data.update({"name": "digits", "data_dir": None})
   for key in ("flip", "saturation", "hue", "gray_prob", "solarize_prob", "mean", "std"):
@@ -157,7 +182,7 @@ def run(name: str, folder: pathlib.Path) -> dict:
   stopped = None
   with mock.patch.object(module, "make", lambda c: tamper(make(c))):
     try:
-      train.run(config, str(folder))
+      loop.run(config, str(folder))
     except errors.UserError as error:
       stopped = str(error)
   said = [_LABEL.search(line) for line in (folder / "train.log").read_text().splitlines()]
@@ -166,11 +191,17 @@ def run(name: str, folder: pathlib.Path) -> dict:
   measures = json.loads(result.read_text())["measures"] if result.exists() else {}
   kept = ("probe/knn", "collapse/used", "collapse/perplexity", "train/loss", "train/ln_k")
   return {
-    "case": name, "fault": fault, "recipe": case.recipe, "changes": case.changes,
-    "tamper": case.tamper and case.tamper.__doc__, "step": min(alarms, default=None),
-    "label": alarms.get(min(alarms, default=None)), "labels": sorted(set(alarms.values())),
-    "stopped": stopped, "measures": {k: measures[k] for k in kept if k in measures},
-  }  # fmt: skip
+    "case": name,
+    "fault": fault,
+    "recipe": case.recipe,
+    "changes": case.changes,
+    "tamper": case.tamper and case.tamper.__doc__,
+    "step": min(alarms, default=None),
+    "label": alarms.get(min(alarms, default=None)),
+    "labels": sorted(set(alarms.values())),
+    "stopped": stopped,
+    "measures": {k: measures[k] for k in kept if k in measures},
+  }
 
 
 def published() -> dict[str, dict]:
@@ -197,10 +228,13 @@ def tables() -> list[str]:
       cells = [
         format(scale * measures[key], form) if key in measures else "–"
         for key, scale, form in (
-          ("collapse/used", 100, ".1f"), ("collapse/perplexity", 1, ".0f"),
-          ("probe/knn", 100, ".1f"), ("train/loss", 1, ".2f"), ("train/ln_k", 1, ".2f"),
+          ("collapse/used", 100, ".1f"),
+          ("collapse/perplexity", 1, ".0f"),
+          ("probe/knn", 100, ".1f"),
+          ("train/loss", 1, ".2f"),
+          ("train/ln_k", 1, ".2f"),
         )
-      ]  # fmt: skip
+      ]
       cells = [name, ", ".join(record["labels"]) or "none", *cells]
       healthy.append("| " + " | ".join(cells) + " |")
   return ["\n".join(faults), "\n".join(healthy)]

@@ -15,8 +15,9 @@ import time
 import jax
 
 from protojax import config as configs
-from protojax import main, programs
-from protojax.data import source
+from protojax import main
+from protojax.data import sources
+from protojax.training import programs
 
 KEYS = ("image", "size", "index")
 
@@ -34,7 +35,7 @@ def measure(data_dir: str, *, batch_size: int, rounds: int, steps: int) -> dict:
   """Medians over `rounds`, each of 4 `steps` batches without a step and of `steps` with."""
   config = main.load("configs/gmm_cifar10.py")
   config.update({"batch_size": batch_size})
-  data = source.build("cifar10", split="train", data_dir=data_dir)
+  data = sources.build("cifar10", split="train", data_dir=data_dir)
   program = programs.Program(configs.resolve(config, len(data)))
   options = {"seed": 0, "step": 0, "batch_size": batch_size, "keys": KEYS}
   with jax.set_mesh(program.mesh):
@@ -64,11 +65,17 @@ def measure(data_dir: str, *, batch_size: int, rounds: int, steps: int) -> dict:
     for kind in ("batches", "steps")
   }
   return {
-    "benchmark": "data_cache", "batch_size": batch_size, **middle, "fill_s": round(fill, 2),
-    "mib": round(sum(a.nbytes for a in cached.arrays.values()) / 2**20, 1), "rounds": rounds,
-    "devices": jax.device_count(), "backend": jax.default_backend(),
-    "device": jax.devices()[0].device_kind, "jax": jax.__version__,
-  }  # fmt: skip
+    "benchmark": "data_cache",
+    "batch_size": batch_size,
+    **middle,
+    "fill_s": round(fill, 2),
+    "mib": round(sum(a.nbytes for a in cached.arrays.values()) / 2**20, 1),
+    "rounds": rounds,
+    "devices": jax.device_count(),
+    "backend": jax.default_backend(),
+    "device": jax.devices()[0].device_kind,
+    "jax": jax.__version__,
+  }
 
 
 if __name__ == "__main__":
@@ -81,6 +88,13 @@ if __name__ == "__main__":
   arguments = parser.parse_args()
   if arguments.devices:
     jax.config.update("jax_num_cpu_devices", arguments.devices)
-  print(json.dumps(measure(
-    arguments.data_dir, batch_size=arguments.batch, rounds=arguments.rounds, steps=arguments.steps
-  )))  # fmt: skip
+  print(
+    json.dumps(
+      measure(
+        arguments.data_dir,
+        batch_size=arguments.batch,
+        rounds=arguments.rounds,
+        steps=arguments.steps,
+      )
+    )
+  )

@@ -23,15 +23,27 @@ def run(recipe: str) -> dict:
   with tempfile.TemporaryDirectory() as workdir:
     start = time.perf_counter()
     done = subprocess.run(
-      [sys.executable, "-m", "protojax.main", f"--config=configs/{recipe}.py:debug",
-       f"--workdir={workdir}"],
-      cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-    )  # fmt: skip
+      [
+        sys.executable,
+        "-m",
+        "protojax.main",
+        f"--config=configs/{recipe}.py:debug",
+        f"--workdir={workdir}",
+      ],
+      cwd=ROOT,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+      check=False,
+    )
     seconds = time.perf_counter() - start
   lines = done.stdout.strip().splitlines() or [""]
   return {
-    "recipe": recipe, "seconds": round(seconds, 1), "status": done.returncode, "end": lines[-1],
-  }  # fmt: skip
+    "recipe": recipe,
+    "seconds": round(seconds, 1),
+    "status": done.returncode,
+    "end": lines[-1],
+  }
 
 
 if __name__ == "__main__":

@@ -65,12 +65,22 @@ def main() -> None:
       if status:
         sys.exit(f"{' '.join(command)} failed")
       (one,) = json.loads(out.read_text())["sets"].values()
-      print(json.dumps({
-        "case": case, "num": args.num, "dim": args.dim, "cores": len(os.sched_getaffinity(0)),
-        "load_1min": os.getloadavg()[0], "wall_s": round(wall, 1),
-        "cpu_s": round(used.ru_utime + used.ru_stime, 1), "rss_mb": round(used.ru_maxrss / 1024),
-        **{k: one["unique"][k] for k in ("unique", "components", "isolated")},
-      }), flush=True)  # fmt: skip
+      print(
+        json.dumps(
+          {
+            "case": case,
+            "num": args.num,
+            "dim": args.dim,
+            "cores": len(os.sched_getaffinity(0)),
+            "load_1min": os.getloadavg()[0],
+            "wall_s": round(wall, 1),
+            "cpu_s": round(used.ru_utime + used.ru_stime, 1),
+            "rss_mb": round(used.ru_maxrss / 1024),
+            **{k: one["unique"][k] for k in ("unique", "components", "isolated")},
+          }
+        ),
+        flush=True,
+      )
 
 
 if __name__ == "__main__":

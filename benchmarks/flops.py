@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from protojax import train_step
 from protojax.data import augment as augmentation
+from protojax.training import train_step
 
 
 def _dot(eqn) -> int:
@@ -32,9 +32,15 @@ def _conv(eqn) -> int:
   p, (lhs, rhs) = eqn.params, (v.aval.shape for v in eqn.invars)
   out, spec = eqn.outvars[0].aval.shape, p["dimension_numbers"]
   axes = zip(
-    spec.lhs_spec[2:], spec.rhs_spec[2:], spec.out_spec[2:], p["window_strides"], p["padding"],
-    p["lhs_dilation"], p["rhs_dilation"], strict=True,
-  )  # fmt: skip
+    spec.lhs_spec[2:],
+    spec.rhs_spec[2:],
+    spec.out_spec[2:],
+    p["window_strides"],
+    p["padding"],
+    p["lhs_dilation"],
+    p["rhs_dilation"],
+    strict=True,
+  )
   pairs = math.prod(
     _taps(lhs[i], rhs[j], out[k], stride, pad[0], lhs_dilation, rhs_dilation)
     for i, j, k, stride, pad, lhs_dilation, rhs_dilation in axes
@@ -112,9 +118,12 @@ def of_step(program, *, augment: bool = True) -> float:
     batch = {"views": views, "index": batch["index"]}
     make_views = _ready
   step = functools.partial(
-    train_step.train_step, method=program.method, tx=program.tx, augment=make_views,
+    train_step.train_step,
+    method=program.method,
+    tx=program.tx,
+    augment=make_views,
     evaluation=program.evaluation,
-  )  # fmt: skip
+  )
   with jax.set_mesh(program.mesh):
     return of_function(step, program.abstract, batch)
 

@@ -21,25 +21,35 @@ from torch import nn
 from torch.nn import attention, functional
 from torch.utils import flop_counter
 
-from protojax import config as configs
-from protojax import optim
+from protojax import trees
 from protojax.models import encoder as encoders
 from protojax.models import vit
+from protojax.training import optim
 
 _ACTIVATIONS = {
-  "gelu": functional.gelu, "relu": functional.relu, "leaky_relu": functional.leaky_relu,
-}  # fmt: skip
+  "gelu": functional.gelu,
+  "relu": functional.relu,
+  "leaky_relu": functional.leaky_relu,
+}
 _ANY = {
-  "model.registers": 0, "model.layer_scale": None, "model.joint_norm": False, "model.remat": False,
-  "accum_steps": 1, "optim.name": "adamw",
-}  # fmt: skip
+  "model.registers": 0,
+  "model.layer_scale": None,
+  "model.joint_norm": False,
+  "model.remat": False,
+  "accum_steps": 1,
+  "optim.name": "adamw",
+}
 _OF_METHOD = {
   "dino": {
-    "method.prototypes": "learned", "method.targets": "center", "method.koleo": 0.0,
-    "method.koleo_proto": 0.0, "method.vmf": False, "method.train_prototype_norm": False,
+    "method.prototypes": "learned",
+    "method.targets": "center",
+    "method.koleo": 0.0,
+    "method.koleo_proto": 0.0,
+    "method.vmf": False,
+    "method.train_prototype_norm": False,
   },
   "barlow_twins": {"method.prototypes": "none", "augment.num_local": 0, "head.l2": False},
-}  # fmt: skip
+}
 # Leaves of Flax under their names in PyTorch.
 _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 
@@ -152,9 +162,13 @@ class BatchNorm(nn.Module):
 
   def forward(self, x):
     y = functional.batch_norm(
-      x.view(-1, self.running_mean.numel()), self.running_mean, self.running_var,
-      self.weight.repeat(self.views), self.bias.repeat(self.views), training=True,
-    )  # fmt: skip
+      x.view(-1, self.running_mean.numel()),
+      self.running_mean,
+      self.running_var,
+      self.weight.repeat(self.views),
+      self.bias.repeat(self.views),
+      training=True,
+    )
     return y.view_as(x)
 
 
@@ -237,7 +251,7 @@ class Peer:
 
 
 def _check(config) -> None:
-  name, flat = config.method.name, configs.flat(config)
+  name, flat = config.method.name, trees.flat(config)
   if name not in _OF_METHOD or config.model.name not in vit.VARIANTS:
     raise ValueError(
       f"method.name={name!r} with model.name={config.model.name!r} has no peer in PyTorch: there "
@@ -283,8 +297,11 @@ def build(config: ml_collections.ConfigDict, device="cpu", *, tf32: bool = True)
     groups[optim.decay_mask({leaf: parameter}, options)[leaf]].append(parameter)
   optimizer = torch.optim.AdamW(
     [{"params": params, "decays": decays} for decays, params in groups.items() if params],
-    lr=0.0, betas=(options.beta1, options.beta2), eps=1e-8, fused=device.type == "cuda",
-  )  # fmt: skip
+    lr=0.0,
+    betas=(options.beta1, options.beta2),
+    eps=1e-8,
+    fused=device.type == "cuda",
+  )
   return Peer(config, student, teacher, center, optimizer)
 
 
@@ -346,13 +363,13 @@ def rates(config, step: int) -> dict[str, float]:
   o, steps = config.optim, config.num_steps
   peak, warmup = o.lr * config.batch_size / 256, o.warmup_steps
   out = {
-    "lr": peak * step / max(warmup - 1, 1) if step < warmup else cosine(
-      peak, o.final_lr, step - warmup, steps - warmup
-    ),
+    "lr": peak * step / max(warmup - 1, 1)
+    if step < warmup
+    else cosine(peak, o.final_lr, step - warmup, steps - warmup),
     "decay": cosine(o.weight_decay, o.final_weight_decay, step, steps),
     "pace": cosine(1.0 - config.teacher.momentum, 0.0, step, steps),
     "temperature": 1.0,
-  }  # fmt: skip
+  }
   if config.method.name == "dino":
     m, epoch = config.method, step // config.steps_per_epoch
     share = min(epoch / max(m.teacher_temp_warmup_epochs - 1, 1), 1.0)

@@ -19,9 +19,10 @@ import numpy as np
 
 from benchmarks import flops
 from protojax import config as configs
-from protojax import main, programs, prototypes, sharding, train_step
+from protojax import losses, main
 from protojax.data import augment
-from protojax.models import heads
+from protojax.prototypes import prototype_set
+from protojax.training import programs, sharding, train_step
 
 PARTS = ("augment", "forward", "gradient", "update", "prototypes", "ready")
 
@@ -80,10 +81,10 @@ def calls(program, step, parts=PARTS):
     "update": lambda: update(variables, stats),
   }
   if config.method.prototypes == "mixture" and "prototypes" in parts:
-    bank = prototypes.build(config)
+    bank = prototype_set.build(config)
     dim = config.head.bottleneck
     features = jax.random.normal(key, (2 * config.batch_size, dim))  # of the two global views
-    features = jax.device_put(heads.l2_normalize(features), sharding.batch_sharding(mesh))
+    features = jax.device_put(losses.l2_normalize(features), sharding.batch_sharding(mesh))
     state_of_one = jax.jit(bank.init)(key)
     move = jax.jit(bank.move)
     found["prototypes"] = lambda: move(state_of_one, features)
@@ -94,11 +95,14 @@ def calls(program, step, parts=PARTS):
     states["ready"] = program.init(config.seed)
     on_views = jax.jit(
       functools.partial(
-        train_step.train_step, method=method, tx=program.tx, evaluation=program.evaluation,
+        train_step.train_step,
+        method=method,
+        tx=program.tx,
+        evaluation=program.evaluation,
         augment=lambda key, batch: batch["views"],
       ),
       donate_argnums=0,
-    )  # fmt: skip
+    )
 
     def ready():
       given = {"views": made, "index": batch["index"]}
@@ -151,9 +155,7 @@ def measure(config, repeats: int, parts=PARTS) -> dict:
     "flops": flops.of_step(counted),
     "flops_without_augmentation": flops.of_step(counted, augment=False),
     "compile_s": round(compile_s, 1),
-    "peak_mib": round(
-      (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20, 1
-    ),
+    "peak_mib": round((memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20, 1),
     "batch_size": config.batch_size,
     "backend": jax.default_backend(),
     "device": jax.devices()[0].device_kind,

@@ -55,16 +55,29 @@ def cifar10(method: str = "dino"):
     "num_local": 2, "blur_prob": (0.0, 0.0, 0.0),
     "mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616),
   })  # fmt: skip
-  config.model.update({
-    "name": "vit_tiny", "patch_size": 8, "width": 96, "depth": 4, "heads": 3, "drop_path": 0.0,
-  })  # fmt: skip
+  config.model.update(
+    {
+      "name": "vit_tiny",
+      "patch_size": 8,
+      "width": 96,
+      "depth": 4,
+      "heads": 3,
+      "drop_path": 0.0,
+    }
+  )
   config.head.update({"hidden": 512, "bottleneck": 128})
   if config.method.prototypes != "none":
     config.method.num_prototypes = 1024
-  config.optim.update({
-    "lr": 1e-3, "final_lr": 1e-5, "weight_decay": 0.04, "final_weight_decay": 0.04,
-    "warmup_steps": 200, "freeze_prototypes_epochs": 0.0,
-  })  # fmt: skip
+  config.optim.update(
+    {
+      "lr": 1e-3,
+      "final_lr": 1e-5,
+      "weight_decay": 0.04,
+      "final_weight_decay": 0.04,
+      "warmup_steps": 200,
+      "freeze_prototypes_epochs": 0.0,
+    }
+  )
   config.teacher.momentum = 0.99
   return config
 
@@ -72,20 +85,31 @@ def cifar10(method: str = "dino"):
 def dino_cifar10():
   """`cifar10` with DINO's loss and Sinkhorn targets at temperature .05."""
   config = cifar10("dino")
-  config.method.update({
-    "targets": "sinkhorn", "teacher_temp_start": 0.05, "teacher_temp": 0.05,
-    "teacher_temp_warmup_epochs": 0,
-  })  # fmt: skip
+  config.method.update(
+    {
+      "targets": "sinkhorn",
+      "teacher_temp_start": 0.05,
+      "teacher_temp": 0.05,
+      "teacher_temp_warmup_epochs": 0,
+    }
+  )
   return config
 
 
 def _redundancy(config, width: int) -> None:
   """What Barlow Twins and VICReg share: two views and a wide projector with batch norm."""
   config.augment.update({"global_scale": (0.08, 1.0), "num_local": 0})
-  config.head.update({
-    "hidden": width, "bottleneck": width, "norm": "batch", "activation": "relu", "bias": False,
-    "init": "uniform", "l2": False,
-  })  # fmt: skip
+  config.head.update(
+    {
+      "hidden": width,
+      "bottleneck": width,
+      "norm": "batch",
+      "activation": "relu",
+      "bias": False,
+      "init": "uniform",
+      "l2": False,
+    }
+  )
   config.optim.clip = 0.0
 
 
@@ -109,10 +133,16 @@ def redundancy_resnet50(method: str):
   config.save_every = 5000
   _redundancy(config, 8192)
   config.model.update({"name": "resnet50", "zero_init_residual": True})
-  config.optim.update({
-    "name": "lars", "lr": 0.2, "final_lr": 1.6e-3, "warmup_epochs": 10.0, "weight_decay": 1e-6,
-    "final_weight_decay": 1e-6,
-  })  # fmt: skip
+  config.optim.update(
+    {
+      "name": "lars",
+      "lr": 0.2,
+      "final_lr": 1.6e-3,
+      "warmup_epochs": 10.0,
+      "weight_decay": 1e-6,
+      "final_weight_decay": 1e-6,
+    }
+  )
   return config
 
 
@@ -133,8 +163,15 @@ def falcon_resnet_cifar10(model: str):
   config.model.update({"name": model, "zero_init_residual": False})
   config.head.update({"layers": 1, "norm_output": True, "init": "uniform", "l2": False})
   config.method.num_prototypes = 16_384
-  config.optim.update({
-    "name": "adam", "lr": 1e-3, "final_lr": 0.0, "weight_decay": 1e-4, "final_weight_decay": 1e-4,
-    "warmup_epochs": 10.0, "clip": 0.0,
-  })  # fmt: skip
+  config.optim.update(
+    {
+      "name": "adam",
+      "lr": 1e-3,
+      "final_lr": 0.0,
+      "weight_decay": 1e-4,
+      "final_weight_decay": 1e-4,
+      "warmup_epochs": 10.0,
+      "clip": 0.0,
+    }
+  )
   return config

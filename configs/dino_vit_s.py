@@ -11,8 +11,12 @@ from configs import common
 
 def get_config(mode: str = ""):
   config = common.imagenet("dino", num_epochs=100.0, batch_size=512)
-  config.method.update({
-    "prototypes": "learned", "teacher_temp_start": 0.04, "teacher_temp": 0.04,
-    "teacher_temp_warmup_epochs": 0,
-  })  # fmt: skip
+  config.method.update(
+    {
+      "prototypes": "learned",
+      "teacher_temp_start": 0.04,
+      "teacher_temp": 0.04,
+      "teacher_temp_warmup_epochs": 0,
+    }
+  )
   return common.finish(config, mode)

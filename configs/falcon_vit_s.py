@@ -19,7 +19,13 @@ from configs import common
 def get_config(mode: str = ""):
   config = common.imagenet("falcon", num_epochs=100.0, batch_size=512)
   config.method.update({"num_prototypes": 65_536, "chunk_size": 8192})
-  config.head.update({
-    "layers": 1, "bottleneck": 384, "norm_output": True, "init": "uniform", "l2": False,
-  })  # fmt: skip
+  config.head.update(
+    {
+      "layers": 1,
+      "bottleneck": 384,
+      "norm_output": True,
+      "init": "uniform",
+      "l2": False,
+    }
+  )
   return common.finish(config, mode)

@@ -30,12 +30,22 @@ def get_config(mode: str = ""):
   config = common.cifar10("gedi")
   config.method.prototypes = "learned"
   config.augment.update({"global_scale": (0.08, 1.0), "num_local": 0})
-  config.head.update({
-    "layers": 2, "norm": "batch", "norm_output": True, "activation": "relu", "init": "uniform",
-  })  # fmt: skip
-  config.method.update({
-    "num_prototypes": 128, "weight_uniformity": 2.0, "weight_invariance": 1.0,
-  })  # fmt: skip
+  config.head.update(
+    {
+      "layers": 2,
+      "norm": "batch",
+      "norm_output": True,
+      "activation": "relu",
+      "init": "uniform",
+    }
+  )
+  config.method.update(
+    {
+      "num_prototypes": 128,
+      "weight_uniformity": 2.0,
+      "weight_invariance": 1.0,
+    }
+  )
   if mode != "gen":
     return common.finish(config, mode, "gen")
   config.num_steps = 200
@@ -47,12 +57,21 @@ def get_config(mode: str = ""):
   })  # fmt: skip
   # No batch norm in an energy; unit features bound it.
   config.head.update({"norm": "none", "norm_output": False})
-  config.method.update({
-    "generative": True, "weight_generative": 1.0, "weight_uniformity": 100.0,
-    "weight_invariance": 50.0,
-  })  # fmt: skip
-  config.optim.update({
-    "lr": 2e-4, "final_lr": 1e-6, "weight_decay": 0.0, "final_weight_decay": 0.0,
-    "warmup_steps": 20,
-  })  # fmt: skip
+  config.method.update(
+    {
+      "generative": True,
+      "weight_generative": 1.0,
+      "weight_uniformity": 100.0,
+      "weight_invariance": 50.0,
+    }
+  )
+  config.optim.update(
+    {
+      "lr": 2e-4,
+      "final_lr": 1e-6,
+      "weight_decay": 0.0,
+      "final_weight_decay": 0.0,
+      "warmup_steps": 20,
+    }
+  )
   return config

@@ -29,13 +29,28 @@ def get_config(mode: str = ""):
     "mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616),
   })  # fmt: skip
   config.model.update({"name": "resnet18", "stem": "cifar_pad2", "zero_init_residual": False})
-  config.head.update({
-    "layers": 2, "hidden": 2048, "bottleneck": 512, "norm": "batch", "activation": "relu",
-    "init": "uniform", "l2": False,
-  })  # fmt: skip
+  config.head.update(
+    {
+      "layers": 2,
+      "hidden": 2048,
+      "bottleneck": 512,
+      "norm": "batch",
+      "activation": "relu",
+      "init": "uniform",
+      "l2": False,
+    }
+  )
   config.method.update({"prototypes": "learned", "num_prototypes": 2048})
-  config.optim.update({
-    "name": "lars", "lr": 0.3, "final_lr": 0.0, "warmup_epochs": 10.0, "weight_decay": 1e-4,
-    "final_weight_decay": 1e-4, "clip": 0.0, "freeze_prototypes_epochs": 0.0,
-  })  # fmt: skip
+  config.optim.update(
+    {
+      "name": "lars",
+      "lr": 0.3,
+      "final_lr": 0.0,
+      "warmup_epochs": 10.0,
+      "weight_decay": 1e-4,
+      "final_weight_decay": 1e-4,
+      "clip": 0.0,
+      "freeze_prototypes_epochs": 0.0,
+    }
+  )
   return common.finish(config, mode)

@@ -17,7 +17,12 @@ def get_config(mode: str = ""):
   config = common.dino_cifar10()
   if mode == "paper":
     # 1,000 units of responsibility, as in the specification of the method: 4,000 balanced steps.
-    config.mixture.update({
-      "balanced": False, "center_features": False, "kappa": 20.0, "horizon_steps": 4000.0,
-    })  # fmt: skip
+    config.mixture.update(
+      {
+        "balanced": False,
+        "center_features": False,
+        "kappa": 20.0,
+        "horizon_steps": 4000.0,
+      }
+    )
   return common.finish(config, mode, "paper")

@@ -13,12 +13,22 @@ from configs import common
 
 def get_config(mode: str = ""):
   config = common.imagenet("dino", num_epochs=100.0, batch_size=512)
-  config.method.update({
-    "prototypes": "mixture", "em_order": "before_loss", "teacher_temp_start": 0.04,
-    "teacher_temp": 0.04, "teacher_temp_warmup_epochs": 0,
-  })  # fmt: skip
+  config.method.update(
+    {
+      "prototypes": "mixture",
+      "em_order": "before_loss",
+      "teacher_temp_start": 0.04,
+      "teacher_temp": 0.04,
+      "teacher_temp_warmup_epochs": 0,
+    }
+  )
   # 1,000 units of responsibility at K = 65,536 and 1,024 teacher rows are 64,000 balanced steps.
-  config.mixture.update({
-    "balanced": False, "center_features": False, "kappa": 20.0, "horizon_steps": 64_000.0,
-  })  # fmt: skip
+  config.mixture.update(
+    {
+      "balanced": False,
+      "center_features": False,
+      "kappa": 20.0,
+      "horizon_steps": 64_000.0,
+    }
+  )
   return common.finish(config, mode)

@@ -18,8 +18,14 @@ from configs import common
 def get_config(mode: str = ""):
   config = common.cifar10("ibot")
   # The targets of common.dino_cifar10, for both kinds of token.
-  config.method.update({
-    "targets": "sinkhorn", "teacher_temp_start": 0.05, "teacher_temp": 0.05,
-    "patch_temp_start": 0.05, "patch_temp": 0.05, "teacher_temp_warmup_epochs": 0,
-  })  # fmt: skip
+  config.method.update(
+    {
+      "targets": "sinkhorn",
+      "teacher_temp_start": 0.05,
+      "teacher_temp": 0.05,
+      "patch_temp_start": 0.05,
+      "patch_temp": 0.05,
+      "teacher_temp_warmup_epochs": 0,
+    }
+  )
   return common.finish_joint_or_mixture(config, mode)

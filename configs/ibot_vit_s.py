@@ -14,11 +14,19 @@ from configs import common
 
 def get_config(mode: str = ""):
   config = common.imagenet("ibot", num_epochs=800.0, batch_size=1024)
-  config.augment.update({
-    "global_scale": (0.25, 1.0), "local_scale": (0.05, 0.25), "num_local": 10,
-  })  # fmt: skip
-  config.method.update({
-    "prototypes": "learned", "num_prototypes": 8192, "train_prototype_norm": True,
-    "shared_head": True,
-  })  # fmt: skip
+  config.augment.update(
+    {
+      "global_scale": (0.25, 1.0),
+      "local_scale": (0.05, 0.25),
+      "num_local": 10,
+    }
+  )
+  config.method.update(
+    {
+      "prototypes": "learned",
+      "num_prototypes": 8192,
+      "train_prototype_norm": True,
+      "shared_head": True,
+    }
+  )
   return common.finish(config, mode)

@@ -22,9 +22,17 @@ def get_config(mode: str = ""):
   config.head.update({"layers": 3, "hidden": 2048, "bottleneck": 256, "norm": "batch"})
   config.method.update({"prototypes": "learned", "num_prototypes": 1024})
   # .001 for the batch.
-  config.optim.update({
-    "lr": 2.5e-4, "final_lr": 1e-6, "warmup_epochs": 15.0, "weight_decay": 0.04,
-    "final_weight_decay": 0.4, "decay_prototypes": False, "clip": 3.0, "clip_mode": "global",
-    "freeze_prototypes_epochs": 0.0,
-  })  # fmt: skip
+  config.optim.update(
+    {
+      "lr": 2.5e-4,
+      "final_lr": 1e-6,
+      "warmup_epochs": 15.0,
+      "weight_decay": 0.04,
+      "final_weight_decay": 0.4,
+      "decay_prototypes": False,
+      "clip": 3.0,
+      "clip_mode": "global",
+      "freeze_prototypes_epochs": 0.0,
+    }
+  )
   return common.finish(config, mode)

@@ -18,7 +18,12 @@ def get_config(mode: str = ""):
   config = common.cifar10("pcl")
   config.augment.update({"num_local": 0, "global_scale": (0.2, 1.0)})
   config.head.update({"layers": 2, "activation": "relu", "init": "uniform"})
-  config.method.update({
-    "num_prototypes": 1000, "coarse_clusters": (250, 500), "queue_size": 4096, "warmup_epochs": 1,
-  })  # fmt: skip
+  config.method.update(
+    {
+      "num_prototypes": 1000,
+      "coarse_clusters": (250, 500),
+      "queue_size": 4096,
+      "warmup_epochs": 1,
+    }
+  )
   return common.finish(config, mode)

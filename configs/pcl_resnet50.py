@@ -20,12 +20,23 @@ def get_config(mode: str = ""):
   })  # fmt: skip
   config.model.update({"name": "resnet50", "zero_init_residual": False})
   config.head.update({"layers": 2, "bottleneck": 128, "activation": "relu", "init": "uniform"})
-  config.method.update({
-    "num_prototypes": 100_000, "coarse_clusters": (25_000, 50_000), "kmeans_restarts": 5,
-  })  # fmt: skip
-  config.optim.update({
-    "name": "sgd", "lr": 0.03, "final_lr": 0.0, "warmup_epochs": 0.0, "weight_decay": 1e-4,
-    "final_weight_decay": 1e-4, "clip": 0.0,
-  })  # fmt: skip
+  config.method.update(
+    {
+      "num_prototypes": 100_000,
+      "coarse_clusters": (25_000, 50_000),
+      "kmeans_restarts": 5,
+    }
+  )
+  config.optim.update(
+    {
+      "name": "sgd",
+      "lr": 0.03,
+      "final_lr": 0.0,
+      "warmup_epochs": 0.0,
+      "weight_decay": 1e-4,
+      "final_weight_decay": 1e-4,
+      "clip": 0.0,
+    }
+  )
   config.teacher.momentum = 0.999
   return common.finish(config, mode)

@@ -21,12 +21,26 @@ def get_config(mode: str = ""):
   config.method.update({"num_prototypes": 1000, "more_classifiers": (2000, 4000, 8000)})
   config.augment.num_local = 6
   config.model.name = "resnet50"
-  config.head.update({
-    "layers": 2, "hidden": 4096, "bottleneck": 128, "norm": "batch", "activation": "leaky_relu",
-  })  # fmt: skip
+  config.head.update(
+    {
+      "layers": 2,
+      "hidden": 4096,
+      "bottleneck": 128,
+      "norm": "batch",
+      "activation": "leaky_relu",
+    }
+  )
   # 4.8 for the batch.
-  config.optim.update({
-    "name": "lars", "lr": 0.3, "final_lr": 4.8e-3, "warmup_epochs": 10.0, "weight_decay": 1e-6,
-    "final_weight_decay": 1e-6, "clip": 0.0, "freeze_prototypes_epochs": 0.0,
-  })  # fmt: skip
+  config.optim.update(
+    {
+      "name": "lars",
+      "lr": 0.3,
+      "final_lr": 4.8e-3,
+      "warmup_epochs": 10.0,
+      "weight_decay": 1e-6,
+      "final_weight_decay": 1e-6,
+      "clip": 0.0,
+      "freeze_prototypes_epochs": 0.0,
+    }
+  )
   return common.finish(config, mode)

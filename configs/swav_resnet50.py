@@ -24,16 +24,34 @@ def get_config(mode: str = ""):
     "std": (0.228, 0.224, 0.225),
   })  # fmt: skip
   config.model.update({"name": "resnet50", "joint_norm": True})
-  config.head.update({
-    "layers": 2, "hidden": 2048, "bottleneck": 128, "norm": "batch", "activation": "relu",
-    "init": "uniform",
-  })  # fmt: skip
-  config.method.update({
-    "prototypes": "learned", "num_prototypes": 3000, "queue_length": 3840,
-    "queue_start_epoch": 15.0,
-  })  # fmt: skip
-  config.optim.update({
-    "name": "lars", "lr": 0.6, "final_lr": 6e-4, "warmup_epochs": 0.0, "weight_decay": 1e-6,
-    "final_weight_decay": 1e-6, "clip": 0.0, "freeze_prototypes_steps": 5005,
-  })  # fmt: skip
+  config.head.update(
+    {
+      "layers": 2,
+      "hidden": 2048,
+      "bottleneck": 128,
+      "norm": "batch",
+      "activation": "relu",
+      "init": "uniform",
+    }
+  )
+  config.method.update(
+    {
+      "prototypes": "learned",
+      "num_prototypes": 3000,
+      "queue_length": 3840,
+      "queue_start_epoch": 15.0,
+    }
+  )
+  config.optim.update(
+    {
+      "name": "lars",
+      "lr": 0.6,
+      "final_lr": 6e-4,
+      "warmup_epochs": 0.0,
+      "weight_decay": 1e-6,
+      "final_weight_decay": 1e-6,
+      "clip": 0.0,
+      "freeze_prototypes_steps": 5005,
+    }
+  )
   return common.finish(config, mode)

@@ -2,7 +2,7 @@
 # Makes a virtual environment and runs everything that has to pass:
 #
 #   bash launch/test.sh                  lint, smoke on a newer Python, the whole test suite
-#   bash launch/test.sh tests/knn_test.py -k ties    the arguments go to pytest, which works on all
+#   bash launch/test.sh tests/evals/knn_test.py -k ties    the arguments go to pytest, which works on all
 #                                                    cores; -n 0 keeps to one process
 #
 # On Python 3.11 the environment holds exactly the floors of pyproject.toml, the oldest versions
@@ -38,7 +38,7 @@ import importlib, pkgutil, jax, flax, protojax
 for module in pkgutil.walk_packages(protojax.__path__, 'protojax.'):
   importlib.import_module(module.name)
 print(f'jax {jax.__version__}, flax {flax.__version__}: every module imports')" || return
-  "$folder/bin/python" -m pytest --quiet tests/mixture_test.py || return
+  "$folder/bin/python" -m pytest --quiet tests/prototypes/mixture_test.py || return
   run=$(mktemp -d)
   "$folder/bin/python" -m protojax.main --config=configs/quickstart.py:debug --workdir="$run" \
     --config.num_steps=20 || status=$?

@@ -24,9 +24,11 @@ def parser(verb: str, description: str) -> argparse.ArgumentParser:
     description: what --help says first, kept as it is written.
   """
   return _Parser(
-    prog=f"python -m protojax.{verb}", description=description, allow_abbrev=False,
+    prog=f"python -m protojax.{verb}",
+    description=description,
+    allow_abbrev=False,
     formatter_class=argparse.RawDescriptionHelpFormatter,
-  )  # fmt: skip
+  )
 
 
 def guarded(call: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> Any:
@@ -44,8 +46,9 @@ def guarded(call: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> Any:
       raise
     print(
       f"protojax: no space left on device for {error.filename or 'the output'}: free some space "
-      "and run the same command again; what was written before is intact", file=sys.stderr,
-    )  # fmt: skip
+      "and run the same command again; what was written before is intact",
+      file=sys.stderr,
+    )
     sys.exit(2)
   except KeyboardInterrupt:
     print("protojax: interrupted", file=sys.stderr)

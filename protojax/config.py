@@ -6,7 +6,7 @@ import math
 import ml_collections
 from ml_collections import config_dict
 
-from protojax import errors, methods
+from protojax import errors, methods, trees
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
@@ -38,35 +38,41 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
   config.eval_every = 5000
   config.keep_checkpoints = 2
 
-  config.data = ml_collections.ConfigDict({
-    "name": "digits",  # digits, folder, or any prepared TFDS data set
-    "data_dir": config_dict.placeholder(str),
-    "split": "train",
-    "image_size": 32,  # storage size of the host pipeline, pixels
-    "imbalance": config_dict.placeholder(float),  # largest class over smallest
-    "num_records": 0,  # 0: found out at the start; a run goes on only with as many
-    "num_workers": 0,
-    # Keep the decoded images on the devices: device; off; or auto, where the devices say how much
-    # memory they have and an eighth of it is enough (data/cache.py).
-    "cache": "auto",
-  })  # fmt: skip
-  config.probe = ml_collections.ConfigDict({  # labelled images for k-NN, linear probe, monitor
-    "name": config_dict.placeholder(str),  # None: data.name
-    "data_dir": config_dict.placeholder(str),  # None: data.data_dir
-    "train_split": "train",
-    "test_split": "test",
-    "batch_size": 64,  # of the online linear probe; 0 turns it off
-    "lr": 1e-3,
-    "k": 20,
-    "temperature": 0.07,
-    "crop": 1.0,  # centre crop of the evaluation transform; .875 is "resize 256, crop 224"
-    "limit": 0,  # evenly spread subset of the bank; 0 takes all of it
-  })  # fmt: skip
-  config.monitor = ml_collections.ConfigDict({
-    "every": 1000,
-    "images": 2048,
-    "stop_on_collapse": False,
-  })
+  config.data = ml_collections.ConfigDict(
+    {
+      "name": "digits",  # digits, folder, or any prepared TFDS data set
+      "data_dir": config_dict.placeholder(str),
+      "split": "train",
+      "image_size": 32,  # storage size of the host pipeline, pixels
+      "imbalance": config_dict.placeholder(float),  # largest class over smallest
+      "num_records": 0,  # 0: found out at the start; a run goes on only with as many
+      "num_workers": 0,
+      # Keep the decoded images on the devices: device; off; or auto, where the devices say how much
+      # memory they have and an eighth of it is enough (data/cache.py).
+      "cache": "auto",
+    }
+  )
+  config.probe = ml_collections.ConfigDict(
+    {  # labelled images for k-NN, linear probe, monitor
+      "name": config_dict.placeholder(str),  # None: data.name
+      "data_dir": config_dict.placeholder(str),  # None: data.data_dir
+      "train_split": "train",
+      "test_split": "test",
+      "batch_size": 64,  # of the online linear probe; 0 turns it off
+      "lr": 1e-3,
+      "k": 20,
+      "temperature": 0.07,
+      "crop": 1.0,  # centre crop of the evaluation transform; .875 is "resize 256, crop 224"
+      "limit": 0,  # evenly spread subset of the bank; 0 takes all of it
+    }
+  )
+  config.monitor = ml_collections.ConfigDict(
+    {
+      "every": 1000,
+      "images": 2048,
+      "stop_on_collapse": False,
+    }
+  )
   config.augment = ml_collections.ConfigDict({
     "global_size": 224,
     "global_scale": (0.4, 1.0),
@@ -85,74 +91,91 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
     "solarize_prob": (0.0, 0.2, 0.0),
     **IMAGENET,
   })  # fmt: skip
-  config.model = ml_collections.ConfigDict({
-    "name": "vit_small",
-    "patch_size": 16,
-    "image_size": config_dict.placeholder(int),  # of the position embedding; None: global_size
-    "width": config_dict.placeholder(int),  # None: what the name says
-    "depth": config_dict.placeholder(int),
-    "heads": config_dict.placeholder(int),
-    "drop_path": 0.1,
-    "registers": 0,
-    "layer_scale": config_dict.placeholder(float),
-    "norm_eps": 1e-6,  # of layer norms
-    "attention": "xla",  # or cudnn: NVIDIA's fused kernel, for bfloat16 on their GPUs
-    "stem": "imagenet",  # ResNets: imagenet, cifar or cifar_pad2
-    "zero_init_residual": True,
-    "joint_norm": False,  # batch norm over all views together instead of view by view
-    "remat": False,
-  })  # fmt: skip
-  config.head = ml_collections.ConfigDict({
-    "layers": 3, "hidden": 2048, "bottleneck": 256, "norm": "none", "norm_output": False,
-    "activation": "gelu", "bias": True, "init": "normal", "l2": True,
-  })  # fmt: skip
-  config.method = ml_collections.ConfigDict({
-    "name": method,
-    "prototypes": "mixture",  # learned, mixture or frozen; "none" where a method has none
-    "num_prototypes": 65_536,
-    "train_prototype_norm": False,  # learned prototypes only
-    "em_order": "after_step",  # or before_loss, as in arXiv 2510.20108
-    **methods.load(method).OPTIONS,
-  })  # fmt: skip
-  config.mixture = ml_collections.ConfigDict({
-    # The defaults are the best trade-off found between unique and used; see the README's table.
-    # Steps until a component with balanced usage forgets a factor e; 0 takes horizon_epochs, and
-    # where that is 0 too, twice the run.
-    "horizon_steps": 0.0,
-    "horizon_epochs": 0.0,
-    "horizon_final": config_dict.placeholder(float),  # None: no change; see anneal_steps
-    "mass": "ca",
-    "covariance": "isotropic",
-    "kappa": 100.0,  # 1 / temperature of the posterior over cosines
-    "learn_kappa": False,
-    "beta": 1.0,
-    "beta_final": config_dict.placeholder(float),
-    "anneal_steps": 0,  # horizon and beta move to their final values over these steps
-    "balanced": True,
-    "balance_steps": 3,
-    "use_pi": True,
-    "center_features": True,
-    "reseed": False,
-  })  # fmt: skip
-  config.optim = ml_collections.ConfigDict({
-    "name": "adamw",
-    "lr": 5e-4,  # per 256 images
-    "final_lr": 1e-6,
-    "warmup_epochs": 10.0,
-    "warmup_steps": 0,  # replaces warmup_epochs when not 0
-    "weight_decay": 0.04,
-    "final_weight_decay": 0.4,
-    "decay_embeddings": True,  # tokens and position embeddings
-    "decay_prototypes": True,  # learned ones
-    "clip": 3.0,  # per tensor; 0 turns it off
-    "clip_mode": "tensor",
-    "trust": 0.001,  # of LARS: length of a step over that of the weights, at learning rate 1
-    "lars_clip": False,  # LARS no faster than SGD: trust ratio over learning rate, at most 1
-    "freeze_prototypes_epochs": 1.0,
-    "freeze_prototypes_steps": 0,
-    "beta1": 0.9,
-    "beta2": 0.999,
-  })  # fmt: skip
+  config.model = ml_collections.ConfigDict(
+    {
+      "name": "vit_small",
+      "patch_size": 16,
+      "image_size": config_dict.placeholder(int),  # of the position embedding; None: global_size
+      "width": config_dict.placeholder(int),  # None: what the name says
+      "depth": config_dict.placeholder(int),
+      "heads": config_dict.placeholder(int),
+      "drop_path": 0.1,
+      "registers": 0,
+      "layer_scale": config_dict.placeholder(float),
+      "norm_eps": 1e-6,  # of layer norms
+      "attention": "xla",  # or cudnn: NVIDIA's fused kernel, for bfloat16 on their GPUs
+      "stem": "imagenet",  # ResNets: imagenet, cifar or cifar_pad2
+      "zero_init_residual": True,
+      "joint_norm": False,  # batch norm over all views together instead of view by view
+      "remat": False,
+    }
+  )
+  config.head = ml_collections.ConfigDict(
+    {
+      "layers": 3,
+      "hidden": 2048,
+      "bottleneck": 256,
+      "norm": "none",
+      "norm_output": False,
+      "activation": "gelu",
+      "bias": True,
+      "init": "normal",
+      "l2": True,
+    }
+  )
+  config.method = ml_collections.ConfigDict(
+    {
+      "name": method,
+      "prototypes": "mixture",  # learned, mixture or frozen; "none" where a method has none
+      "num_prototypes": 65_536,
+      "train_prototype_norm": False,  # learned prototypes only
+      "em_order": "after_step",  # or before_loss, as in arXiv 2510.20108
+      **methods.load(method).OPTIONS,
+    }
+  )
+  config.mixture = ml_collections.ConfigDict(
+    {
+      # The defaults are the best trade-off found between unique and used; see the README's table.
+      # Steps until a component with balanced usage forgets a factor e; 0 takes horizon_epochs, and
+      # where that is 0 too, twice the run.
+      "horizon_steps": 0.0,
+      "horizon_epochs": 0.0,
+      "horizon_final": config_dict.placeholder(float),  # None: no change; see anneal_steps
+      "mass": "ca",
+      "covariance": "isotropic",
+      "kappa": 100.0,  # 1 / temperature of the posterior over cosines
+      "learn_kappa": False,
+      "beta": 1.0,
+      "beta_final": config_dict.placeholder(float),
+      "anneal_steps": 0,  # horizon and beta move to their final values over these steps
+      "balanced": True,
+      "balance_steps": 3,
+      "use_pi": True,
+      "center_features": True,
+      "reseed": False,
+    }
+  )
+  config.optim = ml_collections.ConfigDict(
+    {
+      "name": "adamw",
+      "lr": 5e-4,  # per 256 images
+      "final_lr": 1e-6,
+      "warmup_epochs": 10.0,
+      "warmup_steps": 0,  # replaces warmup_epochs when not 0
+      "weight_decay": 0.04,
+      "final_weight_decay": 0.4,
+      "decay_embeddings": True,  # tokens and position embeddings
+      "decay_prototypes": True,  # learned ones
+      "clip": 3.0,  # per tensor; 0 turns it off
+      "clip_mode": "tensor",
+      "trust": 0.001,  # of LARS: length of a step over that of the weights, at learning rate 1
+      "lars_clip": False,  # LARS no faster than SGD: trust ratio over learning rate, at most 1
+      "freeze_prototypes_epochs": 1.0,
+      "freeze_prototypes_steps": 0,
+      "beta1": 0.9,
+      "beta2": 0.999,
+    }
+  )
   config.teacher = ml_collections.ConfigDict({"momentum": 0.996})
   # rules: ((regular expression, "replicate" | "fsdp" | "prototypes" | "dictionary" | "rows"), ...)
   # over the state's paths, first match wins; () takes sharding.DEFAULT_RULES.
@@ -160,15 +183,25 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
   return config
 
 
-def flat(config) -> dict[str, object]:
-  """{"model.name": ..., ...} of a nested config or dict, plain values."""
-  out = {}
-  for key, value in config.items():
-    if isinstance(value, dict | ml_collections.ConfigDict):
-      out |= {f"{key}.{k}": v for k, v in flat(value).items()}
-    else:
-      out[key] = value
-  return out
+def restored(plain: dict) -> ml_collections.ConfigDict:
+  """A config from what JSON made of one; settings that are missing there have their defaults.
+
+  Args:
+    plain: nested; lists become tuples. Without a method it is DINO's.
+
+  Raises:
+    UserError: if there is no such method.
+  """
+
+  def tuples(value):
+    if isinstance(value, dict):
+      return {k: tuples(v) for k, v in value.items()}
+    return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+  config = default(plain.get("method", {"name": "dino"})["name"])
+  with config.unlocked(), config.ignore_type():
+    config.update(tuples(plain))
+  return config
 
 
 def check_keys(overrides: list[str], config) -> None:
@@ -180,7 +213,7 @@ def check_keys(overrides: list[str], config) -> None:
   Raises:
     UserError: one line.
   """
-  known = flat(config)
+  known = trees.flat(config)
   for key in overrides:
     if key not in known and not any(k.startswith(key + ".") for k in known):
       near = difflib.get_close_matches(key, known, 1, 0.4)
@@ -248,11 +281,18 @@ def resolve(config, num_records: int) -> ml_collections.ConfigDict:
 
 def _check_positive(config) -> None:
   """Refuses counts below one before anything divides by them."""
-  known = flat(config)
+  known = trees.flat(config)
   for key in (
-    "batch_size", "accum_steps", "log_every", "save_every", "eval_every", "monitor.every",
-    "data.image_size", "head.bottleneck", "probe.k",
-  ):  # fmt: skip
+    "batch_size",
+    "accum_steps",
+    "log_every",
+    "save_every",
+    "eval_every",
+    "monitor.every",
+    "data.image_size",
+    "head.bottleneck",
+    "probe.k",
+  ):
     if known[key] < 1:
       raise errors.UserError(f"{key}={known[key]} must be at least 1: set --config.{key}")
   if config.monitor.images < 2:
@@ -272,29 +312,58 @@ def debug(config) -> ml_collections.ConfigDict:
     config.model.name = "resnet18"
   if "more_classifiers" in config.method:
     config.method.more_classifiers = tuple(min(k, 256) for k in config.method.more_classifiers)
-  config.update({
-    "num_steps": 20, "num_epochs": 0.0, "batch_size": 16, "log_every": 5, "save_every": 10,
-    "eval_every": 20, "steps_per_epoch": 0,
-  })  # fmt: skip
-  config.data.update({
-    "name": "digits", "data_dir": None, "split": "train", "image_size": 32, "num_workers": 0,
-  })  # fmt: skip
-  config.probe.update({
-    "name": None, "data_dir": None, "train_split": "train", "test_split": "test", "limit": 512,
-    "batch_size": 16,
-  })  # fmt: skip
+  config.update(
+    {
+      "num_steps": 20,
+      "num_epochs": 0.0,
+      "batch_size": 16,
+      "log_every": 5,
+      "save_every": 10,
+      "eval_every": 20,
+      "steps_per_epoch": 0,
+    }
+  )
+  config.data.update(
+    {
+      "name": "digits",
+      "data_dir": None,
+      "split": "train",
+      "image_size": 32,
+      "num_workers": 0,
+    }
+  )
+  config.probe.update(
+    {
+      "name": None,
+      "data_dir": None,
+      "train_split": "train",
+      "test_split": "test",
+      "limit": 512,
+      "batch_size": 16,
+    }
+  )
   config.monitor.update({"every": 10, "images": 128})
-  config.augment.update({
-    "global_size": 32, "local_size": 16, "num_local": min(config.augment.num_local, 2),
-  })  # fmt: skip
+  config.augment.update(
+    {
+      "global_size": 32,
+      "local_size": 16,
+      "num_local": min(config.augment.num_local, 2),
+    }
+  )
   # The stem for large images is the cheap one.
   config.model.update({"depth": 2, "patch_size": 8, "width": 96, "heads": 3, "stem": "imagenet"})
   config.head.update({"hidden": 128, "bottleneck": 64})
   config.method.num_prototypes = min(config.method.num_prototypes, 256)
   for key, most in (
-    ("partition_size", 64), ("queue_length", 64), ("queue_start_epoch", 0.0), ("buffer_size", 64),
-    ("sgld_steps", 4), ("chunk_size", 64), ("queue_size", 64), ("warmup_epochs", 0),
-  ):  # fmt: skip
+    ("partition_size", 64),
+    ("queue_length", 64),
+    ("queue_start_epoch", 0.0),
+    ("buffer_size", 64),
+    ("sgld_steps", 4),
+    ("chunk_size", 64),
+    ("queue_size", 64),
+    ("warmup_epochs", 0),
+  ):
     if key in config.method:
       config.method[key] = min(config.method[key], most)
   if "coarse_clusters" in config.method:

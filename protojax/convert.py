@@ -1,7 +1,7 @@
 """Weights in from other libraries, and out to them, with an account of every tensor.
 
-  python -m protojax.convert dino_deitsmall16_pretrain.pth converted
-  python -m protojax.convert runs/own own_timm --format=timm
+python -m protojax.convert dino_deitsmall16_pretrain.pth converted
+python -m protojax.convert runs/own own_timm --format=timm
 """
 
 import contextlib
@@ -15,9 +15,10 @@ from collections.abc import Iterator
 import safetensors
 import safetensors.numpy
 
-from protojax import cli, errors, export
-from protojax.foreign import compiled, inwards, outwards
+from protojax import cli, errors
+from protojax.interop import compiled, exporters, importers
 from protojax.models import resnet
+from protojax.training import export
 
 _DESCRIPTION = """\
 Converts weights, tensor by tensor, and says what became of each.
@@ -41,9 +42,14 @@ Out, of a run or of exported weights:
 FORMATS = ("protojax", "timm", "hf", "jax", "onnx")
 # All that any format writes: only a folder of these is ever replaced.
 _OURS = {
-  "encoder.safetensors", "model.safetensors", "config.json", "preprocessor_config.json",
-  "features.jax", "encoder.onnx", "encoder.onnx.data",
-}  # fmt: skip
+  "encoder.safetensors",
+  "model.safetensors",
+  "config.json",
+  "preprocessor_config.json",
+  "features.jax",
+  "encoder.onnx",
+  "encoder.onnx.data",
+}
 _SHOWN = 4  # names of tensors that one line of the account shows
 
 
@@ -112,7 +118,7 @@ def bring_in(
     out: the new folder.
     overwrite: replace a folder that an earlier conversion wrote.
     allow_partial: convert although a tensor is missing or unexpected.
-    **options: of `inwards.convert`.
+    **options: of `importers.convert`.
 
   Returns:
     The account, lines.
@@ -120,7 +126,7 @@ def bring_in(
   Raises:
     UserError: for weights that do not fit one to one, and anything that cannot be read or written.
   """
-  done = inwards.convert(path, **options)
+  done = importers.convert(path, **options)
   model, source = done.info["model"], done.info["source"]
   shape = f"{model['name']}, stem {model['stem']}"
   if model["name"].startswith("vit"):
@@ -132,20 +138,23 @@ def bring_in(
     + (f", tensors below {source['prefix']!r}" if source["prefix"] else ""),
     f"model {shape}",
     "head "
-    + ("none, a run that starts from this begins with a fresh one" if "head" not in done.info else
-       "{layers} layers, hidden {hidden}, output {bottleneck}".format(**done.info["head"])),
+    + (
+      "none, a run that starts from this begins with a fresh one"
+      if "head" not in done.info
+      else "{layers} layers, hidden {hidden}, output {bottleneck}".format(**done.info["head"])
+    ),
     f"matched {len(done.tensors)} of {len(done.tensors) + len(done.missing)} tensors",
     _list(len(done.missing), "missing", done.missing),
     _list(len(done.unexpected), "unexpected", done.unexpected),
     *(_list(len(left), f"set aside ({why})", left) for why, left in done.aside.items()),
     *(f"note: {note}" for note in done.notes),
-  ]  # fmt: skip
+  ]
   if (done.missing or done.unexpected) and not allow_partial:
     raise errors.UserError(
       f"{path} fits only in part: {lines[4]}; {lines[5]}. Nothing was written; --allow_partial "
       "initialises what is missing and leaves out what is unexpected"
     )
-  tensors = done.tensors | (inwards.fresh(done) if done.missing else {})
+  tensors = done.tensors | (importers.fresh(done) if done.missing else {})
   with _whole_folder(out, overwrite) as folder:
     export.write(folder, tensors, done.info)
   return [*lines, _wrote(out)]
@@ -177,11 +186,11 @@ def take_out(
   ]
   with _whole_folder(out, overwrite) as folder:
     if format in ("timm", "hf"):
-      plain, rest = outwards.plain(tensors, info)
+      plain, rest = exporters.plain(tensors, info)
       if format == "timm":
-        theirs, config, notes = outwards.timm(plain, info)
+        theirs, config, notes = exporters.timm(plain, info)
       else:
-        theirs, config, processor, notes = outwards.hugging_face(plain, info)
+        theirs, config, processor, notes = exporters.hugging_face(plain, info)
         _write_json(folder / "preprocessor_config.json", processor)
       lines += [
         f"matched {len(plain)} of {len(plain)} tensors of the backbone, {len(theirs)} of {format}",
@@ -199,8 +208,9 @@ def take_out(
         compiled.write_onnx(folder / "encoder.onnx", features, size)
       config = {
         "input": f"images float32 [B, {size}, {size}, 3], in [0, 1], minus mean, over std",
-        "output": "features float32 [B, F], the backbone's last layer", **info,
-      }  # fmt: skip
+        "output": "features float32 [B, F], the backbone's last layer",
+        **info,
+      }
       lines.append(
         f"images [B, {size}, {size}, 3] float32, normalised -> features, any B; "
         + ("checked with ONNX Runtime" if format == "onnx" else ", ".join(compiled.PLATFORMS))
@@ -240,9 +250,16 @@ def main(argv: list[str]) -> None:
     )
   if ours is None:
     lines = bring_in(
-      path, out, overwrite=args.overwrite, allow_partial=args.allow_partial, which=args.which,
-      heads=args.heads, stem=args.stem, image_size=args.image_size, with_head=not args.no_head,
-    )  # fmt: skip
+      path,
+      out,
+      overwrite=args.overwrite,
+      allow_partial=args.allow_partial,
+      which=args.which,
+      heads=args.heads,
+      stem=args.stem,
+      image_size=args.image_size,
+      with_head=not args.no_head,
+    )
   else:
     if to_ours:
       raise errors.UserError(

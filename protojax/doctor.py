@@ -1,6 +1,6 @@
 """What is wrong with a checkpoint's prototypes, or with a loss: anybody's, not only protojax's.
 
-  python -m protojax.doctor dino_deitsmall16_pretrain_full_checkpoint.pth
+python -m protojax.doctor dino_deitsmall16_pretrain_full_checkpoint.pth
 """
 
 import argparse
@@ -13,17 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from protojax import (
-  __version__,
-  cli,
-  diagnosis,
-  errors,
-  files,
-  loss_log,
-  monitor,
-  trained,
-)
-from protojax.foreign import layouts, tensors
+from protojax import __version__, cli, errors, files, pretrained
+from protojax.interop import prototype_layouts, tensor_files
+from protojax.metrics import diagnosis, loss_curve, verdicts
+from protojax.reports import record
 
 _DESCRIPTION = """\
 Examines prototypes, or a loss.
@@ -66,18 +59,24 @@ def render(name: str, result: Mapping[str, Any]) -> list[str]:
   num, dim = result["num"], result["dim"]
   lines = [f"{name}: {num:,} prototypes of {dim} dimensions", ""]
   lines.append(_row("unique at", (f"{t:g}" for t in result["thresholds"])))
-  for kind, label in (("unique", "greedy cover"), ("components", "components"),
-                      ("isolated", "isolated")):  # fmt: skip
+  for kind, label in (
+    ("unique", "greedy cover"),
+    ("components", "components"),
+    ("isolated", "isolated"),
+  ):
     lines.append(_row(label, (_percent(n, num) for n in result["unique"][kind])))
   lines.append(_row("random cover", (_percent(n, num) for n in result["random"]["unique"])))
   lines += [
     "  cover: in index order, strictly nearer; components: single linkage; isolated: none nearer;",
     "  random: greedy cover of unit rows of the same K and D, "
-    + ("drawn once" if result["random_drawn"] else
-       "not drawn: fewer than .001 near pairs are expected"),
-  ]  # fmt: skip
+    + (
+      "drawn once"
+      if result["random_drawn"]
+      else "not drawn: fewer than .001 near pairs are expected"
+    ),
+  ]
   if result["groups"]:
-    lines.append(f"  largest groups of the cover at {monitor.HEADLINE:g}, with their first rows:")
+    lines.append(f"  largest groups of the cover at {verdicts.HEADLINE:g}, with their first rows:")
     lines += [
       f"    {g['size']:,}: {', '.join(map(str, g['first']))}"
       + ", ..." * (g["size"] > len(g["first"]))
@@ -96,12 +95,15 @@ def render(name: str, result: Mapping[str, Any]) -> list[str]:
     + " / ".join(f"{v:.4f}" for v in near["random"]),
     f"  norm, least / median / most: {norm['least']:.4g} / {norm['median']:.4g} / "
     f"{norm['most']:.4g}"
-    + (f"; gain g {result['gain']['least']:.4g} to {result['gain']['most']:.4g}"
-       if "gain" in result else ""),
+    + (
+      f"; gain g {result['gain']['least']:.4g} to {result['gain']['most']:.4g}"
+      if "gain" in result
+      else ""
+    ),
     f"  spectrum of the directions: RankMe {spectrum['rankme']:.1f} of "
     f"{spectrum['largest_possible']}, {spectrum['directions_for_99_percent']} singular values hold "
     f"99 % of the energy, mean cosine {spectrum['mean_cosine']:z.3f}",
-  ]  # fmt: skip
+  ]
   if "usage" in result:
     seen = result["usage"]
     lines += [
@@ -117,7 +119,7 @@ def render(name: str, result: Mapping[str, Any]) -> list[str]:
 
 
 def _embeddings(path: str) -> np.ndarray:
-  arrays = tensors.read(path)
+  arrays = tensor_files.read(path)
   named = [k for k in ("embeddings", "features") if k in arrays] or list(arrays)
   if arrays[named[0]].ndim != 2 or (len(arrays) > 1 and named[0] not in ("embeddings", "features")):
     raise errors.UserError(
@@ -126,7 +128,9 @@ def _embeddings(path: str) -> np.ndarray:
   return arrays[named[0]]
 
 
-def _examine(one: layouts.Prototypes, embeddings, prototypes="learned") -> tuple[dict, list[str]]:
+def _examine(
+  one: prototype_layouts.Prototypes, embeddings, prototypes="learned"
+) -> tuple[dict, list[str]]:
   """(result, lines) of one set, the diagnosis included in both."""
   weights = one.weights()
   if embeddings is not None and embeddings.shape[1] != weights.shape[1]:
@@ -154,19 +158,23 @@ def _said(sentences: list[str]) -> list[str]:
 
 
 def _of_file(args) -> tuple[dict, list[str]]:
-  arrays = tensors.read(args.path)
-  found = layouts.candidates(arrays)
+  arrays = tensor_files.read(args.path)
+  found = prototype_layouts.candidates(arrays)
   key = args.key or (found[0][0] if found and len(arrays) == 1 else None)  # nothing to choose from
   if key:
-    sets = [layouts.at(arrays, key, args.transpose)]
+    sets = [prototype_layouts.at(arrays, key, args.transpose)]
   else:
-    sets = layouts.find(arrays, args.which)
+    sets = prototype_layouts.find(arrays, args.which)
   if not sets:
     print(f"{args.path}: {len(arrays)} arrays; those with two axes, [rows, columns]:")
     print("\n".join(f"  {name}  {list(shape)}" for name, shape in found) or "  none")
-    raise errors.UserError(f"no prototypes found in {args.path}: {layouts.advice(arrays)}")
-  kind = f"prototypes taken from {key}" if key else f"names as in {layouts.kind(arrays, sets)}"
-  whose = sorted({layouts.owner(s.name) for s in sets} - {""})
+    raise errors.UserError(
+      f"no prototypes found in {args.path}: {prototype_layouts.advice(arrays)}"
+    )
+  kind = (
+    f"prototypes taken from {key}" if key else f"names as in {prototype_layouts.kind(arrays, sets)}"
+  )
+  whose = sorted({prototype_layouts.owner(s.name) for s in sets} - {""})
   lines = [f"file: {len(arrays)} arrays, {kind}" + "".join(f"; weights of the {w}" for w in whose)]
   embeddings = None if args.embeddings is None else _embeddings(args.embeddings)
   out = {"kind": "file", "layout": kind, "sets": {}}
@@ -181,14 +189,15 @@ def _of_file(args) -> tuple[dict, list[str]]:
 def _of_run(args) -> tuple[dict, list[str]]:
   folder = pathlib.Path(args.path).expanduser()
   out, lines = {"kind": "run", "sets": {}}, []
-  judged = loss_log.run(folder) if (folder / "metrics.jsonl").exists() else None
+  judged = record.verdict(folder) if (folder / "metrics.jsonl").exists() else None
   if judged is not None:
     verdict, step, since = judged
     out["run"] = {**verdict._asdict(), "step": step, "since": since}
     lines = [
       f"run: {verdict.label} at step {step:,}, by metrics.jsonl"
-      + f" (since step {since:,})" * (since < step), *_said([verdict.sentence]),
-    ]  # fmt: skip
+      + f" (since step {since:,})" * (since < step),
+      *_said([verdict.sentence]),
+    ]
   if not any((folder / "checkpoints").glob("[0-9]*")):
     if judged is None:
       raise errors.UserError(
@@ -196,7 +205,7 @@ def _of_run(args) -> tuple[dict, list[str]]:
         "workdir or one file (exported weights hold no prototypes)"
       )
     return out, [*lines, *_said(["there is no checkpoint yet whose prototypes could be seen"])]
-  model = trained.load(args.path, step=args.step)
+  model = pretrained.load(args.path, step=args.step)
   seen = {}
   if args.embeddings is not None:
     given = _embeddings(args.embeddings)
@@ -204,12 +213,12 @@ def _of_run(args) -> tuple[dict, list[str]]:
   elif args.data and model.prototypes:
     name = None if args.data == "run" else args.data
     split = None if name == "folder" else "train"
-    source = trained.source(model, args.split or split, name=name, data_dir=args.data_dir)
-    seen = trained.rows(model, source, parts=("embeddings",), limit=args.limit)["embeddings"]
+    source = pretrained.source(model, args.split or split, name=name, data_dir=args.data_dir)
+    seen = pretrained.rows(model, source, parts=("embeddings",), limit=args.limit)["embeddings"]
     lines.append(f"  images: {source.name}, {len(next(iter(seen.values()))):,} of {len(source):,}")
   lines.append(f"checkpoint of step {model.step:,}" + ", no prototypes" * (not model.prototypes))
   for name, matrix in model.prototypes.items():
-    one = layouts.Prototypes(name, name, matrix, cosine=True)
+    one = prototype_layouts.Prototypes(name, name, matrix, cosine=True)
     out["sets"][name], shown = _examine(one, seen.get(name), model.config.method.prototypes)
     lines += ["", *shown]
   return out, lines
@@ -218,19 +227,20 @@ def _of_run(args) -> tuple[dict, list[str]]:
 def _of_log(args) -> tuple[dict, list[str]]:
   path = pathlib.Path(args.path).expanduser()
   if path.name == "metrics.jsonl" and (path.parent / "config.json").exists():
-    judged = loss_log.run(path.parent)
+    judged = record.verdict(path.parent)
     if judged is not None:
       return {"kind": "run", "run": judged.verdict._asdict()}, [
         f"run: {judged.verdict.label} at step {judged.step:,}, since step {judged.since:,}",
         *_said([judged.verdict.sentence]),
       ]
-  log = loss_log.read(path)
-  said = loss_log.words(log)
+  log = loss_curve.read(path)
+  said = loss_curve.words(log)
   return {"kind": "log", "log": log.kind, "records": len(log.loss), "diagnosis": said}, [
     f"log: {len(log.loss):,} losses ({log.kind}), {log.unit} {log.at[0]:g} to {log.at[-1]:g}: "
     f"first {log.loss[0]:.3f}, least {np.nanmin(log.loss):.3f}, last {log.loss[-1]:.3f}",
-    *loss_log.reference(log), *_said(said),
-  ]  # fmt: skip
+    *loss_curve.reference(log),
+    *_said(said),
+  ]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,6 +1,6 @@
 """Features of every image of a folder or data set, with file names, as .npz or Parquet.
 
-  python -m protojax.embed runs/own --data=folder --data_dir=IMAGES --out=features.parquet
+python -m protojax.embed runs/own --data=folder --data_dir=IMAGES --out=features.parquet
 """
 
 import json
@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 
-from protojax import __version__, cli, errors, files, trained
+from protojax import __version__, cli, errors, files, pretrained
 
 _DESCRIPTION = """\
 Writes features (and codes) of images, one row an image.
@@ -45,20 +45,20 @@ def _write_parquet(path: pathlib.Path, columns: dict[str, np.ndarray], protocol:
 _WRITERS = {".npz": _write_npz, ".parquet": _write_parquet}
 
 
-def embed(model: trained.Trained, source, *, layer: str = "last", limit: int = 0) -> dict:
+def embed(model: pretrained.Trained, source, *, layer: str = "last", limit: int = 0) -> dict:
   """The columns of the file: {name: array [N, ...]}, rows in the order of the source.
 
   Args:
-    model: from `trained.load`.
+    model: from `pretrained.load`.
     source: from `data.source.build`.
-    layer: of `trained.layers(model)`.
+    layer: of `pretrained.layers(model)`.
     limit: at most so many images, evenly spread; 0 takes all.
 
   Raises:
     UserError: for an unknown layer.
   """
   parts = ("features", "codes") if model.prototypes else ("features",)
-  seen = trained.rows(model, source, parts=parts, layers=(layer,), limit=limit)
+  seen = pretrained.rows(model, source, parts=parts, layers=(layer,), limit=limit)
   columns = {
     "filename": np.array([source.describe(i) for i in seen["index"]]),
     "label": seen["label"],
@@ -110,17 +110,26 @@ def main(argv: list[str]) -> None:
     raise errors.UserError(f"--out={out} is there already: name another or add --overwrite")
   if args.limit < 0:
     raise errors.UserError(f"--limit={args.limit} must not be negative (0: all images)")
-  model = trained.load(args.path, step=args.step)
+  model = pretrained.load(args.path, step=args.step)
   split = args.split or (None if args.data == "folder" else "train")
-  source = trained.source(model, split, name=args.data, data_dir=args.data_dir)
+  source = pretrained.source(model, split, name=args.data, data_dir=args.data_dir)
   columns = embed(model, source, layer=args.layer, limit=args.limit)
   look = model.config.augment
-  write(out, columns, {
-    "model": str(args.path), "step": model.step, "weights": model.weights, "layer": args.layer,
-    "source": source.name, "images": len(source), "limit": args.limit,
-    "transform": f"{look.global_size} px, centre crop {model.config.probe.crop:g}",
-    "protojax": __version__,
-  })  # fmt: skip
+  write(
+    out,
+    columns,
+    {
+      "model": str(args.path),
+      "step": model.step,
+      "weights": model.weights,
+      "layer": args.layer,
+      "source": source.name,
+      "images": len(source),
+      "limit": args.limit,
+      "transform": f"{look.global_size} px, centre crop {model.config.probe.crop:g}",
+      "protojax": __version__,
+    },
+  )
   count, wanted = len(columns["index"]), min(args.limit or len(source), len(source))
   print(
     f"{out}: {count} images of {source.name}, {columns['features'].shape[1]} features of layer "

@@ -1,7 +1,7 @@
 """Accuracy, clustering and long tail of a trained encoder, each number with its protocol.
 
-  python -m protojax.evaluate --workdir=runs/own --protocol=knn
-  python -m protojax.evaluate --compare runs/own runs/other
+python -m protojax.evaluate --workdir=runs/own --protocol=knn
+python -m protojax.evaluate --compare runs/own runs/other
 """
 
 import argparse
@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from protojax import cli, errors, trained
-from protojax.data import source as sources
-from protojax.evals import certificate, protocols
+from protojax import cli, errors, pretrained
+from protojax.data import sources
+from protojax.evals import protocols, result_files
 
 _DESCRIPTION = """\
 Judges frozen features: of the teacher (the encoder where there is none), evaluation transform.
@@ -53,7 +53,7 @@ class Images(NamedTuple):
   rows: dict[str, Any] | None = None
 
 
-def _sources(model: trained.Trained, args, names: Sequence[str]) -> dict[str, Images]:
+def _sources(model: pretrained.Trained, args, names: Sequence[str]) -> dict[str, Images]:
   """{"bank", "test", and "tail": the long-tailed images that the run was trained on, if it was}.
 
   Raises:
@@ -63,16 +63,19 @@ def _sources(model: trained.Trained, args, names: Sequence[str]) -> dict[str, Im
   data, probe = config.data, config.probe
   splits = ("train", "test") if args.data else (probe.train_split, probe.test_split)
   bank, test = (
-    Images(trained.source(model, role, name=args.data, data_dir=args.data_dir), split)
+    Images(pretrained.source(model, role, name=args.data, data_dir=args.data_dir), split)
     for role, split in zip(("train", "test"), splits, strict=True)
   )
   found = {"bank": bank, "test": test}
   own = (probe.name, probe.data_dir) == (data.name, data.data_dir)
   if "long_tail" in names and not args.data and own and data.imbalance is not None:
     source = sources.build(
-      data.name, split=data.split, data_dir=args.data_dir or data.data_dir,
-      imbalance=data.imbalance, seed=config.seed,
-    )  # fmt: skip
+      data.name,
+      split=data.split,
+      data_dir=args.data_dir or data.data_dir,
+      imbalance=data.imbalance,
+      seed=config.seed,
+    )
     split = f"{data.split}, imbalance {data.imbalance:g}, seed {config.seed}"
     found["tail"] = Images(source, split)
     if len(names) == 1:
@@ -91,14 +94,14 @@ def _sources(model: trained.Trained, args, names: Sequence[str]) -> dict[str, Im
   return found
 
 
-def _encode(model: trained.Trained, images: Images, layers: Sequence[str]) -> Images:
+def _encode(model: pretrained.Trained, images: Images, layers: Sequence[str]) -> Images:
   """Fills in the rows.
 
   Raises:
     UserError: for labels that are missing, or features that are not finite.
   """
   parts = ("features", "codes") if model.prototypes else ("features",)
-  rows, name = trained.rows(model, images.source, parts=parts, layers=layers), images.source.name
+  rows, name = pretrained.rows(model, images.source, parts=parts, layers=layers), images.source.name
   if missing := int(np.sum(rows["label"] < 0)):
     raise errors.UserError(
       f"{missing} of {rows['label'].size} images of {name} have no label: choose other data with "
@@ -127,7 +130,7 @@ def _require_known_classes(bank: Images, test: Images) -> None:
     )
 
 
-def _data(model: trained.Trained, images: Images, args) -> dict[str, Any]:
+def _data(model: pretrained.Trained, images: Images, args) -> dict[str, Any]:
   """The part of a protocol that says which images."""
   labels = images.rows["label"]
   return {
@@ -136,7 +139,7 @@ def _data(model: trained.Trained, images: Images, args) -> dict[str, Any]:
     "images": labels.size,
     "unreadable": len(images.source) - labels.size,
     "classes": images.source.num_classes,
-    "content": certificate.content(images.rows["index"], labels),
+    "content": result_files.content(images.rows["index"], labels),
   }
 
 
@@ -149,19 +152,26 @@ def _protocol(name, task, model, bank, test, args) -> dict[str, Any]:
     "bank": _data(model, bank, args),
     "test": _data(model, test, args),
     "transform": {
-      "storage_px": config.data.image_size, "px": look.global_size, "crop": config.probe.crop,
+      "storage_px": config.data.image_size,
+      "px": look.global_size,
+      "crop": config.probe.crop,
     },
     "features": "backbone, evaluation mode, frozen",
     **task.settings,
     "model": {
-      "path": str(model.path), "kind": model.kind, "step": model.step, "weights": model.weights,
-      "method": config.method.name, "backbone": config.model.name,
+      "path": str(model.path),
+      "kind": model.kind,
+      "step": model.step,
+      "weights": model.weights,
+      "method": config.method.name,
+      "backbone": config.model.name,
       "prototypes": {k: len(v) for k, v in model.prototypes.items()},
       "seed": config.seed if model.kind == "run" else None,
-      "mean": list(look.mean), "std": list(look.std),
+      "mean": list(look.mean),
+      "std": list(look.std),
     },
-    "software": certificate.software(),
-  }  # fmt: skip
+    "software": result_files.software(),
+  }
 
 
 def _task(name: str, seen: protocols.Seen, args, layers) -> protocols.Task:
@@ -191,7 +201,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, dict]:
     UserError: for a mistake of the user; results are written whole or not at all.
   """
   names = PROTOCOLS if args.protocol == "all" else (args.protocol,)
-  model = trained.load(args.workdir, step=args.step)
+  model = pretrained.load(args.workdir, step=args.step)
   images = _sources(model, args, names)
   for k in (args.k or (10,)) if "knn" in names else ():
     num = len(images["bank"].source)
@@ -199,7 +209,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, dict]:
       raise errors.UserError(
         f"--k={k} neighbours of a bank of {num} images: choose 1 to {num}, such as --k=10,20"
       )
-  there = trained.layers(model)
+  there = pretrained.layers(model)
   if unknown := [layer for layer in args.layers or () if layer not in there]:
     raise errors.UserError(f"--layers={unknown[0]} is unknown here: there are {', '.join(there)}")
   layers = (args.layers or there) if "linear" in names else ()
@@ -208,7 +218,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, dict]:
     role: _encode(model, some, ("last",) if role == "tail" else encoded)
     for role, some in images.items()
   }
-  test, root, tasks = images["test"], certificate.folder(args.workdir), {}
+  test, root, tasks = images["test"], result_files.folder(args.workdir), {}
   for name in names:
     bank = images["tail" if name == "long_tail" and "tail" in images else "bank"]
     _require_known_classes(bank, test)
@@ -216,13 +226,13 @@ def evaluate(args: argparse.Namespace) -> dict[str, dict]:
     task = _task(name, seen, args, layers)
     protocol = _protocol(name, task, model, bank, test, args)
     if not args.overwrite:
-      certificate.require_free(root / name / "result.json", protocol)
+      result_files.require_free(root / name / "result.json", protocol)
     tasks[name] = task, protocol
   results = {}
   for name, (task, protocol) in tasks.items():
     results[name] = task.measure()
     path = root / name / "result.json"
-    certificate.write(path, results[name], protocol)
+    result_files.write(path, results[name], protocol)
     print("\n".join(_table(results[name], protocol, task.notes, path)), flush=True)
   return results
 
@@ -239,7 +249,7 @@ def _table(measures, protocol, notes, path) -> list[str]:
       lines.append(f"  {key}: {protocol[key]}")
   if protocol.get("mode") == "paper":
     lines.append("  NOTE: layer and rate were selected on the test images")
-  lines += [f"  {name:<36} {certificate.show(value):>10}" for name, value in measures.items()]
+  lines += [f"  {name:<36} {result_files.show(value):>10}" for name, value in measures.items()]
   lines += [f"  left out: {note}" for note in notes]
   return [*lines, f"  {path}"]
 
@@ -264,7 +274,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="workdirs or result.json")
   args = parser.parse_args(argv)
   if args.compare:
-    print("\n".join(certificate.compare(*args.compare, args.protocol)))
+    print("\n".join(result_files.compare(*args.compare, args.protocol)))
     return
   if args.workdir is None:
     raise errors.UserError(

@@ -1,6 +1,7 @@
-"""Files that are there whole or not at all."""
+"""Files written whole or not at all, and JSON read line by line."""
 
 import errno
+import json
 import os
 import pathlib
 from collections.abc import Callable
@@ -35,3 +36,25 @@ def write(path: str | os.PathLike, content: str | bytes | Callable[[pathlib.Path
   finally:
     if temporary.is_file():
       temporary.unlink()
+
+
+def json_lines(path: str | os.PathLike) -> tuple[list[dict], list[str]]:
+  """The lines of a file that are JSON objects, in their order, and the others as they are.
+
+  Bytes that are no UTF-8 are replaced, so that a torn line is one of the others.
+
+  Raises:
+    OSError: if the file cannot be read.
+  """
+  records, others = [], []
+  text = pathlib.Path(path).read_text(encoding="utf-8", errors="replace")
+  for line in text.splitlines():
+    try:
+      record = json.loads(line)
+    except ValueError:
+      record = None
+    if isinstance(record, dict):
+      records.append(record)
+    else:
+      others.append(line)
+  return records, others

@@ -20,6 +20,12 @@ def full(x: jax.Array) -> jax.Array:
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def l2_normalize(x: jax.Array, epsilon: float = 1e-12) -> jax.Array:
+  """x / max(norm, epsilon) over the last axis; the gradient at 0 is finite."""
+  squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+  return x * jax.lax.rsqrt(jnp.maximum(squares, epsilon**2))
+
+
 def mean_over_other_views(pair: jax.Array) -> jax.Array:
   """Mean of [V, T] over the pairs whose views differ."""
   other = 1.0 - jnp.eye(*pair.shape, dtype=pair.dtype)

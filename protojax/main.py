@@ -86,22 +86,24 @@ def _connect() -> None:
     except ValueError:  # no cluster: a single process
       pass
   logging.info(
-    "process %d of %d, %d local of %d devices (%s)", jax.process_index(), jax.process_count(),
-    jax.local_device_count(), jax.device_count(), jax.devices()[0].device_kind,
-  )  # fmt: skip
+    "process %d of %d, %d local of %d devices (%s)",
+    jax.process_index(),
+    jax.process_count(),
+    jax.local_device_count(),
+    jax.device_count(),
+    jax.devices()[0].device_kind,
+  )
 
 
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise errors.UserError(f"unexpected argument {argv[1]!r}: flags start with --")
   _connect()
-  from protojax import train
+  from protojax import api
 
-  train.run(_CONFIG.value, _WORKDIR.value)
+  api.train(_CONFIG.value, _WORKDIR.value)
 
 
 if __name__ == "__main__":
   logging.set_verbosity(logging.INFO)
-  app.run(
-    lambda argv: cli.guarded(main, argv), flags_parser=lambda argv: cli.guarded(parse, argv)
-  )
+  app.run(lambda argv: cli.guarded(main, argv), flags_parser=lambda argv: cli.guarded(parse, argv))

@@ -24,14 +24,20 @@ def _raise(error):
   ("error", "status", "line"),
   [
     (errors.UserError("k=0: choose 1"), 2, "protojax: k=0: choose 1"),
-    (errors.Interrupted(7), 143,
-     "protojax: stopped at step 7; run the same command (without --config.overwrite) to go on"),
-    (OSError(errno.ENOSPC, "No space left on device", "run/metrics.jsonl"), 2,
-     "protojax: no space left on device for run/metrics.jsonl: free some space and run the same "
-     "command again; what was written before is intact"),
+    (
+      errors.Interrupted(7),
+      143,
+      "protojax: stopped at step 7; run the same command (without --config.overwrite) to go on",
+    ),
+    (
+      OSError(errno.ENOSPC, "No space left on device", "run/metrics.jsonl"),
+      2,
+      "protojax: no space left on device for run/metrics.jsonl: free some space and run the same "
+      "command again; what was written before is intact",
+    ),
     (KeyboardInterrupt(), 130, "protojax: interrupted"),
   ],
-)  # fmt: skip
+)
 def test_what_ends_a_program_is_one_line_with_its_status(capsys, error, status, line):
   assert _outcome(capsys, _raise(error)) == (status, [line])
 

@@ -4,7 +4,8 @@ import re
 import pytest
 
 from protojax import config as configs
-from protojax import errors, main, methods, programs, train
+from protojax import errors, main, methods, trees
+from protojax.training import loop, programs
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 RECIPES = sorted(p for p in CONFIGS.glob("*.py") if p.stem != "common")
@@ -13,8 +14,8 @@ RECIPES = sorted(p for p in CONFIGS.glob("*.py") if p.stem != "common")
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_recipe_changes_only_known_keys_and_its_debug_mode_is_small(path):
   full, debug = main.load(str(path)), main.load(f"{path}:debug")
-  known = set(configs.flat(configs.default(full.method.name)))
-  assert set(configs.flat(full)) == known and set(configs.flat(debug)) == known
+  known = set(trees.flat(configs.default(full.method.name)))
+  assert set(trees.flat(full)) == known and set(trees.flat(debug)) == known
   assert debug.data.name == "digits" and debug.data.data_dir is None
   assert debug.model.depth == 2 and debug.method.num_prototypes <= 256
 
@@ -22,7 +23,7 @@ def test_recipe_changes_only_known_keys_and_its_debug_mode_is_small(path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_debug_step_of_a_recipe_traces(path):
   config = main.load(f"{path}:debug")
-  train_source, bank, test = train.build_sources(config)
+  train_source, bank, test = loop.build_sources(config)
   assert test is not None
   program = programs.Program(configs.resolve(config, len(train_source)), bank.num_classes)
   assert "stablehlo" in program.lower().as_text()
@@ -34,7 +35,7 @@ def test_debug_run_of_a_method_ends_with_measures_and_files(name, tmp_path):
   """Twenty steps cannot do better than pixels, but a broken feature is at chance, a tenth."""
   config = main.load(str(CONFIGS / f"{name}_cifar10.py:debug"))
   assert config.method.name == name
-  measures = train.run(config, str(tmp_path))
+  measures = loop.run(config, str(tmp_path))
   assert measures["step"] == 20 and measures["probe/knn"] > 0.2
   for file in ("report.png", "eval/final/result.json", "exported/encoder.safetensors"):
     assert (tmp_path / file).stat().st_size > 0

@@ -5,13 +5,14 @@ import re
 
 import config_test
 import jax
+import method_table
 import numpy as np
 import pytest
 import tiny
-import train_step_test
 
 from protojax import config as configs
-from protojax import errors, main, methods, programs
+from protojax import errors, main, methods
+from protojax.training import programs
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
@@ -27,7 +28,7 @@ def blocks(tmp_path, monkeypatch):
   (tmp_path / "twins_cifar10.py").write_text(recipe)
   monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
   assert len(method.splitlines()) + len(recipe.splitlines()) + len(row.splitlines()) <= 34
-  return tmp_path / "twins_cifar10.py", eval(row, {"Row": train_step_test.Row})
+  return tmp_path / "twins_cifar10.py", eval(row, {"Row": method_table.Row})
 
 
 def test_the_example_learns_and_is_the_same_on_eight_devices(blocks):

@@ -16,9 +16,10 @@ import pytest
 import safetensors.numpy
 import tiny
 
-from protojax import convert, errors, export, programs, trained, workdir
-from protojax.foreign import compiled, inwards, names, settings
+from protojax import convert, errors, pretrained
+from protojax.interop import compiled, importers, names, settings
 from protojax.models import encoder as encoders
+from protojax.training import export, programs, workdir
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("compile_fast")
@@ -37,7 +38,7 @@ def _brought_in(folder, tensors, **options):
 
 
 def _full(**parts):
-  """A full checkpoint of DINO, as `tensors.read` names its tensors."""
+  """A full checkpoint of DINO, as `tensor_files.read` names its tensors."""
   out = {"dino_loss.center": np.zeros((1, 8), np.float32)}
   for part, seed in (("student.module.", 3), ("teacher.", 4)):
     out |= layouts.prefixed(part + "backbone.", layouts.vit(seed=seed, **parts))
@@ -56,7 +57,7 @@ def _full(**parts):
 def test_published_key_lists_are_matched_completely(tmp_path, shape, extra, count):
   tensors = layouts.vit(depth=12, **shape) | {name: np.ones((1, 64), np.float32) for name in extra}
   assert len(tensors) == count
-  done = inwards.convert(_save(tmp_path, tensors))
+  done = importers.convert(_save(tmp_path, tensors))
   assert (len(done.tensors), done.missing, done.unexpected) == (count - len(extra), [], [])
   assert sorted(name for left in done.aside.values() for name in left) == sorted(extra)
 
@@ -144,7 +145,7 @@ def test_numpy_archives_are_read_too(tmp_path, path):
   tensors = layouts.vit()
   np.savez(tmp_path / "in.npz", **tensors)
   _save(tmp_path, tensors)
-  done = inwards.convert(tmp_path / path)
+  done = importers.convert(tmp_path / path)
   np.testing.assert_array_equal(done.tensors["params.backbone.cls_token"], tensors["cls_token"])
 
 
@@ -187,16 +188,27 @@ def test_hugging_faces_file_has_the_published_names(tmp_path):
   convert.take_out(folder, tmp_path / "hf", "hf")
   block = "encoder.layer.0."
   modules = [
-    f"{block}{name}" for name in (
-      "norm1", "attention.attention.query", "attention.attention.key", "attention.attention.value",
-      "attention.output.dense", "norm2", "mlp.fc1", "mlp.fc2",
+    f"{block}{name}"
+    for name in (
+      "norm1",
+      "attention.attention.query",
+      "attention.attention.key",
+      "attention.attention.value",
+      "attention.output.dense",
+      "norm2",
+      "mlp.fc1",
+      "mlp.fc2",
     )
-  ] + ["layernorm", "embeddings.patch_embeddings.projection"]  # fmt: skip
+  ] + ["layernorm", "embeddings.patch_embeddings.projection"]
   assert safetensors.numpy.load_file(tmp_path / "hf" / "model.safetensors").keys() == {
     *(f"{name}.{leaf}" for name in modules for leaf in ("weight", "bias")),
-    f"{block}layer_scale1.lambda1", f"{block}layer_scale2.lambda1", "embeddings.cls_token",
-    "embeddings.mask_token", "embeddings.position_embeddings", "embeddings.register_tokens",
-  }  # fmt: skip
+    f"{block}layer_scale1.lambda1",
+    f"{block}layer_scale2.lambda1",
+    "embeddings.cls_token",
+    "embeddings.mask_token",
+    "embeddings.position_embeddings",
+    "embeddings.register_tokens",
+  }
   config = json.loads((tmp_path / "hf" / "config.json").read_text())
   assert (config["model_type"], config["num_register_tokens"]) == ("dinov2_with_registers", 3)
 
@@ -226,8 +238,9 @@ def test_a_backbone_starts_a_run_that_keeps_its_own_head_and_says_so(tmp_path, c
   expected = layouts.vit(width=32, depth=1)["blocks.0.mlp.fc1.weight"].T
   state = jax.device_get(state)
   for new, old in (
-    (started.encoder, state.encoder), (started.teacher["encoder"], state.teacher["encoder"]),
-  ):  # fmt: skip
+    (started.encoder, state.encoder),
+    (started.teacher["encoder"], state.teacher["encoder"]),
+  ):
     np.testing.assert_array_equal(new["backbone"]["blocks_0"]["mlp"]["fc1"]["kernel"], expected)
     jax.tree.map(np.testing.assert_array_equal, new["head"], old["head"])
 
@@ -249,7 +262,7 @@ def test_a_parameter_that_the_file_does_not_say_it_lacks_is_refused(tmp_path):
 
 def test_evaluation_takes_what_was_converted(tmp_path):
   folder = _brought_in(tmp_path, layouts.vit(width=32, depth=1), heads=2)
-  model = trained.load(str(folder))
+  model = pretrained.load(str(folder))
   assert (model.kind, model.step, model.weights) == ("encoder", None, "encoder")
   images = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
 
@@ -315,24 +328,37 @@ def _swiglu():
     (lambda: _without(layouts.vit(), "qkv.bias"), "have no bias"),
     (lambda: layouts.vit() | {"blocks.0.mlp.fc1.weight": np.ones((128, 64), "f")}, "is 128 wide"),
     (lambda: layouts.vit(width=96), "give --heads"),
-    (lambda: layouts.vit() | {"patch_embed.proj.weight": np.ones((64, 1, 8, 8), "f")},
-     r"shape \(64, 1, 8, 8\)"),
+    (
+      lambda: layouts.vit() | {"patch_embed.proj.weight": np.ones((64, 1, 8, 8), "f")},
+      r"shape \(64, 1, 8, 8\)",
+    ),
     (lambda: layouts.vit() | {"norm.bias": np.ones(3, "f")}, r"norm.bias has shape \(3,\) there"),
-    (lambda: _without(layouts.vit(), "blocks.1.norm2.bias"),
-     "missing 1: params.backbone.blocks_1.norm2.bias; unexpected 0. Nothing was written"),
+    (
+      lambda: _without(layouts.vit(), "blocks.1.norm2.bias"),
+      "missing 1: params.backbone.blocks_1.norm2.bias; unexpected 0. Nothing was written",
+    ),
     (lambda: layouts.vit() | {"fc_norm.weight": np.ones(64, "f")}, "unexpected 1: fc_norm.weight"),
     (lambda: _without(layouts.vit(), "cls_token"), "there is no cls_token"),
-    (lambda: layouts.vit() | {"head.mlp.0.weight": np.ones((4, 64), "f"),
-                              "head.mlp.3.weight": np.ones((4, 4), "f")}, "--no_head"),
+    (
+      lambda: (
+        layouts.vit()
+        | {"head.mlp.0.weight": np.ones((4, 64), "f"), "head.mlp.3.weight": np.ones((4, 4), "f")}
+      ),
+      "--no_head",
+    ),
     (lambda: layouts.vit() | {"head.mlp.0.bias": np.ones(4, "f")}, "--no_head"),
     (lambda: {"a": np.ones(2, "f")}, "no network of a known layout"),
     (lambda: layouts.resnet(stem=3), "--stem=cifar or --stem=cifar_pad2"),
-    (lambda: {k: v for k, v in layouts.resnet().items() if "layer4.1" not in k},
-     r"\(2, 2, 2, 1\) blocks"),
-    (lambda: layouts.prefixed("a.", layouts.vit()) | layouts.prefixed("b.", layouts.vit()),
-     r"holds 2 networks: a, b; give one as --which"),
+    (
+      lambda: {k: v for k, v in layouts.resnet().items() if "layer4.1" not in k},
+      r"\(2, 2, 2, 1\) blocks",
+    ),
+    (
+      lambda: layouts.prefixed("a.", layouts.vit()) | layouts.prefixed("b.", layouts.vit()),
+      r"holds 2 networks: a, b; give one as --which",
+    ),
   ],
-)  # fmt: skip
+)
 def test_weights_of_another_model_are_refused_in_one_line(tmp_path, tensors, words):
   with pytest.raises(errors.UserError, match=words) as caught:
     _brought_in(tmp_path, tensors())

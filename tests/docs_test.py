@@ -30,9 +30,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 _DATA = pathlib.Path(os.environ.get("PROTOJAX_DATA_DIR", ROOT.parent / "shared" / "data"))
 _SHORT = (
-  "--config.num_steps=2", "--config.batch_size=8", "--config.save_every=2",
-  "--config.monitor.images=16", "--config.probe.limit=40", "--config.probe.batch_size=8",
-)  # fmt: skip
+  "--config.num_steps=2",
+  "--config.batch_size=8",
+  "--config.save_every=2",
+  "--config.monitor.images=16",
+  "--config.probe.limit=40",
+  "--config.probe.batch_size=8",
+)
 
 
 def commands(page: pathlib.Path) -> list[str]:
@@ -49,13 +53,21 @@ def commands(page: pathlib.Path) -> list[str]:
 
 def _python(words, cwd):
   environment = {
-    **os.environ, "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "2",
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PROTOJAX_DATA_DIR": str(_DATA),
-  }  # fmt: skip
+    **os.environ,
+    "PYTHONPATH": str(ROOT),
+    "JAX_NUM_CPU_DEVICES": "2",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "PROTOJAX_DATA_DIR": str(_DATA),
+  }
   done = subprocess.run(
-    [sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True,
-    timeout=600, check=False,
-  )  # fmt: skip
+    [sys.executable, *words],
+    cwd=cwd,
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=600,
+    check=False,
+  )
   assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
   return done.stdout
 
@@ -91,8 +103,16 @@ def run(command: str, cwd: pathlib.Path) -> None:
       script = ["bash", "launch/quickstart.sh", str(cwd / "runs" / "quickstart"), *_SHORT]
       subprocess.run(script, cwd=ROOT, env=environment, check=True, timeout=900)
     case ["bash", "launch/quickstart.sh"]:
-      _python(["-m", "protojax.main", "--config=configs/quickstart.py",
-               "--workdir=runs/quickstart", *_SHORT], cwd)  # fmt: skip
+      _python(
+        [
+          "-m",
+          "protojax.main",
+          "--config=configs/quickstart.py",
+          "--workdir=runs/quickstart",
+          *_SHORT,
+        ],
+        cwd,
+      )
     case ["ruff", *rest]:
       _python(["-m", "ruff", *rest], ROOT)
     case ["python", "-m", "pytest", *rest]:

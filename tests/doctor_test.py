@@ -10,7 +10,8 @@ import pytest
 import tiny
 import torch_format as made
 
-from protojax import checkpoint, doctor, errors, programs, trained, workdir
+from protojax import doctor, errors, pretrained
+from protojax.training import checkpoint, programs, workdir
 
 _RNG = np.random.default_rng(0)
 
@@ -20,8 +21,10 @@ def _unit(x):
 
 
 def _head(v):
-  return {"head.last_layer.weight_g": np.ones((len(v), 1), np.float32),
-          "head.last_layer.weight_v": v.astype(np.float32)}  # fmt: skip
+  return {
+    "head.last_layer.weight_g": np.ones((len(v), 1), np.float32),
+    "head.last_layer.weight_v": v.astype(np.float32),
+  }
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +57,18 @@ def test_a_file_of_one_matrix_needs_no_name(tmp_path, collapsed):
 
 def test_a_checkpoint_of_dino_is_examined_by_its_teacher(full, tmp_path, capsys):
   result = _examined(tmp_path, full)
-  (name, one), = result["sets"].items()
+  ((name, one),) = result["sets"].items()
   assert name == "teacher.head.last_layer" and (one["num"], one["dim"]) == (300, 32)
   assert one["unique"]["unique"][:3] == [30] * 3 and one["random"]["unique"][0] == 300
   assert one["norm"]["most"] == pytest.approx(1.0) and one["groups"][0]["size"] == 10
   shown = capsys.readouterr().out
-  for text in ("DINO", "weights of the teacher", "300 prototypes of 32 dimensions", "30 (10.0%)",
-               "partial prototype collapse: 90% of 300"):  # fmt: skip
+  for text in (
+    "DINO",
+    "weights of the teacher",
+    "300 prototypes of 32 dimensions",
+    "30 (10.0%)",
+    "partial prototype collapse: 90% of 300",
+  ):
     assert text in shown
   assert "\n  - partial prototype collapse" in shown
   other = _examined(tmp_path, full, "--which=student")["sets"]
@@ -95,8 +103,9 @@ def test_a_file_without_known_prototypes_lists_its_matrices_and_asks(tmp_path, c
 def test_a_log_is_read_for_what_it_is(tmp_path, capsys):
   losses = [9.0, *[math.log(4096)] * 9]
   path = tmp_path / "log.txt"
-  path.write_text("".join(json.dumps({"train_loss": x, "epoch": i}) + "\n"
-                          for i, x in enumerate(losses)))  # fmt: skip
+  path.write_text(
+    "".join(json.dumps({"train_loss": x, "epoch": i}) + "\n" for i, x in enumerate(losses))
+  )
   result = _examined(tmp_path, path)
   assert result["kind"] == "log" and "ln 4096" in result["diagnosis"][0]
   assert "uniform collapse: the loss is 8.318 = ln 4096" in capsys.readouterr().out
@@ -123,9 +132,9 @@ def test_a_run_is_judged_by_its_metrics_its_prototypes_and_its_images(run, tmp_p
   result = _examined(tmp_path, run, "--data=run", "--limit=100")
   assert result["kind"] == "run" and result["run"]["step"] == 1
   one = result["sets"]["prototypes"]
-  model = trained.load(str(run))
-  images = trained.source(model, "train")
-  seen = trained.rows(model, images, parts=("embeddings", "codes"), limit=100)
+  model = pretrained.load(str(run))
+  images = pretrained.source(model, "train")
+  seen = pretrained.rows(model, images, parts=("embeddings", "codes"), limit=100)
   codes = seen["codes"]["prototypes"]
   assert one["usage"]["images"] == 100
   assert one["usage"]["used"] == pytest.approx(len(set(codes)) / 32)
@@ -155,13 +164,20 @@ def test_exported_weights_say_that_they_hold_no_prototypes(run):
 
 @pytest.mark.parametrize(
   "flags, said",
-  [(["--data=run"], "--data means nothing"), (["--step=3"], "--step means nothing"),
-   (["--which=both"], "invalid choice"), (["--kye=x"], "unrecognized"),
-   (["--key=teacher.head.last_layer.weight"], "did you mean"), (["--limit=9"], "without --data"),
-   (["--data=run", "--limit=-1"], "negative"), (["--data=run", "--embeddings=x"], "give one"),
-   (["--json=/nowhere/x.json"], "no folder"), (["--json=/"], "is a folder"),
-   (["--embeddings=/nowhere.npy"], "no file")],
-)  # fmt: skip
+  [
+    (["--data=run"], "--data means nothing"),
+    (["--step=3"], "--step means nothing"),
+    (["--which=both"], "invalid choice"),
+    (["--kye=x"], "unrecognized"),
+    (["--key=teacher.head.last_layer.weight"], "did you mean"),
+    (["--limit=9"], "without --data"),
+    (["--data=run", "--limit=-1"], "negative"),
+    (["--data=run", "--embeddings=x"], "give one"),
+    (["--json=/nowhere/x.json"], "no folder"),
+    (["--json=/"], "is a folder"),
+    (["--embeddings=/nowhere.npy"], "no file"),
+  ],
+)
 def test_a_mistake_is_one_line(full, flags, said):
   with pytest.raises(errors.UserError, match=said) as caught:
     doctor.main([str(full), *flags])

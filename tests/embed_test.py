@@ -8,7 +8,8 @@ from PIL import Image
 from pyarrow import parquet
 
 from protojax import config as configs
-from protojax import embed, errors, train, trained
+from protojax import embed, errors, pretrained
+from protojax.training import loop
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
@@ -19,7 +20,7 @@ def run(tmp_path_factory):
   config = configs.debug(configs.default("dino"))
   config.update({"num_steps": 1, "batch_size": 16})
   config.method.num_prototypes = 32
-  train.run(config, str(folder))
+  loop.run(config, str(folder))
   return folder
 
 
@@ -47,9 +48,9 @@ def test_npz_and_parquet_hold_the_same_rows_with_their_files(run, images, tmp_pa
   assert arrays["label"].tolist() == table["label"].to_pylist() == [0, 0, 1, 1]
   np.testing.assert_array_equal(arrays["features"], np.array(table["features"].to_pylist()))
   assert arrays["code"].tolist() == table["code"].to_pylist()
-  model = trained.load(str(run))
-  bank = trained.source(model, None, name="folder", data_dir=str(images))
-  expected = trained.rows(model, bank, parts=("features", "codes"))
+  model = pretrained.load(str(run))
+  bank = pretrained.source(model, None, name="folder", data_dir=str(images))
+  expected = pretrained.rows(model, bank, parts=("features", "codes"))
   np.testing.assert_allclose(arrays["features"], expected["features"]["last"], atol=1e-6)
   np.testing.assert_array_equal(arrays["code"], expected["codes"]["prototypes"])
   protocol = json.loads(str(arrays["protocol"]))

@@ -13,20 +13,11 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
-from protojax import (
-  checkpoint,
-  cli,
-  errors,
-  evaluate,
-  main,
-  programs,
-  train,
-  trained,
-  workdir,
-)
+from protojax import cli, errors, evaluate, main, pretrained
 from protojax import config as configs
-from protojax.data import source
-from protojax.evals import certificate, clustering, knn, long_tail, protocols
+from protojax.data import sources
+from protojax.evals import clustering, knn, long_tail, protocols, result_files
+from protojax.training import checkpoint, loop, programs, workdir
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
@@ -43,7 +34,7 @@ def run(tmp_path_factory):
   config.model.update({"depth": 1, "width": 32, "heads": 2})
   config.data.imbalance = 10.0
   config.method.num_prototypes = 32
-  config = configs.resolve(config, len(train.build_sources(config)[0]))
+  config = configs.resolve(config, len(loop.build_sources(config)[0]))
   folder = workdir.claim(str(tmp_path_factory.mktemp("evaluate") / "run"), config)
   program = programs.Program(config)
   with contextlib.closing(checkpoint.Checkpoints(folder)) as checkpoints:
@@ -71,10 +62,10 @@ def _refused(words, *argv):
 
 @pytest.fixture(scope="module")
 def rows(run):
-  """(bank, test) as `trained.rows` gives them."""
-  model = trained.load(str(run))
+  """(bank, test) as `pretrained.rows` gives them."""
+  model = pretrained.load(str(run))
   return [
-    trained.rows(model, trained.source(model, split), parts=("features", "codes"))
+    pretrained.rows(model, pretrained.source(model, split), parts=("features", "codes"))
     for split in ("train", "test")
   ]
 
@@ -83,9 +74,12 @@ def test_measures_are_those_of_the_functions_on_the_same_rows(run, rows):
   bank, test = rows
   got = _result(run, "knn")["measures"]
   assert got == knn.evaluate(
-    bank["features"]["last"], bank["label"], test["features"]["last"], test["label"],
+    bank["features"]["last"],
+    bank["label"],
+    test["features"]["last"],
+    test["label"],
     num_classes=10,
-  )  # fmt: skip
+  )
   got = _result(run, "clustering")["measures"]
   for split, seen in (("train", bank), ("test", test)):
     expected = clustering.evaluate(
@@ -103,9 +97,13 @@ def test_a_result_says_everything_that_made_it(run, rows):
   assert set(result) == {"measures", "protocol", "environment"}
   protocol = result["protocol"]
   assert protocol["bank"] == {
-    "data": "digits", "split": "train", "images": 1442, "unreadable": 0, "classes": 10,
-    "content": certificate.content(bank["index"], bank["label"]),
-  }  # fmt: skip
+    "data": "digits",
+    "split": "train",
+    "images": 1442,
+    "unreadable": 0,
+    "classes": 10,
+    "content": result_files.content(bank["index"], bank["label"]),
+  }
   assert protocol["test"]["images"] == 355
   assert protocol["test"]["content"] != protocol["bank"]["content"]
   assert protocol["k"] == [10, 20, 100, 200] and protocol["temperature"] == [0.07]
@@ -120,17 +118,19 @@ def test_a_result_says_everything_that_made_it(run, rows):
 def test_content_changes_with_an_image_a_label_or_the_order():
   index, label = np.arange(5), np.array([0, 1, 0, 1, 1])
   prints = [
-    certificate.content(index, label), certificate.content(index, label[::-1]),
-    certificate.content(index + 1, label), certificate.content(index[::-1], label[::-1]),
-  ]  # fmt: skip
+    result_files.content(index, label),
+    result_files.content(index, label[::-1]),
+    result_files.content(index + 1, label),
+    result_files.content(index[::-1], label[::-1]),
+  ]
   assert len(set(prints)) == 4
-  assert prints[0] == certificate.content(index.astype(np.int32), label.astype(np.int32))
+  assert prints[0] == result_files.content(index.astype(np.int32), label.astype(np.int32))
 
 
 def test_long_tail_takes_the_images_the_run_was_trained_on(run):
   result = _result(run, "long_tail")
-  model = trained.load(str(run))
-  data = train.build_sources(model.config)[0]
+  model = pretrained.load(str(run))
+  data = loop.build_sources(model.config)[0]
   assert result["protocol"]["bank"]["images"] == len(data) < 1442
   assert result["protocol"]["bank"]["split"] == "train, imbalance 10, seed 0"
   split = long_tail.splits(data.labels, 10)
@@ -145,8 +145,14 @@ def test_long_tail_takes_the_images_the_run_was_trained_on(run):
 def test_paper_mode_says_that_it_selected_on_the_test_images(run, capsys, tmp_path):
   assert "held-out tenth" in _result(run, "linear")["protocol"]["selection"]
   copy = shutil.copytree(run, tmp_path / "run")
-  _evaluate(f"--workdir={copy}", "--protocol=linear", "--mode=paper", "--epochs=1",
-            "--layers=last", "--overwrite")  # fmt: skip
+  _evaluate(
+    f"--workdir={copy}",
+    "--protocol=linear",
+    "--mode=paper",
+    "--epochs=1",
+    "--layers=last",
+    "--overwrite",
+  )
   protocol = _result(copy, "linear")["protocol"]
   assert protocol["mode"] == "paper"
   assert protocol["selection"] == "layer and rate on the test images"
@@ -167,14 +173,14 @@ def test_the_same_again_replaces_its_own_file_only(run, tmp_path):
 def test_a_result_made_otherwise_is_not_replaced_without_overwrite(run, capsys):
   path = run / "eval" / "knn" / "result.json"
   protocol = _result(run, "knn")["protocol"]
-  certificate.require_free(path, protocol | {"software": {"jax": "0"}, "k": (10, 20, 100, 200)})
-  certificate.require_free(path.with_name("none.json"), {})
+  result_files.require_free(path, protocol | {"software": {"jax": "0"}, "k": (10, 20, 100, 200)})
+  result_files.require_free(path.with_name("none.json"), {})
   for part, words in (
     ({"model": protocol["model"] | {"step": 1}}, "model.step 2 -> 1.*add --overwrite"),
     ({"k": [5]}, r"k \[10, 20, 100, 200\] -> \[5\]"),
   ):
     with pytest.raises(errors.UserError, match=words):
-      certificate.require_free(path, protocol | part)
+      result_files.require_free(path, protocol | part)
   before = path.read_bytes()
   _refused("add --overwrite", f"--workdir={run}", "--protocol=knn", "--step=1")
   assert path.read_bytes() == before and capsys.readouterr().out == ""
@@ -201,8 +207,10 @@ def test_unlike_protocols_are_refused_in_one_line_with_every_difference(run, tmp
   other.write_text(json.dumps(result))
   _refused(
     r"bank.content sha256:\w+ -> sha256:0; knn: k \[10, 20, 100, 200\] -> \[20\]$",
-    "--compare", run, other,
-  )  # fmt: skip
+    "--compare",
+    run,
+    other,
+  )
 
 
 def test_compare_needs_results_of_both(run, tmp_path):
@@ -238,8 +246,9 @@ def test_what_the_bank_has_no_images_for_is_named():
   assert few.settings["per_class"] == [1, 2]
   one = {"features": {"last": np.zeros((90, 2))}, "label": np.repeat([0, 1, 2], 30), "codes": {}}
   assert protocols.tail(protocols.Seen(one, one, 3, {})).notes == [
-    "many: no class of the bank has over 100 images", "few: no class of the bank has 1 to 19 images"
-  ]  # fmt: skip
+    "many: no class of the bank has over 100 images",
+    "few: no class of the bank has 1 to 19 images",
+  ]
 
 
 def test_features_that_are_not_finite_are_counted(run, tmp_path):
@@ -251,14 +260,18 @@ def test_features_that_are_not_finite_are_counted(run, tmp_path):
   name = next(k for k in tensors if "cls_token" in k)
   tensors[name] = np.full_like(tensors[name], np.nan)
   safetensors.numpy.save_file(tensors, file, metadata=metadata)
-  _refused("1442 of 1442 rows of features of digits/train .*NaN", f"--workdir={exported}",
-           "--protocol=knn", "--data=digits")  # fmt: skip
+  _refused(
+    "1442 of 1442 rows of features of digits/train .*NaN",
+    f"--workdir={exported}",
+    "--protocol=knn",
+    "--data=digits",
+  )
   assert not (exported / "eval").exists()
 
 
 def _labelled(name, labels, class_names):
   labels = np.array(labels, np.int32)
-  return source.Source(name, np.arange(labels.size), None, labels, str, class_names)
+  return sources.Source(name, np.arange(labels.size), None, labels, str, class_names)
 
 
 @pytest.mark.parametrize(
@@ -266,21 +279,27 @@ def _labelled(name, labels, class_names):
   [
     ([0, 0], [0], ["cat"], "^shop/test has one class, so every answer is right"),
     ([0, 0], [0], ["cat", "dog"], "all images of shop/train are of class 'cat'"),
-    ([0, 1], [0, 2], ["cat", "dog", "emu"],
-     "^1 classes of shop/test have no image in shop/train, 'emu' first"),
+    (
+      [0, 1],
+      [0, 2],
+      ["cat", "dog", "emu"],
+      "^1 classes of shop/test have no image in shop/train, 'emu' first",
+    ),
     ([0, 1], [0, -1], ["cat", "dog"], "1 of 2 images of shop/test have no label"),
   ],
-)  # fmt: skip
+)
 def test_labels_that_say_nothing_are_one_line(run, monkeypatch, bank, test, class_names, words):
-  images = {"train": _labelled("shop/train", bank, class_names),
-            "test": _labelled("shop/test", test, class_names)}  # fmt: skip
+  images = {
+    "train": _labelled("shop/train", bank, class_names),
+    "test": _labelled("shop/test", test, class_names),
+  }
 
   def rows(model, source, **options):
     labels, features = source.labels, np.ones((len(source), 4), np.float32)
     return {"label": labels, "index": np.arange(labels.size), "features": {"last": features}}
 
-  monkeypatch.setattr(trained, "source", lambda model, split, **options: images[split])
-  monkeypatch.setattr(trained, "rows", rows)
+  monkeypatch.setattr(pretrained, "source", lambda model, split, **options: images[split])
+  monkeypatch.setattr(pretrained, "rows", rows)
   _refused(words, f"--workdir={run}", "--protocol=knn", "--k=1", "--overwrite")
 
 
@@ -298,10 +317,12 @@ def _images(root, names):
   [
     (["train/0.png", "test/0.png"], "needs labels and .*train has none"),
     (["train/a/0.png", "train/b/1.png", "test/a/0.png", "test/c/0.png"], "different classes"),
-    (["train/a/0.png", "train/b/1.png", "test/a/0.png", "test/b/0.png"],
-     "--k=10 neighbours of a bank of 2 images"),
+    (
+      ["train/a/0.png", "train/b/1.png", "test/a/0.png", "test/b/0.png"],
+      "--k=10 neighbours of a bank of 2 images",
+    ),
   ],
-)  # fmt: skip
+)
 def test_unusable_images_are_one_line(run, tmp_path, names, words):
   exported = shutil.copytree(run / "exported", tmp_path / "exported")
   data = _images(tmp_path / "images", names)
@@ -322,16 +343,20 @@ def test_unusable_images_are_one_line(run, tmp_path, names, words):
     (["--protocol=fast"], "invalid choice: 'fast'"),
     (["--data=nothing", "--data_dir=."], "no data set 'nothing'"),
   ],
-)  # fmt: skip
+)
 def test_mistakes_are_one_line(run, arguments, words):
   _refused(words, f"--workdir={run}", "--protocol=knn", *arguments)
 
 
 def test_a_folder_without_a_run_is_one_line_and_status_2(tmp_path):
   done = subprocess.run(
-    [sys.executable, "-m", "protojax.evaluate", f"--workdir={tmp_path}"], cwd=ROOT,
-    capture_output=True, text=True, env={**os.environ, "JAX_NUM_CPU_DEVICES": "2"}, timeout=300,
-  )  # fmt: skip
+    [sys.executable, "-m", "protojax.evaluate", f"--workdir={tmp_path}"],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    env={**os.environ, "JAX_NUM_CPU_DEVICES": "2"},
+    timeout=300,
+  )
   assert done.returncode == 2 and done.stdout == ""
   assert len([line for line in done.stderr.splitlines() if line.startswith("protojax: ")]) == 1
   assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())

@@ -71,10 +71,15 @@ def test_dino_golden_values_with_the_centre_of_the_step_before():
     if expected < 6.409:
       np.testing.assert_allclose(
         center,
-        [0.07450313644566808, 0.006385454949996731, -0.06656461154794563, -0.0891399070945319,
-         -0.04425589809341827],
+        [
+          0.07450313644566808,
+          0.006385454949996731,
+          -0.06656461154794563,
+          -0.0891399070945319,
+          -0.04425589809341827,
+        ],
         rtol=1e-12,
-      )  # fmt: skip
+      )
 
 
 def test_carp_golden_values():
@@ -192,9 +197,9 @@ def test_cross_entropy_minus_target_entropy_is_the_divergence():
   student, q = _random(4, 3, 4, 7), _softmax(_random(5, 3, 2, 7))
   value = losses.cross_view_entropy(jnp.asarray(student), jnp.asarray(q), temperature=0.5)
   p = _softmax(student / 0.5)
-  expected = np.mean([
-    (q[:, t] * np.log(q[:, t] / p[:, v])).sum(-1).mean() for v, t in _pairs(4, 2)
-  ])  # fmt: skip
+  expected = np.mean(
+    [(q[:, t] * np.log(q[:, t] / p[:, v])).sum(-1).mean() for v, t in _pairs(4, 2)]
+  )
   np.testing.assert_allclose(value - losses.entropy(jnp.asarray(q)).mean(), expected, rtol=1e-5)
 
 

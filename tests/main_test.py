@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from protojax import config as configs
-from protojax import errors, main, train
+from protojax import errors, main
+from protojax.training import loop
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
@@ -21,9 +22,14 @@ QUICKSTART = str(ROOT / "configs" / "quickstart.py:debug")
 def _run(*arguments, **environment):
   """(status, stdout, stderr) of the program in a process of its own."""
   done = subprocess.run(
-    [sys.executable, "-m", "protojax.main", *arguments], cwd=ROOT, capture_output=True, text=True,
-    env={**os.environ, "JAX_NUM_CPU_DEVICES": "2", **environment}, timeout=300, check=False,
-  )  # fmt: skip
+    [sys.executable, "-m", "protojax.main", *arguments],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    env={**os.environ, "JAX_NUM_CPU_DEVICES": "2", **environment},
+    timeout=300,
+    check=False,
+  )
   return done.returncode, done.stdout, done.stderr
 
 
@@ -36,9 +42,13 @@ def test_unknown_key_is_one_line_with_the_nearest(tmp_path):
     f"--config={QUICKSTART}", f"--workdir={tmp_path / 'run'}", "--config.optim.learning_rate=1"
   )
   assert status == 2
-  assert _lines(stderr) == [
-    "protojax: unknown config key --config.optim.learning_rate: did you mean --config.optim.lr?"
-  ] or "--config.optim." in _lines(stderr)[0]
+  assert (
+    _lines(stderr)
+    == [
+      "protojax: unknown config key --config.optim.learning_rate: did you mean --config.optim.lr?"
+    ]
+    or "--config.optim." in _lines(stderr)[0]
+  )
   assert "Traceback" not in stderr and not (tmp_path / "run").exists()
 
 
@@ -90,7 +100,7 @@ def _config(tmp_path, **changes):
 
 def _refused(tmp_path, words, **changes):
   with pytest.raises(errors.UserError, match=words) as caught:
-    train.run(_config(tmp_path, **changes), str(tmp_path / "run"))
+    loop.run(_config(tmp_path, **changes), str(tmp_path / "run"))
   assert "\n" not in str(caught.value)
   assert not (tmp_path / "run").exists()
 
@@ -111,17 +121,24 @@ def test_empty_folder(tmp_path):
 def test_labels_asked_of_unlabelled_data(tmp_path):
   flat = _folder(tmp_path / "flat", [f"{i}.png" for i in range(20)])
   _refused(
-    tmp_path, "labels", probe__name="folder", probe__data_dir=str(flat), probe__train_split="",
+    tmp_path,
+    "labels",
+    probe__name="folder",
+    probe__data_dir=str(flat),
+    probe__train_split="",
     probe__test_split="",
-  )  # fmt: skip
+  )
 
 
 def test_splits_with_different_classes(tmp_path):
   names = [f"train/{c}/{i}.png" for c in "abc" for i in range(8)]
   root = _folder(tmp_path / "two", names + [f"test/{c}/{i}.png" for c in "ac" for i in range(4)])
   _refused(
-    tmp_path, "different classes .3 and 2.", data__name="folder", data__data_dir=str(root),
-  )  # fmt: skip
+    tmp_path,
+    "different classes .3 and 2.",
+    data__name="folder",
+    data__data_dir=str(root),
+  )
 
 
 def test_batch_that_the_devices_do_not_divide(tmp_path):
@@ -163,27 +180,31 @@ def test_unknown_names(tmp_path):
 def test_corrupt_images_are_skipped_counted_and_named(tmp_path, caplog):
   root = _folder(tmp_path / "images", [f"{i:02d}.png" for i in range(30)], corrupt=["05.png"])
   config = _config(
-    tmp_path, data__name="folder", data__data_dir=str(root), batch_size=16, num_steps=4,
+    tmp_path,
+    data__name="folder",
+    data__data_dir=str(root),
+    batch_size=16,
+    num_steps=4,
     eval_every=4,
-  )  # fmt: skip
+  )
   with caplog.at_level("WARNING"):
-    train.run(config, str(tmp_path / "run"))
+    loop.run(config, str(tmp_path / "run"))
   named = [r.getMessage() for r in caplog.records if "05.png" in r.getMessage()]
   assert len(named) == 1 and "corrupt" in named[0]
 
 
 def test_workdir_of_another_run_is_refused_and_left_alone(tmp_path):
-  train.run(_config(tmp_path, num_steps=1, eval_every=1), str(tmp_path / "run"))
+  loop.run(_config(tmp_path, num_steps=1, eval_every=1), str(tmp_path / "run"))
   before = sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*") if p.is_file())
   with pytest.raises(errors.UserError, match="seed 0 -> 1") as caught:
-    train.run(_config(tmp_path, num_steps=1, eval_every=1, seed=1), str(tmp_path / "run"))
+    loop.run(_config(tmp_path, num_steps=1, eval_every=1, seed=1), str(tmp_path / "run"))
   assert "\n" not in str(caught.value) and "--workdir" in str(caught.value)
   after = sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*") if p.is_file())
   assert before == after
 
 
 def test_importing_the_program_loads_no_tensorflow():
-  code = "import sys, protojax.main, protojax.train; assert 'tensorflow' not in sys.modules"
+  code = "import sys, protojax.main, protojax.training; assert 'tensorflow' not in sys.modules"
   subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 

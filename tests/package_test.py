@@ -15,10 +15,22 @@ import pytest
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _PROJECT = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]
 _SCRIPTS = [*sorted((_ROOT / "launch").glob("*.sh")), _ROOT / ".ci" / "run"]
+# Imports go from a room to those before it; modules beside the rooms are rooms of one.
+_ROOMS = (
+  *("errors", "environment", "files", "trees", "schedules", "losses"),
+  *("prototypes", "models", "data", "metrics", "evals", "methods", "config"),
+  *("training", "pretrained", "interop", "reports", "api", "cli"),
+)
+_VERBS = ("main", "evaluate", "doctor", "report", "convert", "embed")
 # Only checkpoint.py knows orbax, only these know flax, so that either can be exchanged.
 _LAYERS = {
-  "orbax": ("protojax/checkpoint.py",),
-  "flax": ("protojax/models/", "protojax/train_step.py", "protojax/methods/base.py"),
+  "orbax": ("protojax/training/checkpoint.py",),
+  "flax": (
+    "protojax/models/",
+    "protojax/training/train_step.py",
+    "protojax/methods/base.py",
+    "protojax/trees.py",
+  ),
 }
 
 
@@ -93,7 +105,9 @@ def test_the_suite_runs_with_exactly_the_floors():
 @pytest.mark.parametrize(
   "folder, extras",
   [
-    ("protojax", ("onnx",)), ("configs", ()), ("tests", ("test", "peers", "onnx")),
+    ("protojax", ("onnx",)),
+    ("configs", ()),
+    ("tests", ("test", "peers", "onnx")),
     ("benchmarks", ("test", "peers")),
   ],
 )
@@ -120,6 +134,32 @@ def test_no_module_imports_tensorflow_or_torch():
 def test_a_replaceable_library_is_imported_only_by_its_layer(library):
   users = {_name(f) for f in _files("protojax") if library in _top(_imports(f))}
   assert not {u for u in users if not u.startswith(_LAYERS[library])}
+
+
+def _rooms_imported(file: pathlib.Path) -> set[str]:
+  """The rooms that a module of protojax imports from, its own included."""
+  rooms = set()
+  for node in ast.walk(ast.parse(file.read_text(), str(file))):
+    if isinstance(node, ast.ImportFrom) and node.module == "protojax":
+      rooms |= {alias.name for alias in node.names} - {"__version__"}
+    elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("protojax."):
+      rooms.add(node.module.split(".")[1])
+    elif isinstance(node, ast.Import):
+      rooms |= {a.name.split(".")[1] for a in node.names if a.name.startswith("protojax.")}
+  return rooms
+
+
+def test_imports_go_from_a_room_to_those_before_it():
+  order = {room: i for i, room in enumerate(_ROOMS)} | dict.fromkeys(_VERBS, len(_ROOMS))
+  files = [f for f in _files("protojax") if f != _ROOT / "protojax" / "__init__.py"]
+  backwards = {}
+  for file in files:
+    room = file.relative_to(_ROOT / "protojax").with_suffix("").parts[0]
+    assert room in order, f"{_name(file)}: no room of that name; see docs/architecture.md"
+    wrong = {r for r in _rooms_imported(file) if r != room and order[r] >= order[room]}
+    if wrong:
+      backwards[_name(file)] = wrong
+  assert not backwards
 
 
 def test_importing_every_module_loads_no_tensorflow_and_starts_no_backend():
@@ -151,12 +191,6 @@ def test_every_folder_of_modules_is_a_package_that_gets_installed():
 
 def test_version_is_said_twice_alike():
   assert f'__version__ = "{_PROJECT["version"]}"' in (_ROOT / "protojax/__init__.py").read_text()
-
-
-def test_a_module_holds_one_idea():
-  length = {_name(f): len(f.read_text().splitlines()) for f in _files("protojax")}
-  limit = {name: 150 if name.startswith("protojax/methods/") else 400 for name in length}
-  assert not {name: n for name, n in length.items() if n > limit[name]}
 
 
 @pytest.mark.parametrize("script", _SCRIPTS, ids=lambda s: s.name)

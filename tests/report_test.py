@@ -8,24 +8,45 @@ import numpy as np
 import pytest
 
 from protojax import cli, errors, report
-from protojax.reports import charts, gallery, numbers, page
+from protojax.reports import charts, gallery, numbers, of_run, page
 from protojax.reports import record as records
 
 _VOID = {"meta", "img", "br"}
 _FINAL = {
-  "probe/knn": 0.6197183, "probe/linear_fitted": 0.92394, "collapse/unique_0.025": 1.0,
-  "collapse/unique_0.25": 0.5, "collapse/unique_0.025_random": 1.0, "collapse/used": 0.17578125,
-  "collapse/perplexity": 18.97177, "collapse/rankme": 9.8976221, "collapse/feature_std": 0.49065,
-  "train/loss": 5.2110966, "train/ln_k": 5.545177, "seconds": 140.9907, "step": 50, "seed": 3,
-}  # fmt: skip
+  "probe/knn": 0.6197183,
+  "probe/linear_fitted": 0.92394,
+  "collapse/unique_0.025": 1.0,
+  "collapse/unique_0.25": 0.5,
+  "collapse/unique_0.025_random": 1.0,
+  "collapse/used": 0.17578125,
+  "collapse/perplexity": 18.97177,
+  "collapse/rankme": 9.8976221,
+  "collapse/feature_std": 0.49065,
+  "train/loss": 5.2110966,
+  "train/ln_k": 5.545177,
+  "seconds": 140.9907,
+  "step": 50,
+  "seed": 3,
+}
 _CONFIG = {
   "method": {"name": "dino", "prototypes": "mixture", "num_prototypes": 256},
-  "optim": {"warmup_steps": 10}, "num_steps": 50, "batch_size": 16, "seed": 3, "log_every": 10,
-  "monitor": {"images": 128}, "model": {"name": "vit_tiny"}, "head": {"bottleneck": 16},
+  "optim": {"warmup_steps": 10},
+  "num_steps": 50,
+  "batch_size": 16,
+  "seed": 3,
+  "log_every": 10,
+  "monitor": {"images": 128},
+  "model": {"name": "vit_tiny"},
+  "head": {"bottleneck": 16},
   "data": {"name": "digits", "num_records": 1442},
-  "probe": {"name": "digits", "train_split": "train", "test_split": "test", "k": 20,
-            "temperature": 0.07},
-}  # fmt: skip
+  "probe": {
+    "name": "digits",
+    "train_split": "train",
+    "test_split": "test",
+    "k": 20,
+    "temperature": 0.07,
+  },
+}
 _PROTOCOL = {"bank": "digits/train (1442 images)", "test": "digits/test (355 images)", "k": 20}
 
 
@@ -68,9 +89,7 @@ class _Page(html.parser.HTMLParser):
 
 
 def _lines(loss=lambda step: 7.0 - 0.01 * step, last=50):
-  lines = [
-    {"step": s, "train/loss": loss(s), "train/ln_k": 5.5} for s in range(10, last + 1, 10)
-  ]
+  lines = [{"step": s, "train/loss": loss(s), "train/ln_k": 5.5} for s in range(10, last + 1, 10)]
   return [*lines, {"step": last, "probe/knn": 0.6, "collapse/unique_0.025": 0.9}]
 
 
@@ -91,9 +110,12 @@ def _run(folder, lines=None, measures=_FINAL, config=_CONFIG, arrays=True, more=
   if arrays:
     rng = np.random.default_rng(0)
     np.savez(
-      final / "arrays.npz", spectrum=np.array([3.0, 1.0, 0.0]), usage=np.array([5, 0, 1]),
-      nearest=rng.uniform(0, 1, 30), nearest_random=rng.uniform(0.5, 1, 30),
-    )  # fmt: skip
+      final / "arrays.npz",
+      spectrum=np.array([3.0, 1.0, 0.0]),
+      usage=np.array([5, 0, 1]),
+      nearest=rng.uniform(0, 1, 30),
+      nearest_random=rng.uniform(0.5, 1, 30),
+    )
   return folder
 
 
@@ -128,8 +150,10 @@ def test_the_page_needs_nothing_from_outside(tmp_path):
 
 def test_every_number_of_the_tables_is_that_of_its_file(tmp_path):
   more = [("knn", {"measures": {"top1": {"k20": 0.61, "k200": 0.1234567}}, "protocol": {"k": 1}})]
-  folders = {n: _run(tmp_path / n, measures=_FINAL | {"probe/knn": v}, more=more)
-             for n, v in (("one", 0.25), ("two", 0.75))}  # fmt: skip
+  folders = {
+    n: _run(tmp_path / n, measures=_FINAL | {"probe/knn": v}, more=more)
+    for n, v in (("one", 0.25), ("two", 0.75))
+  }
   parsed, _ = _page(*folders.values())
   seen = set()
   for attrs, text in parsed.data:
@@ -327,9 +351,18 @@ def test_points_lie_where_the_axis_says(scale):
 
 @pytest.mark.parametrize(
   ("value", "text"),
-  [(0.0, "0"), (1024.0, "1,024"), (5.2110966, "5.211"), (0.0025, "0.0025"), (3e-7, "3e-07"),
-   (-12.5, "-12.5"), (99999.0, "99,999"), (2.5e9, "2.5e+09"), (float("nan"), "not finite")],
-)  # fmt: skip
+  [
+    (0.0, "0"),
+    (1024.0, "1,024"),
+    (5.2110966, "5.211"),
+    (0.0025, "0.0025"),
+    (3e-7, "3e-07"),
+    (-12.5, "-12.5"),
+    (99999.0, "99,999"),
+    (2.5e9, "2.5e+09"),
+    (float("nan"), "not finite"),
+  ],
+)
 def test_numbers_are_written_short(value, text):
   assert charts.number(value) == text
 
@@ -344,7 +377,7 @@ def test_ticks_of_long_runs_are_short():
 @pytest.fixture
 def no_pictures(monkeypatch):
   """Pictures are gallery_test.py's."""
-  monkeypatch.setattr(report, "_look", lambda run, limit: f"not looked at, {limit}")
+  monkeypatch.setattr(of_run, "look", lambda run, limit: f"not looked at, {limit}")
 
 
 @pytest.mark.usefixtures("no_pictures")

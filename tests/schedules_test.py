@@ -40,15 +40,22 @@ def test_epoch_means_are_those_of_the_published_logs(epoch, lr, wd):
 @pytest.mark.parametrize(
   ("schedule", "epoch", "expected"),
   [
-    (_lr(), 1, 1.00004e-4), (_lr(), 5, 5.0002e-4), (_lr(), 10, 1e-3), (_lr(), 11, 9.99696e-4),
-    (_lr(), 50, 5.87237e-4), (_lr(), 99, 1.30428e-6),
-    (_wd(), 1, 0.0400888), (_wd(), 10, 0.0488098), (_wd(), 50, 0.22), (_wd(), 99, 0.399911),
+    (_lr(), 1, 1.00004e-4),
+    (_lr(), 5, 5.0002e-4),
+    (_lr(), 10, 1e-3),
+    (_lr(), 11, 9.99696e-4),
+    (_lr(), 50, 5.87237e-4),
+    (_lr(), 99, 1.30428e-6),
+    (_wd(), 1, 0.0400888),
+    (_wd(), 10, 0.0488098),
+    (_wd(), 50, 0.22),
+    (_wd(), 99, 0.399911),
     (schedules.cosine(0.996, 1.0, _STEPS), 1, 0.996001),
     (schedules.cosine(0.996, 1.0, _STEPS), 10, 0.996098),
     (schedules.cosine(0.996, 1.0, _STEPS), 50, 0.998),
     (schedules.cosine(0.996, 1.0, _STEPS), 99, 0.999999),
   ],
-)  # fmt: skip
+)
 def test_values_at_the_start_of_an_epoch(schedule, epoch, expected):
   assert float(schedule(epoch * _EPOCH)) == pytest.approx(expected, rel=5e-6)
 
@@ -101,11 +108,12 @@ def test_per_epoch_linear_of_no_and_one_epoch():
 @pytest.mark.parametrize(
   "schedule",
   [
-    schedules.constant(0.3), schedules.cosine(0.3, 0.1, 10),
+    schedules.constant(0.3),
+    schedules.cosine(0.3, 0.1, 10),
     schedules.warmup_cosine(0.3, 0.1, warmup_steps=3, num_steps=10),
     schedules.per_epoch_linear(0.3, 0.1, warmup_epochs=3, steps_per_epoch=2),
   ],
-)  # fmt: skip
+)
 def test_every_schedule_is_a_float32_scalar_inside_and_outside_jit(schedule):
   outside, inside = schedule(4), jax.jit(schedule)(np.int32(4))
   assert outside.shape == inside.shape == () and outside.dtype == inside.dtype == np.float32

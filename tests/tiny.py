@@ -7,15 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from protojax import config as configs
-from protojax import programs, sharding
-from protojax.data import source
+from protojax.data import sources
+from protojax.training import programs, sharding
 
 
 def config(name="dino", prototypes="mixture", **overrides):
   """A resolved config: one block, 16 px, K = 32, D = 16, batch 16; overrides by dotted key."""
   c = configs.debug(configs.default(name))
-  c.update({"num_steps": 6, "steps_per_epoch": 4, "log_every": 1, "save_every": 100,
-            "eval_every": 100})  # fmt: skip
+  c.update(
+    {"num_steps": 6, "steps_per_epoch": 4, "log_every": 1, "save_every": 100, "eval_every": 100}
+  )
   c.monitor.update({"every": 100, "images": 32})
   c.probe.update({"limit": 64, "batch_size": 16})
   c.augment.update({"global_size": 16, "local_size": 8, "num_local": 2})
@@ -45,7 +46,7 @@ def batch(c, seed=0):
 
 @functools.cache
 def _digits():
-  return np.stack([row["image"] for row in source.build("digits", split="train").read(range(64))])
+  return np.stack([row["image"] for row in sources.build("digits", split="train").read(range(64))])
 
 
 def digits(c, step):

@@ -9,9 +9,15 @@ from typing import NamedTuple
 import numpy as np
 
 _STORAGE = {
-  "float64": "Double", "float32": "Float", "float16": "Half", "bfloat16": "BFloat16",
-  "int64": "Long", "int32": "Int", "uint8": "Byte", "bool": "Bool",
-}  # fmt: skip
+  "float64": "Double",
+  "float32": "Float",
+  "float16": "Half",
+  "bfloat16": "BFloat16",
+  "int64": "Long",
+  "int32": "Int",
+  "uint8": "Byte",
+  "bool": "Bool",
+}
 
 
 class Global(NamedTuple):
@@ -90,9 +96,11 @@ def _with_storages(value, storages: dict[str, bytes]):
     offset = value.__array_interface__["data"][0] - base.__array_interface__["data"][0]
     width = value.dtype.itemsize
     return tensor(
-      Storage(value.dtype.name, key, base.size), offset // width, value.shape,
+      Storage(value.dtype.name, key, base.size),
+      offset // width,
+      value.shape,
       [s // width for s in value.strides],
-    )  # fmt: skip
+    )
   if isinstance(value, dict):
     return {k: _with_storages(v, storages) for k, v in value.items()}
   if type(value) in (list, tuple):

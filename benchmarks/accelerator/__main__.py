@@ -38,16 +38,22 @@ _LEAST = 40
 
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
-    prog="python -m benchmarks.accelerator", description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-  )  # fmt: skip
+    prog="python -m benchmarks.accelerator",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
   parser.add_argument("--out", type=pathlib.Path, help="folder that gets lines.jsonl")
   parser.add_argument("--minutes", type=float, default=9.0, help="after which nothing runs")
   parser.add_argument("--state", type=pathlib.Path, help="runs and caches; default: --out")
   parser.add_argument(
-    "--known", nargs="*", default=[], type=pathlib.Path, metavar="LINES",
+    "--known",
+    nargs="*",
+    default=[],
+    type=pathlib.Path,
+    metavar="LINES",
     help="lines.jsonl of earlier calls whose state is gone: what they have done is not done again",
-  )  # fmt: skip
+  )
   parser.add_argument("--only", nargs="*", default=[], metavar="PREFIX", help="items so named")
   parser.add_argument("--retry", action="store_true", help="what failed before, too")
   parser.add_argument("--rehearse", action="store_true", help="tiny nets, two steps, any machine")
@@ -144,10 +150,11 @@ def _work_through(arguments, parser) -> int:
       "does, or leave the training runs out with --only parity speed"
     )
   common = {
-    **records.machine(), "commit": arguments.commit or records.commit(),
+    **records.machine(),
+    "commit": arguments.commit or records.commit(),
     "command": shlex.join(["python", "-m", "benchmarks.accelerator", *sys.argv[1:]]),
     "rehearsal": arguments.rehearse,
-  }  # fmt: skip
+  }
 
   def report(item, line) -> None:
     with writing:
@@ -244,9 +251,14 @@ def _together(group, arguments, deadline, stop, report) -> list[items.Item]:
   with open(log, "a") as output:
     # A group of its own: Ctrl-C reaches this process alone, and a kill reaches all of the child's.
     child = subprocess.Popen(
-      _command(left, state, arguments), cwd=records.ROOT, stdin=subprocess.DEVNULL, stdout=output,
-      stderr=subprocess.STDOUT, env=_environment(state, arguments.rehearse), process_group=0,
-    )  # fmt: skip
+      _command(left, state, arguments),
+      cwd=records.ROOT,
+      stdin=subprocess.DEVNULL,
+      stdout=output,
+      stderr=subprocess.STDOUT,
+      env=_environment(state, arguments.rehearse),
+      process_group=0,
+    )
   stop.children.add(child)
   try:
     cut = _follow(child, left, state, deadline, grace, stop, report, log)
@@ -299,11 +311,16 @@ def _limit(item: items.Item) -> float:
 def _command(group, state: pathlib.Path, arguments) -> list[str]:
   data = arguments.data_dir
   return [
-    sys.executable, "-m", "benchmarks.accelerator", f"--out={state}", f"--state={state}",
+    sys.executable,
+    "-m",
+    "benchmarks.accelerator",
+    f"--out={state}",
+    f"--state={state}",
     *(["--rehearse"] if arguments.rehearse else []),
     *([f"--data_dir={pathlib.Path(data).resolve()}"] if data else []),
-    "--items", *(item.name for item in group),
-  ]  # fmt: skip
+    "--items",
+    *(item.name for item in group),
+  ]
 
 
 def _left_by(folder: pathlib.Path) -> dict | None:
@@ -347,9 +364,10 @@ def _environment(state: pathlib.Path, rehearse: bool) -> dict[str, str]:
   }
   if rehearse:
     environment |= {
-      "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+      "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
       "TF_CPP_MIN_LOG_LEVEL": "3",  # XLA's remarks on reading its own cache
-    }  # fmt: skip
+    }
   return environment
 
 

@@ -29,10 +29,12 @@ def latest(lines: list[dict], *, rehearsal: bool = False) -> dict[str, dict]:
   from benchmarks.accelerator import items
 
   done = {
-    line["item"]: line for line in lines
-    if line["status"] == "done" and line["rehearsal"] == rehearsal
+    line["item"]: line
+    for line in lines
+    if line["status"] == "done"
+    and line["rehearsal"] == rehearsal
     and (rehearsal or _on_accelerator(line))
-  }  # fmt: skip
+  }
   return {item.name: done[item.name] for item in items.ITEMS if item.name in done}
 
 
@@ -79,8 +81,10 @@ def section(found: dict[str, dict]) -> str:
     return _NOTHING
   speeds = {k: v for k, v in found.items() if k.startswith("speed/")}
   cards = ", ".join(dict.fromkeys(_card(line) for line in found.values()))
-  parts = [f"Measured on {cards}; all of it, with versions and commits, in\n"
-           "[docs/results/accelerator.md](docs/results/accelerator.md).\n"]  # fmt: skip
+  parts = [
+    f"Measured on {cards}; all of it, with versions and commits, in\n"
+    "[docs/results/accelerator.md](docs/results/accelerator.md).\n"
+  ]
   if speeds:
     parts.append(speed_table(speeds))
     parts.append("![Images a second](docs/results/accelerator/speed.png)\n")
@@ -198,10 +202,16 @@ def parity_table(lines: dict[str, dict]) -> str:
     for precision in ("float32", "bfloat16"):
       if precision in line["result"]:
         differences = line["result"][precision]["differences"]
-        rows.append([name.partition("/")[2], precision, *(
-          _compared(differences[q], allowed[precision][q]) if q in differences else None
-          for q in quantities
-        )])  # fmt: skip
+        rows.append(
+          [
+            name.partition("/")[2],
+            precision,
+            *(
+              _compared(differences[q], allowed[precision][q]) if q in differences else None
+              for q in quantities
+            ),
+          ]
+        )
   return _table(["method", "precision", "loss", "gradient norm", "prototypes", "usage"], rows)
 
 
@@ -217,20 +227,42 @@ def speed_table(lines: dict[str, dict]) -> str:
   for name, line in lines.items():
     found = line["result"]
     ms = found["milliseconds"]
-    rows.append([
-      name.partition("/")[2], *([_card(line)] if len(cards) > 1 else []), found["batch_size"],
-      _show(found.get("img_per_s"), ".0f"), _show(found.get("img_per_s_ready"), ".0f"),
-      *(_show(ms.get(k), ".1f") for k in ("step", "ready", "augment", "forward", "update")),
-      _show(ms.get("backward_and_optimizer"), ".1f"), _show(ms.get("prototypes"), ".1f"),
-      f"{found['flops_without_augmentation'] / 1e12:.2f}", f"{found['matrix_peak'] / 1e12:.0f}",
-      _show(found.get("share_of_peak"), ".1f", 100),
-      _show(found.get("share_of_peak_ready"), ".1f", 100), _show(found.get("peak_mib"), ",.0f"),
-    ])  # fmt: skip
+    rows.append(
+      [
+        name.partition("/")[2],
+        *([_card(line)] if len(cards) > 1 else []),
+        found["batch_size"],
+        _show(found.get("img_per_s"), ".0f"),
+        _show(found.get("img_per_s_ready"), ".0f"),
+        *(_show(ms.get(k), ".1f") for k in ("step", "ready", "augment", "forward", "update")),
+        _show(ms.get("backward_and_optimizer"), ".1f"),
+        _show(ms.get("prototypes"), ".1f"),
+        f"{found['flops_without_augmentation'] / 1e12:.2f}",
+        f"{found['matrix_peak'] / 1e12:.0f}",
+        _show(found.get("share_of_peak"), ".1f", 100),
+        _show(found.get("share_of_peak_ready"), ".1f", 100),
+        _show(found.get("peak_mib"), ",.0f"),
+      ]
+    )
   head = [
-    "step", *(["card"] if len(cards) > 1 else []), "batch", "img/s", "img/s, views ready", "ms",
-    "ms, views ready", "augment", "forward", "update", "backward, optimizer", "EM alone",
-    "TFLOP, views ready", "peak TFLOP/s", "share of peak %", "views ready", "MiB",
-  ]  # fmt: skip
+    "step",
+    *(["card"] if len(cards) > 1 else []),
+    "batch",
+    "img/s",
+    "img/s, views ready",
+    "ms",
+    "ms, views ready",
+    "augment",
+    "forward",
+    "update",
+    "backward, optimizer",
+    "EM alone",
+    "TFLOP, views ready",
+    "peak TFLOP/s",
+    "share of peak %",
+    "views ready",
+    "MiB",
+  ]
   return _table(head, rows)
 
 
@@ -241,30 +273,51 @@ def row_table(lines: dict[str, dict]) -> str:
     measures, knn = found["measures"], found["knn"]
     best = max((v for _, v in found["curves"].get("probe/knn", [])), default=None)
     published = found.get("published")
-    rows.append([
-      name.partition("/")[2],
-      *(_show(measures.get(f"collapse/unique_{t}"), ".1f", 100) for t in _UNIQUE),
-      _show(measures.get("collapse/used"), ".1f", 100),
-      _show(measures.get("collapse/perplexity"), ".0f"),
-      _show(measures.get("collapse/drift"), ".3f"), _show(measures.get("collapse/rankme"), ".1f"),
-      _show(knn.get("top1_k20_T0.07"), ".1f", 100), _show(best, ".1f", 100),
-      _show(knn.get("top1_k200_T0.1"), ".1f", 100),
-      _show(published if isinstance(published, float) else None, ".1f", 100),
-      _show(measures.get("probe/linear_fitted"), ".1f", 100), found["verdict"],
-      _show(measures.get("time/img_per_s"), ".0f"), _show(measures.get("seconds"), ".0f"),
-    ])  # fmt: skip
+    rows.append(
+      [
+        name.partition("/")[2],
+        *(_show(measures.get(f"collapse/unique_{t}"), ".1f", 100) for t in _UNIQUE),
+        _show(measures.get("collapse/used"), ".1f", 100),
+        _show(measures.get("collapse/perplexity"), ".0f"),
+        _show(measures.get("collapse/drift"), ".3f"),
+        _show(measures.get("collapse/rankme"), ".1f"),
+        _show(knn.get("top1_k20_T0.07"), ".1f", 100),
+        _show(best, ".1f", 100),
+        _show(knn.get("top1_k200_T0.1"), ".1f", 100),
+        _show(published if isinstance(published, float) else None, ".1f", 100),
+        _show(measures.get("probe/linear_fitted"), ".1f", 100),
+        found["verdict"],
+        _show(measures.get("time/img_per_s"), ".0f"),
+        _show(measures.get("seconds"), ".0f"),
+      ]
+    )
   head = [
-    "row", *(f"unique {t}" for t in _UNIQUE), "used %", "perplexity", "drift", "RankMe", "k-NN %",
-    "best tenth", "k-NN k 200, T .1", "published", "linear %", "verdict", "img/s", "s",
-  ]  # fmt: skip
+    "row",
+    *(f"unique {t}" for t in _UNIQUE),
+    "used %",
+    "perplexity",
+    "drift",
+    "RankMe",
+    "k-NN %",
+    "best tenth",
+    "k-NN k 200, T .1",
+    "published",
+    "linear %",
+    "verdict",
+    "img/s",
+    "s",
+  ]
   return _table(head, rows)
 
 
 _CLUSTERING = {
-  "test_prototypes_nmi": "NMI", "test_prototypes_nmi_permuted": "NMI of permuted labels",
-  "test_prototypes_ami": "AMI", "test_prototypes_used": "codes used",
-  "test_kmeans_nmi": "NMI, k-means of 10", "test_kmeans_ami": "AMI, k-means of 10",
-}  # fmt: skip
+  "test_prototypes_nmi": "NMI",
+  "test_prototypes_nmi_permuted": "NMI of permuted labels",
+  "test_prototypes_ami": "AMI",
+  "test_prototypes_used": "codes used",
+  "test_kmeans_nmi": "NMI, k-means of 10",
+  "test_kmeans_ami": "AMI, k-means of 10",
+}
 
 
 def clustering_table(lines: dict[str, dict]) -> str:
@@ -272,11 +325,14 @@ def clustering_table(lines: dict[str, dict]) -> str:
   rows = []
   for name, line in lines.items():
     found, published = line["result"].get("clustering", {}), line["result"].get("published") or {}
-    rows.append([
-      name.partition("/")[2],
-      *(_show(found.get(key), "g" if key.endswith("used") else ".3f") for key in _CLUSTERING),
-      _show(published.get("nmi"), ".2f"), _show(published.get("accuracy"), ".2f"),
-    ])  # fmt: skip
+    rows.append(
+      [
+        name.partition("/")[2],
+        *(_show(found.get(key), "g" if key.endswith("used") else ".3f") for key in _CLUSTERING),
+        _show(published.get("nmi"), ".2f"),
+        _show(published.get("accuracy"), ".2f"),
+      ]
+    )
   return _table(["row", *_CLUSTERING.values(), "published NMI", "published accuracy"], rows)
 
 
@@ -288,9 +344,11 @@ def seed_table(found: dict[str, dict]) -> str:
     if group.partition(",")[0] == "patch8":
       seeds.setdefault(row, []).append(line["result"]["measures"])
   columns = {
-    "collapse/unique_0.5": "unique 0.5", "collapse/used": "used %", "probe/knn": "k-NN %",
+    "collapse/unique_0.5": "unique 0.5",
+    "collapse/used": "used %",
+    "probe/knn": "k-NN %",
     "probe/linear_fitted": "linear %",
-  }  # fmt: skip
+  }
   rows = []
   for row, several in seeds.items():
     if len(several) > 1:
@@ -298,9 +356,13 @@ def seed_table(found: dict[str, dict]) -> str:
         [100 * m[key] for m in several] if all(key in m for m in several) else None
         for key in columns
       ]
-      rows.append([row, len(several), *(
-        c and f"{statistics.mean(c):.1f} ± {statistics.stdev(c):.1f}" for c in cells
-      )])  # fmt: skip
+      rows.append(
+        [
+          row,
+          len(several),
+          *(c and f"{statistics.mean(c):.1f} ± {statistics.stdev(c):.1f}" for c in cells),
+        ]
+      )
   return _table(["row", "seeds", *columns.values()], rows) if rows else ""
 
 

@@ -46,8 +46,10 @@ _PARITY = [
 # b. How fast, and where the time goes. ViT-S/16, two views of 224 px and eight of 96; prototypes
 # are not frozen at first, for PyTorch would leave out what ours computes and drops.
 _VIEWS = {
-  "augment.num_local": 8, "augment.global_scale": (0.4, 1.0), "optim.freeze_prototypes_epochs": 0.0,
-}  # fmt: skip
+  "augment.num_local": 8,
+  "augment.global_scale": (0.4, 1.0),
+  "optim.freeze_prototypes_epochs": 0.0,
+}
 
 
 # Batches that are tried until one fits. Where the scores alone would fill 80 GB it starts lower: a
@@ -60,16 +62,22 @@ def _speed(
 ):
   changes = {key.replace("__", "."): value for key, value in changes.items()}
   options = {
-    "config": config, "changes": _VIEWS | changes, "parts": parts, "batches": batches,
-  }  # fmt: skip
+    "config": config,
+    "changes": _VIEWS | changes,
+    "parts": parts,
+    "batches": batches,
+  }
   return Item(f"speed/{name}", "speed", options, seconds)
 
 
 _DINO, _GMM = "configs/dino_vit_s.py", "configs/gmm_vit_s.py"
 _MOVING = ("augment", "forward", "update", "prototypes")
 _BARLOW = {
-  "augment__num_local": 0, "model__name": "vit_small", "optim__name": "adamw", "optim__lr": 5e-4,
-}  # fmt: skip
+  "augment__num_local": 0,
+  "model__name": "vit_small",
+  "optim__name": "adamw",
+  "optim__lr": 5e-4,
+}
 
 
 def _peer(name, config, compiled, **changes):
@@ -98,9 +106,12 @@ _SPEED = [
 
 # c. The README's table at a real budget: its small ViT, batch 512, 100 epochs.
 _BUDGET = {
-  "batch_size": 512, "num_steps": 0, "num_epochs": 100.0, "optim.warmup_steps": 0,
+  "batch_size": 512,
+  "num_steps": 0,
+  "num_epochs": 100.0,
+  "optim.warmup_steps": 0,
   "optim.warmup_epochs": 10.0,
-}  # fmt: skip
+}
 _ROWS = {
   "dino joint": ("configs/dino_cifar10.py", {}),
   "dino mixture": ("configs/gmm_cifar10.py", {}),
@@ -130,24 +141,47 @@ def _rows(part, seconds, **more):
 # T = .1, the best epoch on the test images) of lightly's CIFAR-10 benchmark, whose settings these
 # are as far as ours have them: no warm-up, constant teacher momentum there, ours rises to 1.
 _RESNET18 = {
-  "batch_size": 512, "num_steps": 0, "num_epochs": 200.0, "precision": "bfloat16",
-  "model.name": "resnet18", "model.stem": "cifar", "model.zero_init_residual": False,
-  "augment.num_local": 0, "head.layers": 2, "head.norm": "batch", "optim.clip": 0.0,
-  "optim.warmup_steps": 0, "optim.warmup_epochs": 0.0, "optim.final_lr": 0.0,
-  "probe.k": 200, "probe.temperature": 0.1,
-}  # fmt: skip
+  "batch_size": 512,
+  "num_steps": 0,
+  "num_epochs": 200.0,
+  "precision": "bfloat16",
+  "model.name": "resnet18",
+  "model.stem": "cifar",
+  "model.zero_init_residual": False,
+  "augment.num_local": 0,
+  "head.layers": 2,
+  "head.norm": "batch",
+  "optim.clip": 0.0,
+  "optim.warmup_steps": 0,
+  "optim.warmup_epochs": 0.0,
+  "optim.final_lr": 0.0,
+  "probe.k": 200,
+  "probe.temperature": 0.1,
+}
 _RESNET18_DINO = _RESNET18 | {
-  "head.hidden": 2048, "head.bottleneck": 256, "method.num_prototypes": 2048,
-  "method.targets": "center", "method.teacher_temp_start": 0.04, "method.teacher_temp": 0.04,
-  "optim.name": "sgd", "optim.lr": 0.12, "optim.weight_decay": 5e-4,
+  "head.hidden": 2048,
+  "head.bottleneck": 256,
+  "method.num_prototypes": 2048,
+  "method.targets": "center",
+  "method.teacher_temp_start": 0.04,
+  "method.teacher_temp": 0.04,
+  "optim.name": "sgd",
+  "optim.lr": 0.12,
+  "optim.weight_decay": 5e-4,
   "optim.final_weight_decay": 5e-4,
-}  # fmt: skip
+}
 _RESNET18_SWAV = _RESNET18 | {
-  "head.hidden": 512, "head.bottleneck": 128, "method.num_prototypes": 512,
-  "method.epsilon": 0.05, "augment.global_scale": (0.14, 1.0), "optim.name": "adam",
-  "optim.lr": 2e-3, "optim.weight_decay": 1e-6, "optim.final_weight_decay": 1e-6,
+  "head.hidden": 512,
+  "head.bottleneck": 128,
+  "method.num_prototypes": 512,
+  "method.epsilon": 0.05,
+  "augment.global_scale": (0.14, 1.0),
+  "optim.name": "adam",
+  "optim.lr": 2e-3,
+  "optim.weight_decay": 1e-6,
+  "optim.final_weight_decay": 1e-6,
   "optim.freeze_prototypes_epochs": 0.0,
-}  # fmt: skip
+}
 
 
 def _resnet18(name, path, changes, published=None):
@@ -159,40 +193,85 @@ def _resnet18(name, path, changes, published=None):
 # paper does not give: heads of solo-learn's CIFAR recipes, 2,048 clusters for GEDI, 3,000 and a
 # queue for SwAV, Self-Classifier's smallest classifier; optimizer and views as for FALCON.
 _RESNET8 = {
-  "batch_size": 256, "num_steps": 0, "num_epochs": 200.0, "model.name": "resnet8",
+  "batch_size": 256,
+  "num_steps": 0,
+  "num_epochs": 200.0,
+  "model.name": "resnet8",
   "model.width": 128,
-}  # fmt: skip
+}
 _FALCON8 = "configs/falcon_resnet8_cifar10.py"
 _HEAD8 = {
-  "head.norm": "batch", "head.activation": "relu", "head.norm_output": False, "head.hidden": 2048,
-}  # fmt: skip
+  "head.norm": "batch",
+  "head.activation": "relu",
+  "head.norm_output": False,
+  "head.hidden": 2048,
+}
 _TABLE1 = {
   "falcon": (_FALCON8, {}, {"nmi": 0.35, "accuracy": 0.68}),
-  "barlow twins": (_FALCON8, _HEAD8 | {
-    "method.name": "barlow_twins", "method.prototypes": "none", "method.num_prototypes": 0,
-    "head.layers": 3, "head.bottleneck": 2048, "head.bias": False,
-  }, {"nmi": 0.05, "accuracy": 0.65}),
-  "swav": (_FALCON8, _HEAD8 | {
-    "method.name": "swav", "method.prototypes": "learned", "method.num_prototypes": 3000,
-    "head.layers": 2, "head.l2": True, "method.queue_length": 3840,
-    "method.queue_start_epoch": 50.0, "optim.freeze_prototypes_epochs": 2.0,
-  }, {"nmi": 0.29, "accuracy": 0.56}),
-  "self-classifier": (_FALCON8, _HEAD8 | {
-    "method.name": "self_classifier", "method.prototypes": "learned", "method.num_prototypes": 1000,
-    "head.layers": 2, "head.l2": True, "head.activation": "leaky_relu",
-  }, {"nmi": 0.28, "accuracy": 0.59}),
-  "gedi": (_FALCON8, _HEAD8 | {
-    "method.name": "gedi", "method.prototypes": "learned", "method.num_prototypes": 2048,
-    "head.layers": 2, "head.bottleneck": 512,
-  }, {"nmi": 0.29, "accuracy": 0.64}),
-}  # fmt: skip
+  "barlow twins": (
+    _FALCON8,
+    _HEAD8
+    | {
+      "method.name": "barlow_twins",
+      "method.prototypes": "none",
+      "method.num_prototypes": 0,
+      "head.layers": 3,
+      "head.bottleneck": 2048,
+      "head.bias": False,
+    },
+    {"nmi": 0.05, "accuracy": 0.65},
+  ),
+  "swav": (
+    _FALCON8,
+    _HEAD8
+    | {
+      "method.name": "swav",
+      "method.prototypes": "learned",
+      "method.num_prototypes": 3000,
+      "head.layers": 2,
+      "head.l2": True,
+      "method.queue_length": 3840,
+      "method.queue_start_epoch": 50.0,
+      "optim.freeze_prototypes_epochs": 2.0,
+    },
+    {"nmi": 0.29, "accuracy": 0.56},
+  ),
+  "self-classifier": (
+    _FALCON8,
+    _HEAD8
+    | {
+      "method.name": "self_classifier",
+      "method.prototypes": "learned",
+      "method.num_prototypes": 1000,
+      "head.layers": 2,
+      "head.l2": True,
+      "head.activation": "leaky_relu",
+    },
+    {"nmi": 0.28, "accuracy": 0.59},
+  ),
+  "gedi": (
+    _FALCON8,
+    _HEAD8
+    | {
+      "method.name": "gedi",
+      "method.prototypes": "learned",
+      "method.num_prototypes": 2048,
+      "head.layers": 2,
+      "head.bottleneck": 512,
+    },
+    {"nmi": 0.29, "accuracy": 0.64},
+  ),
+}
 
 
 def _table1(name):
   path, changes, published = _TABLE1[name]
   options = {
-    "config": path, "changes": _RESNET8 | changes, "clusters": True, "published": published,
-  }  # fmt: skip
+    "config": path,
+    "changes": _RESNET8 | changes,
+    "clusters": True,
+    "published": published,
+  }
   return Item(f"table1/{name}", "row", options, 300)
 
 

@@ -13,14 +13,17 @@ import numpy as np
 
 from benchmarks.accelerator import records
 from protojax import config as configs
-from protojax import main, programs, sharding
+from protojax import main
+from protojax.training import programs, sharding
 
 STORED = pathlib.Path(__file__).with_name("parity.json")
 RECIPES = {
-  "dino": "configs/dino_cifar10.py", "ibot": "configs/ibot_cifar10.py",
-  "gmm": "configs/gmm_cifar10.py", "swav": "configs/swav_cifar10.py",
+  "dino": "configs/dino_cifar10.py",
+  "ibot": "configs/ibot_cifar10.py",
+  "gmm": "configs/gmm_cifar10.py",
+  "swav": "configs/swav_cifar10.py",
   "falcon": "configs/falcon_cifar10.py",
-}  # fmt: skip
+}
 PRECISIONS = ("float32", "bfloat16")
 # Largest relative difference of a loss and of a gradient norm, largest difference of a prototype's
 # coordinate (unit rows) and of a usage (1 on average). bfloat16 may differ by several times what it
@@ -46,9 +49,13 @@ def measure(name: str, precision: str) -> dict:
   config.update({"batch_size": _BATCH, "num_steps": 100, "precision": precision})
   config.model.depth = 2
   # Or nothing would move.
-  config.optim.update({
-    "warmup_steps": 0, "warmup_epochs": 0.0, "freeze_prototypes_epochs": 0.0,
-  })  # fmt: skip
+  config.optim.update(
+    {
+      "warmup_steps": 0,
+      "warmup_epochs": 0.0,
+      "freeze_prototypes_epochs": 0.0,
+    }
+  )
   config = configs.resolve(config, 50_000)
   program = programs.Program(config, devices=jax.devices()[:1])
   out = {"loss": [], "grad_norm": []}
@@ -57,9 +64,10 @@ def measure(name: str, precision: str) -> dict:
     state = program.init(config.seed)
     for step, image in enumerate(_images()):
       batch = {
-        "image": image, "size": np.full((_BATCH, 2), 32, np.int32),
+        "image": image,
+        "size": np.full((_BATCH, 2), 32, np.int32),
         "index": np.arange(step * _BATCH, (step + 1) * _BATCH, dtype=np.int32),
-      }  # fmt: skip
+      }
       state, metrics = program.step(state, sharding.put_batch(batch, program.mesh), None)
       out["loss"].append(float(metrics["train/loss"]))
       out["grad_norm"].append(float(metrics["train/grad_norm"]))
@@ -97,14 +105,17 @@ def run(options: dict, *, folder: pathlib.Path, data_dir: str | None, rehearse: 
     out[precision] = {"differences": differing, "loss": found["loss"]}
     exceeded += [
       f"{precision} {key} {value:.2g} > {TOLERANCES[precision][key]:g}"
-      for key, value in differing.items() if not value <= TOLERANCES[precision][key]
-    ]  # fmt: skip
+      for key, value in differing.items()
+      if not value <= TOLERANCES[precision][key]
+    ]
   stats = jax.devices()[0].memory_stats() or {}
   return out | {
-    "exceeded": exceeded, "tolerances": TOLERANCES, "backend": jax.default_backend(),
+    "exceeded": exceeded,
+    "tolerances": TOLERANCES,
+    "backend": jax.default_backend(),
     "device": jax.devices()[0].device_kind,
     "peak_in_use_mib": round(stats.get("peak_bytes_in_use", 0) / 2**20) or None,
-  }  # fmt: skip
+  }
 
 
 def store() -> None:
@@ -114,9 +125,14 @@ def store() -> None:
   numbers = {
     name: {precision: measure(name, precision) for precision in PRECISIONS} for name in RECIPES
   }
-  records.write_json(STORED, {
-    "commit": records.commit(), "versions": records.machine()["versions"], "numbers": numbers,
-    "bfloat16_against_float32": {
-      name: differences(of["bfloat16"], of["float32"]) for name, of in numbers.items()
+  records.write_json(
+    STORED,
+    {
+      "commit": records.commit(),
+      "versions": records.machine()["versions"],
+      "numbers": numbers,
+      "bfloat16_against_float32": {
+        name: differences(of["bfloat16"], of["float32"]) for name, of in numbers.items()
+      },
     },
-  })  # fmt: skip
+  )

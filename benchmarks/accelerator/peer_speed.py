@@ -62,18 +62,24 @@ def run(options: dict, *, folder: pathlib.Path, data_dir: str | None, rehearse: 
     rounds = 1 if rehearse else 20
     seconds = speed.median_seconds(lambda: step(views), lambda: _wait(device), rounds)
     return {
-      "img_per_s_ready": round(config.batch_size / seconds, 1), "batch_size": config.batch_size,
-      "milliseconds": {"ready": round(1e3 * seconds, 3)}, "flops_without_augmentation": flops,
-      "first_step_s": round(first, 1), "repeats": rounds,
-    }  # fmt: skip
+      "img_per_s_ready": round(config.batch_size / seconds, 1),
+      "batch_size": config.batch_size,
+      "milliseconds": {"ready": round(1e3 * seconds, 3)},
+      "flops_without_augmentation": flops,
+      "first_step_s": round(first, 1),
+      "repeats": rounds,
+    }
 
   found = speed.largest(options["batches"], measure)
   peak = max(before, _matrix_peak(size, device))
   in_use = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else None
   seconds = found["milliseconds"]["ready"] / 1e3
   return found | {
-    "compiled": options["compiled"], "torch": torch.__version__,
+    "compiled": options["compiled"],
+    "torch": torch.__version__,
     "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-    "backend": device, "matrix_peak": peak, "peak_mib": in_use and round(in_use, 1),
+    "backend": device,
+    "matrix_peak": peak,
+    "peak_mib": in_use and round(in_use, 1),
     "share_of_peak_ready": found["flops_without_augmentation"] / seconds / peak,
-  }  # fmt: skip
+  }

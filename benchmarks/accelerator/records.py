@@ -77,6 +77,7 @@ def read_json(path: pathlib.Path) -> dict:
 
 def commit() -> str:
   """Short hash of the code, with "+" where the tree differs from it; "unknown" without git."""
+
   def git(*words):
     done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None
@@ -102,6 +103,9 @@ def machine() -> dict:
     except importlib.metadata.PackageNotFoundError:
       continue
   return {
-    "card": card, "driver": driver, "card_memory": memory, "versions": versions,
+    "card": card,
+    "driver": driver,
+    "card_memory": memory,
+    "versions": versions,
     "cpus": os.cpu_count(),
-  }  # fmt: skip
+  }

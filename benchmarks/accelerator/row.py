@@ -9,7 +9,9 @@ import jax
 
 from benchmarks.accelerator import records, speed
 from protojax import config as configs
-from protojax import evaluate, main, train, workdir
+from protojax import evaluate, main
+from protojax.metrics import verdicts
+from protojax.training import loop
 
 _IMAGES = 50_000
 _LOSSES = ("train/loss", "train/target_entropy")
@@ -25,9 +27,13 @@ def recipe(options: dict, data_dir: str | None, rehearse: bool):
   steps = config.num_steps or math.ceil(config.num_epochs * (_IMAGES // config.batch_size))
   tenth = math.ceil(steps / 10)
   config.monitor.every = tenth
-  config.update({
-    "eval_every": tenth, "save_every": tenth, "log_every": math.ceil(tenth / 10),
-  })  # fmt: skip
+  config.update(
+    {
+      "eval_every": tenth,
+      "save_every": tenth,
+      "log_every": math.ceil(tenth / 10),
+    }
+  )
   return config
 
 
@@ -40,9 +46,14 @@ def _rehearsal(config):
     config.model.width = 16
   config.update({"num_steps": 2, "steps_per_epoch": 2, "batch_size": 16})
   config.data.update({"name": "cifar10", "split": "train[:64]", "cache": "device"})
-  config.probe.update({
-    "train_split": "train[:64]", "test_split": "test[:40]", "limit": 0, "k": 20,
-  })  # fmt: skip
+  config.probe.update(
+    {
+      "train_split": "train[:64]",
+      "test_split": "test[:40]",
+      "limit": 0,
+      "k": 20,
+    }
+  )
   config.monitor.images = 32
   return config
 
@@ -61,28 +72,29 @@ def run(options: dict, *, folder: pathlib.Path, data_dir: str | None, rehearse: 
     importlib.import_module("tensorboardX")
     del sys.modules["torch"]
   config = recipe(options, data_dir, rehearse)
-  train.run(config, str(folder / "run"))
+  loop.run(config, str(folder / "run"))
   result = records.read_json(folder / "run" / "eval" / "final" / "result.json")
   ks = "5,20" if rehearse else "20,200"
   out = {
-    "measures": result["measures"], "protocol": result["protocol"],
+    "measures": result["measures"],
+    "protocol": result["protocol"],
     "knn": _evaluate(folder, "knn", f"--k={ks}", "--temperature=0.07,0.1"),
     "curves": curves(folder / "run"),
     "published": options.get("published") or options.get("published_knn"),
-    "config": options["config"], "changes": options["changes"],
-  }  # fmt: skip
+    "config": options["config"],
+    "changes": options["changes"],
+  }
   if options.get("clusters"):
     out["clustering"] = _evaluate(folder, "clustering")
-  resolved = workdir.restored(records.read_json(folder / "run" / "config.json"))
-  verdict = train.runlog.monitor.verdict(
-    result["measures"], config=resolved, step=result["measures"]["step"]
-  )
+  resolved = configs.restored(records.read_json(folder / "run" / "config.json"))
+  verdict = verdicts.of_run(result["measures"], config=resolved, step=result["measures"]["step"])
   stats = jax.devices()[0].memory_stats() or {}
   return out | {
-    "verdict": verdict.label, "backend": jax.default_backend(),
+    "verdict": verdict.label,
+    "backend": jax.default_backend(),
     "device": jax.devices()[0].device_kind,
     "peak_in_use_mib": round(stats.get("peak_bytes_in_use", 0) / 2**20) or None,
-  }  # fmt: skip
+  }
 
 
 def _evaluate(folder: pathlib.Path, protocol: str, *more: str) -> dict:

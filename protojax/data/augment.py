@@ -19,9 +19,19 @@ _TRIES = 10
 _ASPECT = (3 / 4, 4 / 3)
 # The uniform numbers of one view, drawn at once. New ones go last, so that the others keep theirs.
 _DRAWS = {
-  "area": _TRIES, "aspect": _TRIES, "top": 1, "left": 1, "flip": 1, "jitter": 1, "order": 1,
-  "factors": 4, "gray": 1, "blur": 1, "sigma": 1, "solarize": 1,
-}  # fmt: skip
+  "area": _TRIES,
+  "aspect": _TRIES,
+  "top": 1,
+  "left": 1,
+  "flip": 1,
+  "jitter": 1,
+  "order": 1,
+  "factors": 4,
+  "gray": 1,
+  "blur": 1,
+  "sigma": 1,
+  "solarize": 1,
+}
 
 
 def make(config) -> Callable[[jax.Array, dict[str, jax.Array]], dict[str, jax.Array]]:

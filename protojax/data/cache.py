@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from protojax import errors
-from protojax.data import pipeline, source
+from protojax.data import pipeline, sources
 
 CHOICES = ("auto", "device", "off")
 # What cached data sets may take of a device's memory. CIFAR-10 is .15 GB, ImageNet-1k at 256 px
@@ -42,8 +42,8 @@ class Cache(NamedTuple):
 
 
 def choose(
-  choice: str, sources: list[source.Source], *, image_size: int, images_drawn: int, mesh
-) -> list[source.Source]:
+  choice: str, sources: list[sources.Source], *, image_size: int, images_drawn: int, mesh
+) -> list[sources.Source]:
   """Which sources are to be cached.
 
   With "auto" none if the devices do not say how much memory they have (CPUs do not) or the run is
@@ -100,12 +100,18 @@ def _mib(size: int) -> str:
 
 
 def load(
-  data: source.Source, *, image_size: int, mesh, num_workers: int = 0, part: int = 0, parts: int = 1
+  data: sources.Source,
+  *,
+  image_size: int,
+  mesh,
+  num_workers: int = 0,
+  part: int = 0,
+  parts: int = 1,
 ) -> Cache:
   """Decodes all images of `data` and puts them on the devices.
 
   Args:
-    data: from `source.build`.
+    data: from `sources.build`.
     image_size: S, storage size in pixels.
     mesh: ("data", "model").
     num_workers: processes that decode; 0 uses threads.
@@ -144,9 +150,12 @@ def load(
   place = NamedSharding(mesh, PartitionSpec("data"))
   arrays = {k: jax.make_array_from_process_local_data(place, v) for k, v in arrays.items()}
   logging.info(
-    "%s lies on the device%s: %d images, %s", data.name, "s" if mesh.size > 1 else "", len(data),
+    "%s lies on the device%s: %d images, %s",
+    data.name,
+    "s" if mesh.size > 1 else "",
+    len(data),
     _mib(sum(a.nbytes for a in arrays.values())),
-  )  # fmt: skip
+  )
   return Cache(arrays, skipped[: len(data)], mesh)
 
 

@@ -62,9 +62,7 @@ def make(
   return lambda key, batch, views: _each(one, key, batch, views)
 
 
-def keep(
-  key: jax.Array, batch: int, views: int, *, dropped: float, num_patches: int
-) -> jax.Array:
+def keep(key: jax.Array, batch: int, views: int, *, dropped: float, num_patches: int) -> jax.Array:
   """Patches that stay when a share is left out at random (arXiv 2204.07141).
 
   Args:

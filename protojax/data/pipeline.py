@@ -17,7 +17,7 @@ from absl import flags
 from PIL import Image
 
 from protojax import errors
-from protojax.data import source as sources
+from protojax.data import sources
 
 _CHUNK = 64  # rows that a thread or worker decodes at a time
 _TRIES = 100
@@ -40,7 +40,7 @@ def batches(
   the next. A corrupt record is replaced by the next readable row of the source.
 
   Args:
-    source: from `source.build`.
+    source: from `sources.build`.
     seed: any integer; different seeds give unrelated orders.
     step: number of the first batch.
     batch_size: B, global.
@@ -89,7 +89,7 @@ def sequential(
   """One pass in the order of the source, for evaluation; the part of one process.
 
   Args:
-    source: from `source.build`.
+    source: from `sources.build`.
     batch_size: B, global.
     image_size: S, as in `batches`.
     limit: at most so many rows, evenly spread over the source; None takes all.
@@ -106,9 +106,14 @@ def sequential(
   """
   rows = spread(len(source), limit)
   return ordered(
-    source, rows, batch_size=batch_size, image_size=image_size, num_workers=num_workers,
-    process_index=process_index, process_count=process_count,
-  )  # fmt: skip
+    source,
+    rows,
+    batch_size=batch_size,
+    image_size=image_size,
+    num_workers=num_workers,
+    process_index=process_index,
+    process_count=process_count,
+  )
 
 
 def spread(num_records: int, limit: int | None) -> np.ndarray:

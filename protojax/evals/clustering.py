@@ -13,7 +13,8 @@ import scipy.optimize
 from sklearn import metrics
 from sklearn.metrics import cluster
 
-from protojax import errors, kmeans
+from protojax import errors
+from protojax.prototypes import kmeans
 
 _NMI = metrics.normalized_mutual_info_score  # arithmetic mean of the entropies
 
@@ -144,9 +145,12 @@ def kmeans_codes(
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
   found = kmeans.fit(
-    jnp.asarray(unit(bank)), jax.random.key(seed), num_clusters=num_clusters, num_steps=num_steps,
+    jnp.asarray(unit(bank)),
+    jax.random.key(seed),
+    num_clusters=num_clusters,
+    num_steps=num_steps,
     num_restarts=num_restarts,
-  )  # fmt: skip
+  )
   centroids = np.asarray(found.centroids)
   nearness = unit(queries) @ centroids.T - 0.5 * np.square(centroids).sum(axis=1)[None, :]
   return np.asarray(found.codes), nearness.argmax(axis=1).astype(np.int32)

@@ -239,9 +239,13 @@ def evaluate(
   _check_labels("test set", query_labels, num_classes)
   similarity, rows = nearest(bank, queries, k=max(ks), chunk=chunk, part=part)
   ranks = _ranks(
-    similarity, jnp.asarray(bank_labels)[rows], query_labels,
-    jnp.asarray(temperatures, jnp.float32), num_classes=num_classes, ks=tuple(ks),
-  )  # fmt: skip
+    similarity,
+    jnp.asarray(bank_labels)[rows],
+    query_labels,
+    jnp.asarray(temperatures, jnp.float32),
+    num_classes=num_classes,
+    ks=tuple(ks),
+  )
   ranks, out = np.asarray(ranks), {}
   for i, k in enumerate(ks):
     for j, temperature in enumerate(temperatures):

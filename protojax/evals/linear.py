@@ -188,16 +188,23 @@ def fit(
 
   def value_and_grad(flat):
     value, grad = _objective(
-      jnp.asarray(flat, jnp.float32), inputs, jnp.asarray(labels), l2, float(intercept),
+      jnp.asarray(flat, jnp.float32),
+      inputs,
+      jnp.asarray(labels),
+      l2,
+      float(intercept),
       shape=shape,
-    )  # fmt: skip
+    )
     return float(value), np.asarray(grad, np.float64)
 
   found = scipy.optimize.minimize(
-    value_and_grad, first.ravel(), method="L-BFGS-B", jac=True,
+    value_and_grad,
+    first.ravel(),
+    method="L-BFGS-B",
+    jac=True,
     # float32 knows the value to 1e-7: below that the search would follow rounding.
     options={"maxiter": max_steps, "ftol": 1e-7, "gtol": 1e-6},
-  )  # fmt: skip
+  )
   matrix = found.x.reshape(shape).astype(np.float32)
   return Classifier(mean, scale, matrix[:-1], matrix[-1])
 
@@ -259,9 +266,13 @@ def choose(
     if worse == 2:
       break
     classifier = fit(
-      features[~held], labels[~held], num_classes=num_classes, l2=l2, max_steps=max_steps,
+      features[~held],
+      labels[~held],
+      num_classes=num_classes,
+      l2=l2,
+      max_steps=max_steps,
       start=classifier,
-    )  # fmt: skip
+    )
     accuracy = float(np.mean(predict(classifier, features[held]) == labels[held]))
     worse = worse + 1 if best and accuracy < best[0] else 0
     if best is None or accuracy > best[0]:

@@ -97,8 +97,9 @@ def train(
     weight = 0.01 * jax.random.normal(jax.random.fold_in(key, i), (x.shape[1], num_classes))
     # The same start for every rate.
     heads[layer] = {
-      "weight": jnp.tile(weight, (len(rates), 1, 1)), "bias": jnp.zeros((len(rates), num_classes))
-    }  # fmt: skip
+      "weight": jnp.tile(weight, (len(rates), 1, 1)),
+      "bias": jnp.zeros((len(rates), num_classes)),
+    }
   state = heads, jax.tree.map(jnp.zeros_like, heads)
   largest = np.asarray(rates, np.float32) * np.float32(batch_size / 256)
   steps = len(rows) // batch_size

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from protojax import collapse
 from protojax.evals import knn, linear, purity
+from protojax.metrics import collapse
 
 SPLITS = ("many", "medium", "few")
 

@@ -98,9 +98,14 @@ def evaluate(
     for seed in seeds:
       rows = subset(bank_labels, seed=seed, **size)
       classifier = linear.fit(
-        bank[rows], bank_labels[rows], num_classes=num_classes, l2=strength / rows.size,
-        max_steps=max_steps, standardise=False, intercept=False,
-      )  # fmt: skip
+        bank[rows],
+        bank_labels[rows],
+        num_classes=num_classes,
+        l2=strength / rows.size,
+        max_steps=max_steps,
+        standardise=False,
+        intercept=False,
+      )
       found.append(np.mean(linear.predict(classifier, queries) == query_labels))
     out[f"{name}_mean"] = float(np.mean(found))
     out[f"{name}_std"] = float(np.std(found, ddof=1))

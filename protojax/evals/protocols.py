@@ -17,7 +17,7 @@ _CHANCE_DRAWS = 5
 
 
 class Seen(NamedTuple):
-  """Rows of the labelled images, from `trained.rows`.
+  """Rows of the labelled images, from `pretrained.rows`.
 
   Attributes:
     bank, test: {"features": {layer: [N, F]}, "codes": {set: int32 [N]}, "label": int32 [N]};
@@ -60,20 +60,30 @@ def knn(seen: Seen, *, ks: Sequence[int] | None, temperatures: Sequence[float]) 
   notes = [] if ks else [f"k={k}: the bank has {num} images" for k in _KS if k > num]
   ks = ks or [k for k in _KS if k <= num] or _KS[:1]  # a bank too small for any is refused below
   settings = {
-    "layers": ["last"], "k": list(ks), "temperature": list(temperatures),
+    "layers": ["last"],
+    "k": list(ks),
+    "temperature": list(temperatures),
     "rule": "cosine, votes weighted exp(similarity / temperature), whole bank",
     "selection": "none: every k and temperature is reported",
-  }  # fmt: skip
-  return Task(settings, lambda: neighbours.evaluate(
-    *seen.last(), num_classes=seen.num_classes, ks=ks, temperatures=temperatures
-  ), notes)  # fmt: skip
+  }
+  return Task(
+    settings,
+    lambda: neighbours.evaluate(
+      *seen.last(), num_classes=seen.num_classes, ks=ks, temperatures=temperatures
+    ),
+    notes,
+  )
 
 
 def linear_probe(seen: Seen, *, mode: str, layers: Sequence[str], epochs: int) -> Task:
   """The grid of SGD heads, and logistic regression on the last layer."""
   settings = {
-    "mode": mode, "layers": list(layers), "rates_per_256": list(linear_grid.RATES),
-    "epochs": epochs, "batch_size": 256, "seed": 0,
+    "mode": mode,
+    "layers": list(layers),
+    "rates_per_256": list(linear_grid.RATES),
+    "epochs": epochs,
+    "batch_size": 256,
+    "seed": 0,
     "rule": "SGD, momentum .9, weight decay 0, cosine to 0, weights N(0, .01), features as they "
     "are and from the evaluation transform: no train augmentation",
     "selection": {
@@ -82,14 +92,18 @@ def linear_probe(seen: Seen, *, mode: str, layers: Sequence[str], epochs: int) -
     }[mode],
     "logistic": "L-BFGS on standardised features of the last layer, lambda / 2 |weight|^2 beside "
     "the mean cross entropy, lambda on a held-out tenth of the bank",
-  }  # fmt: skip
+  }
 
   def measure():
     grid = linear_grid.evaluate(
-      {k: seen.bank["features"][k] for k in layers}, seen.bank["label"],
-      {k: seen.test["features"][k] for k in layers}, seen.test["label"],
-      num_classes=seen.num_classes, mode=mode, epochs=epochs,
-    )  # fmt: skip
+      {k: seen.bank["features"][k] for k in layers},
+      seen.bank["label"],
+      {k: seen.test["features"][k] for k in layers},
+      seen.test["label"],
+      num_classes=seen.num_classes,
+      mode=mode,
+      epochs=epochs,
+    )
     fitted = linear.evaluate(*seen.last(), num_classes=seen.num_classes)
     return grid | {"logistic_accuracy": fitted["linear"], "logistic_l2": fitted["l2"]}
 
@@ -103,34 +117,50 @@ def few_shot(seen: Seen) -> Task:
   per_class = [n for n in (1, 2, 5) if n <= smallest]
   notes = [
     f"{n} a class: the smallest class of the bank has {smallest} images"
-    for n in (1, 2, 5) if n > smallest
-  ]  # fmt: skip
+    for n in (1, 2, 5)
+    if n > smallest
+  ]
   settings = {
-    "layers": ["last"], "per_class": per_class, "shares": [0.01, 0.1], "seeds": [0, 1, 2, 3, 4],
+    "layers": ["last"],
+    "per_class": per_class,
+    "shares": [0.01, 0.1],
+    "seeds": [0, 1, 2, 3, 4],
     "rule": "features of unit length, no bias, L-BFGS, lambda / 2 |weight|^2 beside the mean cross "
     "entropy of the n images",
-    "lambda": "0.1 / n", "selection": "none: lambda is fixed",
+    "lambda": "0.1 / n",
+    "selection": "none: lambda is fixed",
     "std": "over the draws, n - 1",
-  }  # fmt: skip
-  return Task(settings, lambda: low_shot.evaluate(
-    *seen.last(), num_classes=seen.num_classes, per_class=per_class, shares=settings["shares"],
-    seeds=settings["seeds"], strength=0.1,
-  ), notes)  # fmt: skip
+  }
+  return Task(
+    settings,
+    lambda: low_shot.evaluate(
+      *seen.last(),
+      num_classes=seen.num_classes,
+      per_class=per_class,
+      shares=settings["shares"],
+      seeds=settings["seeds"],
+      strength=0.1,
+    ),
+    notes,
+  )
 
 
 def clusters(seen: Seen) -> Task:
   """Codes of every set of prototypes, and k-means with as many clusters as classes."""
   notes = [] if "codes" in seen.bank else ["codes of prototypes: there are no prototypes"]
   settings = {
-    "layers": ["last"], "sets": sorted(seen.bank.get("codes", {})), "splits": ["test", "train"],
+    "layers": ["last"],
+    "sets": sorted(seen.bank.get("codes", {})),
+    "splits": ["test", "train"],
     "nmi": "arithmetic mean of the entropies",
     "kmeans": "K = classes, features of unit length, fitted to the bank, 50 steps, best of 10",
     "hungarian": "best one-to-one matching on the split itself, where K <= classes",
     "purity": "majority vote on the split itself, where K > classes",
     "permuted": "mean over draws of permuted labels",
     "uniform": "mean NMI over draws of uniformly random codes, 0 to K - 1",
-    "draws": _CHANCE_DRAWS, "seed": 0,
-  }  # fmt: skip
+    "draws": _CHANCE_DRAWS,
+    "seed": 0,
+  }
 
   def measure():
     features, _, others, _ = seen.last()
@@ -142,9 +172,12 @@ def clusters(seen: Seen) -> Task:
       }
       for name, (codes, num_codes) in sets.items():
         scores = clustering.evaluate(
-          codes, rows["label"], num_codes=num_codes, num_classes=seen.num_classes,
+          codes,
+          rows["label"],
+          num_codes=num_codes,
+          num_classes=seen.num_classes,
           draws=_CHANCE_DRAWS,
-        )  # fmt: skip
+        )
         out |= {f"{split}_{name}_{k}": v for k, v in scores.items()}
     return out
 
@@ -162,13 +195,15 @@ def tail(seen: Seen) -> Task:
   if "codes" not in seen.bank:
     notes.append("allocation of prototypes: there are no prototypes")
   settings = {
-    "layers": ["last"], "k": min(20, len(seen.bank["label"])), "temperature": 0.07,
+    "layers": ["last"],
+    "k": min(20, len(seen.bank["label"])),
+    "temperature": 0.07,
     "splits": "by images of a class in the bank: many > 100, medium 20 to 100, few < 20",
     "balanced": "mean over classes of the accuracy on the class",
     "linear": "logistic regression, lambda on a held-out tenth of the bank",
     "allocation": "split of the majority class of a prototype's bank images; unique: of those "
     "within cosine distance .025 of it, in index order",
-  }  # fmt: skip
+  }
 
   def measure():
     out = long_tail.evaluate(

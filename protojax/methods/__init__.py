@@ -8,8 +8,8 @@ from protojax import errors
 
 
 def names() -> list[str]:
-  """Of all methods, sorted."""
-  return sorted({module.name for module in pkgutil.iter_modules(__path__)} - {"base"})
+  """Of all methods that come with protojax, sorted."""
+  return sorted({m.name for m in pkgutil.iter_modules(__path__) if not m.ispkg} - {"base"})
 
 
 def load(name: str) -> types.ModuleType:

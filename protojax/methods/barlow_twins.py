@@ -13,8 +13,8 @@ their own, .024 of the weights', as a scale of .024 did before. The loss is at l
 import jax
 import jax.numpy as jnp
 
-from protojax import student
 from protojax.methods import base
+from protojax.methods.networks import student
 
 OPTIONS = {
   "prototypes": "none",

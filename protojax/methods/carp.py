@@ -17,8 +17,10 @@ import math
 import jax
 import jax.numpy as jnp
 
-from protojax import assignment, errors, losses, student_teacher
+from protojax import errors, losses
 from protojax.methods import base
+from protojax.methods.networks import student_teacher
+from protojax.prototypes import assignment
 
 OPTIONS = {"partition_size": 512}  # prototypes a block
 

@@ -22,9 +22,10 @@ import math
 import jax
 import jax.numpy as jnp
 
-from protojax import assignment, errors, losses, schedules, student_teacher, vmf
+from protojax import errors, losses, schedules
 from protojax.methods import base
-from protojax.models import heads
+from protojax.methods.networks import student_teacher
+from protojax.prototypes import assignment, vmf, weight_norm
 
 OPTIONS = {
   "targets": "center",  # or "sinkhorn"
@@ -78,9 +79,11 @@ def make(config) -> base.Method:
   _check(options, head)
   pair = student_teacher.build(config)
   teacher_temp = schedules.per_epoch_linear(
-    options.teacher_temp_start, options.teacher_temp,
-    warmup_epochs=options.teacher_temp_warmup_epochs, steps_per_epoch=config.steps_per_epoch,
-  )  # fmt: skip
+    options.teacher_temp_start,
+    options.teacher_temp,
+    warmup_epochs=options.teacher_temp_warmup_epochs,
+    steps_per_epoch=config.steps_per_epoch,
+  )
 
   def init(key):
     variables = pair.init(key)
@@ -98,7 +101,7 @@ def make(config) -> base.Method:
     if options.koleo:
       terms["koleo"] = jax.vmap(losses.koleo, in_axes=1)(features[:, :2]).sum()
     if options.koleo_proto:
-      rows, count = heads.prototype_rows(trained["prototypes"]), options.koleo_proto_rows
+      rows, count = weight_norm.rows(trained["prototypes"]), options.koleo_proto_rows
       picked = jax.random.choice(key, len(rows), (count,), replace=False) if count else None
       terms["koleo_proto"] = losses.koleo(rows, picked)
     return terms
@@ -113,8 +116,10 @@ def make(config) -> base.Method:
     q = assignment.targets(
       teacher,
       center * temperature if options.vmf else center,  # of a mixture it is a log probability
-      kind=options.targets, temperature=temperature, num_steps=options.sinkhorn_steps,
-    )  # fmt: skip
+      kind=options.targets,
+      temperature=temperature,
+      num_steps=options.sinkhorn_steps,
+    )
     cross_entropy = losses.cross_view_entropy(student, q, temperature=options.student_temp)
     entropy = losses.entropy(q).mean()
     terms = spread(trained, scores.features, row_key)
@@ -144,7 +149,12 @@ def make(config) -> base.Method:
     return {k: of_mixture(v, state, options.teacher_temp) for k, v in scores.items()}
 
   return base.Method(
-    learns_prototypes=pair.learns_prototypes, init=init, loss=loss, update=update,
-    features=pair.features, codes=codes, embeddings=pair.embeddings,
+    learns_prototypes=pair.learns_prototypes,
+    init=init,
+    loss=loss,
+    update=update,
+    features=pair.features,
+    codes=codes,
+    embeddings=pair.embeddings,
     prototype_matrices=pair.prototype_matrices,
-  )  # fmt: skip
+  )

@@ -28,9 +28,10 @@ import math
 import jax
 import jax.numpy as jnp
 
-from protojax import dictionary, errors, losses, student
+from protojax import errors, losses
 from protojax.methods import base
-from protojax.models import heads
+from protojax.methods.networks import student
+from protojax.prototypes import dictionary
 
 OPTIONS = {
   "prototypes": "dictionary",  # nothing else
@@ -81,7 +82,7 @@ def make(config) -> base.Method:
   net = student.build(config)
 
   def place(z):
-    return jnp.tanh(z) if options.assign == "tanh" else math.sqrt(dim) * heads.l2_normalize(z)
+    return jnp.tanh(z) if options.assign == "tanh" else math.sqrt(dim) * losses.l2_normalize(z)
 
   def init(key):
     encoder_key, codes_key = jax.random.split(key)

@@ -28,8 +28,10 @@ import math
 import jax
 import jax.numpy as jnp
 
-from protojax import errors, langevin, losses, student
+from protojax import errors, losses
 from protojax.methods import base
+from protojax.methods.networks import student
+from protojax.models import langevin
 
 OPTIONS = {
   "temperature": 0.1,
@@ -88,9 +90,13 @@ def make(config) -> base.Method:
     still = jax.lax.stop_gradient(variables)
     slot, x = langevin.start(still.carry["replay"], start_key, restart=options.sgld_restart)
     samples = langevin.run(
-      functools.partial(log_density, still), x, chain_key,
-      num_steps=options.sgld_steps, rate=options.sgld_rate, noise=options.sgld_noise,
-    )  # fmt: skip
+      functools.partial(log_density, still),
+      x,
+      chain_key,
+      num_steps=options.sgld_steps,
+      rate=options.sgld_rate,
+      noise=options.sgld_noise,
+    )
     data += options.input_noise * jax.random.normal(noise_key, data.shape)
     f = functools.partial(log_density, variables)
     return langevin.contrast(f, data, samples), (slot, samples)
@@ -132,7 +138,12 @@ def make(config) -> base.Method:
     return variables.replace(carry={**variables.carry, "replay": replay})
 
   return base.Method(
-    learns_prototypes=net.learns_prototypes, init=init, loss=loss, update=update,
-    features=net.features, codes=net.codes, embeddings=net.embeddings,
+    learns_prototypes=net.learns_prototypes,
+    init=init,
+    loss=loss,
+    update=update,
+    features=net.features,
+    codes=net.codes,
+    embeddings=net.embeddings,
     prototype_matrices=net.prototype_matrices,
-  )  # fmt: skip
+  )

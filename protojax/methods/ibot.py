@@ -21,10 +21,12 @@ import math
 import jax
 import jax.numpy as jnp
 
-from protojax import assignment, errors, losses, schedules, student_teacher
+from protojax import errors, losses, schedules
 from protojax.data import masking
 from protojax.methods import base
+from protojax.methods.networks import student_teacher
 from protojax.models import vit
+from protojax.prototypes import assignment
 
 OPTIONS = {
   "targets": "center",  # or "sinkhorn"
@@ -54,18 +56,25 @@ def make(config) -> base.Method:
   """
   options, size = config.method, config.augment.global_size
   errors.require_positive(
-    options, "student_temp", "teacher_temp_start", "teacher_temp", "patch_temp_start",
-    "patch_temp", "sinkhorn_steps",
-  )  # fmt: skip
+    options,
+    "student_temp",
+    "teacher_temp_start",
+    "teacher_temp",
+    "patch_temp_start",
+    "patch_temp",
+    "sinkhorn_steps",
+  )
   grid = vit.grid_size(size, size, config.model.patch_size)
   mask_of = masking.make(options.mask_ratios, options.mask_spreads, options.mask_shape, grid)
   pair = student_teacher.build(config, patches=True, shared=options.shared_head)
 
   def warmup(start, end):
     return schedules.per_epoch_linear(
-      start, end, warmup_epochs=options.teacher_temp_warmup_epochs,
+      start,
+      end,
+      warmup_epochs=options.teacher_temp_warmup_epochs,
       steps_per_epoch=config.steps_per_epoch,
-    )  # fmt: skip
+    )
 
   temps = {
     "prototypes": warmup(options.teacher_temp_start, options.teacher_temp),
@@ -85,11 +94,14 @@ def make(config) -> base.Method:
     # The centre of step n is made of the steps before it.
     q = {
       kind: assignment.targets(
-        teacher, frozen.carry["center"][kind],
-        kind=options.targets, temperature=temps[kind](step), num_steps=options.sinkhorn_steps,
+        teacher,
+        frozen.carry["center"][kind],
+        kind=options.targets,
+        temperature=temps[kind](step),
+        num_steps=options.sinkhorn_steps,
       )
       for kind, teacher in seen.items()
-    }  # fmt: skip
+    }
     temp = options.student_temp
     by_class = losses.cross_view_entropy(scores.student, q["prototypes"], temperature=temp)
     by_patch = losses.masked_patch_entropy(

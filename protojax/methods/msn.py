@@ -22,10 +22,12 @@ import math
 import jax
 import jax.numpy as jnp
 
-from protojax import assignment, errors, losses, student_teacher
+from protojax import errors, losses
 from protojax.data import masking
 from protojax.methods import base
+from protojax.methods.networks import student_teacher
 from protojax.models import vit
+from protojax.prototypes import assignment
 
 OPTIONS = {
   "temperature": 0.1,  # of the student
@@ -106,7 +108,12 @@ def make(config) -> base.Method:
     return value, base.LossOut(metrics, scores.stats)
 
   return base.Method(
-    learns_prototypes=pair.learns_prototypes, init=pair.init, loss=loss, update=pair.update,
-    features=pair.features, codes=pair.codes, embeddings=pair.embeddings,
+    learns_prototypes=pair.learns_prototypes,
+    init=pair.init,
+    loss=loss,
+    update=pair.update,
+    features=pair.features,
+    codes=pair.codes,
+    embeddings=pair.embeddings,
     prototype_matrices=pair.prototype_matrices,
-  )  # fmt: skip
+  )

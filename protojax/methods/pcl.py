@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from protojax import errors, kmeans, losses
+from protojax import errors, losses
 from protojax.methods import base
 from protojax.models import encoder as encoders
-from protojax.models import heads
+from protojax.prototypes import kmeans, weight_norm
 
 OPTIONS = {
   "prototypes": "kmeans",  # the only kind
@@ -35,9 +35,10 @@ OPTIONS = {
 def _check(config, sizes) -> None:
   options, images = config.method, config.data.num_records
   errors.require(
-    config, {"method.prototypes": "kmeans", "augment.num_local": 0, "head.l2": True},
+    config,
+    {"method.prototypes": "kmeans", "augment.num_local": 0, "head.l2": True},
     "pcl compares the directions of two global views and finds its own prototypes",
-  )  # fmt: skip
+  )
   errors.require_positive(options, "temperature", "kmeans_steps", "kmeans_restarts")
   if options.queue_size < 1 or options.queue_size % config.batch_size:
     raise errors.UserError(
@@ -68,7 +69,7 @@ def make(config) -> base.Method:
   teacher_net = encoders.build(calm)
 
   def random_rows(key, num):
-    return heads.l2_normalize(jax.random.normal(key, (num, dim)))
+    return losses.l2_normalize(jax.random.normal(key, (num, dim)))
 
   def init(key):
     encoder_key, queue_key, prototype_key = jax.random.split(key, 3)
@@ -122,7 +123,7 @@ def make(config) -> base.Method:
     for i, (name, k) in enumerate(sizes.items()):
       found = kmeans.fit(rows, jax.random.fold_in(key, i), num_clusters=k, **effort)
       phi = kmeans.concentration(found.distances, found.counts, options.temperature)
-      prototypes[name] = {"centroids": heads.l2_normalize(found.centroids), "phi": phi}
+      prototypes[name] = {"centroids": losses.l2_normalize(found.centroids), "phi": phi}
       clusters = clusters.at[i, index].set(found.codes)
     return variables.replace(prototypes=prototypes, carry={**variables.carry, "clusters": clusters})
 
@@ -138,11 +139,17 @@ def make(config) -> base.Method:
 
   def codes(variables, images):
     z, sets = embeddings(variables, images), prototype_matrices(variables)
-    return {name: heads.prototype_scores(rows, z[name]) for name, rows in sets.items()}
+    return {name: weight_norm.scores(rows, z[name]) for name, rows in sets.items()}
 
   return base.Method(
-    learns_prototypes=False, init=init, loss=loss, update=update,
+    learns_prototypes=False,
+    init=init,
+    loss=loss,
+    update=update,
     features=lambda variables, images: encoders.features(*teacher_of(variables), images),
-    codes=codes, embeddings=embeddings, prototype_matrices=prototype_matrices,
-    refresh=refresh, refresh_from=start,
-  )  # fmt: skip
+    codes=codes,
+    embeddings=embeddings,
+    prototype_matrices=prototype_matrices,
+    refresh=refresh,
+    refresh_from=start,
+  )

@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from protojax import errors, losses, student
+from protojax import errors, losses
 from protojax.methods import base
+from protojax.methods.networks import student
 
 OPTIONS = {
   "prototypes": "learned",

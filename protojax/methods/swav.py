@@ -19,8 +19,10 @@ import math
 import jax
 import jax.numpy as jnp
 
-from protojax import assignment, errors, losses, student
+from protojax import errors, losses
 from protojax.methods import base
+from protojax.methods.networks import student
+from protojax.prototypes import assignment
 
 OPTIONS = {
   "temperature": 0.1,  # of the predictions
@@ -64,9 +66,7 @@ def make(config) -> base.Method:
   slots = options.queue_length // config.batch_size
   queue_start = max(slots, round(options.queue_start_epoch * config.steps_per_epoch))
   net = student.build_with_prototypes(config)
-  balanced = functools.partial(
-    targets, epsilon=options.epsilon, num_steps=options.sinkhorn_steps
-  )
+  balanced = functools.partial(targets, epsilon=options.epsilon, num_steps=options.sinkhorn_steps)
 
   def init(key):
     variables = net.init(key)

@@ -11,8 +11,9 @@ weight. `method.var_reduction` is "sum" or "mean". The loss is at least 0.
 import jax
 import jax.numpy as jnp
 
-from protojax import errors, student
+from protojax import errors
 from protojax.methods import base
+from protojax.methods.networks import student
 
 OPTIONS = {
   "prototypes": "none",

@@ -58,6 +58,7 @@ def build(config: ml_collections.ConfigDict, *, mask_token: bool = False) -> Enc
   Raises:
     UserError: a name or a number that no model has, or a mask token in one without patch tokens.
   """
+
   def given(section, **names):
     section = config.get(section) or {}
     values = {field: section.get(key) for field, key in names.items()}
@@ -68,9 +69,19 @@ def build(config: ml_collections.ConfigDict, *, mask_token: bool = False) -> Enc
   name = _choice("model.name", config.model.get("name"), names)
   if name in vit.VARIANTS:
     options = given(
-        "model", width="width", depth="depth", num_heads="heads", patch_size="patch_size",
-        image_size="image_size", drop_path="drop_path", registers="registers",
-        layer_scale="layer_scale", norm_eps="norm_eps", attention="attention", remat="remat")
+      "model",
+      width="width",
+      depth="depth",
+      num_heads="heads",
+      patch_size="patch_size",
+      image_size="image_size",
+      drop_path="drop_path",
+      registers="registers",
+      layer_scale="layer_scale",
+      norm_eps="norm_eps",
+      attention="attention",
+      remat="remat",
+    )
     _check_attention(options.get("attention", "xla"), dtype)
     # 0 switches LayerScale off: a factor that starts at 0 would kill the branch.
     options["layer_scale"] = options.get("layer_scale") or None
@@ -78,14 +89,28 @@ def build(config: ml_collections.ConfigDict, *, mask_token: bool = False) -> Enc
   elif name == "resnet8":
     backbone = resnet.ResNet8(dtype=dtype, **given("model", width="width"))
   else:
-    options = given("model", stem="stem", zero_init_residual="zero_init_residual",
-                    joint_norm="joint_norm", remat="remat")
+    options = given(
+      "model",
+      stem="stem",
+      zero_init_residual="zero_init_residual",
+      joint_norm="joint_norm",
+      remat="remat",
+    )
     _choice("model.stem", options.get("stem", "imagenet"), resnet.STEMS)
     backbone = resnet.ResNet(*resnet.VARIANTS[name], dtype=dtype, **options)
 
-  options = given("head", layers="layers", hidden="hidden", bottleneck="bottleneck", norm="norm",
-                  norm_output="norm_output", activation="activation", bias="bias",
-                  kernel_init="init", l2="l2")
+  options = given(
+    "head",
+    layers="layers",
+    hidden="hidden",
+    bottleneck="bottleneck",
+    norm="norm",
+    norm_output="norm_output",
+    activation="activation",
+    bias="bias",
+    kernel_init="init",
+    l2="l2",
+  )
   options |= given("model", joint_norm="joint_norm")
   _choice("head.norm", options.get("norm", "none"), ("none", "batch"))
   _choice("head.activation", options.get("activation", "gelu"), heads.ACTIVATIONS)
@@ -95,9 +120,9 @@ def build(config: ml_collections.ConfigDict, *, mask_token: bool = False) -> Enc
   encoder = Encoder(backbone, heads.Projector(dtype=dtype, **options))
   if mask_token and (name not in vit.VARIANTS or has_batch_norm(encoder)):
     raise errors.UserError(
-        f"masked patches need a transformer and a head without batch norm, not model.name={name!r} "
-        f"with head.norm={encoder.head.norm!r} and head.norm_output={encoder.head.norm_output}: "
-        "set model.name=vit_small, head.norm=none, head.norm_output=False"
+      f"masked patches need a transformer and a head without batch norm, not model.name={name!r} "
+      f"with head.norm={encoder.head.norm!r} and head.norm_output={encoder.head.norm_output}: "
+      "set model.name=vit_small, head.norm=none, head.norm_output=False"
     )
   return encoder
 
@@ -117,8 +142,8 @@ def init(encoder: Encoder, key: jax.Array, image_size: int) -> tuple[PyTree, PyT
   """
   key_backbone, key_head = jax.random.split(key)
   variables = {
-      "backbone": encoder.backbone.init(key_backbone, jnp.zeros((1, image_size, image_size, 3))),
-      "head": encoder.head.init(key_head, jnp.zeros((1, feature_dim(encoder)))),
+    "backbone": encoder.backbone.init(key_backbone, jnp.zeros((1, image_size, image_size, 3))),
+    "head": encoder.head.init(key_head, jnp.zeros((1, feature_dim(encoder)))),
   }
   params = {part: value["params"] for part, value in variables.items()}
   stats = {p: value["batch_stats"] for p, value in variables.items() if "batch_stats" in value}
@@ -126,15 +151,15 @@ def init(encoder: Encoder, key: jax.Array, image_size: int) -> tuple[PyTree, PyT
 
 
 def embed(
-    encoder: Encoder,
-    params: PyTree,
-    batch_stats: PyTree,
-    views: dict[str, jax.Array],
-    *,
-    train: bool,
-    key: jax.Array | None = None,
-    accum_steps: int = 1,
-    patches: bool = False,
+  encoder: Encoder,
+  params: PyTree,
+  batch_stats: PyTree,
+  views: dict[str, jax.Array],
+  *,
+  train: bool,
+  key: jax.Array | None = None,
+  accum_steps: int = 1,
+  patches: bool = False,
 ) -> tuple[Embedded, PyTree]:
   """Embeds all views of a batch: the backbone once a resolution, the head once.
 
@@ -161,14 +186,14 @@ def embed(
     return _forward(encoder, params, batch_stats, views, key, train, patches)
   if has_batch_norm(encoder):
     raise errors.UserError(
-        f"accum_steps={accum_steps} would give batch norm the statistics of a microbatch; set "
-        "accum_steps=1, or use a model without batch norm and head.norm='none'"
+      f"accum_steps={accum_steps} would give batch norm the statistics of a microbatch; set "
+      "accum_steps=1, or use a model without batch norm and head.norm='none'"
     )
   batch = views["global"].shape[0]
   if batch % accum_steps:
     raise errors.UserError(
-        f"accum_steps={accum_steps} does not divide the batch of {batch} images; "
-        "choose a divisor of batch_size"
+      f"accum_steps={accum_steps} does not divide the batch of {batch} images; "
+      "choose a divisor of batch_size"
     )
 
   def split(x):  # [B, ...] -> [accum_steps, B / accum_steps, ...]
@@ -187,9 +212,7 @@ def embed(
   return jax.tree.map(merge, embedded), batch_stats
 
 
-def features(
-    encoder: Encoder, params: PyTree, batch_stats: PyTree, images: jax.Array
-) -> jax.Array:
+def features(encoder: Encoder, params: PyTree, batch_stats: PyTree, images: jax.Array) -> jax.Array:
   """Backbone features in evaluation mode: images [B, S, S, 3] normalised -> [B, F] float32."""
   return _apply(encoder, "backbone", params, batch_stats, images)[0]
 
@@ -219,9 +242,16 @@ def _forward(encoder, params, batch_stats, views, key, train, patches):
     batch, num_views, *image = views[name].shape
     resolution_key = None if key is None else jax.random.fold_in(key, i)
     y, batch_stats = _apply(
-        encoder, "backbone", params, batch_stats, views[name].reshape(batch * num_views, *image),
-        views=num_views, train=train, key=resolution_key,
-        **(of_global if name == "global" else {}))
+      encoder,
+      "backbone",
+      params,
+      batch_stats,
+      views[name].reshape(batch * num_views, *image),
+      views=num_views,
+      train=train,
+      key=resolution_key,
+      **(of_global if name == "global" else {}),
+    )
     if patches and name == "global":
       y, t = y
       tokens = [t.reshape(batch, -1, t.shape[-1])]  # [B, G T, F]
@@ -231,8 +261,14 @@ def _forward(encoder, params, batch_stats, views, key, train, patches):
   x = jnp.concatenate([y, *tokens], axis=1)
   batch, num_rows, dim = x.shape
   z, batch_stats = _apply(
-      encoder, "head", params, batch_stats, x.reshape(batch * num_rows, dim), views=num_rows,
-      train=train)
+    encoder,
+    "head",
+    params,
+    batch_stats,
+    x.reshape(batch * num_rows, dim),
+    views=num_rows,
+    train=train,
+  )
   z = z.reshape(batch, num_rows, -1)
   if not patches:
     return Embedded(z, y), batch_stats
@@ -245,8 +281,14 @@ def _apply(encoder, part, params, batch_stats, x, views=1, train=False, key=None
   """Runs one part; its new running statistics replace the old ones in `batch_stats`."""
   variables = {"params": params[part], "batch_stats": batch_stats.get(part, {})}
   y, updated = getattr(encoder, part).apply(
-      variables, x, views=views, train=train, rngs=None if key is None else {"drop_path": key},
-      mutable=["batch_stats"] if train else [], **options)
+    variables,
+    x,
+    views=views,
+    train=train,
+    rngs=None if key is None else {"drop_path": key},
+    mutable=["batch_stats"] if train else [],
+    **options,
+  )
   if updated.get("batch_stats"):
     batch_stats = {**batch_stats, part: updated["batch_stats"]}
   return y, batch_stats

@@ -1,10 +1,11 @@
-"""Projection head, and weight-normalised prototypes as plain functions."""
+"""Projection head: the MLP from features to the space that prototypes live in."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from protojax.models import norm as norm_lib
+from protojax import losses
+from protojax.models import batch_norm as norm_lib
 
 ACTIVATIONS = {
   "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -66,9 +67,15 @@ class Projector(nn.Module):
     Returns:
       [B * V, D] float32.
     """
+
     def dense(width, i):
-      return nn.Dense(width, use_bias=self.bias, dtype=self.dtype,
-                      kernel_init=INITS[self.kernel_init], name=f"fc{i}")
+      return nn.Dense(
+        width,
+        use_bias=self.bias,
+        dtype=self.dtype,
+        kernel_init=INITS[self.kernel_init],
+        name=f"fc{i}",
+      )
 
     def batch_norm(i, dtype):
       return norm_lib.BatchNorm(joint=self.joint_norm, dtype=dtype, name=f"norm{i}")
@@ -81,48 +88,4 @@ class Projector(nn.Module):
     x = dense(self.bottleneck, self.layers)(x).astype(jnp.float32)
     if self.norm_output:
       x = batch_norm(self.layers, jnp.float32)(x, views=views, train=train)
-    return l2_normalize(x) if self.l2 else x
-
-
-def l2_normalize(x: jax.Array, epsilon: float = 1e-12) -> jax.Array:
-  """x / max(norm, epsilon) over the last axis; the gradient at 0 is finite."""
-  squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-  return x * jax.lax.rsqrt(jnp.maximum(squares, epsilon**2))
-
-
-def init_prototypes(
-    key: jax.Array, num_prototypes: int, dim: int, trainable_norm: bool = False
-) -> dict[str, jax.Array]:
-  """Start of weight-normalised prototypes.
-
-  Args:
-    key: random key.
-    num_prototypes: K.
-    dim: D.
-    trainable_norm: whether the lengths of the rows are trained; else all are 1.
-
-  Returns:
-    {"v": [K, D] float32, U(-1/sqrt(D), 1/sqrt(D))}, and "g": ones [K, 1] if `trainable_norm`.
-  """
-  bound = dim**-0.5
-  shape = (num_prototypes, dim)
-  prototypes = {"v": jax.random.uniform(key, shape, minval=-bound, maxval=bound)}
-  if trainable_norm:
-    prototypes["g"] = jnp.ones((num_prototypes, 1))
-  return prototypes
-
-
-def prototype_rows(prototypes: dict[str, jax.Array]) -> jax.Array:
-  """g v / ||v|| row by row (arXiv 1602.07868), [K, D] float32; g is 1 where there is none.
-
-  The gradient to a row of v is orthogonal to that row.
-  """
-  v = prototypes["v"].astype(jnp.float32)
-  rows = v / jnp.linalg.norm(v, axis=-1, keepdims=True)
-  return prototypes["g"] * rows if "g" in prototypes else rows
-
-
-def prototype_scores(rows: jax.Array, z: jax.Array) -> jax.Array:
-  """Inner products of embeddings z [..., D] with prototypes rows [K, D]: [..., K] float32."""
-  z, rows = z.astype(jnp.float32), rows.astype(jnp.float32)
-  return jnp.einsum("...d,kd->...k", z, rows, precision="highest")
+    return losses.l2_normalize(x) if self.l2 else x

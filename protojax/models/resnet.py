@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from protojax.models import norm
+from protojax.models import batch_norm
 
 # blocks a stage, bottleneck blocks or basic ones
 VARIANTS = {"resnet18": ((2, 2, 2, 2), False), "resnet50": ((3, 4, 6, 3), True)}
@@ -34,8 +34,10 @@ class Block(nn.Module):
     def conv_norm(y, width, kernel, stride, suffix, last=False):
       y = _conv(width, kernel, stride, (kernel - 1) // 2, self.dtype, f"conv{suffix}")(y)
       zero_scale = last and self.zero_init_residual
-      batch_norm = norm.BatchNorm(self.joint_norm, zero_scale, self.dtype, name=f"norm{suffix}")
-      return batch_norm(y, views=views, train=train)
+      normalise = batch_norm.BatchNorm(
+        self.joint_norm, zero_scale, self.dtype, name=f"norm{suffix}"
+      )
+      return normalise(y, views=views, train=train)
 
     y = x
     for i, (width, kernel, stride) in enumerate(layers, start=1):
@@ -89,8 +91,8 @@ class ResNet(nn.Module):
       "imagenet": (7, 2, 3), "cifar": (3, 1, 1), "cifar_pad2": (3, 1, 2),
     }[self.stem]  # fmt: skip
     x = _conv(64, kernel, stride, padding, self.dtype, "conv1")(images)
-    batch_norm = norm.BatchNorm(joint=self.joint_norm, dtype=self.dtype, name="norm1")
-    x = jax.nn.relu(batch_norm(x, views=views, train=train))
+    normalise = batch_norm.BatchNorm(joint=self.joint_norm, dtype=self.dtype, name="norm1")
+    x = jax.nn.relu(normalise(x, views=views, train=train))
     if self.stem == "imagenet":
       x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
 
@@ -98,8 +100,15 @@ class ResNet(nn.Module):
     for stage, size in enumerate(self.stage_sizes, start=1):
       for i in range(size):
         stride = 2 if stage > 1 and i == 0 else 1
-        x = block(64 * 2 ** (stage - 1), stride, self.bottleneck, self.zero_init_residual,
-                  self.joint_norm, self.dtype, name=f"stage{stage}_{i}")(x, views, train)
+        x = block(
+          64 * 2 ** (stage - 1),
+          stride,
+          self.bottleneck,
+          self.zero_init_residual,
+          self.joint_norm,
+          self.dtype,
+          name=f"stage{stage}_{i}",
+        )(x, views, train)
     return x.astype(jnp.float32).mean(axis=(1, 2))
 
 
@@ -129,8 +138,14 @@ class ResNet8(nn.Module):
     def conv(x, size, name, gain_squared=2.0):
       xavier = nn.initializers.variance_scaling(gain_squared, "fan_avg", "uniform")
       pad = size // 2
-      return nn.Conv(self.width, (size, size), padding=((pad, pad), (pad, pad)), dtype=self.dtype,
-                     kernel_init=xavier, name=name)(x)
+      return nn.Conv(
+        self.width,
+        (size, size),
+        padding=((pad, pad), (pad, pad)),
+        dtype=self.dtype,
+        kernel_init=xavier,
+        name=name,
+      )(x)
 
     def pool(x):
       return nn.avg_pool(x, (2, 2), (2, 2))
@@ -147,8 +162,16 @@ class ResNet8(nn.Module):
 
 def _conv(width, kernel, stride, padding, dtype, name) -> nn.Conv:
   """Convolution without bias, padded alike on all sides."""
-  return nn.Conv(width, (kernel, kernel), (stride, stride), padding=((padding, padding),) * 2,
-                 use_bias=False, dtype=dtype, kernel_init=_kaiming, name=name)
+  return nn.Conv(
+    width,
+    (kernel, kernel),
+    (stride, stride),
+    padding=((padding, padding),) * 2,
+    use_bias=False,
+    dtype=dtype,
+    kernel_init=_kaiming,
+    name=name,
+  )
 
 
 def _leaky(x: jax.Array) -> jax.Array:

@@ -14,9 +14,9 @@ from protojax import errors
 
 # width, blocks, attention heads; the hidden layer of the MLP is four times as wide.
 VARIANTS = {
-    "vit_tiny": (192, 12, 3),
-    "vit_small": (384, 12, 6),
-    "vit_base": (768, 12, 12),
+  "vit_tiny": (192, 12, 3),
+  "vit_small": (384, 12, 6),
+  "vit_base": (768, 12, 12),
 }
 
 # Plain normal: `truncated_normal(.02)` of jax.nn would cut at two deviations, DINO's at 100.
@@ -25,12 +25,12 @@ _CUBIC_A = -0.75
 
 
 def make(
-    name: str,
-    *,
-    width: int | None = None,
-    depth: int | None = None,
-    num_heads: int | None = None,
-    **options,
+  name: str,
+  *,
+  width: int | None = None,
+  depth: int | None = None,
+  num_heads: int | None = None,
+  **options,
 ) -> "ViT":
   """A variant by name ("vit_tiny", "vit_small", "vit_base"), with parts of it overridden.
 
@@ -46,12 +46,12 @@ def make(
   width, depth, num_heads = (value or default for value, default in given)
   if width % num_heads:
     raise errors.UserError(
-        f"model.width={width} cannot be shared among model.heads={num_heads}; "
-        "choose a number of heads that divides the width"
+      f"model.width={width} cannot be shared among model.heads={num_heads}; "
+      "choose a number of heads that divides the width"
     )
   if not 0.0 <= options.get("drop_path", 0.0) < 1.0:
     raise errors.UserError(
-        f"model.drop_path={options['drop_path']} is not in [0, 1); 0.1 is usual, 0 switches it off"
+      f"model.drop_path={options['drop_path']} is not in [0, 1); 0.1 is usual, 0 switches it off"
     )
   return ViT(width=width, depth=depth, num_heads=num_heads, **options)
 
@@ -85,9 +85,9 @@ def grid_size(height: int, width: int, patch_size: int) -> tuple[int, int]:
   if height % patch_size or width % patch_size:
     nearest = [max(patch_size, round(s / patch_size) * patch_size) for s in (height, width)]
     raise errors.UserError(
-        f"an image of {height} x {width} pixels cannot be cut into patches of {patch_size} x "
-        f"{patch_size}; the nearest size that can is {nearest[0]} x {nearest[1]} (see "
-        "model.patch_size, model.image_size, augment.global_size, augment.local_size)"
+      f"an image of {height} x {width} pixels cannot be cut into patches of {patch_size} x "
+      f"{patch_size}; the nearest size that can is {nearest[0]} x {nearest[1]} (see "
+      "model.patch_size, model.image_size, augment.global_size, augment.local_size)"
     )
   return height // patch_size, width // patch_size
 
@@ -235,14 +235,14 @@ class ViT(nn.Module):
 
   @nn.compact
   def __call__(
-      self,
-      images: jax.Array,
-      *,
-      mask: jax.Array | None = None,
-      keep: jax.Array | None = None,
-      patches: bool = False,
-      views: int = 1,
-      train: bool = False,
+    self,
+    images: jax.Array,
+    *,
+    mask: jax.Array | None = None,
+    keep: jax.Array | None = None,
+    patches: bool = False,
+    views: int = 1,
+    train: bool = False,
   ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Embeds images.
 
@@ -280,13 +280,20 @@ class ViT(nn.Module):
 
     block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
     for i, rate in enumerate(np.linspace(0.0, self.drop_path, self.depth)):
-      x = block(self.num_heads, float(rate), self.layer_scale, self.norm_eps, self.attention,
-                self.dtype, name=f"blocks_{i}")(x, train)
+      x = block(
+        self.num_heads,
+        float(rate),
+        self.layer_scale,
+        self.norm_eps,
+        self.attention,
+        self.dtype,
+        name=f"blocks_{i}",
+      )(x, train)
     norm = _layer_norm("norm", self.norm_eps, jnp.float32)
     if not patches:
       return norm(x[:, 0])
     x = norm(x)
-    return x[:, 0], x[:, 1 + self.registers:]
+    return x[:, 0], x[:, 1 + self.registers :]
 
   def _position_embedding(self, grid: tuple[int, int]) -> jax.Array:
     """[1, 1 + rows * columns, D] float32."""

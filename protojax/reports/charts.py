@@ -195,11 +195,15 @@ def _drawn(line: Line, at_x, at_y) -> str:
       parts.append(f'<circle cx="{x[i]:.1f}" cy="{y[i]:.1f}" r="3"/>')
     pen = True
   kind = " ".join(
-    name for name, on in (
-      ("line", True), ("reference", line.reference), ("area", line.steps and not line.reference),
+    name
+    for name, on in (
+      ("line", True),
+      ("reference", line.reference),
+      ("area", line.steps and not line.reference),
       ("again", line.colour is not None and line.colour >= COLOURS),
-    ) if on
-  )  # fmt: skip
+    )
+    if on
+  )
   colour = "muted" if line.colour is None else f"c{line.colour % COLOURS}"
   return f'<g class="{kind} {colour}"><path d="{path}"/>{"".join(parts)}</g>'
 

@@ -36,22 +36,32 @@ def training(runs: Sequence[records.Record]) -> list[str]:
     _over_steps(runs, "Loss", [*loss, *chance], told),
     _over_steps(runs, "Entropy of the targets", [*entropy, *chance] if entropy else [], most),
     _over_steps(
-      runs, "k-NN accuracy", _lines(runs, "probe/knn"),
-      "on the test images, protocol in the table above", **share,
+      runs,
+      "k-NN accuracy",
+      _lines(runs, "probe/knn"),
+      "on the test images, protocol in the table above",
+      **share,
     ),
     _over_steps(
-      runs, "Linear accuracy, online", _lines(runs, "probe/linear"),
-      "on the test images; classifier trained beside the encoder", **share,
+      runs,
+      "Linear accuracy, online",
+      _lines(runs, "probe/linear"),
+      "on the test images; classifier trained beside the encoder",
+      **share,
     ),
     _over_steps(
-      runs, "RankMe", _lines(runs, "collapse/rankme"),
+      runs,
+      "RankMe",
+      _lines(runs, "collapse/rankme"),
       "effective rank of the features of a fixed sample",
     ),
     _over_steps(
-      runs, "Feature spread", _lines(runs, "collapse/feature_std"),
+      runs,
+      "Feature spread",
+      _lines(runs, "collapse/feature_std"),
       "standard deviation of unit features times √D: 1 on the whole sphere, 0 collapsed",
     ),
-  ]  # fmt: skip
+  ]
 
 
 def prototypes(runs: Sequence[records.Record], tag: str) -> list[str]:
@@ -61,20 +71,27 @@ def prototypes(runs: Sequence[records.Record], tag: str) -> list[str]:
   for limit in ("0.025", "0.25", "0.5"):
     key = f"collapse/{tag}unique_{limit}"
     lines = _lines(runs, key)
-    figures.append(_over_steps(
-      runs, f"Unique at cosine distance {limit}",
-      [*lines, *_reference(runs, f"{key}_random", "random")] if lines else [],
-      "share of K, greedy cover; dashed: random prototypes, same K and D", **share,
-    ))  # fmt: skip
+    figures.append(
+      _over_steps(
+        runs,
+        f"Unique at cosine distance {limit}",
+        [*lines, *_reference(runs, f"{key}_random", "random")] if lines else [],
+        "share of K, greedy cover; dashed: random prototypes, same K and D",
+        **share,
+      )
+    )
   # Of the sample at every look; versions before that wrote only the one of the bank.
   of_sample = any(f"collapse/{tag}perplexity_sample" in run.curves for run in runs)
   for name, title, told, options in (
-    ("used_sample", "Used",
-     "share of K that is nearest to some image of a sample", share),
-    ("perplexity_sample" if of_sample else "perplexity", "Perplexity of use",
-     f"by the {'sample' if of_sample else 'bank'}; 1: all images have the same prototype", {}),
+    ("used_sample", "Used", "share of K that is nearest to some image of a sample", share),
+    (
+      "perplexity_sample" if of_sample else "perplexity",
+      "Perplexity of use",
+      f"by the {'sample' if of_sample else 'bank'}; 1: all images have the same prototype",
+      {},
+    ),
     ("drift", "Drift", "mean cosine to where each started; 1: never moved", {}),
-  ):  # fmt: skip
+  ):
     lines = _lines(runs, f"collapse/{tag}{name}")
     figures.append(_over_steps(runs, title, lines, told, **options))
   return figures
@@ -91,8 +108,9 @@ def _nearest(runs) -> str:
   bins = np.linspace(0.0, top, _BINS + 1)
   lines = []
   for key, label, reference in (
-    ("nearest_random", "random", True), ("nearest", "this run", False),
-  ):  # fmt: skip
+    ("nearest_random", "random", True),
+    ("nearest", "this run", False),
+  ):
     for i, run in enumerate(runs):
       values = _finite(run, key)
       if len(values):
@@ -102,10 +120,13 @@ def _nearest(runs) -> str:
         lines.append(charts.Line(name, bins, share, colour, reference, steps=True))
   high = max((line.y.max() for line in lines), default=1.0)
   return charts.figure(
-    "Distance to the nearest other prototype", lines, x_label="cosine distance",
-    scale=charts.PERCENT, y_range=(0, 1.08 * float(high)),
+    "Distance to the nearest other prototype",
+    lines,
+    x_label="cosine distance",
+    scale=charts.PERCENT,
+    y_range=(0, 1.08 * float(high)),
     caption="share of K in each bin; dashed: random prototypes, same K and D",
-  )  # fmt: skip
+  )
 
 
 def _usage(runs) -> str:
@@ -120,10 +141,13 @@ def _usage(runs) -> str:
         charts.Line("balanced", np.array([0.0, 100.0]), np.full(2, usage.mean()), colour, True)
       )
   return charts.figure(
-    "Images per prototype", [*lines, *even], x_label="prototypes by rank, % of K",
-    scale=charts.COUNT, x_range=(0, 100),
+    "Images per prototype",
+    [*lines, *even],
+    x_label="prototypes by rank, % of K",
+    scale=charts.COUNT,
+    x_range=(0, 100),
     caption="of the bank, axis log(1 + images); dashed: balanced use",
-  )  # fmt: skip
+  )
 
 
 def _spectrum(runs) -> str:
@@ -135,8 +159,11 @@ def _spectrum(runs) -> str:
       share = values / values.sum()
       lines.append(charts.Line(run.name, np.arange(1.0, len(share) + 1), share, i))
   return charts.figure(
-    "Spectrum of the features", lines, x_label="eigenvalue of the covariance, by rank",
-    scale=charts.LOG, caption="share of the variance, log axis; a cliff is dimensional collapse",
+    "Spectrum of the features",
+    lines,
+    x_label="eigenvalue of the covariance, by rank",
+    scale=charts.LOG,
+    caption="share of the variance, log axis; a cliff is dimensional collapse",
   )
 
 

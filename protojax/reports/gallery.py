@@ -10,9 +10,8 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from protojax import errors, trained
-from protojax.data import augment, pipeline
-from protojax.data import source as sources
+from protojax import errors, pretrained
+from protojax.data import augment, pipeline, sources
 
 LIMIT = 2000  # images looked at after training
 _SIDE = 96  # pixels of the longer side of a stored picture, at most
@@ -79,18 +78,19 @@ def look(model, config, *, bank, train, arrays: dict[str, np.ndarray], limit=LIM
   """Looks at a run. Every process calls it; the passes over images are collective.
 
   Args:
-    model: from `trained.load` or `trained.of_state`. This and the sources may also be the UserError
-      that says why there is none.
+    model: from `pretrained.load` or `pretrained.of_state`. This and the sources may also be the
+      UserError that says why there is none.
     config: resolved.
     bank: source of the evaluation.
     train: source of the pretraining.
-    arrays: of `snapshot.Snapshot.final`: usage, majority and purity are counted over the bank.
+    arrays: of `evaluation.Snapshot.final`: usage, majority and purity are counted over the bank.
     limit: evenly spread images of the bank among which the nearest are sought; 0 takes all.
   """
   return Looks(
-    _said(_prototypes, model, bank, arrays, limit), _said(_attention, model, bank),
+    _said(_prototypes, model, bank, arrays, limit),
+    _said(_attention, model, bank),
     _said(_views, config, train),
-  )  # fmt: skip
+  )
 
 
 def _said(part, *arguments):
@@ -115,7 +115,7 @@ def _prototypes(model, bank, arrays, limit) -> Gallery:
     )
   chosen = _chosen(usage)
   numbers = [k for kind in chosen.values() for k in kind]
-  seen = trained.rows(model, bank, parts=("embeddings",), limit=limit)
+  seen = pretrained.rows(model, bank, parts=("embeddings",), limit=limit)
   cosine = _unit(matrix[numbers]) @ _unit(seen["embeddings"][name]).T  # [P, N]
   nearest = np.argsort(-cosine, axis=1, kind="stable")[:, :_NEAREST]
   images = _read(bank, np.unique(seen["index"][nearest]), _small)
@@ -167,7 +167,7 @@ def _attention(model, bank):
   if not found:
     raise errors.UserError(f"the images of {bank.name} cannot be read")
   images = np.stack([image for image, _ in found.values()])
-  attention = trained.attention(model, images)  # [N, heads, h, w]
+  attention = pretrained.attention(model, images)  # [N, heads, h, w]
   # The maps lie on what the encoder saw: the centre crop, not the whole image.
   images = augment.evaluate(
     images, config.augment.global_size, (0, 0, 0), (1, 1, 1), crop=config.probe.crop
@@ -178,10 +178,12 @@ def _attention(model, bank):
     maps = {"mean of heads": heads.mean(axis=0)}
     maps |= {f"head {i + 1}": weights for i, weights in enumerate(heads[:_HEADS])}
     name = bank.class_names[label] if label >= 0 else bank.describe(index)
-    rows.append((
-      _picture(image, name),
-      *(_picture(_heat(image, w), f"{title}, up to {w.max():.2f}") for title, w in maps.items()),
-    ))  # fmt: skip
+    rows.append(
+      (
+        _picture(image, name),
+        *(_picture(_heat(image, w), f"{title}, up to {w.max():.2f}") for title, w in maps.items()),
+      )
+    )
   return tuple(rows)
 
 
@@ -191,9 +193,13 @@ def _views(config, train):
   # The part of the first of so many processes that one has few images to read.
   own = next(n for n in range(min(_VIEWED, batch_size), batch_size + 1) if batch_size % n == 0)
   stream = pipeline.batches(
-    train, seed=config.seed, step=0, batch_size=batch_size, image_size=config.data.image_size,
+    train,
+    seed=config.seed,
+    step=0,
+    batch_size=batch_size,
+    image_size=config.data.image_size,
     process_count=batch_size // own,
-  )  # fmt: skip
+  )
   try:
     batch = {key: value[:_VIEWED] for key, value in next(stream).items()}
   finally:
@@ -219,8 +225,9 @@ def _read(source, indices: Sequence[int], prepare) -> dict[int, tuple[np.ndarray
   records = zip(indices, source.read(indices), strict=True)
   return {
     int(index): (prepare(record["image"]), record["label"])
-    for index, record in records if not isinstance(record, sources.CorruptImage)
-  }  # fmt: skip
+    for index, record in records
+    if not isinstance(record, sources.CorruptImage)
+  }
 
 
 def _small(image: np.ndarray) -> np.ndarray:

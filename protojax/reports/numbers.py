@@ -8,43 +8,88 @@ import math
 import re
 from collections.abc import Sequence
 
-from protojax import config as configs
-from protojax import monitor
+from protojax import trees
+from protojax.metrics import verdicts
 from protojax.reports import charts, curves
 from protojax.reports import record as records
 
 _SAMPLE = "at most {images} evenly spread images of the bank"
 # key in result.json, label, form, how it is obtained. {tag} is that of a prototype set.
 _KEYS = (
-  ("probe/knn", "k-NN accuracy", "%", "cosine, k = {k}, T = {temperature}, weights "
-   "exp(similarity / T); bank {bank}, tested on {test}; {features}; {transform}"),
-  ("probe/linear_fitted", "Linear accuracy", "%",
-   "{linear}; bank {bank}, tested on {test}; {transform}"),
-  ("probe/linear", "Linear accuracy, online", "%",
-   "softmax classifier trained by Adam beside the encoder on {bank}, tested on {test}"),
-  ("collapse/{tag}unique_0.025", "Unique at .025", "%",
-   "greedy cover in index order, cosine distance below .025; random ones: {random_25}"),
-  ("collapse/{tag}unique_0.25", "Unique at .25", "%",
-   "as above, cosine distance below .25; random ones: {random_250}"),
-  ("collapse/{tag}unique_0.5", "Unique at .5", "%",
-   "as above, cosine distance below .5; random ones: {random_500}"),
+  (
+    "probe/knn",
+    "k-NN accuracy",
+    "%",
+    "cosine, k = {k}, T = {temperature}, weights "
+    "exp(similarity / T); bank {bank}, tested on {test}; {features}; {transform}",
+  ),
+  (
+    "probe/linear_fitted",
+    "Linear accuracy",
+    "%",
+    "{linear}; bank {bank}, tested on {test}; {transform}",
+  ),
+  (
+    "probe/linear",
+    "Linear accuracy, online",
+    "%",
+    "softmax classifier trained by Adam beside the encoder on {bank}, tested on {test}",
+  ),
+  (
+    "collapse/{tag}unique_0.025",
+    "Unique at .025",
+    "%",
+    "greedy cover in index order, cosine distance below .025; random ones: {random_25}",
+  ),
+  (
+    "collapse/{tag}unique_0.25",
+    "Unique at .25",
+    "%",
+    "as above, cosine distance below .25; random ones: {random_250}",
+  ),
+  (
+    "collapse/{tag}unique_0.5",
+    "Unique at .5",
+    "%",
+    "as above, cosine distance below .5; random ones: {random_500}",
+  ),
   ("collapse/{tag}used", "Used", "%", "{usage}; bank {bank}"),
-  ("collapse/{tag}perplexity", "Perplexity of use", "",
-   "exp of the entropy of the histogram of nearest prototypes; bank {bank}"),
-  ("collapse/{tag}drift", "Drift", "",
-   "mean cosine of each prototype to where it started; 1: never moved"),
-  ("collapse/{tag}relative_uniqueness", "Relative spacing", "",
-   "median distance between nearest prototypes over that between features and theirs; " + _SAMPLE),
+  (
+    "collapse/{tag}perplexity",
+    "Perplexity of use",
+    "",
+    "exp of the entropy of the histogram of nearest prototypes; bank {bank}",
+  ),
+  (
+    "collapse/{tag}drift",
+    "Drift",
+    "",
+    "mean cosine of each prototype to where it started; 1: never moved",
+  ),
+  (
+    "collapse/{tag}relative_uniqueness",
+    "Relative spacing",
+    "",
+    "median distance between nearest prototypes over that between features and theirs; " + _SAMPLE,
+  ),
   ("collapse/rankme", "RankMe", "", "effective rank of the features of " + _SAMPLE),
-  ("collapse/feature_std", "Feature spread", "",
-   "standard deviation of unit features times √D, 0 is collapse; " + _SAMPLE),
+  (
+    "collapse/feature_std",
+    "Feature spread",
+    "",
+    "standard deviation of unit features times √D, 0 is collapse; " + _SAMPLE,
+  ),
   ("train/loss", "Loss", "", "training, mean of the last {log_every} steps"),
   ("train/ln_k", "ln K", "", "loss of uniform predictions, and the largest entropy of a target"),
-  ("train/target_entropy", "Entropy of the targets", "",
-   "nats, mean of the last {log_every} steps"),
+  (
+    "train/target_entropy",
+    "Entropy of the targets",
+    "",
+    "nats, mean of the last {log_every} steps",
+  ),
   ("time/img_per_s", "Images a second", "", "of training alone, over the last {log_every} steps"),
   ("seconds", "Wall time", "s", "compiling, training and evaluating, all restarts together"),
-)  # fmt: skip
+)
 _COLUMNS = 4  # runs that have one each
 _SIGNS = {"ok": "✓", "warn": "!", "bad": "✕", "open": "…"}
 
@@ -57,10 +102,10 @@ class _Facts(dict):
 
 
 def verdict(run: records.Record) -> tuple[str, str, str]:
-  """(kind: ok, warn, bad or open; label; sentence): `monitor.verdict` of the last measures."""
+  """(kind: ok, warn, bad or open; label; sentence): `verdicts.of_run` of the last measures."""
   measures = run.measures(records.FINAL) or run.latest()
   try:
-    found = monitor.verdict(measures, config=run.config, step=run.step)
+    found = verdicts.of_run(measures, config=run.config, step=run.step)
   except (AttributeError, KeyError, TypeError, ValueError):
     return "open", "no verdict", "config.json is missing or of another version."
   calm = {"ok": "ok", "warming up": "open"}
@@ -125,9 +170,10 @@ def key_numbers(runs: Sequence[records.Record]) -> str:
         key = key.replace("{tag}", tag)
         values = [_value(run, key) for run in runs]
         told = [
-          how.format_map(_facts(run, tag)) for run, (value, _) in zip(runs, values, strict=True)
+          how.format_map(_facts(run, tag))
+          for run, (value, _) in zip(runs, values, strict=True)
           if value is not None
-        ]  # fmt: skip
+        ]
         if told:
           body.append(_row(runs, label, key, form, values, told))
     table = _table(runs, body, last="How it was obtained")
@@ -177,8 +223,9 @@ def evaluations(runs: Sequence[records.Record]) -> str:
     protocols = [run.results.get(file, {}).get("protocol", {}) for run in runs]
     told = "".join(
       f"<h4>{swatch(i)}{_e(run.name)}</h4>{settings_list(protocol)}"
-      for i, (run, protocol) in enumerate(zip(runs, protocols, strict=True)) if protocol
-    )  # fmt: skip
+      for i, (run, protocol) in enumerate(zip(runs, protocols, strict=True))
+      if protocol
+    )
     content = _table(runs, body) + folded("Protocol", told)
     parts.append(folded(f"{file}: {len(body)} numbers", content, shown=len(body) <= 12))
   return "".join(parts)
@@ -186,8 +233,10 @@ def evaluations(runs: Sequence[records.Record]) -> str:
 
 def _natural(key: str) -> list:
   """Order in which k10 comes before k100, and k20 between them."""
-  return [(part.isdigit(), int(part) if part.isdigit() else 0, part)
-          for part in re.split(r"([0-9]+)", key)]  # fmt: skip
+  return [
+    (part.isdigit(), int(part) if part.isdigit() else 0, part)
+    for part in re.split(r"([0-9]+)", key)
+  ]
 
 
 def folded(summary: str, content: str, shown: bool = False) -> str:
@@ -197,10 +246,12 @@ def folded(summary: str, content: str, shown: bool = False) -> str:
 
 def settings_list(tree: dict) -> str:
   """<dl> of a JSON object's entries, nested names joined by dots."""
-  items = configs.flat(tree).items() if isinstance(tree, dict) else []
-  return '<dl class="wide">' + "".join(
-    f"<div><dt>{_e(k)}</dt><dd>{_e(v)}</dd></div>" for k, v in items
-  ) + "</dl>"  # fmt: skip
+  items = trees.flat(tree).items() if isinstance(tree, dict) else []
+  return (
+    '<dl class="wide">'
+    + "".join(f"<div><dt>{_e(k)}</dt><dd>{_e(v)}</dd></div>" for k, v in items)
+    + "</dl>"
+  )
 
 
 def kinds(runs) -> str:

@@ -5,8 +5,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 
-from protojax import __version__
-from protojax import config as configs
+from protojax import __version__, trees
 from protojax.reports import curves, gallery, numbers, style
 from protojax.reports import record as records
 
@@ -36,15 +35,14 @@ def build(
   sections = {
     "Verdict": f'<div class="runs">{numbers.cards(runs)}</div>',
     "Numbers": _numbers(runs),
-    "Training": _lead(
-      "By the step, from metrics.jsonl. A cross marks a value that was not finite."
-    ) + _grid(curves.training(runs), "metrics.jsonl holds no measure yet."),
+    "Training": _lead("By the step, from metrics.jsonl. A cross marks a value that was not finite.")
+    + _grid(curves.training(runs), "metrics.jsonl holds no measure yet."),
     "Prototypes": _prototypes(runs),
     "Gallery": _each(runs, looks, "prototypes", _gallery),
     "Attention": _lead(_ATTENTION) + _each(runs, looks, "attention", _rows),
     "Views": _lead(_VIEWS) + _each(runs, looks, "views", _rows),
     "Settings": _settings(runs),
-  }  # fmt: skip
+  }
   links = "".join(f'<a href="#{name.lower()}">{name}</a>' for name in sections)
   legend = "".join(
     f"<b>{numbers.swatch(i)}{_e(run.name)}</b>" for i, run in enumerate(runs) if len(runs) > 1
@@ -86,8 +84,10 @@ def _prototypes(runs) -> str:
   for tag in tags:
     grid = _grid(curves.prototypes(runs, tag), "")
     parts.append(numbers.folded(f"Prototype set: {tag.rstrip('_')}", grid) if tag else grid)
-  last = "<h3>At the end of the run</h3>" + _lead("From eval/final/arrays.npz.") + _grid(
-    ends, "The distributions are written when a run ends."
+  last = (
+    "<h3>At the end of the run</h3>"
+    + _lead("From eval/final/arrays.npz.")
+    + _grid(ends, "The distributions are written when a run ends.")
   )
   lead = _lead(
     "Unique and used belong together: random prototypes that never move are unique too, and a "
@@ -164,8 +164,9 @@ def _settings(runs) -> str:
       _lead("Settings that differ between the runs, from their config.json.")
       + f'<div class="panel"><table class="{numbers.kinds(runs)}"><thead><tr>'
       f'<th scope="col">Setting</th>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
-      if differing else _lead("All settings of the runs are the same.")
-    )  # fmt: skip
+      if differing
+      else _lead("All settings of the runs are the same.")
+    )
   for i, (run, settings) in enumerate(zip(runs, flat, strict=True)):
     parts.append(
       f"<details><summary>All {len(settings)} settings of {numbers.swatch(i)}{_e(run.name)}"
@@ -175,7 +176,7 @@ def _settings(runs) -> str:
 
 
 def _flat(run) -> dict[str, str]:
-  return {k: json.dumps(v, default=str) for k, v in configs.flat(run.config).items()}
+  return {k: json.dumps(v, default=str) for k, v in trees.flat(run.config).items()}
 
 
 def _difference(key, runs, flat) -> str:

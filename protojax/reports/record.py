@@ -10,9 +10,12 @@ from typing import NamedTuple
 import ml_collections
 import numpy as np
 
-from protojax import errors
+from protojax import config as configs
+from protojax import errors, files
+from protojax.metrics import verdicts
 
 METRICS, FINAL, ARRAYS = "metrics.jsonl", "eval/final/result.json", "eval/final/arrays.npz"
+_JUDGED = 300  # lines of a run, spread over it, that `verdict` judges
 Curve = tuple[np.ndarray, np.ndarray]  # steps int [n], ascending; values float [n]
 
 
@@ -26,7 +29,7 @@ class Record(NamedTuple):
     curves: {name in metrics.jsonl: (steps int [n], values float [n])}; NaN where a value was not
       finite.
     results: {"eval/final/result.json": its content, ...}, one entry an evaluation.
-    arrays: those of eval/final/arrays.npz, see `snapshot.Snapshot.final`.
+    arrays: those of eval/final/arrays.npz, see `evaluation.Snapshot.final`.
     notes: one sentence for every file that could not be read in full.
   """
 
@@ -135,9 +138,7 @@ def _curves(path: pathlib.Path, notes: list[str]) -> dict[str, Curve]:
         points.setdefault(key, {})[step] = math.nan if value is None else float(_finite(value))
   if torn:
     notes.append(f"{torn} unreadable line{'s' * (torn > 1)} of {METRICS} left out.")
-  return {
-    key: (np.array(list(p)), np.array(list(p.values()))) for key, p in points.items() if p
-  }
+  return {key: (np.array(list(p)), np.array(list(p.values()))) for key, p in points.items() if p}
 
 
 def _numbers(tree: dict, prefix: str = "") -> dict[str, float]:
@@ -157,3 +158,44 @@ def _is_number(value) -> bool:
 def _finite(value: float) -> float:
   """The number, or NaN where no float is as large."""
   return value if abs(value) <= sys.float_info.max else math.nan
+
+
+class RunVerdict(NamedTuple):
+  """The verdict on a run while it was trained.
+
+  Attributes:
+    verdict: on the latest measures.
+    step: of the last line of metrics.jsonl.
+    since: step since which every line that was judged has had this verdict.
+  """
+
+  verdict: verdicts.Verdict
+  step: int
+  since: int
+
+
+def verdict(folder: pathlib.Path) -> RunVerdict | None:
+  """The verdict on a run by its metrics.jsonl; None before it has written a line.
+
+  Raises:
+    UserError: if its settings or metrics cannot be read.
+  """
+  try:
+    config = configs.restored(json.loads((folder / "config.json").read_text()))
+    lines, _ = files.json_lines(folder / METRICS)
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise errors.UserError(
+      f"{folder}: config.json or metrics.jsonl cannot be read ({type(error).__name__}): give the "
+      "workdir of a run"
+    ) from None
+  lines = [line for line in lines if isinstance(line.get("step"), int)]
+  found, known = None, {}
+  every = max(1, len(lines) // _JUDGED)
+  for i, line in enumerate(lines):
+    lost = dict.fromkeys(line.get("non_finite", ()), math.nan)
+    known |= {k: v for k, v in line.items() if isinstance(v, int | float)} | lost
+    if i % every == 0 or i == len(lines) - 1:
+      now = verdicts.of_run(known, config=config, step=line["step"])
+      same = found is not None and found.verdict.label == now.label
+      found = RunVerdict(now, line["step"], found.since if same else line["step"])
+  return found

@@ -1,0 +1,178 @@
+"""Weights of another library -> the encoder as a run of protojax exports it."""
+
+import pathlib
+from typing import NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+
+from protojax import __version__, errors
+from protojax import config as configs
+from protojax.interop import names, network, settings
+from protojax.models import encoder as encoders
+from protojax.models import vit
+from protojax.training import export
+
+
+class Converted(NamedTuple):
+  """What `convert` made.
+
+  Attributes:
+    tensors: {"params.backbone.norm.scale": float32, ...} that came out of the file.
+    info: its description, for `export.write`.
+    missing: ours that the file lacks.
+    unexpected: the file's that ours lack.
+    aside: {why: the file's that are no part of an encoder}.
+    notes: sentences about what could not be read off the file.
+  """
+
+  tensors: dict[str, np.ndarray]
+  info: dict
+  missing: list[str]
+  unexpected: list[str]
+  aside: dict[str, list[str]]
+  notes: list[str]
+
+
+def _resampled(position: np.ndarray, new: int, rule: str) -> np.ndarray:
+  """[1, 1 + old * old, D] -> [1, 1 + new * new, D], as the library of origin does it.
+
+  Args:
+    position: first row is the class token's and stays.
+    new: patches along a side.
+    rule: "dino" (`vit.position_weights`), "plain" (the same without its offset: Hugging Face) or
+      "antialias" (models with registers, everywhere).
+  """
+  old = round((position.shape[1] - 1) ** 0.5)
+  if rule == "antialias":
+    weights = np.asarray(jax.image.resize(np.eye(old, dtype=np.float32), (new, old), "cubic"))
+  else:
+    weights = vit.position_weights(new, old, offset=0.1 if rule == "dino" else 0.0)
+  grid = position[0, 1:].reshape(old, old, -1).astype(np.float64)
+  grid = np.einsum("hi,wj,ijd->hwd", weights, weights, grid, optimize=True)
+  grid = grid.reshape(1, new * new, -1).astype(np.float32)
+  return np.concatenate([position[:, :1].astype(np.float32), grid], axis=1)
+
+
+def _model(net: network.Network, heads, stem, image_size) -> tuple[dict, dict, int, list[str]]:
+  """(config.model, tensors, image size, notes) of a network."""
+  if net.kind == "resnet":
+    if heads is not None:
+      raise errors.UserError(f"--heads is for transformers; {net.path} holds a ResNet")
+    model = settings.of_resnet(net.tensors, stem=stem)
+    return model, net.tensors, image_size or (224 if model["stem"] == "imagenet" else 32), []
+  if stem is not None:
+    raise errors.UserError(f"--stem is for ResNets; {net.path} holds a transformer")
+  notes = []
+  model = settings.of_vit(net.tensors, heads=heads or net.heads, norm_eps=net.norm_eps or 1e-6)
+  if heads is None and net.heads is None:
+    notes.append(f"{model['heads']} attention heads: width / 64, the file does not say")
+  rule = "plain" if net.hugging_face else "dino"
+  rule = "antialias" if model["registers"] else rule
+  patch, own = model["patch_size"], model["image_size"]
+  if image_size and image_size % patch:
+    raise errors.UserError(f"--image_size={image_size} is no multiple of the patch size {patch}")
+  if image_size and image_size != own:
+    position = _resampled(net.tensors["pos_embed"], image_size // patch, rule)
+    model["image_size"] = image_size
+    notes.append(f"position embedding resampled from {own} to {image_size} px, rule {rule!r}")
+    return model, {**net.tensors, "pos_embed": position}, image_size, notes
+  if rule != "dino":
+    notes.append(
+      f"equal to its library at {own} px; other sizes are interpolated as DINO does, not as "
+      "there: convert with --image_size for one of them"
+    )
+  return model, net.tensors, own, notes
+
+
+def convert(
+  path: pathlib.Path,
+  *,
+  which: str | None = None,
+  heads: int | None = None,
+  stem: str | None = None,
+  image_size: int | None = None,
+  with_head: bool = True,
+) -> Converted:
+  """Converts one network of a file.
+
+  Args:
+    path: a file, or a folder of Hugging Face or timm.
+    which: of several networks in the file "teacher", "student" or a prefix; None takes the only
+      one or the teacher.
+    heads: attention heads; None takes what config.json says, else width / 64.
+    stem: key of `resnet.STEMS`, for a first convolution of 3 x 3.
+    image_size: pixels that the position embedding is resampled to; None keeps the file's.
+    with_head: whether the projection head is converted too.
+
+  Raises:
+    UserError: for a network that no model here is, a tensor of a wrong shape, or a mistake in the
+      arguments.
+  """
+  net = network.read(network.file_of(path), which=which, with_head=with_head)
+  model, tensors, size, notes = _model(net, heads, stem, image_size)
+  head, sources = settings.of_head(net.head, net.activation) if net.head else (None, {})
+  encoder = encoders.build(ml_collections.ConfigDict({"model": model, "head": head or {}}))
+  out, missing, used = {}, [], set()
+  for name, leaf in settings.template(encoder, size).items():
+    collection, part, below = name.split(".", 2)
+    if part == "head" and head is None:
+      continue
+    if part == "head":
+      place, leaf_name = sources.get(name, (None, ""))
+      tensor = net.head.get(place, {}).get(leaf_name)
+    else:
+      plain = names.plain(below, net.kind)
+      tensor = tensors.get(plain)
+      used.add(plain)
+    if tensor is None:
+      missing.append(name)
+      continue
+    tensor = names.turn(name, np.asarray(tensor))
+    if tensor.shape != leaf.shape:
+      raise errors.UserError(
+        f"{net.path}: {name.partition('.')[2]} has shape {tensor.shape} there and {leaf.shape} in "
+        f"a {model['name']} of its settings: these weights cannot be converted"
+      )
+    out[name] = np.asarray(tensor, np.float32)
+  if net.mean is None:
+    notes.append("mean and std of the images: ImageNet's, the file does not say")
+  info = {
+    "weights": net.weights,
+    "step": None,
+    "version": __version__,
+    "model": model,
+    "image": {
+      "global_size": size,
+      "mean": net.mean or configs.IMAGENET["mean"],
+      "std": net.std or configs.IMAGENET["std"],
+    },
+    "source": {"file": net.path.name, "prefix": net.prefix, "layout": _layout(net)},
+    # What a run that starts from these weights initialises itself.
+    "lacks": ["backbone.mask_token", *([] if head else ["head"])],
+  }
+  if head:
+    info["head"] = head
+  return Converted(
+    tensors=out,
+    info=info,
+    missing=missing,
+    unexpected=sorted(set(tensors) - used),
+    aside=net.aside,
+    notes=notes,
+  )
+
+
+def fresh(done: Converted) -> dict[str, np.ndarray]:
+  """What `done` is missing, as a new encoder starts with it: {name: float32}."""
+  encoder, size = settings.encoder_of(done.info), done.info["image"]["global_size"]
+  params, stats = jax.jit(lambda key: encoders.init(encoder, key, size))(jax.random.key(0))
+  start = export.flat({"params": params, "batch_stats": stats})
+  return {name: np.asarray(start[name]) for name in done.missing}
+
+
+def _layout(net: network.Network) -> str:
+  if net.kind == "resnet":
+    return "torchvision ResNet"
+  return "Hugging Face transformer" if net.hugging_face else "DINO or timm transformer"

@@ -1,0 +1,209 @@
+"""One network out of a file of another library: which part, which layout, what is set aside."""
+
+import json
+import pathlib
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from protojax import errors
+from protojax.interop import names, tensor_files
+
+# A tensor that every network of a layout has, below whatever prefix.
+_ANCHORS = {
+  "patch_embed.proj.weight": "vit",
+  "embeddings.patch_embeddings.projection.weight": "hugging_face",
+  "layer1.0.conv1.weight": "resnet",
+}
+# Of several networks in a file: words of their prefix.
+_WHICH = {"teacher": ("teacher", "target_encoder"), "student": ("student", "encoder")}
+_HEAD = re.compile(
+  r"(head|dino_head|projection_head)\.(?:mlp\.)?(?:(\d+)\.)?"
+  r"(weight|bias|running_mean|running_var)"
+)
+# What a file holds beside the network, in the order of trial.
+_ASIDE = (
+  (r"(.+\.)?num_batches_tracked", "counters of batch norm"),
+  (r"(embeddings\.)?mask_token|masked_embed", "mask token; training with masks starts a fresh one"),
+  (r"(.+_?head\.|head\.)?(last_layer2?|prototypes)\..*", "prototypes, no part of an encoder"),
+  (r"ibot_head\..*|head\.mlp2\..*", "head of patch tokens"),
+  (r"(head|fc|classifier)\.(weight|bias)", "classifier"),
+  (r"pooler\..*", "Hugging Face's pooler"),
+  (r"fc\.(fc|bn)\d\..*", "MSN's head, another than ours"),
+)
+_CONFIGS = ("vit", "dinov2", "dinov2_with_registers")
+
+
+class Network(NamedTuple):
+  """What `read` found.
+
+  Attributes:
+    path: of the file.
+    kind: "vit" or "resnet".
+    hugging_face: whether its names were Hugging Face's.
+    prefix: of its names in the file.
+    weights: "teacher", or "encoder" where the file does not say so.
+    tensors: backbone, plain names (`foreign.names`).
+    head: {place in the sequence: {"weight": ...}}, or {}.
+    activation: of that head.
+    aside: {why: names of tensors of the file that are set aside}.
+    heads, norm_eps: of a transformer; None where nothing says.
+    mean, std: of the images' channels; None where nothing says.
+  """
+
+  path: pathlib.Path
+  kind: str
+  hugging_face: bool
+  prefix: str
+  weights: str
+  tensor_files: dict[str, np.ndarray]
+  head: dict[int | None, dict[str, np.ndarray]]
+  activation: str
+  aside: dict[str, list[str]]
+  heads: int | None
+  norm_eps: float | None
+  mean: tuple[float, ...] | None
+  std: tuple[float, ...] | None
+
+
+def file_of(path: pathlib.Path) -> pathlib.Path:
+  """The weights of a folder of Hugging Face or timm, or the file itself.
+
+  Raises:
+    UserError: if there is no such file or the folder holds none.
+  """
+  if not path.exists():
+    raise errors.UserError(f"there is no {path}")
+  if not path.is_dir():
+    return path
+  for name in ("model.safetensors", "pytorch_model.bin"):
+    if (path / name).is_file():
+      return path / name
+  raise errors.UserError(
+    f"{path} holds neither a run of protojax, nor encoder.safetensors, nor model.safetensors: "
+    "give a file of weights"
+  )
+
+
+def _json(path: pathlib.Path) -> dict:
+  try:
+    content = json.loads(path.read_text())
+  except OSError:
+    return {}
+  except ValueError:
+    raise errors.UserError(f"{path} is not readable JSON: copy it again, or move it away") from None
+  return content if isinstance(content, dict) else {}
+
+
+def _choose(prefixes: dict[str, str], which: str | None, path) -> str:
+  """The prefix of the network that is wanted."""
+  if not prefixes:
+    raise errors.UserError(
+      f"{path} holds no network of a known layout (DINO, iBOT, DINOv2, timm or Hugging Face "
+      "transformers, torchvision ResNets)"
+    )
+  if which is None and len(prefixes) == 1:
+    return next(iter(prefixes))
+  words = set(_WHICH.get(which or "teacher", ()))
+  fitting = [p for p in prefixes if p.rstrip(".") == which or words & set(p.split("."))]
+  if len(fitting) != 1:
+    there = ", ".join(p.rstrip(".") or "(no prefix)" for p in prefixes)
+    raise errors.UserError(
+      f"{path} holds {len(prefixes)} networks: {there}; "
+      + ("give one as --which" if which is None else f"--which={which} is not one of them")
+    )
+  return fitting[0]
+
+
+def read(path: pathlib.Path, *, which: str | None = None, with_head: bool = True) -> Network:
+  """Reads a network and sorts everything else that is in the file.
+
+  Args:
+    path: from `file_of`; config.json and preprocessor_config.json beside it are read too.
+    which: of several networks in the file "teacher", "student" or a prefix; None takes the only
+      one or the teacher.
+    with_head: whether a projection head is wanted.
+
+  Raises:
+    UserError: if the file is damaged, or holds no such network.
+  """
+  arrays = tensor_files.read(path)
+  prefixes = {
+    name[: -len(anchor)]: layout
+    for name in arrays
+    for anchor, layout in _ANCHORS.items()
+    if name == anchor or name.endswith("." + anchor)
+  }
+  prefix = _choose(prefixes, which, path)
+  layout = prefixes[prefix]
+  root = re.sub(r"(^|\.)backbone\.$", r"\1", prefix)
+  backbone, head, aside, activation = {}, {}, {}, "gelu"
+  for name, tensor in arrays.items():
+    inside = name.startswith(prefix)
+    short = name.removeprefix(prefix if inside else root)
+    why = next((why for pattern, why in _ASIDE if re.fullmatch(pattern, short)), None)
+    found = _HEAD.fullmatch(short)
+    if not name.startswith(root):
+      why = f"other parts of the file ({name.partition('.')[0]})"
+    elif why is None and found:
+      why = None if with_head else "projection head, by --no_head"
+    elif why is None and not inside:
+      why = f"other parts of the file ({short.partition('.')[0]})"
+    if why is not None:
+      aside.setdefault(why, []).append(name)
+    elif found:
+      head.setdefault(found[2] and int(found[2]), {})[found[3]] = tensor
+      activation = "relu" if found[1] == "projection_head" else "gelu"
+    else:
+      backbone[short] = tensor
+  hugging_face = layout == "hugging_face"
+  if hugging_face:
+    backbone = names.from_hugging_face(backbone)
+  elif layout == "vit":
+    backbone = names.from_variants(backbone)
+  return Network(
+    path=path,
+    kind="resnet" if layout == "resnet" else "vit",
+    hugging_face=hugging_face,
+    prefix=prefix,
+    tensors=backbone,
+    head=head,
+    activation=activation,
+    aside=aside,
+    weights="teacher" if set(prefix.split(".")) & set(_WHICH["teacher"]) else "encoder",
+    **_described(path, hugging_face, "blocks.0.ls1.gamma" in backbone),
+  )
+
+
+def _described(path, hugging_face: bool, scaled: bool) -> dict:
+  """What config.json and preprocessor_config.json beside the file say."""
+  said, images = (_json(path.with_name(f)) for f in ("config.json", "preprocessor_config.json"))
+  timm, arguments = (_section(said, name) for name in ("pretrained_cfg", "model_args"))
+  heads, eps = arguments.get("num_heads"), None
+  if hugging_face:
+    # Without a config.json: the defaults of the two kinds.
+    eps = said.get("layer_norm_eps", 1e-6 if scaled else 1e-12)
+    heads = said.get("num_attention_heads")
+    kind, activation = said.get("model_type", "vit"), said.get("hidden_act", "gelu")
+    if kind not in _CONFIGS or activation != "gelu":
+      raise errors.UserError(
+        f"{path.with_name('config.json')}: model_type={kind!r} with hidden_act={activation!r} is "
+        f"none of {', '.join(_CONFIGS)} with gelu, which is what protojax can be"
+      )
+  return {
+    "heads": heads if isinstance(heads, int) else None,
+    "norm_eps": eps if isinstance(eps, float) else None,
+    "mean": _channels(images.get("image_mean", timm.get("mean"))),
+    "std": _channels(images.get("image_std", timm.get("std"))),
+  }
+
+
+def _section(content: dict, name: str) -> dict:
+  return content[name] if isinstance(content.get(name), dict) else {}
+
+
+def _channels(value) -> tuple[float, ...] | None:
+  """Three numbers, or None for anything else."""
+  numbers = isinstance(value, list) and all(isinstance(v, int | float) for v in value)
+  return tuple(map(float, value)) if numbers and len(value) == 3 else None

@@ -1,0 +1,1 @@
+"""Measures of collapse, and the only place that names and judges them."""

@@ -1,0 +1,258 @@
+"""Measures of collapse: pure functions of arrays. What they mean together: `verdicts.verdict`.
+
+Rows are compared by cosine distance 1 - cos(a, b) in float32; no K x K array is ever built.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+PyTree = Any
+
+# Of cosine distance; the ones of arXiv 2510.20108. A larger one is harder to pass.
+THRESHOLDS = (0.025, 0.05, 0.1, 0.25, 0.5)
+_BLOCK = 1024  # rows of the greedy cover that are compared with one another at a time
+_ROWS = 256  # rows compared with all others at a time
+_TINY = 1e-12
+
+
+def _unit(rows: jax.Array) -> jax.Array:
+  rows = jnp.asarray(rows, jnp.float32)
+  return rows / jnp.maximum(jnp.linalg.norm(rows, axis=-1, keepdims=True), _TINY)
+
+
+def _distance(a: jax.Array, b: jax.Array) -> jax.Array:
+  """[N, D], [M, D] unit rows -> [N, M]; a bfloat16 product would err by as much as a threshold."""
+  return 1.0 - jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
+
+
+# Partial prototype collapse.
+
+
+@functools.partial(jax.jit, static_argnames="thresholds")
+def cover(prototypes: jax.Array, thresholds: Sequence[float] = THRESHOLDS) -> jax.Array:
+  """Representative of every prototype in the greedy cover (arXiv 2510.20108, definition 2.1).
+
+  In index order, the first row that nobody represents represents itself and all unrepresented rows
+  nearer than the threshold (strictly). Depends on the order, does not chain.
+
+  Args:
+    prototypes: [K, D], any norm.
+    thresholds: T cosine distances (static tuple), each covered for itself.
+
+  Returns:
+    int32 [T, K], index of each row's representative; -1 for a row that is zero or not finite.
+  """
+  num = prototypes.shape[0]
+  block = min(_BLOCK, num)
+  padding = -num % block
+  rows = _unit(prototypes)
+  directed = jnp.isfinite(rows).all(axis=1) & (jnp.abs(rows).max(axis=1) > 0.0)
+  rows = jnp.pad(jnp.where(directed[:, None], rows, 0.0), ((0, padding), (0, 0)))
+  free = num + padding  # not represented yet
+  owner = jnp.where(jnp.pad(directed, (0, padding)), jnp.int32(free), -1)
+  owner = jnp.tile(owner, (len(thresholds), 1))
+  local, limits = jnp.arange(block), jnp.asarray(thresholds, jnp.float32)
+
+  def one_block(b, owner):
+    start = b * block
+    here = jax.lax.dynamic_slice_in_dim(rows, start, block)
+
+    def against(c, found):
+      ids = c * block + local
+      those = jax.lax.dynamic_slice_in_dim(owner, c * block, block, axis=1)
+      leaders = jnp.where(those == ids[None, :], ids[None, :], free)  # [T, block]
+      distance = _distance(here, jax.lax.dynamic_slice_in_dim(rows, c * block, block))
+      near = distance[None] < limits[:, None, None]  # [T, block, block], fused into the minimum
+      return jnp.minimum(found, jnp.where(near, leaders[:, None, :], free).min(axis=2))
+
+    found = jax.lax.dynamic_slice_in_dim(owner, start, block, axis=1)
+    found = jax.lax.fori_loop(0, b, against, found)
+    distance = _distance(here, here)
+
+    def one_row(i, found):
+      near = (distance[i][None, :] < limits[:, None]) | (local == i)[None, :]
+      leads = (found[:, i] == free)[:, None]
+      return jnp.where(leads & near & (found == free), start + i, found)
+
+    found = jax.lax.fori_loop(0, block, one_row, found)
+    return jax.lax.dynamic_update_slice_in_dim(owner, found, start, axis=1)
+
+  return jax.lax.fori_loop(0, (num + padding) // block, one_block, owner)[:, :num]
+
+
+def unique_counts(prototypes: jax.Array, thresholds: Sequence[float] = THRESHOLDS) -> jax.Array:
+  """Unique prototypes, the representatives of the greedy `cover`: [K, D], any norm -> int32 [T]."""
+  owner = cover(prototypes, tuple(thresholds))
+  return jnp.sum(owner == jnp.arange(prototypes.shape[0])[None, :], axis=1, dtype=jnp.int32)
+
+
+def random_prototypes(num: int, dim: int) -> jax.Array:
+  """float32 [K, D]: unit rows, uniform on the sphere, the same ones every time."""
+  return _unit(jax.random.normal(jax.random.key(0), (num, dim)))
+
+
+@functools.cache
+def random_unique(num: int, dim: int, thresholds: Sequence[float] = THRESHOLDS) -> np.ndarray:
+  """`unique_counts` of random rows, as high as K and D allow: int [T]; counted once a process."""
+  counts = np.array(unique_counts(random_prototypes(num, dim), thresholds))
+  counts.setflags(write=False)
+  return counts
+
+
+@jax.jit
+def _nearest(queries: jax.Array, rows: jax.Array, skip_self: bool) -> jax.Array:
+  """float32 [N]: cosine distance of each of [N, D] to the nearest of [K, D]; inf without one."""
+  queries, rows = _unit(queries), _unit(rows)
+
+  def one(i):
+    distance = _distance(queries[i][None, :], rows)[0]
+    skipped = skip_self & (jnp.arange(rows.shape[0]) == i)
+    return jnp.maximum(jnp.where(skipped, jnp.inf, distance).min(), 0.0)
+
+  return jax.lax.map(one, jnp.arange(queries.shape[0]), batch_size=_ROWS)
+
+
+def nearest_distances(prototypes: jax.Array) -> jax.Array:
+  """float32 [K]: cosine distance of each row of [K, D] to its nearest other row (inf if K = 1)."""
+  return _nearest(prototypes, prototypes, True)
+
+
+def nearest_quantiles(prototypes: jax.Array, quantiles=(0.05, 0.5, 0.95)) -> jax.Array:
+  """Quantiles of `nearest_distances`: float32, as many as asked for."""
+  return jnp.quantile(nearest_distances(prototypes), jnp.asarray(quantiles, jnp.float32))
+
+
+def relative_uniqueness(prototypes: jax.Array, features: jax.Array) -> jax.Array:
+  """float32 []: spacing of prototypes [K, D] over spread of projected features [N, D] around them.
+
+  median over k of dist(prototype k, nearest other prototype), divided by
+  median over n of dist(feature n, nearest prototype); both cosine distances.
+
+  Duplicates give 0. Near 1 or above, prototypes stand as far apart as features from theirs: a low
+  `unique_counts` then says that the features fill a narrow cone, not that prototypes are redundant.
+  """
+  spacing = jnp.median(nearest_distances(prototypes))
+  spread = jnp.median(_nearest(features, prototypes, False))
+  return spacing / jnp.maximum(spread, jnp.finfo(jnp.float32).eps)
+
+
+def drift(prototypes: jax.Array, initial: jax.Array) -> jax.Array:
+  """float32 []: mean over k of cos(prototype k now, at step 0); [K, D] each. 1: never moved."""
+  return jnp.sum(_unit(prototypes) * _unit(initial), axis=-1).mean()
+
+
+# Cluster collapse and intra-cluster collapse.
+
+
+def _usage(assignments, num):
+  return jnp.bincount(jnp.asarray(assignments), length=num) / max(len(assignments), 1)
+
+
+def used_fraction(assignments: jax.Array, num: int) -> jax.Array:
+  """float32 []: share of `num` codes that occur in int [N]; at most N / num."""
+  return jnp.mean(_usage(assignments, num) > 0.0)
+
+
+def usage_perplexity(assignments: jax.Array, num: int) -> jax.Array:
+  """float32 []: exp of the entropy of the histogram of int [N], 1 (one code) to `num`."""
+  return jnp.exp(_entropy(_usage(assignments, num)))
+
+
+def _entropy(probs: jax.Array) -> jax.Array:
+  """Nats, over the last axis."""
+  return jax.scipy.special.entr(jnp.asarray(probs, jnp.float32)).sum(axis=-1)
+
+
+def mean_assignment_entropy(probs: jax.Array) -> jax.Array:
+  """float32 []: entropy of the mean row of [N, K], nats; ln K when all codes are used alike."""
+  return _entropy(jnp.asarray(probs, jnp.float32).mean(axis=0))
+
+
+def assignment_entropy(probs: jax.Array) -> jax.Array:
+  """float32 []: mean entropy of the rows of [N, K], nats; 0 for one-hot, ln K for uniform rows."""
+  return _entropy(probs).mean()
+
+
+def within_variance_ratio(features: jax.Array, assignments: jax.Array, num: int) -> jax.Array:
+  """Share of the variance of [N, D] that lies inside the codes int [N] < num: 0, codes are points.
+
+  float32 []: sum |z - mean of its code|^2 / sum |z - mean|^2; 0 where nothing varies.
+  """
+  features = jnp.asarray(features, jnp.float32)
+  centred = features - features.mean(axis=0, keepdims=True)
+  sums = jax.ops.segment_sum(centred, assignments, num)
+  counts = jax.ops.segment_sum(jnp.ones(features.shape[0]), assignments, num)
+  means = sums / jnp.maximum(counts, 1.0)[:, None]
+  return jnp.sum((centred - means[assignments]) ** 2) / jnp.maximum(jnp.sum(centred**2), _TINY)
+
+
+# Representation collapse and dimensional collapse.
+
+
+def feature_std(features: jax.Array) -> jax.Array:
+  """float32 []: sqrt(D) * mean over d of the standard deviation of z_d / |z|, z in [N, D].
+
+  1 for directions uniform on the sphere, 0 if all rows point the same way (arXiv 2011.10566, 4.1).
+  """
+  unit = _unit(features)
+  return jnp.std(unit, axis=0).mean() * unit.shape[1] ** 0.5
+
+
+def mean_pairwise_cosine(features: jax.Array) -> jax.Array:
+  """float32 []: mean cosine over all pairs of different rows of [N, D], N > 1."""
+  num = features.shape[0]  # N unit rows with mean m have (N |m|^2 - 1) / (N - 1)
+  return (num * jnp.sum(_unit(features).mean(axis=0) ** 2) - 1.0) / (num - 1)
+
+
+@jax.jit
+def spectrum(features: jax.Array) -> jax.Array:
+  """float32 [D]: eigenvalues of the covariance of [N, D], largest first."""
+  features = jnp.asarray(features, jnp.float32)
+  # Singular values instead of eigenvalues: the squared matrix would lose half the digits.
+  s = jnp.linalg.svd(features - features.mean(axis=0, keepdims=True), compute_uv=False)
+  return jnp.pad(s**2 / features.shape[0], (0, features.shape[1] - s.size))
+
+
+@jax.jit
+def rankme(features: jax.Array) -> jax.Array:
+  """float32 []: effective rank of [N, D], 1 to min(N, D) (RankMe, arXiv 2210.02885, equation 1).
+
+  exp of the entropy of the singular values over their sum. Not centred: a common offset lowers it.
+  """
+  s = jnp.linalg.svd(jnp.asarray(features, jnp.float32), compute_uv=False)
+  return jnp.exp(_entropy(s / jnp.maximum(s.sum(), _TINY) + 1e-7))
+
+
+# Teacher and student.
+
+
+@jax.jit
+def teacher_distance(encoder: PyTree, teacher: PyTree) -> jax.Array:
+  """float32 []: |encoder - teacher| / |encoder|, L2 over all leaves; the trees have one structure.
+
+  0 at step 0; exactly 0 after an update means that the teacher is the student.
+  """
+
+  def square(tree):
+    return sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree))
+
+  gap = square(jax.tree.map(jnp.subtract, encoder, teacher))
+  return jnp.sqrt(gap / jnp.maximum(square(encoder), _TINY))
+
+
+def shared_buffers(encoder: PyTree, teacher: PyTree) -> int:
+  """Leaves of `teacher` whose memory on this process is also a leaf of `encoder`: 0 when sound.
+
+  Both are pytrees of jax.Array, not deleted. Two trees that share cannot both be donated.
+  """
+
+  def pointers(leaf):
+    return {shard.data.unsafe_buffer_pointer() for shard in leaf.addressable_shards}
+
+  students = set().union(*map(pointers, jax.tree.leaves(encoder)))
+  return sum(not students.isdisjoint(pointers(leaf)) for leaf in jax.tree.leaves(teacher))

@@ -1,0 +1,1 @@
+"""What a set of prototypes is, and how it moves."""

@@ -1,0 +1,219 @@
+"""One set of prototypes, whichever way it moves: learned, mixture or frozen.
+
+A method asks for rows and scores and never for the kind: `in_loss` gives the state it scores with,
+`after_step` the state of the next step. What differs:
+
+  learned   weight-normalised rows, trained by optax with the encoder (the joint baseline);
+  mixture   means of a Gaussian mixture, moved by online EM on features without a gradient, the
+            teacher's where there is one (arXiv 2510.20108);
+  frozen    the mixture's starting point, never moved: the control of every uniqueness claim.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from protojax import errors, losses
+from protojax.prototypes import mixture, weight_norm
+
+PyTree = Any
+
+
+class PrototypeSet(NamedTuple):
+  """Pure functions over one set of K prototypes of dimension D.
+
+  Attributes:
+    learned: whether the state is trained by gradient.
+    init: (key) -> state.
+    rows: (state) -> float32 [K, D]; unit rows unless a learned norm is trained.
+    align: (state, features [..., D]) -> [..., D], the features in the coordinates of the rows: a
+      mixture that subtracts the running mean needs the loss to do so too.
+    move: (state, features [N, D]) -> state, one EM step; identity unless a mixture.
+    before_loss: whether a step moves the state before its loss or after the optimizer.
+  """
+
+  learned: bool
+  init: Callable[[jax.Array], PyTree]
+  rows: Callable[[PyTree], jax.Array]
+  align: Callable[[PyTree, jax.Array], jax.Array]
+  move: Callable[[PyTree, jax.Array], PyTree]
+  before_loss: bool = False
+
+
+def _stay(state, features):
+  del features
+  return state
+
+
+def _as_they_are(state, features):
+  del state
+  return features
+
+
+def in_loss(
+  bank: PrototypeSet, trained: dict, frozen: Any, features: jax.Array
+) -> tuple[PyTree, PyTree]:
+  """The state that a loss scores with.
+
+  Args:
+    bank: from `build`.
+    trained: as in `base.Method.loss`.
+    frozen: the rest of the state, as in `base.Method.loss`.
+    features: what `move` takes, of the global batch; no gradient reaches them.
+
+  Returns:
+    (state, with a gradient only if learned; what `after_step` needs, for `LossOut.stats`).
+  """
+  if bank.learned:
+    return trained["prototypes"], ()
+  features = jax.lax.stop_gradient(features)
+  state = bank.move(frozen.prototypes, features) if bank.before_loss else frozen.prototypes
+  state = jax.lax.stop_gradient(state)
+  return state, state if bank.before_loss else features
+
+
+def after_step(bank: PrototypeSet, state: PyTree, moved: PyTree) -> PyTree:
+  """The state of the next step, for `base.Method.update`; `moved` is from `in_loss`."""
+  if bank.learned:
+    return state
+  return moved if bank.before_loss else bank.move(state, moved)
+
+
+def several(bank: PrototypeSet, kinds: tuple[str, ...], *, shared: bool = False) -> PrototypeSet:
+  """A set for each kind of token, or one for all of them.
+
+  Args:
+    bank: what each set is like.
+    kinds: names.
+    shared: one set scores every kind; a mixture is fed by all tokens alike. A single kind is that.
+
+  Returns:
+    A `PrototypeSet` with dicts by kind in the place of arrays: `rows` gives {kind: [K, D]}, `align`
+    and `move` take {kind: [B, ..., D]}, images first. Its state is that of `bank` if one set serves
+    all, else a dict as well.
+  """
+
+  def flat(x):
+    return x.reshape(-1, x.shape[-1])
+
+  def move_one(state, features):
+    # Joined behind the images, so that no row leaves its device.
+    tokens = [x.reshape(x.shape[0], -1, x.shape[-1]) for x in features.values()]
+    return bank.move(state, flat(jnp.concatenate(tokens, axis=1)))
+
+  if shared or len(kinds) == 1:
+    return bank._replace(
+      rows=lambda state: dict.fromkeys(kinds, bank.rows(state)),
+      align=lambda state, features: {k: bank.align(state, x) for k, x in features.items()},
+      move=move_one,
+    )
+
+  def init(key):
+    keys = jax.random.split(key, len(kinds))
+    return {kind: bank.init(key) for kind, key in zip(kinds, keys, strict=True)}
+
+  return bank._replace(
+    init=init,
+    rows=lambda state: {k: bank.rows(state[k]) for k in kinds},
+    align=lambda state, features: {k: bank.align(state[k], x) for k, x in features.items()},
+    move=lambda state, features: {k: bank.move(state[k], flat(x)) for k, x in features.items()},
+  )
+
+
+def _learned(num: int, dim: int, train_norm: bool) -> PrototypeSet:
+  return PrototypeSet(
+    learned=True,
+    init=lambda key: weight_norm.init(key, num, dim, trainable_norm=train_norm),
+    rows=weight_norm.rows,
+    align=_as_they_are,
+    move=_stay,
+  )
+
+
+def _frozen(num: int, dim: int) -> PrototypeSet:
+  return PrototypeSet(
+    learned=False,
+    init=lambda key: {"means": losses.l2_normalize(jax.random.normal(key, (num, dim)))},
+    rows=lambda state: state["means"],
+    align=_as_they_are,
+    move=_stay,
+  )
+
+
+def _mixture(num: int, dim: int, config) -> PrototypeSet:
+  if not config.anneal_steps and (config.horizon_final, config.beta_final) != (
+    config.horizon_steps,
+    config.beta,
+  ):
+    raise ValueError("horizon_final and beta_final need anneal_steps above 0")
+
+  def ramp(start, final):
+    if config.anneal_steps:
+      return optax.linear_schedule(start, final, config.anneal_steps)
+    return start
+
+  tx = mixture.online_em(
+    num,
+    dim,
+    horizon_steps=ramp(config.horizon_steps, config.horizon_final),
+    mass=config.mass,
+    covariance=config.covariance,
+    kappa=config.kappa,
+    learn_kappa=config.learn_kappa,
+    beta=ramp(config.beta, config.beta_final),
+    balanced=config.balanced,
+    balance_steps=config.balance_steps,
+    use_pi=config.use_pi,
+    center_features=config.center_features,
+    reseed=config.reseed,
+  )
+
+  def align(state, features):
+    return mixture.center(state, features) if config.center_features else features
+
+  return PrototypeSet(
+    learned=False,
+    init=tx.init,
+    rows=lambda state: state.means,
+    align=align,
+    move=lambda state, features: tx.update(state, features)[0],
+  )
+
+
+def build(config) -> PrototypeSet:
+  """The prototype set that `config.method.prototypes` names.
+
+  Args:
+    config: reads `method.{prototypes, num_prototypes, train_prototype_norm, em_order}`,
+      `head.bottleneck` (D) and `mixture.*`.
+
+  Raises:
+    UserError: for an unknown kind or `method.em_order`, fewer than two prototypes or mixture
+      options out of range.
+  """
+  num, dim, kind = config.method.num_prototypes, config.head.bottleneck, config.method.prototypes
+  if config.method.em_order not in ("after_step", "before_loss"):
+    raise errors.UserError(
+      f"method.em_order={config.method.em_order!r} is unknown: choose after_step or before_loss"
+    )
+  if num < 2:
+    raise errors.UserError(
+      f"method.num_prototypes={num}: a method needs at least 2 prototypes; set "
+      "--config.method.num_prototypes"
+    )
+  if kind == "learned":
+    return _learned(num, dim, config.method.train_prototype_norm)
+  if kind == "mixture":
+    try:
+      bank = _mixture(num, dim, config.mixture)
+    except ValueError as error:
+      raise errors.UserError(f"mixture: {error}; see --config.mixture.*") from None
+    return bank._replace(before_loss=config.method.em_order == "before_loss")
+  if kind == "frozen":
+    return _frozen(num, dim)
+  raise errors.UserError(
+    f"method.prototypes={kind!r} is unknown: choose learned, mixture or frozen"
+  )

@@ -1,0 +1,95 @@
+"""One picture of a run: curves, prototypes against random ones, usage, spectrum."""
+
+import pathlib
+
+import matplotlib.figure
+import numpy as np
+
+from protojax import files
+
+_INK, _MUTED = "#1f4e79", "#b0b0b0"
+
+
+def _curve(lines, key):
+  """Steps and values of one metric, where it was written."""
+  points = [(r["step"], r[key]) for r in lines if r.get(key) is not None]
+  return np.array(points).reshape(-1, 2).T
+
+
+def draw(workdir: pathlib.Path) -> pathlib.Path:
+  """Draws workdir/report.png from metrics.jsonl and eval/final/arrays.npz.
+
+  Args:
+    workdir: folder of a finished run.
+
+  Returns:
+    The path of the picture.
+  """
+  lines, _ = files.json_lines(workdir / "metrics.jsonl")
+  arrays = np.load(workdir / "eval" / "final" / "arrays.npz")
+  figure = matplotlib.figure.Figure(figsize=(13, 7.5), layout="constrained")
+  axes = figure.subplots(2, 3)
+  figure.suptitle(workdir.name)
+
+  axis = axes[0, 0]
+  several = any("train/cross_entropy" in line for line in lines)  # terms of the loss
+  axis.plot(*_curve(lines, "train/loss"), color=_INK, label="loss")
+  if several:
+    axis.plot(*_curve(lines, "train/cross_entropy"), ":", color=_INK, label="cross entropy")
+  axis.plot(*_curve(lines, "train/ln_k"), color=_MUTED, linestyle="--", label="chance")
+  axis.set(title="Loss", xlabel="step")
+  axis.legend(frameon=False)
+
+  axis = axes[0, 1]
+  for key, label, style in (
+    ("collapse/unique_0.025", "unique at .025", "-"),
+    ("collapse/unique_0.25", "unique at .25", "--"),
+    ("collapse/unique_0.5", "unique at .5", ":"),
+    ("collapse/used_sample", "used by the sample", "-."),
+  ):
+    step, value = _curve(lines, key)
+    axis.plot(step, 100 * value, style, color=_INK, label=label)
+  axis.set(title="Prototypes, % of K", xlabel="step", ylim=(-3, 103))
+  axis.legend(frameon=False, fontsize="small")
+
+  axis = axes[0, 2]
+  for key, label, style in (
+    ("probe/knn", "k-NN", "o-"),
+    ("probe/linear", "linear, online", "s--"),
+  ):
+    step, value = _curve(lines, key)
+    axis.plot(step, 100 * value, style, color=_INK, label=label)
+  axis.set(title="Accuracy on the test images, %", xlabel="step")
+  axis.set_xlim(left=0)
+  axis.legend(frameon=False)
+
+  axis = axes[1, 0]
+  if "nearest" in arrays:
+    bins = np.linspace(0, max(1.0, float(arrays["nearest_random"].max())), 60)
+    axis.hist(arrays["nearest_random"], bins, color=_MUTED, label="random, same K and D")
+    axis.hist(arrays["nearest"], bins, color=_INK, alpha=0.7, label="this run")
+    axis.legend(frameon=False)
+  axis.set(title="Cosine distance to the nearest prototype", ylabel="prototypes")
+
+  axis = axes[1, 1]
+  if "usage" in arrays:
+    usage = np.sort(arrays["usage"])[::-1]
+    axis.plot(np.arange(1, len(usage) + 1), usage, color=_INK)
+    axis.axhline(usage.mean(), color=_MUTED, linestyle="--", label="balanced")
+    axis.set_yscale("symlog", linthresh=1)
+    axis.set_ylim(bottom=0)
+    axis.legend(frameon=False)
+  axis.set(title="Images per prototype", xlabel="prototype, by rank")
+
+  axis = axes[1, 2]
+  spectrum = np.sort(arrays["spectrum"])[::-1]
+  axis.semilogy(np.arange(1, len(spectrum) + 1), spectrum, color=_INK)
+  # A layer norm leaves one direction empty: noise of float32, not worth half the axis.
+  axis.set_ylim(bottom=max(spectrum[spectrum > 1e-7 * spectrum[0]].min(initial=spectrum[0]), 1e-30))
+  axis.set(title="Feature covariance, eigenvalues", xlabel="rank")
+
+  for axis in axes.flat:
+    axis.spines[["top", "right"]].set_visible(False)
+  path = workdir / "report.png"
+  figure.savefig(path, dpi=110)
+  return path

@@ -1,0 +1,1 @@
+"""A run: the step, the loop around it, its checkpoints and its folder."""

@@ -1,0 +1,275 @@
+"""Checkpoints of a run: saved in the background, restored to the bit, never half-written.
+
+The only file that imports orbax. Folder <workdir>/checkpoints/<step> holds the state, a small JSON
+(`metadata`) and `seal.json`, checksums of the files and shapes of the leaves. It gets its name when
+all of that is on disk. Without our seal, orbax would read a flipped bit as if nothing had happened.
+"""
+
+import contextlib
+import errno
+import functools
+import json
+import os
+import pathlib
+import shutil
+import zlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+
+from protojax import errors
+
+PyTree = Any
+_SEAL = "seal.json"
+_TEMPORARY = ".orbax-checkpoint-tmp"  # orbax's own suffix
+_START_ANEW = "choose another --workdir or set --config.overwrite=True"
+
+
+def _not_from_orbax(record) -> bool:
+  return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+def _sum(path: pathlib.Path) -> int:
+  """CRC-32 of a file."""
+  crc = 0
+  with open(path, "rb") as file:
+    while block := file.read(1 << 22):
+      crc = zlib.crc32(block, crc)
+  return crc
+
+
+def _shapes(tree: PyTree) -> dict[str, str]:
+  """{"encoder/head/kernel": "float32[4, 6]"}."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+  return {name(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+
+
+def leaves(workdir: str | os.PathLike) -> dict[str, str] | None:
+  """{"carry/probe/params/bias": "float32[10]", ...} of the newest sealed checkpoint, or None."""
+  seals = pathlib.Path(workdir).glob(f"checkpoints/*/{_SEAL}")
+  for seal in sorted(seals, key=lambda p: int(p.parent.name), reverse=True):
+    with contextlib.suppress(ValueError, KeyError, OSError):
+      return json.loads(seal.read_text())["leaves"]
+  return None
+
+
+def _one_line(error: Exception) -> str:
+  first, *_ = str(error).strip().splitlines() or [""]
+  return f"{type(error).__name__}: {first[:200]}"
+
+
+class Checkpoints:
+  """The checkpoints of one run. Every process makes the same calls in the same order.
+
+  A save runs in the background; if it fails because of the disk, the next call of any method says
+  so in one line (UserError).
+
+  Args:
+    workdir: folder of the run; nothing is made before the first save.
+    keep: how many of the newest to keep, at least 2: a damaged newest needs one to fall back to.
+
+  Raises:
+    UserError: if `keep` is less than 2 or <workdir>/checkpoints is not a folder.
+  """
+
+  def __init__(self, workdir: str | os.PathLike, *, keep: int = 2):
+    self._folder = pathlib.Path(workdir).expanduser().absolute() / "checkpoints"
+    self._keep = keep
+    self._manager = None
+    self._newest = None  # step of the last save or restore
+    self._unreadable = []  # newer than the restored one
+    self._shapes = {}  # of the state that is being saved
+    self._swept = False
+    if keep < 2:
+      raise errors.UserError(f"keep_checkpoints={keep}: keep at least 2, in case one is damaged")
+    if self._folder.is_file():
+      raise errors.UserError(f"{self._folder} is not a folder: choose another --workdir")
+    # Its errors come back as exceptions; its tracebacks and progress would drown ours.
+    logging.get_absl_logger().addFilter(_not_from_orbax)
+
+  def _open(self) -> ocp.CheckpointManager:
+    if self._manager is None:
+      self._manager = ocp.CheckpointManager(
+        self._folder,
+        options=ocp.CheckpointManagerOptions(
+          preservation_policy=ocp.checkpoint_managers.LatestN(self._keep),
+          async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
+          save_root_metadata=False,
+          lightweight_initialize=True,
+        ),
+      )
+    return self._manager
+
+  def save(self, step: int, state: PyTree, metadata: dict) -> None:
+    """Starts to save; returns as soon as `state` may be donated. The same step twice is one save.
+
+    Args:
+      step: later than all that were saved before.
+      state: pytree of jax arrays, typed keys included.
+      metadata: JSON: {"config": ..., "version": ...}.
+
+    Raises:
+      ValueError: if a later step is there already.
+    """
+    self.wait()
+    self._newest = step
+    with self._reporting():
+      manager = self._open()
+      if not self._swept:
+        self._sweep()
+      while self._unreadable:
+        manager.delete(self._unreadable.pop())
+      steps = manager.all_steps()
+      if steps and max(steps) > step:
+        raise ValueError(f"{self._folder} holds step {max(steps)}, later than {step}")
+      if step not in steps:
+        self._require_space(state)
+        self._shapes = _shapes(state)
+        items = {"state": ocp.args.StandardSave(state), "metadata": ocp.args.JsonSave(metadata)}
+        manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+  def _require_space(self, state: PyTree) -> None:
+    """Refuses beforehand, where one process decides: orbax leaves a mess if space ends half-way."""
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    if jax.process_count() == 1 and shutil.disk_usage(self._folder).free < size:
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  def _seal(self) -> None:
+    """orbax calls it in process 0, when all is written but not yet named."""
+    folder = self._folder / f"{self._newest}{_TEMPORARY}"
+    files = sorted(f for item in ("state", "metadata") for f in (folder / item).rglob("*"))
+    sums = {f.relative_to(folder).as_posix(): _sum(f) for f in files if f.is_file()}
+    (folder / _SEAL).write_text(json.dumps({"files": sums, "leaves": self._shapes}))
+
+  def _damage(self, step: int) -> str | None:
+    """What is wrong with the files of a checkpoint, if anything."""
+    folder = self._folder / str(step)
+    try:
+      for name, expected in json.loads((folder / _SEAL).read_text())["files"].items():
+        if _sum(folder / name) != expected:
+          return f"{name} is damaged"
+    except FileNotFoundError as error:
+      return f"{pathlib.Path(error.filename).relative_to(folder)} is missing"
+    except (ValueError, KeyError, OSError) as error:
+      return f"{_SEAL}: {_one_line(error)}"
+    return None
+
+  def _require_fit(self, step: int, abstract: PyTree) -> None:
+    there = json.loads((self._folder / str(step) / _SEAL).read_text())["leaves"]
+    here = _shapes(abstract)
+    wrong = sorted(k for k in there.keys() | here.keys() if there.get(k) != here.get(k))
+    if wrong:
+      raise errors.UserError(
+        f"checkpoint {step} in {self._folder} is of another program: {wrong[0]} is "
+        f"{there.get(wrong[0], 'missing')} there and {here.get(wrong[0], 'missing')} here, "
+        f"{len(wrong)} differences in all: {_START_ANEW}"
+      )
+
+  def restore_latest(
+    self, abstract: PyTree, step: int | None = None
+  ) -> tuple[int, PyTree, dict] | None:
+    """The newest checkpoint that can be read, on any mesh.
+
+    A damaged one is passed over with a warning, and removed by the next save.
+
+    Args:
+      abstract: pytree like the state, of `jax.ShapeDtypeStruct` with `sharding`.
+      step: take this one and no other.
+
+    Returns:
+      (step, state, metadata), or None if there is no checkpoint.
+
+    Raises:
+      UserError: if there are checkpoints and none can be read, `step` is not there, or the state
+        has other leaves.
+    """
+    if (found := self._restore(abstract, step)) is None:
+      return None
+    self._newest, restored, reasons = found
+    self._unreadable = list(reasons)
+    if reasons:
+      logging.warning(
+        "cannot read checkpoint %s in %s: going on from checkpoint %d",
+        ", ".join(reasons.values()),
+        self._folder,
+        self._newest,
+      )
+    return self._newest, restored["state"], restored["metadata"]
+
+  def _restore(self, abstract: PyTree, only: int | None):
+    """(step, items, {newer step: "step (why it could not be read)"}); None without checkpoints."""
+    if not self._folder.is_dir():
+      return None
+    wanted = {"metadata": ocp.args.JsonRestore(), "state": ocp.args.StandardRestore(abstract)}
+    manager = self._open()
+    self.wait()
+    reasons, steps = {}, sorted(manager.all_steps(), reverse=True)
+    if only is not None and only not in steps:
+      raise errors.UserError(
+        f"there is no checkpoint {only} in {self._folder}: there are {', '.join(map(str, steps))}"
+      )
+    for step in steps if only is None else [only]:
+      reason = self._damage(step)
+      if reason is None:
+        self._require_fit(step, abstract)
+        try:
+          return step, manager.restore(step, args=ocp.args.Composite(**wanted)), reasons
+        except Exception as error:  # orbax and tensorstore raise whatever they like
+          reason = _one_line(error)
+      reasons[step] = f"{step} ({reason})"
+    if reasons:
+      raise errors.UserError(
+        f"no checkpoint in {self._folder} can be read: {', '.join(reasons.values())}: {_START_ANEW}"
+      )
+    return None
+
+  def check_errors(self) -> None:
+    """Raises what a save in the background has raised by now, without waiting for it."""
+    if self._manager is not None:
+      with self._reporting():
+        self._manager.check_for_errors()
+        if not self._manager.is_saving_in_progress():
+          self.wait()  # the first call misses errors of array data, this one does not
+
+  def wait(self) -> None:
+    """Returns when the last save is on disk."""
+    if self._manager is not None:
+      with self._reporting():
+        self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits for the last save and ends the background threads."""
+    if self._manager is not None:
+      manager, self._manager = self._manager, None
+      with self._reporting():
+        manager.close()
+
+  def _sweep(self) -> None:
+    """Removes what saves that were cut short have left."""
+    self._swept = True
+    if jax.process_index() == 0:
+      for path in self._folder.glob(f"*{_TEMPORARY}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+  @contextlib.contextmanager
+  def _reporting(self):
+    """Turns a full or unwritable disk into one line."""
+    try:
+      yield
+    except (OSError, ValueError) as error:
+      text = str(error)
+      if not isinstance(error, OSError) and "os_error_code=" not in text:  # as tensorstore says it
+        raise
+      what, advice = _one_line(error), "mend it"
+      if any(os.strerror(code) in text for code in (errno.ENOSPC, errno.EDQUOT)):
+        what, advice = "no space left on device", "free some space"
+      self._sweep()
+      steps = [int(p.name) for p in self._folder.glob("*") if p.name.isdigit()]
+      intact = f"checkpoint {max(steps)} is intact" if steps else "there is none before it"
+      raise errors.UserError(
+        f"{what} while saving checkpoint {self._newest} in {self._folder}: {advice} and run the "
+        f"same command again; {intact}"
+      ) from error

@@ -1,0 +1,73 @@
+"""One pass of a compiled function over the images of a source, gathered on the host."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from protojax.data import cache, pipeline, sources
+from protojax.training import sharding
+
+PyTree = Any
+_KEYS = ("image", "size", "index", "label")
+
+
+def rows(
+  forward: Callable[[dict[str, jax.Array]], PyTree],
+  data: sources.Source,
+  *,
+  mesh: jax.sharding.Mesh,
+  batch_size: int,
+  image_size: int,
+  num_workers: int = 0,
+  limit: int = 0,
+  cached: cache.Cache | None = None,
+) -> PyTree:
+  """What `forward` makes of every image that can be read, in the order of the source.
+
+  Args:
+    forward: of a batch {"image": uint8 [B, S, S, 3], "size": int32 [B, 2], "index", "label": int32
+      [B]} of global arrays, rows over "data", to a pytree of replicated arrays [B, ...].
+    data: from `sources.build`.
+    mesh: from `sharding.make_mesh`.
+    batch_size: B at least; rounded up to a multiple of the mesh's "data".
+    image_size: S, storage size in pixels.
+    num_workers: processes that decode; 0 uses threads.
+    limit: at most so many images, evenly spread; 0 takes all.
+    cached: `data` on the devices, which takes the host's place.
+
+  Returns:
+    The same pytree of NumPy arrays [N, ...], whole in every process.
+
+  Raises:
+    UserError: if not one image can be read.
+  """
+  size = -(-batch_size // mesh.shape["data"]) * mesh.shape["data"]
+  if cached is None:
+    batches = _from_host(data, mesh, size, image_size, num_workers, limit or None)
+  else:
+    batches = cache.sequential(cached, batch_size=size, limit=limit or None, keys=_KEYS)
+  seen = []
+  for batch, mask in batches:
+    out, keep = jax.device_get((forward(batch), mask))
+    seen.append(jax.tree.map(lambda x, keep=keep: x[keep], out))
+  return jax.tree.map(lambda *parts: np.concatenate(parts), *seen)
+
+
+def _from_host(data, mesh, batch_size, image_size, num_workers, limit):
+  """(batch, mask bool [B], whole on every device) of one pass over the images."""
+  part, count = sharding.rows_of_process(batch_size, mesh)
+  batches = pipeline.sequential(
+    data,
+    batch_size=batch_size,
+    image_size=image_size,
+    limit=limit,
+    num_workers=num_workers,
+    process_index=part,
+    process_count=count,
+  )
+  for batch in batches:
+    put = sharding.put_batch({k: batch[k] for k in (*_KEYS, "mask")}, mesh)
+    mask = jax.device_put(put.pop("mask"), sharding.replicated(mesh))
+    yield put, mask

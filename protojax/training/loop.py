@@ -1,0 +1,200 @@
+"""The training loop: build, restore, then save / next / step / log / evaluate."""
+
+import contextlib
+import pathlib
+import time
+from collections.abc import Callable
+
+import jax
+from absl import logging
+
+from protojax import config as configs
+from protojax import errors
+from protojax.data import cache, sources
+from protojax.training import checkpoint, console, evaluation, export, optim, programs, sharding
+from protojax.training import workdir as workdirs
+
+
+def build_sources(config):
+  """(pretraining source, bank to look at, labelled test source or None) of a config.
+
+  Raises:
+    UserError: if data is missing, or a probe was asked of data without labels.
+  """
+  data, probe = config.data, config.probe
+  train = sources.build(
+    data.name, split=data.split, data_dir=data.data_dir, imbalance=data.imbalance, seed=config.seed
+  )
+  name, data_dir = probe.name or data.name, probe.data_dir or data.data_dir
+  own = probe.name is None and probe.data_dir is None
+  root = pathlib.Path(data_dir or "").expanduser()
+  if name == "folder" and own and not (root / probe.test_split).is_dir():
+    logging.info(
+      "k-NN and linear probe are off: %s has no folder %r; name labelled images with "
+      "--config.probe.name and --config.probe.data_dir",
+      data_dir,
+      probe.test_split,
+    )
+    return train, train, None
+  same = own and probe.train_split == data.split and data.imbalance is None
+  bank = train if same else sources.build(name, split=probe.train_split, data_dir=data_dir)
+  if own and not bank.num_classes:
+    logging.info("k-NN and linear probe are off: %s has no labels", bank.name)
+    return train, bank, None
+  sources.require_labels(bank, "probe.train_split")
+  test = sources.build(name, split=probe.test_split, data_dir=data_dir)
+  sources.require_labels(test, "probe.test_split")
+  if bank.class_names != test.class_names:
+    raise errors.UserError(
+      f"{bank.name} and {test.name} have different classes ({bank.num_classes} and "
+      f"{test.num_classes}): give both the same sub-folders"
+    )
+  return train, bank, test
+
+
+def _no_batches():
+  """What `Program.batches` gives where there is no probe."""
+  while True:
+    yield None, (), 0.0
+
+
+def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, float]:
+  """Trains to `config.num_steps`, resuming what the workdir holds.
+
+  Args:
+    config: unresolved config, as from `config.default()` and flags.
+    workdir: folder of this run.
+    report: called by every process when the result is written, see
+      `reports.of_run.after_training`; None writes no page.
+
+  Returns:
+    The measures of the final state, as written to eval/final/result.json.
+
+  Raises:
+    UserError: for a mistake of the user; nothing is written before the step has been traced.
+    errors.Interrupted: on SIGTERM or Ctrl-C, after a checkpoint was written.
+  """
+  started = time.time()
+  train_source, bank, test = build_sources(config)
+  config = configs.resolve(config, len(train_source))
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.model)
+  sharding.rows_of_process(config.batch_size, mesh)
+  if test is not None:
+    if config.probe.batch_size:
+      sharding.rows_of_process(config.probe.batch_size, mesh, "probe.batch_size")
+    if config.probe.k > (rows := min(config.probe.limit or len(bank), len(bank))):
+      raise errors.UserError(
+        f"probe.k={config.probe.k} neighbours of a bank of {rows} images: lower --config.probe.k"
+      )
+  program = programs.Program(config, bank.num_classes if test is not None else 0)
+  lowered = program.lower()
+  to_cache = cache.choose(
+    config.data.cache,
+    [data for data in (train_source, bank, test) if data is not None],
+    image_size=config.data.image_size,
+    images_drawn=config.num_steps * config.batch_size,
+    mesh=mesh,
+  )
+  start_from = None
+  if config.init_from:
+    path = pathlib.Path(config.init_from).expanduser()
+    start_from = export.load(path, program.abstract.encoder)
+
+  folder = workdirs.claim(workdir, config)
+  checkpoints = checkpoint.Checkpoints(folder, keep=config.keep_checkpoints)
+  target = jax.tree.map(
+    lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+    program.abstract,
+    program.shardings,
+  )
+  restored = checkpoints.restore_latest(target)
+  if restored is None:
+    start, state, before = 0, program.init(config.seed), 0.0
+    if start_from is not None:
+      state = workdirs.warm_start(state, start_from)
+  else:
+    start, state, metadata = restored
+    before = metadata.get("seconds", 0.0)
+    logging.info("resumed at step %d", start)
+
+  log = console.RunLog(folder, config, start=start, describe=train_source.describe)
+
+  def seconds():
+    return before + time.time() - started
+
+  def save(step, state):
+    log.sync()
+    checkpoints.save(step, state, workdirs.metadata(config, seconds()))
+    workdirs.export_encoder(folder, step, state, config, program.mesh)
+
+  # The order inside the loop is the meaning of a checkpoint: state n is saved before batch n is
+  # taken, so that n alone says where to go on. A refresh belongs to the step after it: it comes
+  # between the two and is done again by a run that goes on from n.
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(contextlib.closing(checkpoints))
+    log = stack.enter_context(log)
+    if start == config.num_steps and (result := workdirs.read_result(folder)):
+      log.summary(result)
+      return result
+    cached = {data: program.load(data) for data in to_cache}
+    view = evaluation.Snapshot(program, bank=bank, test=test, cached=cached)
+    batches = program.batches(
+      train_source,
+      seed=config.seed,
+      step=start,
+      batch_size=config.batch_size,
+      keys=("image", "size", "index"),
+      cached=cached.get(train_source),
+    )
+    probe_batches = _no_batches()
+    if program.probe:
+      probe_batches = program.batches(
+        bank,
+        seed=config.seed + 1,
+        step=start,
+        batch_size=config.probe.batch_size,
+        keys=("image", "size", "label"),
+        cached=cached.get(bank),
+      )
+    for stream in (batches, probe_batches):
+      stack.callback(stream.close)
+    logging.info("compiling the step (%s)", optim.describe(config))
+    step_fn = lowered.compile()
+    stop = stack.enter_context(workdirs.Stop())
+    for step in range(start, config.num_steps):
+      if step > start and step % config.save_every == 0:
+        save(step, state)
+      if stop.asked(step):
+        save(step, state)
+        raise errors.Interrupted(step)
+      if program.refresh and step >= program.method.refresh_from:
+        if step % config.steps_per_epoch == 0:
+          state = program.refresh(state, *view.embeddings(state, train_source))
+      with jax.transfer_guard("disallow"):
+        batch, skipped, waited = next(batches)
+        probe_batch, _, waited_too = next(probe_batches)
+        state, metrics = step_fn(state, batch, probe_batch)
+        log.step(step, metrics, skipped=skipped, waited=waited + waited_too)
+      done = step + 1
+      look, test_it = done % config.monitor.every == 0, done % config.eval_every == 0
+      if done < config.num_steps and (look or test_it):
+        log.flush()
+        log.measures(done, view.monitor(state) | (view.evaluate(state) if test_it else {}))
+        checkpoints.check_errors()
+        if config.monitor.stop_on_collapse and log.verdict(done).collapsed:
+          save(done, state)
+          raise errors.UserError(
+            f"stopped at step {done}, {log.verdict(done).label}: {log.verdict(done).sentence} "
+            "(--config.monitor.stop_on_collapse=False goes on)"
+          )
+    # Saved before it is measured: a stop from here on costs no step.
+    save(config.num_steps, state)
+    measures, arrays = view.final(state)
+    log.measures(config.num_steps, measures)
+    result = log.result | {"step": config.num_steps, "seed": config.seed, "seconds": seconds()}
+    if jax.process_index() == 0:
+      workdirs.write_result(folder, result, arrays, config, bank=bank, test=test)
+    if report is not None:
+      report(folder, program, state, arrays, bank=bank, train=train_source)
+    log.summary(result)
+  return result

@@ -1,0 +1,185 @@
+"""The optimizer of a run from `config.optim`: clip, freeze, AdamW / Adam / LARS / SGD, schedules.
+
+optax sees `trained` = {"encoder": ..., "prototypes": ... (learned ones only)}. Every part has an
+optimizer state of its own, so that frozen prototypes can keep theirs, count included: had Adam
+been fed zeros meanwhile, its bias correction would make the first live step 2.7 learning rates long
+(after 1,250 frozen steps) instead of one.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from protojax import errors, schedules
+
+PyTree = Any
+
+_EMBEDDINGS = ("cls_token", "mask_token", "pos_embed", "registers")
+
+
+class OptimState(NamedTuple):
+  """State of `build`.
+
+  Attributes:
+    step: int32 [], position in the schedules.
+    parts: {"encoder": ..., "prototypes": ...}, moments with counts of their own.
+  """
+
+  step: jax.Array
+  parts: dict[str, PyTree]
+
+
+def decay_mask(params: PyTree, options) -> PyTree:
+  """Which leaves decay (and adapt, under LARS): two or more dimensions and no bias or scale.
+
+  By name, not by shape alone: a fused bias may have two dimensions. Tokens, position
+  embeddings and learned prototypes (v, and their norms g [K, 1]) do decay, as in DINO's code,
+  unless `optim.decay_embeddings` or `optim.decay_prototypes` is False. Under Adam, which is
+  PyTorch's, biases and scales do too.
+
+  Returns:
+    Pytree of bool, like `params`.
+  """
+  still = () if options.decay_embeddings else _EMBEDDINGS
+  still += () if options.decay_prototypes else ("v", "g")
+
+  def decays(path, leaf):
+    name = jax.tree_util.keystr(path[-1:], simple=True)
+    is_weight = leaf.ndim >= 2 and name not in ("bias", "scale")
+    return (is_weight or options.name == "adam") and name not in still
+
+  return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def _clip(grads: PyTree, limit: float, mode: str) -> PyTree:
+  """Scales by min(1, limit / (norm + 1e-6)), the norm of each tensor or of all of them."""
+
+  def factor(norm):
+    return jnp.minimum(1.0, limit / (norm + 1e-6))
+
+  if mode == "global":
+    scale = factor(optax.tree.norm(grads))
+    return jax.tree.map(lambda g: g * scale, grads)
+  return jax.tree.map(lambda g: g * factor(optax.tree.norm(g)), grads)
+
+
+def _adapt(options, rate, decay) -> optax.GradientTransformation:
+  """Layer-wise adaptation of LARS (arXiv 1708.03888) in the form of SwAV's and solo-learn's code.
+
+  Weights: (g + decay w) * trust |w| / (|g| + decay |w| + 1e-8), plain g where either norm is 0.
+  Everything else: plain g. `optim.lars_clip` divides the ratio by the learning rate and cuts it at
+  1, so that no weight moves faster than under SGD. `optax.lars` puts |g + decay w| in the
+  denominator, decays zero-norm weights and multiplies by the learning rate before the momentum.
+  """
+
+  def update(grads, state, params):
+    def leaf(g, w, is_weight):
+      if not is_weight:
+        return g
+      norm_g, norm_w = optax.tree.norm(g), optax.tree.norm(w)
+      ratio = options.trust * norm_w / (norm_g + decay * norm_w + 1e-8)
+      if options.lars_clip:
+        ratio = jnp.minimum(ratio / jnp.maximum(rate, 1e-12), 1.0)  # the rate starts at 0
+      return jnp.where((norm_g > 0) & (norm_w > 0), ratio * (g + decay * w), g)
+
+    return jax.tree.map(leaf, grads, params, decay_mask(params, options)), state
+
+  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _rule(options, rate, decay) -> optax.GradientTransformation:
+  """Gradient -> direction, still to be multiplied by minus the learning rate."""
+  decayed = optax.add_decayed_weights(decay, mask=lambda params: decay_mask(params, options))
+  if options.name == "adamw":
+    return optax.chain(optax.scale_by_adam(b1=options.beta1, b2=options.beta2, eps=1e-8), decayed)
+  if options.name == "adam":  # PyTorch's: the decay is part of the gradient
+    return optax.chain(decayed, optax.scale_by_adam(b1=options.beta1, b2=options.beta2, eps=1e-8))
+  if options.name == "lars":
+    return optax.chain(_adapt(options, rate, decay), optax.trace(decay=options.beta1))
+  if options.name == "sgd":
+    return optax.chain(decayed, optax.trace(decay=options.beta1))
+  raise errors.UserError(f"optim.name={options.name!r} is unknown: choose adamw, adam, lars or sgd")
+
+
+def _peak(config, batch_size: int) -> float:
+  return config.optim.lr * batch_size / 256
+
+
+def learning_rate(config, *, num_steps: int, batch_size: int) -> schedules.Schedule:
+  """step -> learning rate: `optim.lr` per 256 images, warm-up, cosine to `optim.final_lr`."""
+  return schedules.warmup_cosine(
+    _peak(config, batch_size),
+    config.optim.final_lr,
+    warmup_steps=config.optim.warmup_steps,
+    num_steps=num_steps,
+  )
+
+
+def weight_decay(config, *, num_steps: int) -> schedules.Schedule:
+  """step -> weight decay: cosine from `optim.weight_decay` to `optim.final_weight_decay`."""
+  return schedules.cosine(config.optim.weight_decay, config.optim.final_weight_decay, num_steps)
+
+
+def describe(config) -> str:
+  """One line for the log: rule, scaled learning rate, decay, clipping, freezing."""
+  o = config.optim
+  clip = f"clip {o.clip:g} {'per tensor' if o.clip_mode == 'tensor' else 'global'}"
+  return (
+    f"{o.name}: lr {o.lr:g} x {config.batch_size}/256 = {_peak(config, config.batch_size):g} -> "
+    f"{o.final_lr:g}, {o.warmup_steps} warm-up steps, weight decay {o.weight_decay:g} -> "
+    f"{o.final_weight_decay:g}, {clip if o.clip else 'no clipping'}, learned prototypes frozen for "
+    f"{o.freeze_prototypes_steps} steps"
+  )
+
+
+def build(config, *, num_steps: int, batch_size: int) -> optax.GradientTransformation:
+  """The transformation of {"encoder": ..., "prototypes": ...}; its updates are to be added.
+
+  Order of a step, as in DINO's code: clip, freeze, moments, decay, learning rate. AdamW decays
+  decoupled, w (1 - lr wd) - lr m / (sqrt(v) + 1e-8); Adam, SGD and LARS add the decay to the
+  gradient, Adam that of biases and scales too; SGD and LARS take `optim.beta1` as momentum.
+
+  Args:
+    config: reads `optim.{name, lr, final_lr, warmup_steps, weight_decay, final_weight_decay, clip,
+      clip_mode, decay_embeddings, decay_prototypes, trust, lars_clip, freeze_prototypes_steps,
+      beta1, beta2}`.
+    num_steps: length of the schedules.
+    batch_size: global, scales `optim.lr`.
+
+  Raises:
+    UserError: for an unknown `optim.name` or `optim.clip_mode`.
+  """
+  options = config.optim
+  if options.clip_mode not in ("tensor", "global"):
+    raise errors.UserError(
+      f"optim.clip_mode={options.clip_mode!r} is unknown: choose tensor or global"
+    )
+  start = _rule(options, 0.0, 0.0)
+  rate = learning_rate(config, num_steps=num_steps, batch_size=batch_size)
+  decay = weight_decay(config, num_steps=num_steps)
+
+  def init(trained):
+    parts = {name: start.init(params) for name, params in trained.items()}
+    return OptimState(jnp.zeros((), jnp.int32), parts)
+
+  def update(grads, state, trained):
+    if options.clip:
+      grads = _clip(grads, options.clip, options.clip_mode)
+    lr = rate(state.step)
+    rule = _rule(options, lr, decay(state.step))
+    updates, parts = {}, {}
+    for name, old in state.parts.items():
+      direction, new = rule.update(grads[name], old, trained[name])
+      if name == "prototypes" and options.freeze_prototypes_steps:
+        live = state.step >= options.freeze_prototypes_steps
+        still = optax.tree.zeros_like(direction)
+        direction, new = jax.tree.map(
+          lambda a, b, live=live: jnp.where(live, a, b), (direction, new), (still, old)
+        )
+      updates[name], parts[name] = direction, new
+    updates = jax.tree.map(lambda d: (-lr * d).astype(d.dtype), updates)
+    return updates, OptimState(optax.safe_increment(state.step), parts)
+
+  return optax.GradientTransformation(init, update)

@@ -1,0 +1,167 @@
+"""A resolved config as compiled functions over a mesh."""
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+
+from protojax import methods
+from protojax.data import augment, cache, pipeline
+from protojax.evals import linear
+from protojax.training import optim, sharding, train_step
+
+
+class Program:
+  """A resolved config as compiled functions; the loop below and the benchmarks run it.
+
+  Attributes:
+    config: resolved; see `config.resolve`.
+    mesh, method, tx, evaluation, probe: what the step is made of.
+    abstract, shardings: of the `train_step.TrainState`.
+    init: jitted (seed) -> state 0.
+    step: jitted (state, batch, probe_batch) -> (state, metrics); donates the state.
+    refresh: jitted (state, embeddings, index) -> state, donates the state; None without.
+
+  Args:
+    config: resolved.
+    num_classes: of the labelled source; 0 leaves the online probe out.
+    devices: list of devices to use instead of all.
+  """
+
+  def __init__(self, config, num_classes: int = 0, devices=None):
+    self.config = config
+    self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.model, devices)
+    self.method = methods.load(config.method.name).make(config)
+    self.tx = optim.build(config, num_steps=config.num_steps, batch_size=config.batch_size)
+    look = config.augment
+
+    def evaluation(batch):
+      return augment.evaluate(
+        batch["image"],
+        look.global_size,
+        look.mean,
+        look.std,
+        crop=config.probe.crop,
+        original=batch["size"],
+      )
+
+    self.evaluation = evaluation
+    self.probe = None
+    if num_classes and config.probe.batch_size:
+      image = jax.ShapeDtypeStruct((1, look.global_size, look.global_size, 3), jnp.float32)
+      features = jax.eval_shape(
+        lambda key, x: self.method.features(self.method.init(key), x), jax.random.key(0), image
+      )
+      self.probe = linear.online_probe(
+        num_classes, features.shape[-1], learning_rate=config.probe.lr
+      )
+
+    def init(seed):
+      return train_step.init_state(
+        jax.random.key(seed), method=self.method, tx=self.tx, probe=self.probe
+      )
+
+    self.abstract = jax.eval_shape(init, 0)
+    rules = config.mesh.rules or sharding.DEFAULT_RULES
+    self.shardings = sharding.state_shardings(self.abstract, self.mesh, rules)
+    self.init = jax.jit(init, out_shardings=self.shardings)
+    rows = sharding.batch_sharding(self.mesh)
+    self.step = jax.jit(
+      functools.partial(
+        train_step.train_step,
+        method=self.method,
+        tx=self.tx,
+        augment=augment.make(look),
+        evaluation=self.evaluation,
+        probe=self.probe,
+      ),
+      in_shardings=(self.shardings, rows, rows if self.probe else None),
+      out_shardings=(self.shardings, sharding.replicated(self.mesh)),
+      donate_argnums=0,
+    )
+    self.refresh = None
+    if self.method.refresh:
+      whole = sharding.replicated(self.mesh)
+      self.refresh = jax.jit(
+        functools.partial(train_step.refresh, method=self.method),
+        in_shardings=(self.shardings, whole, whole),
+        out_shardings=self.shardings,
+        donate_argnums=0,
+      )
+
+  def lower(self):
+    """The step, traced for the config's batch: a mistake of size shows before training."""
+    config = self.config
+
+    def rows(count, **shapes):
+      return {
+        k: jax.ShapeDtypeStruct((count, *shape), dtype) for k, (shape, dtype) in shapes.items()
+      }
+
+    image = ((config.data.image_size, config.data.image_size, 3), jnp.uint8)
+    batch = rows(config.batch_size, image=image, size=((2,), jnp.int32), index=((), jnp.int32))
+    probe_batch = None
+    if self.probe:
+      probe_batch = rows(
+        config.probe.batch_size, image=image, size=((2,), jnp.int32), label=((), jnp.int32)
+      )
+    with jax.set_mesh(self.mesh):
+      return self.step.lower(self.abstract, batch, probe_batch)
+
+  def load(self, data) -> cache.Cache:
+    """The images of a source on the devices."""
+    part, parts = sharding.rows_of_process(self.mesh.shape["data"], self.mesh)
+    return cache.load(
+      data,
+      image_size=self.config.data.image_size,
+      mesh=self.mesh,
+      num_workers=self.config.data.num_workers,
+      part=part,
+      parts=parts,
+    )
+
+  def batches(
+    self, data, *, seed: int, step: int, batch_size: int, keys: tuple[str, ...], cached=None
+  ):
+    """Global batches of `data` from `step` on, those from the host two ahead of the device.
+
+    Args:
+      data: from `sources.build`.
+      seed: of the order.
+      step: number of the first batch.
+      batch_size: global.
+      keys: of `pipeline.batches`.
+      cached: `cache.Cache` of `data`, which takes the host's place, or None.
+
+    Yields:
+      ({key: global array}, rows replaced for a corrupt image int32 [b], seconds waited).
+    """
+    if cached is not None:
+      gathered = cache.batches(cached, seed=seed, step=step, batch_size=batch_size, keys=keys)
+      while True:
+        start = time.perf_counter()
+        batch, skipped = next(gathered)
+        yield batch, skipped, time.perf_counter() - start
+    part, parts = sharding.rows_of_process(batch_size, self.mesh)
+    host = pipeline.batches(
+      data,
+      seed=seed,
+      step=step,
+      batch_size=batch_size,
+      image_size=self.config.data.image_size,
+      num_workers=self.config.data.num_workers,
+      process_index=part,
+      process_count=parts,
+    )
+    try:
+      ready = []
+      while True:
+        start = time.perf_counter()
+        while len(ready) < 2:
+          batch = next(host)
+          put = sharding.put_batch({k: batch[k] for k in keys}, self.mesh)
+          ready.append((put, batch["skipped"]))
+        yield *ready.pop(0), time.perf_counter() - start
+    finally:
+      host.close()

@@ -1,0 +1,162 @@
+"""Meshes, placement by regular expression, and batches as global arrays.
+
+The mesh has two axes: "data" splits the batch, "model" splits the prototypes. Axes are `Auto`, and
+said so: JAX is moving to `Explicit` where it is told nothing, and explicit axes refuse the
+covariances and batch statistics that prototype methods are made of.
+"""
+
+import functools
+import math
+import re
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from protojax import errors
+
+# First match wins; every leaf must match. Paths look like "teacher/prototypes/v" or, where a method
+# has several sets, "prototypes/patch/means".
+DEFAULT_RULES = (
+  (r"(^|/)prototypes/(\w+/)?(step|kappa|key|feature_mean)$", "replicate"),
+  (r"(^|/)prototypes/dictionary$", "dictionary"),
+  (r"(^|/)prototypes/", "prototypes"),
+  (r"(^|/)carry/center(/|$)", "prototypes"),
+  (r"(^|/)carry/(queue|replay)$", "rows"),
+  (r".*", "replicate"),
+)
+
+
+def make_mesh(data: int = -1, model: int = 1, devices=None) -> jax.sharding.Mesh:
+  """The mesh ("data", "model") over all devices of all processes.
+
+  Args:
+    data: devices along the batch; -1 takes what `model` leaves.
+    model: devices along the prototypes.
+    devices: list of devices to use instead of all.
+
+  Raises:
+    UserError: if the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  count = len(devices)
+  if data == -1 and model > 0 and count % model == 0:
+    data = count // model
+  if data < 1 or model < 1 or data * model != count:
+    raise errors.UserError(
+      f"mesh.data={data} x mesh.model={model} does not cover {count} device(s): choose sizes "
+      "whose product is the number of devices (mesh.data=-1 takes what is left)"
+    )
+  # In the order of processes, not of the torus as jax.make_mesh would: the rows of a process are
+  # contiguous then, which is what makes batches equal for any number of hosts.
+  ordered = sorted(devices, key=lambda d: (d.process_index, d.id))
+  grid = np.array(ordered).reshape(data, model)
+  return jax.sharding.Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
+def _fsdp(shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> PartitionSpec:
+  """The largest dimension that "data" divides; replicated where there is none."""
+  size = mesh.shape["data"]
+  dims = [d for d in range(len(shape)) if shape[d] % size == 0 and shape[d] >= size]
+  if size == 1 or not dims or math.prod(shape) < 2**18:  # 1 MiB of float32: not worth a gather
+    return PartitionSpec()
+  largest = max(dims, key=lambda d: shape[d])
+  return PartitionSpec(*[None] * largest, "data")
+
+
+def _prototypes(shape: tuple[int, ...], mesh: jax.sharding.Mesh, axis: int = 0) -> PartitionSpec:
+  """The K axis, which comes first in rows, over "model"."""
+  if not shape or mesh.shape["model"] == 1:
+    return PartitionSpec()
+  if shape[axis] % mesh.shape["model"]:
+    raise errors.UserError(
+      f"{shape[axis]} prototypes cannot be split over mesh.model={mesh.shape['model']}: choose a "
+      "number of prototypes that mesh.model divides"
+    )
+  return PartitionSpec(*[None] * axis, "model")
+
+
+_TACTICS = {
+  "replicate": lambda shape, mesh: PartitionSpec(),
+  "fsdp": _fsdp,
+  "prototypes": _prototypes,
+  # A memory [B, S, ...] of S batches, each row where it came from: nothing is gathered to keep it.
+  "rows": lambda shape, mesh: PartitionSpec("data"),
+  "dictionary": functools.partial(_prototypes, axis=1),  # [D, K]
+}
+
+
+def state_shardings(abstract, mesh: jax.sharding.Mesh, rules=DEFAULT_RULES):
+  """Shardings of every leaf of `abstract` (a pytree of arrays or `ShapeDtypeStruct`).
+
+  Args:
+    abstract: pytree; a leaf's path is its keys joined with "/".
+    mesh: from `make_mesh`.
+    rules: pairs (regular expression, a key of _TACTICS: replicate, fsdp, prototypes, dictionary or
+      rows).
+
+  Raises:
+    UserError: if a leaf matches no rule or a rule names no known placement.
+  """
+
+  def place(path, leaf):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    for pattern, tactic in rules:
+      if re.search(pattern, name):
+        if tactic not in _TACTICS:
+          raise errors.UserError(
+            f"sharding rules: unknown placement {tactic!r} for {pattern!r}; there are "
+            f"{', '.join(_TACTICS)}"
+          )
+        return NamedSharding(mesh, _TACTICS[tactic](leaf.shape, mesh))
+    raise errors.UserError(
+      f"sharding rules: no rule matches {name!r}; end the rules with ('.*', 'replicate')"
+    )
+
+  return jax.tree_util.tree_map_with_path(place, abstract)
+
+
+def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+  """Rows over "data", everything else whole."""
+  return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def rows_of_process(
+  batch_size: int, mesh: jax.sharding.Mesh, name: str = "batch_size"
+) -> tuple[int, int]:
+  """Which contiguous rows of the global batch this process loads, as (part, number of parts).
+
+  Processes that hold the same slice of "data" (the mesh splits only "model" between them) load
+  the same rows.
+
+  Args:
+    batch_size: global.
+    mesh: from `make_mesh`.
+    name: of the setting, for the message.
+
+  Raises:
+    UserError: if the batch cannot be split over the data axis.
+  """
+  data = mesh.shape["data"]
+  if batch_size < 1 or batch_size % data:
+    raise errors.UserError(
+      f"{name}={batch_size} cannot be split over {data} devices (mesh.data={data}): use a "
+      f"multiple of {data}"
+    )
+  mine = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+  starts = [0 if s[0].start is None else s[0].start for s in mine.values()]
+  stops = [batch_size if s[0].stop is None else s[0].stop for s in mine.values()]
+  rows = max(stops) - min(starts)
+  return min(starts) // rows, batch_size // rows
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+  """Host rows of this process -> global arrays, rows over "data"."""
+  target = batch_sharding(mesh)
+  # The one transfer a guarded loop means to make; jax takes it for an accident with two processes.
+  with jax.transfer_guard("allow"):
+    return {k: jax.make_array_from_process_local_data(target, v) for k, v in batch.items()}

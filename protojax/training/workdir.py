@@ -1,0 +1,280 @@
+"""What a run leaves behind, and who may write into it."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import threading
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+
+from protojax import __version__, environment, errors, trees
+from protojax.training import export, sharding
+
+REPORT = "report.html"  # the page about a run
+_OURS = (
+  "config.json",
+  "env.json",
+  "checkpoints",
+  "exported",
+  "metrics.jsonl",
+  "train.log",
+  "eval",
+  "report.png",
+  REPORT,
+  "comparison.html",
+)
+
+
+class Stop:
+  """SIGTERM or Ctrl-C asks for a checkpoint and a clean exit; a second Ctrl-C insists."""
+
+  def __init__(self):
+    self._asked, self._old = False, {}
+
+  def __enter__(self):
+    if threading.current_thread() is threading.main_thread():
+      self._old = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
+    return self
+
+  def _ask(self, number, frame):
+    del frame
+    if self._asked and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    self._asked = True
+
+  def __exit__(self, *unused):
+    for number, handler in self._old.items():
+      signal.signal(number, handler)
+
+  def asked(self, step: int) -> bool:
+    """Whether any process was asked to stop; every process gets the same answer.
+
+    Several processes talk about it every tenth step only: the exchange waits for the device.
+    """
+    if jax.process_count() == 1:
+      return self._asked
+    if step % 10:
+      return False
+    return bool(multihost_utils.process_allgather(np.asarray(self._asked)).any())
+
+
+def _write_json(path: pathlib.Path, content: dict) -> None:
+  """Whole or not at all."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(path.name + ".tmp")
+  temporary.write_text(json.dumps(content, indent=2, sort_keys=True, default=str) + "\n")
+  os.replace(temporary, path)
+
+
+def metadata(config, seconds: float) -> dict:
+  """What a checkpoint says about its run; `seconds` of all processes that worked on it so far."""
+  return {"config": config.to_dict(), "version": __version__, "seconds": seconds}
+
+
+# What may differ between the run that saved and the run that goes on: it changes where, how fast or
+# how often, not what is computed. Everything else is refused, so a new option is safe by default.
+_FREE = (
+  "resume",
+  "overwrite",
+  "log_every",
+  "save_every",
+  "eval_every",
+  "keep_checkpoints",
+  "monitor.",
+  "accum_steps",
+  "model.remat",
+  "mesh.",
+  "data.data_dir",
+  "data.num_workers",
+  "data.cache",
+  "probe.data_dir",
+  "probe.test_split",
+  "probe.k",
+  "probe.temperature",
+  "probe.limit",
+  # Compared as the steps they come to:
+  "num_epochs",
+  "optim.warmup_epochs",
+  "optim.freeze_prototypes_epochs",
+)
+
+
+def refuse_mismatch(before: dict, config) -> None:
+  """Refuses to go on with a run under settings that would make it another run.
+
+  Args:
+    before: config of the run that is there, nested dict.
+    config: resolved. Settings that only one side knows (another version's) are not compared.
+
+  Raises:
+    UserError: one line that names every setting that differs, with both values.
+  """
+  old, new = (json.loads(json.dumps(trees.flat(c))) for c in (before, config))
+  differing = [
+    f"{key} {old[key]} -> {value}"
+    for key, value in new.items()
+    if key in old
+    and old[key] != value
+    and not any(key == free or (free[-1] == "." and key.startswith(free)) for free in _FREE)
+  ]
+  if differing:
+    raise errors.UserError(
+      f"the workdir holds a run with other settings: {', '.join(differing)}: choose another "
+      "--workdir or set --config.overwrite=True"
+    )
+
+
+def claim(workdir: str, config) -> pathlib.Path:
+  """Makes the folder this run's own, or finds that it is.
+
+  Writes config.json and env.json when the folder is new.
+
+  Args:
+    workdir: any path, made if missing.
+    config: resolved.
+
+  Raises:
+    UserError: if the folder holds another run, or a run while `config.resume` is "never".
+  """
+  if config.resume not in ("auto", "never"):
+    raise errors.UserError(f"resume={config.resume!r} is unknown: choose auto or never")
+  if "://" in workdir:
+    raise errors.UserError(
+      f"--workdir={workdir} is an address: give a folder; a bucket can be mounted (gcsfuse)"
+    )
+  folder = pathlib.Path(workdir).expanduser().absolute()
+  if folder.exists() and not folder.is_dir():
+    raise errors.UserError(f"--workdir={workdir} is a file: give a folder")
+  lead = jax.process_index() == 0
+  if config.overwrite and lead and (folder / "env.json").exists():
+    try:
+      for path in (*(folder / name for name in _OURS), *folder.glob("events.out.tfevents.*")):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    except OSError as error:
+      raise errors.UserError(f"cannot overwrite --workdir={workdir}: {error.strerror}") from None
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices("workdir")
+  known = folder / "config.json"
+  if known.exists():
+    if config.resume == "never":
+      raise errors.UserError(
+        f"--workdir={workdir} already holds a run and resume=never: choose another --workdir or "
+        "set --config.overwrite=True"
+      )
+    try:
+      old = json.loads(known.read_text())
+    except ValueError:
+      raise errors.UserError(
+        f"{known} is not readable JSON: choose another --workdir or set --config.overwrite=True"
+      ) from None
+    refuse_mismatch(old, config)
+  elif (folder / "checkpoints").exists():
+    raise errors.UserError(
+      f"--workdir={workdir} holds checkpoints but no config.json, so it is not a run of protojax: "
+      "choose another --workdir"
+    )
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices("workdir_checked")
+  if lead and not known.exists():
+    try:
+      folder.mkdir(parents=True, exist_ok=True)
+      _write_json(folder / "env.json", environment.describe())
+      _write_json(known, config.to_dict())
+    except OSError as error:
+      raise errors.UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from None
+  return folder
+
+
+def encoder_of(state) -> tuple[str, dict]:
+  """("teacher", its {"params", "batch_stats"}), or those of the encoder where there is none."""
+  which = "teacher" if state.teacher != () else "encoder"
+  params = state.teacher["encoder"] if which == "teacher" else state.encoder
+  stats = state.carry.get("batch_stats", {})
+  stats = stats.get("teacher" if which == "teacher" else "student", {})
+  return which, {"params": params, "batch_stats": stats}
+
+
+def export_encoder(folder: pathlib.Path, step: int, state, config, mesh) -> None:
+  """Writes exported/encoder.safetensors and config.json: the teacher where there is one."""
+  which, tree = encoder_of(state)
+  whole = jax.jit(lambda t: t, out_shardings=sharding.replicated(mesh))
+  tree = jax.device_get(whole(tree))
+  if jax.process_index() == 0:
+    info = {"weights": which, "step": step, "version": __version__}
+    for section in ("model", "head", "method"):
+      info[section] = config[section].to_dict()
+    info["precision"] = config.precision
+    info["image"] = {k: config.augment[k] for k in ("global_size", "mean", "std")}
+    info["image"] |= {"crop": config.probe.crop, "image_size": config.data.image_size}
+    export.write(folder / "exported", tree, info)
+
+
+def protocol(config, bank, test) -> dict[str, object]:
+  """How the accuracies and the usage at the end of a run are measured, for result.json."""
+  return {
+    "bank": f"{bank.name} ({len(bank)} images)",
+    "test": None if test is None else f"{test.name} ({len(test)} images)",
+    "limit": config.probe.limit,
+    "k": config.probe.k,
+    "temperature": config.probe.temperature,
+    "features": "backbone of the teacher (of the encoder where there is none), last layer",
+    "transform": f"{config.augment.global_size} px, centre crop {config.probe.crop:g}",
+    "knn": "cosine, weights exp(similarity / temperature)",
+    "linear": "logistic regression on frozen features, strength chosen on a tenth of the bank",
+    "usage": "share of prototypes that are the argmax of any bank image",
+  }
+
+
+def write_result(folder: pathlib.Path, result: dict, arrays: dict, config, *, bank, test) -> None:
+  """Writes eval/final/: arrays.npz, and result.json, each number with how it was made."""
+  final = folder / "eval" / "final"
+  final.mkdir(parents=True, exist_ok=True)
+  np.savez(final / "arrays.npz", **arrays)
+  _write_json(
+    final / "result.json",
+    {
+      "measures": result,
+      "protocol": protocol(config, bank, test),
+      "environment": environment.describe(),
+    },
+  )
+
+
+def read_result(folder: pathlib.Path) -> dict[str, float] | None:
+  """The measures that `write_result` wrote, or None."""
+  path = folder / "eval" / "final" / "result.json"
+  return json.loads(path.read_text())["measures"] if path.exists() else None
+
+
+def warm_start(state, params):
+  """State 0 with the encoder, student and teacher, of an exported one.
+
+  Args:
+    state: fresh `train_step.TrainState`.
+    params: from `export.load`, host arrays; where it has None the state's own stay.
+  """
+  fresh = [
+    jax.tree_util.keystr(path, simple=True, separator=".")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: x is None)
+    if leaf is None
+  ]
+  if fresh:
+    logging.info("init_from has none of these, they start fresh: %s", ", ".join(fresh))
+
+  def placed(old):  # once each: student and teacher must not share buffers
+    return jax.tree.map(
+      lambda new, old: old if new is None else jax.device_put(new, old.sharding),
+      params,
+      old,
+      is_leaf=lambda x: x is None,
+    )
+
+  if state.teacher == ():
+    return state.replace(encoder=placed(state.encoder))
+  teacher = {**state.teacher, "encoder": placed(state.teacher["encoder"])}
+  return state.replace(encoder=placed(state.encoder), teacher=teacher)

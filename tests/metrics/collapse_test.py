@@ -1,0 +1,238 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from protojax.metrics import collapse
+
+
+def _unit(x):
+  return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def _angles(*degrees):
+  """Rows in the plane at these angles, of different norms."""
+  a = np.deg2rad(np.asarray(degrees, np.float64))
+  return np.stack([np.cos(a), np.sin(a)], axis=1) * np.arange(1, len(degrees) + 1)[:, None]
+
+
+def naive_owner(rows, threshold):
+  """Definition 2.1 word by word, float64: int [K]."""
+  rows = _unit(np.asarray(rows, np.float64))
+  owner = np.full(len(rows), -1)
+  for i in range(len(rows)):
+    if owner[i] < 0:
+      owner[(owner < 0) & (1.0 - rows @ rows[i] < threshold)] = i
+  return owner
+
+
+def _clustered(num, dim, centres, noise, seed=0):
+  rng = np.random.default_rng(seed)
+  means = _unit(rng.normal(size=(centres, dim)))
+  return means[rng.integers(centres, size=num)] + noise * rng.normal(size=(num, dim))
+
+
+# 300 rows are one block, 1024 a whole one; 2500 need earlier blocks and padding.
+@pytest.mark.parametrize("num", [1, 300, 1024, 2500])
+def test_cover_is_the_naive_one_at_every_threshold(num):
+  rows = _clustered(num, 6, 40, 0.15).astype(np.float32)
+  got = np.asarray(collapse.cover(rows))
+  for t, threshold in enumerate(collapse.THRESHOLDS):
+    np.testing.assert_array_equal(got[t], naive_owner(rows, threshold))
+  counts = np.asarray(collapse.unique_counts(rows))
+  assert counts.dtype == np.int32
+  expected = [len(set(naive_owner(rows, t))) for t in collapse.THRESHOLDS]
+  np.testing.assert_array_equal(counts, expected)
+
+
+def test_cover_depends_on_the_order_and_does_not_chain():
+  """20 degrees are a distance of .060, 40 degrees .234: the middle row first covers both others."""
+  assert collapse.unique_counts(_angles(0, 20, 40), (0.1,))[0] == 2
+  assert collapse.unique_counts(_angles(20, 0, 40), (0.1,))[0] == 1
+  # Five steps of 20 degrees do not chain to one representative.
+  chain = _angles(0, 20, 40, 60, 80)
+  np.testing.assert_array_equal(collapse.cover(chain, (0.1,))[0], [0, 0, 2, 2, 4])
+
+
+def test_threshold_is_strict():
+  rows = np.eye(3)  # distances of exactly 1
+  assert collapse.unique_counts(rows, (1.0,))[0] == 3
+  assert collapse.unique_counts(rows, (1.0001,))[0] == 1
+
+
+def test_counts_need_not_fall_as_the_threshold_grows_but_are_each_computed_alone():
+  rows = _clustered(200, 3, 20, 0.3).astype(np.float32)
+  together = np.asarray(collapse.unique_counts(rows))
+  alone = [int(collapse.unique_counts(rows, (t,))[0]) for t in collapse.THRESHOLDS]
+  np.testing.assert_array_equal(together, alone)
+
+
+def test_duplicates_of_random_rows_count_once_whatever_their_norm_and_order():
+  rng = np.random.default_rng(0)
+  rows = np.repeat(rng.normal(size=(150, 64)), 8, axis=0) * rng.uniform(0.1, 9, (1200, 1))
+  rows = rows[rng.permutation(1200)].astype(np.float32)
+  np.testing.assert_array_equal(collapse.unique_counts(rows)[:4], 150)
+
+
+def test_rows_without_a_direction_are_not_counted():
+  rows = np.random.default_rng(0).normal(size=(10, 8)).astype(np.float32)
+  rows[2], rows[5], rows[7, 3] = 0.0, np.nan, np.inf
+  assert collapse.unique_counts(rows, (0.025,))[0] == 7
+  np.testing.assert_array_equal(np.flatnonzero(collapse.cover(rows, (0.025,))[0] == -1), [2, 5, 7])
+  assert collapse.unique_counts(np.full((4, 3), np.nan))[0] == 0
+
+
+def test_cover_never_holds_all_pairs():
+  """The largest array of the compiled program grows with K, not with K * K."""
+  rows = jax.ShapeDtypeStruct((65_536, 16), jnp.float32)
+  analysis = collapse.cover.lower(rows).compile().memory_analysis()
+  assert analysis.temp_size_in_bytes < 100 * 2**20
+
+
+def test_random_prototypes_pass_where_there_is_room():
+  np.testing.assert_array_equal(collapse.random_unique(1024, 256), 1024)
+  crowded = collapse.random_unique(1024, 8)
+  assert crowded[0] > crowded[-1] and crowded[-1] < 300
+  assert collapse.random_unique(1024, 8) is crowded
+  with pytest.raises(ValueError):
+    crowded[0] = 0
+  owner = naive_owner(collapse.random_prototypes(300, 4), 0.25)
+  assert collapse.random_unique(300, 4)[3] == len(set(owner))
+
+
+def test_nearest_distances_and_quantiles_match_numpy():
+  rows = _clustered(700, 5, 300, 0.1).astype(np.float32)
+  distance = 1.0 - _unit(rows.astype(np.float64)) @ _unit(rows.astype(np.float64)).T
+  np.fill_diagonal(distance, np.inf)
+  np.testing.assert_allclose(collapse.nearest_distances(rows), distance.min(axis=1), atol=1e-6)
+  np.testing.assert_allclose(
+    collapse.nearest_quantiles(rows, (0.1, 0.9)),
+    np.quantile(distance.min(axis=1), (0.1, 0.9)),
+    atol=1e-6,
+  )
+  assert np.isinf(collapse.nearest_distances(rows[:1])[0])
+
+
+def test_relative_uniqueness_tells_a_narrow_cone_from_copies():
+  rng = np.random.default_rng(0)
+  offset = 20.0 * np.eye(64)[0]
+  cone = (rng.normal(size=(128, 64)) + offset).astype(np.float32)
+  features = (rng.normal(size=(900, 64)) + offset).astype(np.float32)
+  copies = np.repeat(cone[:16], 8, axis=0)
+  counted = collapse.unique_counts(np.concatenate([cone, copies]), (0.25,))[0]
+  assert counted == 1  # the cover alone sees no difference
+  assert collapse.relative_uniqueness(cone, features) > 0.8
+  assert collapse.relative_uniqueness(copies, features) < 1e-3
+
+  def distances(a, b):
+    return 1.0 - _unit(a.astype(np.float64)) @ _unit(b.astype(np.float64)).T
+
+  among = distances(cone, cone)
+  np.fill_diagonal(among, np.inf)
+  expected = np.median(among.min(1)) / np.median(distances(features, cone).min(1))
+  np.testing.assert_allclose(collapse.relative_uniqueness(cone, features), expected, rtol=1e-3)
+
+
+def test_drift_is_the_mean_cosine_to_the_start():
+  start = _angles(0, 0, 0)
+  np.testing.assert_allclose(collapse.drift(start, start), 1.0, rtol=1e-6)
+  np.testing.assert_allclose(
+    collapse.drift(_angles(0, 90, 180), start), 0.0, atol=1e-6
+  )  # (1 + 0 - 1) / 3
+
+
+def test_usage_of_one_code_of_all_codes_and_of_some():
+  assert collapse.usage_perplexity(np.full(50, 3), 16) == 1.0
+  np.testing.assert_allclose(collapse.used_fraction(np.full(50, 3), 16), 1 / 16)
+  np.testing.assert_allclose(collapse.usage_perplexity(np.arange(48) % 16, 16), 16.0, rtol=1e-6)
+  assert collapse.used_fraction(np.arange(48) % 16, 16) == 1.0
+  p = np.array([0.5, 0.25, 0.25])
+  np.testing.assert_allclose(
+    collapse.usage_perplexity(np.array([0, 0, 5, 7]), 9), np.exp(-(p * np.log(p)).sum()), rtol=1e-6
+  )
+  np.testing.assert_allclose(collapse.used_fraction(jnp.array([0, 0, 5, 7]), 9), 3 / 9, rtol=1e-6)
+
+
+def test_entropies_separate_one_hot_uniform_and_balanced():
+  num = 8
+  one_code = np.eye(num)[np.zeros(40, int)]
+  balanced = np.eye(num)[np.arange(40) % num]
+  uniform = np.full((40, num), 1 / num)
+  for probs, mean, each in (
+    (one_code, 0.0, 0.0),
+    (balanced, np.log(num), 0.0),
+    (uniform, np.log(num), np.log(num)),
+  ):
+    np.testing.assert_allclose(collapse.mean_assignment_entropy(probs), mean, atol=1e-6)
+    np.testing.assert_allclose(collapse.assignment_entropy(probs), each, atol=1e-6)
+
+
+def test_within_variance_ratio_matches_numpy_and_is_zero_for_points():
+  rng = np.random.default_rng(0)
+  z, code = rng.normal(size=(300, 5)) + 3, rng.integers(6, size=300)
+  total = ((z - z.mean(0)) ** 2).sum()
+  within = sum(((z[code == k] - z[code == k].mean(0)) ** 2).sum() for k in range(6))
+  np.testing.assert_allclose(collapse.within_variance_ratio(z, code, 9), within / total, rtol=1e-5)
+  points = rng.normal(size=(6, 5))[code]
+  np.testing.assert_allclose(collapse.within_variance_ratio(points, code, 6), 0.0, atol=1e-6)
+  assert collapse.within_variance_ratio(np.ones((10, 3)), np.zeros(10, int), 2) == 0.0
+
+
+def test_feature_std_is_one_for_random_and_zero_for_equal_directions():
+  rng = np.random.default_rng(0)
+  z = rng.normal(size=(4000, 48))
+  np.testing.assert_allclose(collapse.feature_std(z), 1.0, atol=0.01)
+  np.testing.assert_allclose(
+    collapse.feature_std(z), _unit(z).std(axis=0).mean() * 48**0.5, rtol=1e-4
+  )
+  ray = np.ones((20, 48)) * rng.uniform(1, 5, (20, 1))
+  np.testing.assert_allclose(collapse.feature_std(ray), 0.0, atol=1e-5)
+
+
+def test_mean_pairwise_cosine_is_the_mean_over_pairs():
+  z = np.random.default_rng(0).normal(size=(50, 6)) + 0.5
+  cosine = _unit(z) @ _unit(z).T
+  expected = cosine[~np.eye(50, dtype=bool)].mean()
+  np.testing.assert_allclose(collapse.mean_pairwise_cosine(z), expected, rtol=1e-4)
+  np.testing.assert_allclose(collapse.mean_pairwise_cosine(np.ones((9, 4))), 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("num", [12, 500])
+def test_spectrum_is_the_sorted_eigenvalues_of_the_covariance(num):
+  z = np.random.default_rng(0).normal(size=(num, 20)) * np.linspace(0.1, 2, 20) + 5
+  expected = np.sort(np.linalg.eigvalsh(np.cov(z.T, bias=True)))[::-1]
+  got = collapse.spectrum(z)
+  assert got.shape == (20,)
+  np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_rankme_matches_the_published_formula():
+  z = np.random.default_rng(0).normal(size=(400, 24)) * np.geomspace(1, 0.01, 24) + 0.3
+  s = np.linalg.svd(z, compute_uv=False)
+  p = s / s.sum() + 1e-7
+  np.testing.assert_allclose(collapse.rankme(z), np.exp(-(p * np.log(p)).sum()), rtol=1e-4)
+
+
+def test_rankme_counts_directions():
+  rng = np.random.default_rng(0)
+  np.testing.assert_allclose(collapse.rankme(np.tile(np.eye(12), (9, 1))), 12.0, rtol=1e-4)
+  np.testing.assert_allclose(collapse.rankme(np.ones((300, 64))), 1.0, atol=1e-3)
+  flat = rng.normal(size=(2000, 3)) @ np.linalg.qr(rng.normal(size=(64, 3)))[0].T
+  np.testing.assert_allclose(collapse.rankme(flat), 3.0, atol=0.05)
+
+
+def test_teacher_distance_is_relative_and_exactly_zero_for_a_copy():
+  encoder = {"a": jnp.full((3,), 2.0), "b": {"c": jnp.ones((2, 2))}}
+  teacher = jax.tree.map(lambda x: x * 1.1, encoder)
+  np.testing.assert_allclose(collapse.teacher_distance(encoder, teacher), 0.1, rtol=1e-5)
+  assert collapse.teacher_distance(encoder, jax.tree.map(jnp.copy, encoder)) == 0.0
+  with pytest.raises(ValueError):
+    collapse.teacher_distance(encoder, {"a": jnp.ones(3)})
+
+
+def test_shared_buffers_finds_the_aliased_leaf():
+  encoder = {"a": jnp.ones(3), "b": jnp.zeros((2, 2)), "c": jnp.ones(5)}
+  assert collapse.shared_buffers(encoder, jax.tree.map(jnp.copy, encoder)) == 0
+  teacher = {**jax.tree.map(jnp.copy, encoder), "b": encoder["b"]}
+  assert collapse.shared_buffers(encoder, teacher) == 1
+  assert collapse.shared_buffers(encoder, encoder) == 3

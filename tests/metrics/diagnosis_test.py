@@ -1,0 +1,150 @@
+import json
+
+import numpy as np
+import pytest
+
+from protojax.metrics import collapse, diagnosis
+
+_RNG = np.random.default_rng(0)
+
+
+def _rows(num, dim):
+  return _RNG.normal(size=(num, dim)).astype(np.float32)
+
+
+def _unit(x):
+  return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def _words(weights, *, cosine=False, prototypes="learned", **named):
+  result = diagnosis.examine(weights, cosine=cosine, **named)
+  json.dumps(result, allow_nan=False)
+  return result, diagnosis.words(result, cosine=cosine, prototypes=prototypes)
+
+
+def test_random_prototypes_are_ok_and_not_called_good():
+  result, said = _words(_rows(512, 64))
+  assert said[0].startswith("ok: 512 of 512") and "random ones 512" in said[0]
+  assert len(said) == 2 and "whether they are used" in said[1]
+  assert result["groups"] == [] and result["copies_to_the_bit"] == 0
+
+
+def test_copies_are_counted_grouped_and_named_as_partial_collapse():
+  weights = np.tile(_rows(50, 64), (8, 1))
+  weights[200:] += 1e-4 * _rows(200, 64)
+  result, said = _words(weights)
+  assert result["unique"] == {"unique": [50] * 5, "components": [50] * 5, "isolated": [0] * 5}
+  assert result["copies_to_the_bit"] == 150
+  assert result["groups"][0] == {"size": 8, "first": [0, 50, 100, 150, 200]}
+  assert said[0].startswith("partial prototype collapse: 88% of 400")
+  assert "about 50, 8.0 prototypes to each" in said[1] and "mixture" in said[1]
+
+
+def test_numbers_match_numpy():
+  weights = _rows(300, 24) * np.geomspace(1, 0.05, 24).astype(np.float32) + 0.2
+  gain = _RNG.uniform(0.5, 2, 300)
+  result = diagnosis.examine(weights, gain=gain)
+  unit = _unit(weights.astype(np.float64))
+  cosine = unit @ unit.T
+  norms = np.linalg.norm(weights, axis=1)
+  for key, values in (("norm", norms), ("gain", gain)):
+    expected = [values.min(), np.median(values), values.max()]
+    np.testing.assert_allclose(list(result[key].values()), expected, rtol=1e-5)
+  values = np.linalg.svd(unit, compute_uv=False)
+  energy = np.cumsum(values**2) / np.sum(values**2)
+  spectrum = result["spectrum"]
+  np.testing.assert_allclose(spectrum["rankme"], collapse.rankme(unit), rtol=1e-3)
+  assert spectrum["directions_for_99_percent"] == np.argmax(energy >= 0.99) + 1
+  among = cosine[~np.eye(300, dtype=bool)]
+  np.testing.assert_allclose(spectrum["mean_cosine"], among.mean(), rtol=1e-5)
+  np.fill_diagonal(cosine, -1)
+  np.testing.assert_allclose(
+    result["nearest"]["distance"], np.quantile(1 - cosine.max(1), (0.05, 0.5, 0.95)), atol=1e-6
+  )
+
+
+def test_usage_is_that_of_the_largest_product_of_the_weights():
+  """A prototype with a large norm wins, unless the method compares directions."""
+  weights = np.eye(8, dtype=np.float32)
+  weights[3] *= 9.0
+  embeddings = np.float32(np.eye(8) + 0.2)
+  for cosine, used in ((False, 1 / 8), (True, 1.0)):
+    result, said = _words(weights, cosine=cosine, embeddings=embeddings)
+    np.testing.assert_allclose(result["usage"]["used"], used)
+    assert any("wins images by its norm" in s for s in said) == (not cosine)
+  assert result["usage"]["unused"] == 0 and result["usage"]["images"] == 8
+  np.testing.assert_allclose(result["usage"]["perplexity"], 8.0, rtol=1e-5)
+
+
+def test_usage_matches_collapse_over_many_blocks():
+  weights, embeddings = _rows(64, 16), _rows(1000, 16)
+  seen = diagnosis.examine(weights, embeddings=embeddings)["usage"]
+  codes = (embeddings @ weights.T).argmax(axis=1)
+  np.testing.assert_allclose(seen["used"], len(set(codes)) / 64)
+  counts = np.bincount(codes, minlength=64) / 1000
+  entropy = -(counts[counts > 0] * np.log(counts[counts > 0])).sum()
+  np.testing.assert_allclose(seen["perplexity"], np.exp(entropy), rtol=1e-5)
+  np.testing.assert_allclose(seen["largest_share"], counts.max())
+  np.testing.assert_allclose(
+    seen["relative_uniqueness"], collapse.relative_uniqueness(weights, embeddings), rtol=1e-4
+  )
+
+
+def test_one_prototype_for_all_embeddings_is_cluster_collapse():
+  embeddings = _rows(200, 32) * 0.5 + 3 * np.eye(32, dtype=np.float32)[0]
+  weights = _rows(128, 32)
+  weights[:, 0] -= 1.0
+  weights[7] = 10 * np.eye(32)[0]
+  _, said = _words(weights, embeddings=embeddings, cosine=True)
+  assert said[0].startswith("cluster collapse") and "1.0 of 128" in said[0]
+
+
+def test_near_prototypes_of_near_features_are_a_narrow_cone():
+  offset = 60 * np.eye(64, dtype=np.float32)[0]
+  weights, embeddings = _rows(256, 64) + offset, _rows(500, 64) + offset
+  _, alone = _words(weights)
+  assert alone[0].startswith("partial prototype collapse")
+  assert any("the same way (mean cosine 0.98)" in s for s in alone)
+  _, said = _words(weights, embeddings=embeddings, cosine=True)
+  assert said[0].startswith("narrow cone") and not any("effective number" in s for s in said)
+
+
+def test_rows_that_are_zero_or_not_finite_are_named():
+  weights = _rows(40, 8)
+  weights[3], weights[5, 2], weights[9] = 0, np.nan, np.inf
+  result, said = _words(weights)
+  assert result["without_direction"] == {"zero": 1, "not_finite": 2, "first": [3, 5, 9]}
+  assert "1 rows are zero and 2 are not finite (first: 3, 5, 9)" in said[1]
+  _, said = _words(np.full((4, 3), np.nan, np.float32))
+  assert said[0].startswith("fewer than two of 4")
+
+
+def test_bunched_prototypes_are_told_from_copies():
+  centres = _unit(_rows(60, 64))
+  weights = np.repeat(centres, 5, axis=0) + 0.05 * _rows(300, 64)
+  result, said = _words(weights)
+  assert result["unique"]["unique"][0] == 300
+  assert said[0].startswith("ok") and "bunch, without being copies" in said[1]
+
+
+def test_a_chain_is_told_from_groups():
+  angles = np.linspace(0, np.pi, 400)
+  weights = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+  result, said = _words(weights)
+  assert result["unique"]["components"][0] == 1 < result["unique"]["unique"][0]
+  assert any("chains of near neighbours" in s for s in said)
+
+
+def test_few_directions_are_said():
+  weights = _rows(300, 6) @ np.linalg.qr(_rows(64, 6))[0].T
+  _, said = _words(weights)
+  assert any("span about 6 of 64 directions" in s for s in said)
+
+
+@pytest.mark.parametrize(
+  "prototypes, advice",
+  [("kmeans", "lower method.num_prototypes"), ("mixture", "mixture.horizon_steps")],
+)
+def test_advice_is_for_how_the_prototypes_were_made(prototypes, advice):
+  _, said = _words(np.tile(_rows(50, 64), (8, 1)), prototypes=prototypes)
+  assert advice in said[0]

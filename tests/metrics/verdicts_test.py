@@ -1,0 +1,303 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from protojax import config as configs
+from protojax import trees
+from protojax.methods import carp, self_classifier, swav
+from protojax.metrics import collapse, verdicts
+
+LN_K = math.log(4096)
+# A run that is well: every measure there is.
+WELL = {
+  "train/loss": 7.91,
+  "train/ln_k": LN_K,
+  "train/target_entropy": 6.10,
+  "collapse/unique_0.025": 1.0,
+  "collapse/unique_0.025_random": 1.0,
+  "collapse/drift": 0.4,
+  "collapse/used": 0.61,
+  "collapse/used_sample": 0.2,
+  "collapse/perplexity": 1200.0,
+  "collapse/feature_std": 0.8,
+  "collapse/mean_cosine": 0.3,
+  "collapse/rankme": 143.2,
+  "collapse/teacher_distance": 0.01,
+  "probe/knn": 0.712,
+  "time/img_per_s": 1630.4,
+  "time/data_wait": 0.013,
+}
+
+
+def judge(changes=(), **options):
+  """The verdict on WELL with changes; None takes a measure away."""
+  given = {"num_prototypes": 4096, "step": 1200}
+  return verdicts.judge({**WELL, **dict(changes)}, **{**given, **options})
+
+
+def test_a_run_that_is_well_is_ok():
+  verdict = judge()
+  assert verdict.label == "ok" and not verdict.collapsed
+  for part in ("unique 100%", "random ones 100%", "cosine 0.40", "used 61%", "perplexity 1200"):
+    assert part in verdict.sentence
+
+
+@pytest.mark.parametrize(
+  ("changes", "label", "words"),
+  [
+    ({"train/loss": math.nan}, "non-finite", ("train/loss", "optim.lr")),
+    ({"collapse/rankme": math.inf}, "non-finite", ("collapse/rankme",)),
+    ({"collapse/teacher_distance": 0.0}, "aliased teacher", ("share no arrays",)),
+    (
+      {"train/loss": 8.3178, "train/target_entropy": 8.317},
+      "uniform collapse",
+      ("loss 8.318 = ln 4096", "method.teacher_temp"),
+    ),
+    (
+      {"train/loss": 8.3178, "train/target_entropy": None},
+      "uniform collapse",
+      ("loss 8.318 = ln 4096", "n/a"),
+    ),
+    (
+      {"train/loss": 0.01, "train/target_entropy": 0.005, "collapse/perplexity": 1.01},
+      "one-hot collapse",
+      ("same prototype", "method.teacher_temp"),
+    ),
+    (
+      {"collapse/feature_std": 0.004},
+      "representation collapse",
+      ("std 0.004", "teacher.momentum"),
+    ),
+    ({"collapse/perplexity": 2.5}, "cluster collapse", ("2.5 of 4096", "sinkhorn")),
+    ({"collapse/used_sample": 2 / 4096}, "cluster collapse", ("2.0 of 4096",)),
+    (
+      {"collapse/perplexity": None, "collapse/perplexity_sample": 1.8},
+      "cluster collapse",
+      ("1.8 of 4096",),
+    ),
+    (
+      {"collapse/embedding_cosine": 1.0, "collapse/feature_std": 0.14},
+      "dead projector",
+      ("std 0.140", "head.norm=batch"),
+    ),
+    ({"collapse/rankme": 1.4, "collapse/feature_std": 0.1}, "dimensional collapse", ("1.4",)),
+    ({"collapse/rankme": 4.0}, "dimensional collapse", ("4.0 directions",)),
+    (
+      {"collapse/unique_0.025": 0.37},
+      "partial prototype collapse",
+      ("63% of 4096 prototypes are copies (random ones: 0%", "method.prototypes=mixture"),
+    ),
+  ],
+)
+def test_every_collapse_has_its_name_and_advice(changes, label, words):
+  verdict = judge(changes)
+  assert verdict.label == label and verdict.collapsed
+  assert "\n" not in verdict.sentence
+  for word in words:
+    assert word in verdict.sentence
+
+
+def test_advice_fits_what_the_run_has():
+  """No momentum where no teacher is measured, no mixture for a dictionary that never moves."""
+  alone = judge({"collapse/feature_std": 0.004, "collapse/teacher_distance": None})
+  assert "teacher" not in alone.sentence and "raise batch_size" in alone.sentence
+  codes = judge({"collapse/unique_0.025": 0.37}, prototypes="dictionary")
+  assert codes.sentence.endswith("raise head.bottleneck or lower method.num_prototypes")
+
+
+def test_advice_does_not_tell_to_set_what_is_set():
+  settings = {"method.targets": "sinkhorn", "optim.lr": 0.1, "head.norm_output": False}
+  one = {"collapse/perplexity": 1.0, "train/target_entropy": 0.01}
+  assert judge(one, settings=settings).sentence.endswith(": lower optim.lr")
+  codes = judge(one, settings=settings, prototypes="dictionary").sentence
+  assert codes.endswith(": set head.norm_output=True or lower optim.lr")
+  settings["head.norm_output"] = True
+  assert "norm_output" not in judge(one, settings=settings, prototypes="dictionary").sentence
+
+
+def test_few_codes_in_the_sample_alone_count_late_only():
+  few = {"collapse/perplexity": None, "collapse/perplexity_sample": 3.5}  # quickstart, step 120
+  assert judge(few, step=499).label == "ok"
+  assert judge(few, step=500).label == "cluster collapse"
+  assert judge({**few, "train/target_entropy": 0.1}, step=100).label == "ok"
+  one = {**few, "train/target_entropy": 0.1, "collapse/perplexity_sample": 1.1}
+  assert judge(one, step=100).label == "one-hot collapse"
+  assert judge({**few, "collapse/perplexity": 1.8}, step=100).label == "cluster collapse"
+
+
+def test_what_else_holds_is_named_too():
+  """Copies among the prototypes may be the reason why every image gets all of them."""
+  changes = {"train/loss": 8.3178, "train/target_entropy": 8.317, "collapse/unique_0.025": 0.03}
+  verdict = judge(changes)
+  assert verdict.label == "uniform collapse"
+  assert verdict.sentence.endswith("(also: partial prototype collapse)")
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"train/loss": 8.3178},  # crosses ln K on its way down, with targets that say something
+    {"train/loss": 8.30, "train/target_entropy": None},
+    {"train/target_entropy": 0.02},  # sharp and diverse is healthy
+    {"collapse/unique_0.025": 0.93},
+    {"collapse/unique_0.025": 0.4, "collapse/unique_0.025_random": 0.42},  # no room for more
+    {"collapse/feature_std": 0.134, "collapse/rankme": 2.9},  # untrained ViT on digits
+    {"collapse/embedding_cosine": 0.99998},
+  ],
+)
+def test_healthy_oddities_are_ok(changes):
+  assert judge(changes).label == "ok"
+
+
+def test_of_several_terms_the_cross_entropy_is_compared_with_chance():
+  """KoLeo or a patch loss beside it moves the loss, not the collapse."""
+  flat = {"train/loss": LN_K + 1.5, "train/cross_entropy": LN_K, "train/target_entropy": LN_K}
+  assert judge(flat).label == "uniform collapse"
+  assert judge({**flat, "train/loss": LN_K, "train/cross_entropy": 7.0}).label == "ok"
+
+
+def test_a_loss_says_nothing_where_a_method_names_no_ln_k():
+  uniform = {"train/loss": LN_K, "train/target_entropy": LN_K}
+  assert judge(uniform).label == "uniform collapse"
+  assert judge({**uniform, "train/ln_k": None}).label == "ok"
+
+
+def test_a_method_without_prototypes_is_judged_by_its_features():
+  features = {"train/loss": 3.0, "collapse/feature_std": 0.8, "collapse/rankme": 40.0}
+  verdict = verdicts.judge(features, num_prototypes=0, step=500, prototypes="none")
+  assert verdict.label == "ok" and "prototype" not in verdict.sentence
+  bad = {**features, "collapse/feature_std": 0.001}
+  assert verdicts.judge(bad, num_prototypes=0, step=500).label == "representation collapse"
+
+
+def test_one_hot_collapse_reads_the_largest_entropy():
+  """CARP's targets spread over a block of the prototypes."""
+  changes = {"train/target_entropy": 0.3, "collapse/perplexity": 1.0}
+  assert judge(changes).label == "one-hot collapse"
+  assert judge({**changes, "train/ln_k": math.log(8)}).label == "cluster collapse"
+
+
+def test_first_steps_are_warming_up_unless_something_is_not_finite():
+  """At step 0 teacher and student are equal and a centred target uniform: that is no collapse."""
+  fresh = {
+    "collapse/teacher_distance": 0.0,
+    "train/loss": LN_K,
+    "train/target_entropy": LN_K,
+    "collapse/feature_std": 0.01,
+    "collapse/used_sample": 1 / 4096,
+  }
+  verdict = judge(fresh, step=99)
+  assert verdict.label == "warming up" and not verdict.collapsed
+  assert judge(fresh, step=100).label == "aliased teacher"
+  assert judge({**fresh, "train/loss": math.inf}, step=1).label == "non-finite"
+
+
+def test_nothing_measured_is_no_collapse_and_reads_not_available():
+  for measures in ({}, dict.fromkeys(WELL)):
+    verdict = verdicts.judge(measures, num_prototypes=64, step=500)
+    assert verdict.label == "ok"
+    assert verdict.sentence.count("n/a") == 9
+
+
+def test_near_prototypes_among_near_features_are_a_narrow_cone():
+  changes = {"collapse/unique_0.025": 0.04, "collapse/relative_uniqueness": 1.3}
+  verdict = judge(changes, prototypes="mixture")
+  assert verdict.label == "narrow cone" and not verdict.collapsed
+  copies = {**changes, "collapse/relative_uniqueness": 0.01}
+  assert judge(copies, prototypes="mixture").label == "partial prototype collapse"
+
+
+def test_advice_fits_the_run():
+  few = {"collapse/unique_0.025": 0.1}
+  assert "method.prototypes=mixture" not in judge(few, prototypes="mixture").sentence
+  assert "mixture.horizon_steps" in judge(few, prototypes="mixture").sentence
+  one = {"collapse/perplexity": 1.0}
+  assert "method.targets=sinkhorn" in judge(one).sentence
+  assert "method.targets" not in judge(one, settings={"optim.lr": 0.1, "batch_size": 64}).sentence
+
+
+def test_advice_names_settings_that_exist():
+  import re
+
+  known = trees.flat(configs.default())
+  every = " ".join(
+    judge(c, settings=s, prototypes=p).sentence
+    for s in (None, known)
+    for p in ("learned", "mixture")
+    for c in (
+      {"train/loss": math.nan},
+      {"collapse/teacher_distance": 0.0},
+      {"train/loss": LN_K, "train/target_entropy": LN_K},
+      {"train/target_entropy": 0.0, "collapse/perplexity": 1.0},
+      {"collapse/perplexity": 1.0},
+      {"collapse/feature_std": 0.0},
+      {"collapse/rankme": 1.0},
+      {"collapse/unique_0.025": 0.0},
+      {"collapse/unique_0.025": 0.0, "collapse/relative_uniqueness": 1.0},
+    )
+  )
+  sections = "optim|method|mixture|teacher|augment|model|head|data|monitor"
+  named = set(re.findall(rf"\b(?:{sections})\.[a-z_]+", every))
+  assert len(named) > 8
+  options = carp.OPTIONS | swav.OPTIONS | self_classifier.OPTIONS
+  assert named <= set(known) | {f"method.{key}" for key in options}
+  assert {"batch_size", "precision"} <= set(known)
+
+
+def test_measures_of_collapsed_arrays_reach_the_right_verdict():
+  rng = np.random.default_rng(0)
+  good = rng.normal(size=(400, 32))
+  rows = np.asarray(collapse.random_prototypes(64, 32))
+
+  def label(features=good, matrix=rows, codes=None, teacher_scale=1.01):
+    encoder = {"w": jnp.ones((3, 3))}
+    teacher = jax.tree.map(lambda x: x * teacher_scale, encoder)
+    codes = rng.integers(64, size=400) if codes is None else codes
+    measures = {
+      "collapse/feature_std": collapse.feature_std(features),
+      "collapse/rankme": collapse.rankme(features),
+      "collapse/unique_0.025": collapse.unique_counts(matrix)[0] / 64,
+      "collapse/unique_0.025_random": collapse.random_unique(64, 32)[0] / 64,
+      "collapse/perplexity": collapse.usage_perplexity(codes, 64),
+      "collapse/teacher_distance": collapse.teacher_distance(encoder, teacher),
+    }
+    measures = {k: float(v) for k, v in measures.items()}
+    return verdicts.judge(measures, num_prototypes=64, step=500).label
+
+  assert label() == "ok"
+  assert label(matrix=np.repeat(rows[:8], 8, axis=0)) == "partial prototype collapse"
+  assert label(codes=np.zeros(400, int)) == "cluster collapse"
+  assert label(features=np.ones((400, 32)) + 1e-4 * good) == "representation collapse"
+  assert label(features=good[:, :3] @ rows[:3]) == "dimensional collapse"
+  assert label(teacher_scale=1.0) == "aliased teacher"
+
+
+def _config(name="dino", **method):
+  config = configs.default(name)
+  config.update({"num_steps": 5000, "batch_size": 82})
+  config.method.update({"num_prototypes": 4096, **method})
+  config.optim.warmup_steps = 100
+  return config
+
+
+def test_verdict_reads_the_config():
+  uniform = {"train/loss": LN_K, "train/ln_k": LN_K, "train/target_entropy": LN_K}
+  assert verdicts.of_run(uniform, config=_config(), step=100).label == "uniform collapse"
+  assert verdicts.of_run(uniform, config=_config(), step=99).label == "warming up"
+  assert "method.targets" in verdicts.of_run(uniform, config=_config(), step=100).sentence
+  sentence = verdicts.of_run(uniform, config=_config("carp"), step=100).sentence
+  assert "method.t" not in sentence and "optim.lr" in sentence
+  sharp = {**uniform, "train/target_entropy": 7.0}
+  assert verdicts.of_run(sharp, config=_config(), step=100).label == "ok"
+  certain = {"train/target_entropy": 0.5, "train/ln_k": math.log(512), "collapse/perplexity": 1.0}
+  assert verdicts.of_run(certain, config=_config("carp"), step=100).label == "one-hot collapse"
+  longer = _config()
+  longer.optim.warmup_steps = 2000
+  assert verdicts.of_run(uniform, config=longer, step=499).label == "warming up"
+  assert verdicts.of_run(uniform, config=longer, step=500).label == "uniform collapse"
+  short = _config()
+  short.num_steps = 20
+  assert verdicts.of_run(uniform, config=short, step=20).label == "uniform collapse"

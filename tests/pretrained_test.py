@@ -1,0 +1,162 @@
+"""A run and its exported weights give the same features, of every layer."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from protojax import config as configs
+from protojax import errors, pretrained
+from protojax.models import encoder as encoders
+from protojax.models import features as backbone_layers
+from protojax.training import export, loop, sharding
+
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("trained") / "run"
+  config = configs.debug(configs.default("dino"))
+  config.update({"num_steps": 3, "save_every": 2, "batch_size": 16})
+  config.method.update({"num_prototypes": 32, "prototypes": "learned"})
+  config.model.update({"depth": 4, "registers": 2})
+  config.probe.crop = 0.875
+  loop.run(config, str(folder))
+  return folder
+
+
+def test_a_run_gives_what_its_training_measured(run):
+  model = pretrained.load(str(run))
+  assert (model.kind, model.step, model.weights) == ("run", 3, "teacher")
+  bank = pretrained.source(model, "train")
+  got = pretrained.rows(model, bank, parts=("features", "codes", "embeddings"), limit=100)
+  assert got["features"]["last"].shape == (100, 96) and got["codes"]["prototypes"].max() < 32
+  np.testing.assert_array_equal(got["label"], bank.labels[got["index"]])
+  scores = got["embeddings"]["prototypes"] @ model.prototypes["prototypes"].T
+  np.testing.assert_array_equal(scores.argmax(axis=1), got["codes"]["prototypes"])
+  result = json.loads((run / "eval" / "final" / "result.json").read_text())["measures"]
+  codes = pretrained.rows(model, bank, parts=("codes",), limit=512)["codes"]["prototypes"]
+  assert np.unique(codes).size / 32 == pytest.approx(result["collapse/used"])
+
+
+def test_an_earlier_checkpoint_can_be_chosen(run):
+  model = pretrained.load(str(run), step=2)
+  assert model.step == 2
+  last = pretrained.load(str(run)).params["backbone"]["cls_token"]
+  assert not np.array_equal(model.params["backbone"]["cls_token"], last)
+  with pytest.raises(errors.UserError, match="no checkpoint 1 in .*: there are 3, 2"):
+    pretrained.load(str(run), step=1)
+
+
+@pytest.mark.parametrize("file", ["", "encoder.safetensors"])
+def test_exported_weights_give_the_features_of_their_run(run, file):
+  model, exported = pretrained.load(str(run)), pretrained.load(str(run / "exported" / file))
+  assert (exported.kind, exported.step, exported.weights) == ("encoder", 3, "teacher")
+  bank = pretrained.source(model, "train")
+  names = pretrained.layers(model)
+  assert names == pretrained.layers(exported) == ("last", "last4", "last_avg", "last4_avg")
+  a, b = (pretrained.rows(m, bank, layers=names, limit=40) for m in (model, exported))
+  for name in names:
+    np.testing.assert_allclose(b["features"][name], a["features"][name], rtol=1e-5, atol=1e-5)
+  with pytest.raises(errors.UserError, match="has no prototypes: exported weights"):
+    pretrained.rows(exported, bank, parts=("codes",))
+  with pytest.raises(errors.UserError, match="does not say which images.*--data"):
+    pretrained.source(exported, "train")
+
+
+def test_layers_are_the_blocks_own_tokens():
+  """Against the module itself: fewer blocks give the earlier tokens."""
+  c = tiny.config(model__depth=4, model__registers=1)
+  net = encoders.build(c)
+  params, stats = encoders.init(net, jax.random.key(0), 16)
+  images = jax.random.normal(jax.random.key(1), (3, 16, 16, 3))
+  out = backbone_layers.features(net, params, stats, images, ("last", "last4", "last4_avg"))
+  tokens = []
+  for depth in (1, 2, 3, 4):
+    shallow = net.backbone.clone(depth=depth)
+    blocks = {f"blocks_{i}" for i in range(depth, 4)}
+    kept = {k: v for k, v in params["backbone"].items() if k not in blocks}
+    tokens.append(shallow.apply({"params": kept}, images, patches=True))
+  expected = np.concatenate([cls for cls, _ in tokens], axis=1)
+  np.testing.assert_allclose(out["last4"], expected, atol=1e-5)
+  np.testing.assert_allclose(out["last"], tokens[-1][0], atol=1e-5)
+  mean = tokens[-1][1].mean(axis=1)
+  np.testing.assert_allclose(out["last4_avg"], np.concatenate([expected, mean], 1), atol=1e-5)
+  with pytest.raises(errors.UserError, match="layer 'last2' is unknown: this encoder has last,"):
+    backbone_layers.features(net, params, stats, images, ("last2",))
+
+
+def test_attention_is_the_softmax_that_the_block_computes():
+  """Weights recomputed here make the block's attention output from its values."""
+  c = tiny.config(model__registers=1)
+  net = encoders.build(c)
+  params, _ = encoders.init(net, jax.random.key(0), 16)
+  params["backbone"]["blocks_0"]["attn"]["qkv"]["kernel"] *= 20.0  # else all weights are alike
+  images = jax.random.normal(jax.random.key(1), (3, 16, 16, 3))
+  maps = np.asarray(backbone_layers.attention(net, params, images))
+  assert maps.shape == (3, 2, 2, 2) and maps.min() > 0 and (maps.sum((2, 3)) < 1).all()
+  _, seen = net.backbone.apply(
+    {"params": params["backbone"]}, images, capture_intermediates=True, mutable="intermediates"
+  )
+  block = seen["intermediates"]["blocks_0"]
+  x = np.asarray(block["norm1"]["__call__"][0], np.float64)
+  weights = params["backbone"]["blocks_0"]["attn"]["qkv"]
+  qkv = (x @ np.float64(weights["kernel"]) + weights["bias"][None, None]).reshape(3, -1, 3, 2, 16)
+  logits = np.einsum("nhd,nthd->nht", qkv[:, 0, 0], qkv[:, :, 1]) / 4.0
+  expected = np.exp(logits - logits.max(axis=2, keepdims=True))
+  expected /= expected.sum(axis=2, keepdims=True)
+  np.testing.assert_allclose(maps.reshape(3, 2, 4), expected[:, :, 2:], atol=1e-5)
+  assert maps.std() > 1e-3
+
+
+def test_a_resnet_has_one_layer_and_no_attention():
+  c = tiny.config(
+    "barlow_twins", "none", model__name="resnet8", augment__num_local=0, head__l2=False
+  )
+  net = encoders.build(c)
+  params, stats = encoders.init(net, jax.random.key(0), 16)
+  assert backbone_layers.available(net) == ("last",)
+  with pytest.raises(errors.UserError, match="attention maps need a vision transformer"):
+    backbone_layers.attention(net, params, jnp.zeros((1, 16, 16, 3)))
+
+
+def test_what_is_no_run_is_refused_in_one_line(run, tmp_path):
+  def message(path, **options):
+    with pytest.raises(errors.UserError) as caught:
+      pretrained.load(str(path), **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+  assert "there is no" in message(tmp_path / "nothing")
+  assert "there is no encoder.safetensors" in message(tmp_path)
+  assert "is no run" in message(run / "exported", step=2)
+  bare = tmp_path / "bare"
+  shutil.copytree(run, bare)
+  shutil.rmtree(bare / "checkpoints")
+  assert "holds no checkpoint yet" in message(bare)
+  (bare / "config.json").write_text("{")
+  assert "config.json cannot be read" in message(bare)
+  tensors, info = export.read(run / "exported")
+  tree = {"params": {"backbone": {"norm": {"scale": np.ones(3)}}}}
+  export.write(tmp_path / "other", tree, info)
+  assert "not of the model described beside them" in message(tmp_path / "other")
+
+
+def test_features_do_not_depend_on_the_number_of_devices(run):
+  model = pretrained.load(str(run))
+  alone = model._replace(mesh=sharding.make_mesh(devices=jax.devices()[:1]))
+  alone = alone._replace(
+    **{
+      k: jax.device_put(jax.device_get(getattr(model, k)), sharding.replicated(alone.mesh))
+      for k in ("params", "batch_stats")
+    }
+  )
+  bank = pretrained.source(model, "test")
+  a, b = (pretrained.rows(m, bank, limit=30, batch_size=7) for m in (model, alone))
+  np.testing.assert_allclose(a["features"]["last"], b["features"]["last"], atol=1e-5)
+  np.testing.assert_array_equal(a["index"], b["index"])

@@ -1,0 +1,80 @@
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from protojax import config as configs
+from protojax import errors
+from protojax.metrics import verdicts
+from protojax.training import console
+
+
+def _log(tmp_path, losses, **changes):
+  """Runs the losses of successive steps through a log; the losses written, by step."""
+  config = tiny.config(num_steps=len(losses), **changes)
+  nothing = np.zeros(config.batch_size, np.int32)
+  with console.RunLog(tmp_path, config, start=0, describe=str) as log:
+    for step, loss in enumerate(losses):
+      log.step(step, {"train/loss": jnp.float32(loss)}, skipped=nothing, waited=0.0)
+    log.sync()
+  lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  return {line["step"]: line["train/loss"] for line in lines}
+
+
+def test_a_line_is_the_mean_of_the_steps_since_the_last(tmp_path):
+  assert _log(tmp_path, [8.0, 7.0, 5.0, 3.0], log_every=2) == {1: 8.0, 2: 7.0, 4: 4.0}
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_loss_that_is_not_finite_ends_the_run_in_one_line(tmp_path, loss):
+  with pytest.raises(errors.UserError, match=f"the loss is {loss} after step 2: lower") as info:
+    _log(tmp_path, [1.0, loss, 1.0])
+  assert "\n" not in str(info.value)
+
+
+def test_measures_from_before_the_first_verdict_are_not_judged_later(tmp_path):
+  """At step 100 the line comes before the look: what was seen at step 80 is not held against it."""
+  config = tiny.config(num_steps=400, optim__warmup_steps=10)
+  with console.RunLog(tmp_path, config, start=0, describe=str) as log:
+    assert log.verdict(100).label == "ok"
+    log.measures(80, {"collapse/rankme": 1.2})
+    assert log.verdict(100).label == "warming up"
+    log.measures(100, {"collapse/rankme": 1.2})
+    assert log.verdict(110).label == "dimensional collapse"
+
+
+def _line(step, measures, *, name="dino", label="ok"):
+  config = configs.default(name)
+  config.update({"num_steps": 5000, "batch_size": 82})
+  return console.log_line(step, measures, verdicts.Verdict(label, "", False), config=config)
+
+
+def test_log_line_is_the_documented_one():
+  measures = {
+    "train/loss": 7.91,
+    "train/ln_k": 8.3178,
+    "train/target_entropy": 6.10,
+    "collapse/unique_0.025": 1.0,
+    "collapse/used": 0.61,
+    "collapse/used_sample": 0.2,
+    "collapse/rankme": 143.2,
+    "probe/knn": 0.712,
+    "time/img_per_s": 1630.4,
+    "time/data_wait": 0.013,
+  }
+  assert _line(1200, measures) == (
+    "step 1200/5000  eta 3:11  loss 7.91 (ln K 8.32)  H 6.10  unique 100%  used 61%  rank 143  "
+    "knn 71.2%  img/s 1630  wait 1%  [ok]"
+  )
+
+
+def test_log_line_leaves_out_what_was_not_measured():
+  measures = {"train/loss": 1.5, "probe/knn": None, "collapse/used_sample": 0.25}
+  line = _line(3, measures, name="carp", label="warming up")
+  assert line == "step 3/5000  loss 1.50  used 25%  [warming up]"
+
+
+def test_long_runs_have_hours():
+  assert "eta 2:16:40" in _line(0, {"time/img_per_s": 50.0})

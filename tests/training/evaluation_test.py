@@ -1,0 +1,73 @@
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from protojax.data import pipeline, sources
+from protojax.training import evaluation, programs, train_step
+
+
+@pytest.fixture(scope="module")
+def setting():
+  c = tiny.config("dino", "mixture", probe__limit=0)
+  bank, test = (sources.build("digits", split=s) for s in ("train", "test"))
+  program = programs.Program(c, 10)
+  return program, program.init(c.seed), evaluation.Snapshot(program, bank=bank, test=test), bank
+
+
+def test_a_fresh_state_has_not_moved(setting):
+  program, state, view, _ = setting
+  measures = view.monitor(state)
+  assert measures["collapse/drift"] == pytest.approx(1.0, abs=1e-6)
+  assert measures["collapse/teacher_distance"] == 0.0
+  means = -state.prototypes.means
+  turned = state.replace(prototypes=state.prototypes._replace(means=means))
+  assert view.monitor(turned)["collapse/drift"] == pytest.approx(-1.0, abs=1e-6)
+
+
+def test_duplicated_prototypes_are_counted(setting):
+  _, state, view, _ = setting
+  means = state.prototypes.means.at[8:].set(state.prototypes.means[0])
+  measures = view.monitor(state.replace(prototypes=state.prototypes._replace(means=means)))
+  assert measures["collapse/unique_0.025"] == 8 / 32
+  assert measures["collapse/unique_0.025_random"] == 1.0
+  assert measures["collapse/relative_uniqueness"] < 1e-3
+
+
+def test_usage_is_that_of_the_whole_bank(setting):
+  program, state, view, bank = setting
+  # Untrained features are bunched: without their mean they spread over the prototypes.
+  first = next(iter(pipeline.sequential(bank, batch_size=64, image_size=32)))
+  z = program.method.embeddings(train_step.variables_of(state), program.evaluation(first))
+  mean = z["prototypes"].mean(axis=0)
+  state = state.replace(prototypes=state.prototypes._replace(feature_mean=mean))
+  codes = []
+  for batch in pipeline.sequential(bank, batch_size=64, image_size=32):
+    variables = train_step.variables_of(state)
+    scores = program.method.codes(variables, program.evaluation(batch))["prototypes"]
+    codes.append(np.asarray(scores).argmax(axis=1)[batch["mask"]])
+  codes = np.concatenate(codes)
+  assert len(set(codes[:64])) < len(set(codes))  # else a part of the bank would do
+  measures = view.evaluate(state)
+  share = np.bincount(codes, minlength=32) / len(codes)
+  assert measures["collapse/used"] == pytest.approx((share > 0).mean(), abs=1e-6)
+  entropy = -sum(p * np.log(p) for p in share if p > 0)
+  assert measures["collapse/perplexity"] == pytest.approx(np.exp(entropy), rel=1e-4)
+  assert 0.1 < measures["probe/knn"] <= 1.0
+
+
+def test_accuracy_on_the_bank_itself_sees_the_image(setting):
+  """With the train images as test images, the nearest neighbour is the image: k = 1 is perfect."""
+  program, state, _, bank = setting
+  config = program.config.copy_and_resolve_references()
+  config.probe.k = 1
+  view = evaluation.Snapshot(programs.Program(config, 10), bank=bank, test=bank)
+  assert view.evaluate(state)["probe/knn"] == 1.0
+
+
+def test_final_gives_what_the_picture_draws(setting):
+  _, state, view, bank = setting
+  measures, arrays = view.final(state)
+  assert arrays["usage"].sum() == len(bank) and arrays["usage"].shape == (32,)
+  assert arrays["nearest"].shape == arrays["nearest_random"].shape == (32,)
+  assert jax.tree.all(jax.tree.map(np.isfinite, measures))

@@ -1,0 +1,289 @@
+"""Resuming to the bit: with other workers, after SIGTERM and kill -9; one process and two."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import chex
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import tiny
+
+from protojax import api, errors, main
+from protojax.training import checkpoint, console, export, loop, programs, workdir
+
+pytestmark = [
+  pytest.mark.xdist_group("train"),  # one worker: they share the run `whole`
+  pytest.mark.usefixtures("compile_fast"),
+]
+
+ROOT = pathlib.Path(__file__).parents[2]
+# The same little run for the library and for the program: 6 steps on digits.
+CHANGES = {
+  "num_steps": 6,
+  "batch_size": 16,
+  "log_every": 1,
+  "save_every": 2,
+  "eval_every": 6,
+  "monitor.every": 6,
+  "monitor.images": 32,
+  "probe.limit": 64,
+  "augment.global_size": 16,
+  "augment.local_size": 8,
+  "model.depth": 1,
+  "model.width": 48,
+  "head.hidden": 32,
+  "head.bottleneck": 16,
+  "method.num_prototypes": 32,
+}
+
+
+# Clusters are refreshed before steps 2 and 4.
+PCL = CHANGES | {
+  "steps_per_epoch": 2,
+  "method.warmup_epochs": 1,
+  "method.coarse_clusters": (8,),
+}
+
+
+def _config(recipe="quickstart", changes=CHANGES, **more):
+  config = main.load(str(ROOT / "configs" / f"{recipe}.py:debug"))
+  for key, value in (changes | more).items():
+    section, _, leaf = key.rpartition(".")
+    (config[section] if section else config)[leaf] = value
+  return config
+
+
+def _final(folder, config):
+  """The last checkpoint's leaves as NumPy."""
+  resolved = loop.configs.resolve(config, len(loop.build_sources(config)[0]))
+  program = programs.Program(resolved, 10)
+  target = jax.tree.map(
+    lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+    program.abstract,
+    program.shardings,
+  )
+  saved = checkpoint.Checkpoints(folder)
+  step, state, _ = saved.restore_latest(target)
+  saved.close()
+  return step, jax.device_get(state.replace(key=jax.random.key_data(state.key)))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, compile_fast):
+  folder = tmp_path_factory.mktemp("whole") / "run"
+  api.train(_config(), str(folder))
+  return folder
+
+
+def _stop_after(monkeypatch, step):
+  """Sends SIGTERM to this process once `step` steps are done."""
+  original = console.RunLog.step
+
+  def stepping(self, number, *args, **kwargs):
+    original(self, number, *args, **kwargs)
+    if number + 1 == step:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  monkeypatch.setattr(console.RunLog, "step", stepping)
+
+
+def _losses(folder):
+  lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+  return {r["step"]: r["train/loss"] for r in lines if "train/loss" in r}
+
+
+def test_stopped_and_resumed_run_equals_the_whole_one_to_the_bit(whole, tmp_path, monkeypatch):
+  folder = tmp_path / "run"
+  with monkeypatch.context() as patch:
+    _stop_after(patch, 3)
+    with pytest.raises(errors.Interrupted, match="stopped at step 3"):
+      loop.run(_config(), str(folder))
+  loop.run(_config(**{"data.num_workers": 2}), str(folder))
+  step, state = _final(folder, _config())
+  expected_step, expected = _final(whole, _config())
+  assert step == expected_step == 6
+  chex.assert_trees_all_equal(state, expected)
+  assert _losses(folder) == _losses(whole)
+
+
+def test_images_that_lie_on_the_devices_change_nothing_in_the_middle_of_an_epoch(
+  whole, tmp_path, monkeypatch, caplog
+):
+  folder = tmp_path / "run"
+  with monkeypatch.context() as patch:
+    _stop_after(patch, 3)
+    with pytest.raises(errors.Interrupted, match="stopped at step 3"):
+      loop.run(_config(**{"data.cache": "device"}), str(folder))
+  caplog.set_level("INFO")
+  result = loop.run(_config(**{"data.cache": "device"}), str(folder))
+  assert "digits/train lies on the devices: 1442 images" in caplog.text
+  assert _config().data.cache == "auto"  # which on CPUs takes the host's
+  chex.assert_trees_all_equal(_final(folder, _config())[1], _final(whole, _config())[1])
+  assert _losses(folder) == _losses(whole)
+  known = json.loads((whole / "eval" / "final" / "result.json").read_text())["measures"]
+  same = {k for k in known if k.startswith(("probe/", "collapse/"))}
+  assert same and {k: result[k] for k in same} == {k: known[k] for k in same}
+
+
+def test_run_that_is_done_reports_again_and_changes_nothing(whole):
+  names = ("metrics.jsonl", "eval/final/result.json", "exported/encoder.safetensors")
+  before = [(whole / name).read_bytes() for name in names]
+  result = loop.run(_config(), str(whole))
+  assert [(whole / name).read_bytes() for name in names] == before
+  assert result["step"] == 6 and "probe/knn" in result
+  result_file = whole / "eval" / "final" / "result.json"
+  result_file.rename(whole / "eval" / "away.json")  # as if stopped right after the last checkpoint
+  again = loop.run(_config(), str(whole))
+  assert again["probe/knn"] == result["probe/knn"] and result_file.exists()
+
+
+def test_every_file_of_a_run_is_there(whole):
+  for name in (
+    "config.json",
+    "env.json",
+    "metrics.jsonl",
+    "train.log",
+    "report.png",
+    "report.html",
+    "exported/encoder.safetensors",
+    "exported/config.json",
+    "eval/final/result.json",
+  ):
+    assert (whole / name).stat().st_size > 0, name
+  assert list(whole.glob("events.out.tfevents.*"))
+  assert len(list((whole / "checkpoints").iterdir())) >= 2
+  assert json.loads((whole / "exported" / "config.json").read_text())["weights"] == "teacher"
+
+
+def test_exported_encoder_is_the_teacher_and_starts_another_run(whole):
+  _, state = _final(whole, _config())
+  saved = safetensors.numpy.load_file(whole / "exported" / "encoder.safetensors")
+  leaves = jax.tree.leaves(state.teacher["encoder"])
+  assert sum(leaf.size for leaf in leaves) == sum(v.size for v in saved.values())
+  program = programs.Program(tiny.config())
+  with pytest.raises(errors.UserError, match="encoder.safetensors"):
+    export.load(whole / "exported", program.abstract.encoder)
+  fresh = programs.Program(loop.configs.resolve(_config(), 1000)).init(7)
+  started = workdir.warm_start(fresh, export.load(whole / "exported", fresh.encoder))
+  chex.assert_trees_all_equal(jax.device_get(started.encoder), state.teacher["encoder"])
+
+
+def _command(folder, *more, recipe="quickstart", changes=CHANGES):
+  flags = [f"--config.{k}={v}" for k, v in changes.items()]
+  config = ROOT / "configs" / f"{recipe}.py:debug"
+  return [
+    sys.executable,
+    "-m",
+    "protojax.main",
+    f"--config={config}",
+    f"--workdir={folder}",
+    *flags,
+    *more,
+  ]
+
+
+def _kill_after_a_checkpoint(folder, step, **recipe):
+  """Runs the program until it has saved `step`, then kill -9."""
+  environment = {
+    **os.environ,
+    "JAX_NUM_CPU_DEVICES": "8",
+  }
+  process = subprocess.Popen(
+    _command(folder, **recipe),
+    cwd=ROOT,
+    env=environment,
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
+  )
+  deadline = time.time() + 240
+  # A checkpoint is complete when it is there: orbax renames it at the end.
+  while not (folder / "checkpoints" / str(step)).exists():
+    assert process.poll() is None and time.time() < deadline
+    time.sleep(0.02)
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+
+
+def test_killed_run_resumes_to_the_bit(whole, tmp_path):
+  folder = tmp_path / "run"
+  _kill_after_a_checkpoint(folder, 2)
+  loop.run(_config(), str(folder))
+  chex.assert_trees_all_equal(_final(folder, _config())[1], _final(whole, _config())[1])
+  assert _losses(folder) == _losses(whole)
+
+
+def test_run_with_clusters_stopped_and_killed_around_a_refresh_resumes_to_the_bit(
+  tmp_path, monkeypatch
+):
+  config, whole = _config("pcl_cifar10", PCL), tmp_path / "whole"
+  loop.run(config, str(whole))
+  _, expected = _final(whole, config)
+  # Both refreshes happened: the first prototypes are gone, images have clusters.
+  assert set(expected.prototypes) == {"clusters8", "prototypes"}
+  assert len(np.unique(expected.carry["clusters"][1])) > 16
+
+  stopped = tmp_path / "stopped"
+  for step in (2, 3):  # right before a refresh, and between two
+    with monkeypatch.context() as patch:
+      _stop_after(patch, step)
+      with pytest.raises(errors.Interrupted, match=f"stopped at step {step}"):
+        loop.run(config, str(stopped))
+  killed = tmp_path / "killed"
+  _kill_after_a_checkpoint(killed, 4, recipe="pcl_cifar10", changes=PCL)
+  for folder in (stopped, killed):
+    loop.run(config, str(folder))
+    step, state = _final(folder, config)
+    assert step == 6
+    chex.assert_trees_all_equal(state, expected)
+    assert _losses(folder) == _losses(whole)
+
+
+def _pair(folder, *more):
+  """Runs two processes of two devices each to the end; returns their outputs."""
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    port = probe.getsockname()[1]
+  processes = [
+    subprocess.Popen(
+      _command(
+        folder,
+        f"--coordinator_address=127.0.0.1:{port}",
+        "--num_processes=2",
+        f"--process_id={i}",
+        *more,
+      ),
+      cwd=ROOT,
+      env={**os.environ, "JAX_NUM_CPU_DEVICES": "2"},
+      text=True,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+    )
+    for i in range(2)
+  ]
+  return [(p.communicate(timeout=300)[0], p.returncode) for p in processes]
+
+
+def test_two_processes_train_and_resume_as_one(whole, tmp_path):
+  folder = tmp_path / "run"
+  for output, status in _pair(folder):
+    assert status == 0, output
+  losses = _losses(folder)
+  assert set(losses) == set(range(1, 7))
+  for step, loss in _losses(whole).items():
+    np.testing.assert_allclose(losses[step], loss, rtol=1e-4)
+  np.testing.assert_allclose(losses[1], _losses(whole)[1], rtol=1e-5)
+  # Take the last two steps away and let two processes do them again from checkpoint 4.
+  shutil.rmtree(folder / "checkpoints" / "6")
+  for output, status in _pair(folder, "--config.data.cache=device"):
+    assert status == 0, output
+    assert "resumed at step 4" in output and "digits/train lies on the devices" in output
+  assert _losses(folder) == losses

@@ -1,0 +1,269 @@
+"""What every method must satisfy, one row of `METHODS` each."""
+
+import contextlib
+import functools
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from method_table import METHODS
+
+from protojax.metrics import collapse, verdicts
+from protojax.training import checkpoint, programs, sharding, train_step
+
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
+
+every_method = pytest.mark.parametrize(
+  "row",
+  # One worker a row: its tests share what `_three_steps` keeps.
+  [pytest.param(r, marks=pytest.mark.xdist_group(f"row{i}")) for i, r in enumerate(METHODS)],
+  ids=[f"{r.name}-{r.prototypes}" for r in METHODS],
+)
+
+
+@functools.cache
+def _three_steps(row, devices):
+  """(program, state 0 on the host, state 3, [metrics of three steps], traces of the step)."""
+  traces, original = [], train_step.train_step
+
+  def counted(*args, **kwargs):
+    traces.append(1)
+    return original(*args, **kwargs)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train_step, "train_step", counted)
+    # Not Adam: of a gradient that is zero but for rounding, a bias before a norm, it makes a step.
+    config = row.config(optim__name="sgd")
+    program, state, metrics = tiny.run_steps(config, 3, jax.devices()[:devices])
+  start = _on_host(program.init(program.config.seed))
+  return program, start, state, metrics, len(traces)
+
+
+def _on_host(state):
+  """NumPy arrays; of typed keys, which have no finite and no difference, their data."""
+
+  def plain(x):
+    return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+  return jax.device_get(jax.tree.map(plain, state))
+
+
+def _size(shape: str) -> int:
+  """Bytes of an HLO shape, "f32[8,16]{1,0}" or a tuple of such."""
+  width = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "s32": 4, "u32": 4, "f32": 4}
+  return sum(
+    width[kind] * int(np.prod([int(d) for d in dims.split(",") if d] or [1]))
+    for kind, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shape)
+  )
+
+
+@every_method
+def test_loss_gradients_and_update_are_finite_and_move(row):
+  _, start, state, metrics, _ = _three_steps(row, 8)
+  state = _on_host(state)
+  chex.assert_tree_all_finite(state)
+  assert all(np.isfinite(v) for m in metrics for v in m.values())
+  assert metrics[0]["train/grad_norm"] > 0
+
+  def moved(part):
+    pairs = zip(
+      jax.tree.leaves(getattr(start, part)), jax.tree.leaves(getattr(state, part)), strict=True
+    )
+    return max((float(np.abs(a.astype(float) - b).max()) for a, b in pairs), default=0.0)
+
+  assert moved("encoder") > 0
+  assert (moved("teacher") > 0) == (start.teacher != ())
+  assert (moved("prototypes") > 0) == (row.prototypes in ("learned", "mixture"))
+
+
+@every_method
+def test_no_gradient_reaches_what_is_not_trained(row):
+  program = programs.Program(row.config())
+  variables = train_step.variables_of(program.init(program.config.seed))
+  trained, frozen = train_step.split(variables, program.method.learns_prototypes)
+  views = jax.tree.map(
+    lambda s: jax.random.normal(jax.random.key(1), s.shape), tiny.abstract_views(program.config)
+  )
+  views["index"] = jnp.arange(program.config.batch_size)
+
+  def value(trained, floats):
+    whole = jax.tree.unflatten(treedef, [floats.get(i, leaf) for i, leaf in enumerate(leaves)])
+    value, out = program.method.loss(trained, whole, views, jax.random.key(2), jnp.int32(1))
+    return value, out.metrics["loss"]
+
+  leaves, treedef = jax.tree.flatten(frozen)
+  floats = {i: leaf for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)}
+  grad = jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True))
+  (minimised, logged), (by_trained, by_frozen) = grad(trained, floats)
+  assert float(minimised) == float(logged)
+  assert all(float(jnp.abs(g).max()) == 0.0 for g in by_frozen.values())
+  assert any(float(jnp.abs(g).max()) > 0.0 for g in jax.tree.leaves(by_trained))
+  assert ("prototypes" in by_trained) == (row.prototypes == "learned")
+
+
+@every_method
+def test_one_two_and_eight_devices_agree(row):
+  _, start, one, metrics, _ = _three_steps(row, 1)
+  # Without the optimizer's traces: those of a bias before a norm are rounding and nothing else.
+  start, one = (jax.tree.leaves(_on_host(s.replace(opt_state=()))) for s in (start, one))
+  for devices in (2, 8):
+    _, _, state, other, _ = _three_steps(row, devices)
+    for key, later in (("train/loss", 1e-4), ("train/grad_norm", 1e-3)):
+      np.testing.assert_allclose(other[0][key], metrics[0][key], rtol=1e-5)
+      np.testing.assert_allclose(other[2][key], metrics[2][key], rtol=later)
+    paths = jax.tree_util.tree_leaves_with_path(_on_host(state.replace(opt_state=())))
+    for (path, a), b, begun in zip(paths, one, start, strict=True):
+      name = jax.tree_util.keystr(path)
+      if not jnp.issubdtype(a.dtype, jnp.floating):
+        np.testing.assert_array_equal(a, b, err_msg=name)
+        continue
+      apart, moved = np.linalg.norm(a - b), np.linalg.norm(b - begun)
+      # 3e-4 at most, but where all the gradient is rounding: that moves a bias by 1e-7.
+      assert apart <= 1e-3 * moved + 5e-7, f"{name} on {devices}: {apart} apart, {moved} moved"
+
+
+@every_method
+def test_data_parallel_step_only_all_reduces(row):
+  text = _three_steps(row, 8)[0].lower().compile().as_text()
+  assert "all-reduce" in text
+  ops = "all-gather|all-to-all|collective-permute|reduce-scatter"
+  allowed = {op: most for op, most, _ in row.collectives}
+  for shape, op in re.findall(rf"= (\S.*?) ({ops})(?:-start)?\(", text):
+    assert _size(shape) <= allowed.get(op, 0), f"{op} of {shape}"
+
+
+@every_method
+def test_three_steps_trace_once(row):
+  assert _three_steps(row, 8)[-1] == 1
+
+
+@every_method
+def test_restart_is_the_same_to_the_bit(row, tmp_path):
+  """Two steps, a checkpoint, a third from what is read back: state 3 of the run in one go."""
+  program, _, expected, metrics, _ = _three_steps(row, 8)
+  with jax.set_mesh(program.mesh):
+    batch = sharding.put_batch(tiny.batch(program.config), program.mesh)
+    state = program.init(program.config.seed)
+    for _ in range(2):
+      state, _ = program.step(state, batch, None)
+    with contextlib.closing(checkpoint.Checkpoints(tmp_path)) as saved:
+      saved.save(2, state, {})
+      target = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        program.abstract,
+        program.shardings,
+      )
+      step, restored, _ = saved.restore_latest(target)
+    assert step == 2
+    state, out = program.step(restored, batch, None)
+  chex.assert_trees_all_equal(_on_host(state), _on_host(expected))
+  assert float(out["train/loss"]) == metrics[2]["train/loss"]
+
+
+@every_method
+def test_two_images_a_batch_in_bfloat16_stay_finite(row):
+  config = row.config(batch_size=2, precision="bfloat16")
+  _, state, metrics = tiny.run_steps(config, 2, jax.devices()[:1])
+  chex.assert_tree_all_finite(_on_host(state))
+  assert all(np.isfinite(v) for m in metrics for v in m.values())
+
+
+@every_method
+def test_loss_falls_on_real_images_whose_features_stay_apart(row):
+  # At .02 losses fall as well, but the features of SwAV and of the full GEDI bunch.
+  changes = {"num_steps": 200, "optim__warmup_steps": 1, "optim__lr": 0.005, **dict(row.learns)}
+  config = row.config(**changes)
+  program, state, metrics = tiny.run_steps(config, 60, jax.devices()[:1], draw=tiny.digits)
+  losses = [m["train/loss"] for m in metrics]
+  assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.01
+  images = program.evaluation(tiny.digits(config, 0))
+  features = program.method.features(train_step.variables_of(state), images)
+  assert collapse.feature_std(features) > verdicts.LIMITS["feature_std"]
+
+
+@pytest.mark.parametrize(
+  ("text", "size"),
+  [("f32[8,16]{1,0}", 512), ("(s32[4]{0}, bf16[2,3]{1,0})", 28), ("f32[]", 4)],
+)
+def test_sizes_of_hlo_shapes(text, size):
+  assert _size(text) == size
+
+
+def test_every_step_draws_new_views():
+  """Nothing is learned and the batch is the same: only the views can change the loss."""
+  still = {"optim__lr": 0.0, "optim__final_lr": 0.0, "method__targets": "sinkhorn"}
+  c = tiny.config("dino", "frozen", teacher__momentum=1.0, **still)
+  _, _, metrics = tiny.run_steps(c, 2, jax.devices()[:1])
+  assert abs(metrics[0]["train/loss"] - metrics[1]["train/loss"]) > 1e-4
+
+
+def test_teacher_does_not_share_buffers_with_the_student():
+  program = programs.Program(tiny.config("dino", "learned"))
+  state = program.init(0)
+  students = {
+    leaf.unsafe_buffer_pointer()
+    for leaf in jax.tree.leaves(state.encoder)
+    if len(leaf.sharding.device_set) == 1
+  }
+  for leaf in jax.tree.leaves(state.encoder) + jax.tree.leaves(state.teacher):
+    students.add(leaf.addressable_shards[0].data.unsafe_buffer_pointer())
+  assert len(students) == len(jax.tree.leaves(state.encoder)) + len(jax.tree.leaves(state.teacher))
+
+
+def test_gradient_accumulation_is_the_same_step():
+  whole = tiny.run_steps(tiny.config(), 2)
+  parts = tiny.run_steps(tiny.config(accum_steps=2), 2)
+  for a, b in zip(whole[2], parts[2], strict=True):
+    np.testing.assert_allclose(a["train/loss"], b["train/loss"], rtol=1e-5)
+    np.testing.assert_allclose(a["train/grad_norm"], b["train/grad_norm"], rtol=1e-4)
+
+
+def test_em_before_the_loss_uses_the_moved_mixture():
+  """After one step the mixture is the same in both orders; only the first loss differs."""
+  after = tiny.run_steps(tiny.config("dino", "mixture"), 1)
+  before = tiny.run_steps(tiny.config("dino", "mixture", method__em_order="before_loss"), 1)
+  chex.assert_trees_all_close(after[1].prototypes, before[1].prototypes, atol=1e-6)
+  assert abs(after[2][0]["train/loss"] - before[2][0]["train/loss"]) > 1e-5
+
+
+def test_prototypes_split_over_the_model_axis_agree_with_one_device():
+  c = tiny.config("dino", "mixture")
+  split = tiny.config("dino", "mixture", mesh__model=4)
+  _, one, a = tiny.run_steps(c, 3, jax.devices()[:1])
+  program, many, b = tiny.run_steps(split, 3)
+  assert program.shardings.prototypes.means.spec == jax.sharding.PartitionSpec("model")
+  np.testing.assert_allclose(a[0]["train/loss"], b[0]["train/loss"], rtol=1e-5)
+  np.testing.assert_allclose(a[2]["train/loss"], b[2]["train/loss"], rtol=1e-4)
+  np.testing.assert_allclose(one.prototypes.means, many.prototypes.means, atol=1e-4)
+
+
+def test_bfloat16_encoder_stays_close_and_keeps_float32_state():
+  _, state, low = tiny.run_steps(tiny.config(precision="bfloat16"), 1)
+  _, _, full = tiny.run_steps(tiny.config(), 1)
+  np.testing.assert_allclose(low[0]["train/loss"], full[0]["train/loss"], rtol=0.02)
+  assert {leaf.dtype for leaf in jax.tree.leaves(state.teacher)} == {jnp.dtype("float32")}
+
+
+def test_online_probe_gets_no_hold_of_the_encoder():
+  """The encoder after three steps is the same to the bit with the probe and without."""
+  _, without, _ = tiny.run_steps(tiny.config(), 3)
+  _, with_probe, metrics = tiny.run_steps(tiny.config(), 3, num_classes=10)
+  chex.assert_trees_all_equal(without.encoder, with_probe.encoder)
+  assert "probe" in with_probe.carry
+  assert any(k.startswith("probe/") for k in metrics[0])
+
+
+def test_batch_norm_statistics_are_carried_for_student_and_teacher():
+  c = tiny.config(head__norm="batch")
+  program = programs.Program(c)
+  start = jax.device_get(program.init(0).carry["batch_stats"])
+  _, state, _ = tiny.run_steps(c, 1)
+  for side in ("student", "teacher"):
+    assert not np.allclose(
+      jax.tree.leaves(start[side])[0], jax.tree.leaves(state.carry["batch_stats"][side])[0]
+    )
