@@ -142,8 +142,8 @@ def test_sources_survive_pickling(data_dir, animals):
 
 def test_reading_a_tfds_source_leaves_tensorflow_out(data_dir):
   code = (
-    "import sys; from protojax.data import source; "
-    f"s = source.build('cifar10', split='train', data_dir={data_dir!r}); s[5]; s.labels; "
+    "import sys; from protojax.data import sources; "
+    f"s = sources.build('cifar10', split='train', data_dir={data_dir!r}); s[5]; s.labels; "
     "assert 'tensorflow_datasets' in sys.modules; assert 'tensorflow' not in sys.modules"
   )
   subprocess.run([sys.executable, "-c", code], check=True, cwd=_REPO)
