@@ -74,8 +74,8 @@ class RunLog:
     if not math.isfinite(metrics["train/loss"]):
       self._writer.write(done, metrics)
       raise errors.UserError(
-        f"the loss is {metrics['train/loss']} after step {done}: lower --config.optim.lr or use "
-        "--config.precision=float32; the last checkpoint is from before this step"
+        f"the loss is {metrics['train/loss']} after step {done}: lower config.optim.lr or use "
+        "config.precision=float32; the last checkpoint is from before this step"
       )
     for key, value in metrics.items():
       self._sums[key] = self._sums.get(key, 0.0) + value

@@ -33,7 +33,7 @@ def build_sources(config):
   if name == "folder" and own and not (root / probe.test_split).is_dir():
     logging.info(
       "k-NN and linear probe are off: %s has no folder %r; name labelled images with "
-      "--config.probe.name and --config.probe.data_dir",
+      "config.probe.name and config.probe.data_dir",
       data_dir,
       probe.test_split,
     )
@@ -86,7 +86,7 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
       sharding.rows_of_process(config.probe.batch_size, mesh, "probe.batch_size")
     if config.probe.k > (rows := min(config.probe.limit or len(bank), len(bank))):
       raise errors.UserError(
-        f"probe.k={config.probe.k} neighbours of a bank of {rows} images: lower --config.probe.k"
+        f"probe.k={config.probe.k} neighbours of a bank of {rows} images: lower config.probe.k"
       )
   program = programs.Program(config, bank.num_classes if test is not None else 0)
   lowered = program.lower()
@@ -182,7 +182,7 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
           save(done, state)
           raise errors.UserError(
             f"stopped at step {done}, {log.verdict(done).label}: {log.verdict(done).sentence} "
-            "(--config.monitor.stop_on_collapse=False goes on)"
+            "(config.monitor.stop_on_collapse=False goes on)"
           )
     # Saved before it is measured: a stop from here on costs no step.
     save(config.num_steps, state)

@@ -116,7 +116,7 @@ def refuse_mismatch(before: dict, config) -> None:
   if differing:
     raise errors.UserError(
       f"the workdir holds a run with other settings: {', '.join(differing)}: choose another "
-      "--workdir or set --config.overwrite=True"
+      "workdir or set config.overwrite=True"
     )
 
 
@@ -136,38 +136,38 @@ def claim(workdir: str, config) -> pathlib.Path:
     raise errors.UserError(f"resume={config.resume!r} is unknown: choose auto or never")
   if "://" in workdir:
     raise errors.UserError(
-      f"--workdir={workdir} is an address: give a folder; a bucket can be mounted (gcsfuse)"
+      f"workdir={workdir} is an address: give a folder; a bucket can be mounted (gcsfuse)"
     )
   folder = pathlib.Path(workdir).expanduser().absolute()
   if folder.exists() and not folder.is_dir():
-    raise errors.UserError(f"--workdir={workdir} is a file: give a folder")
+    raise errors.UserError(f"workdir={workdir} is a file: give a folder")
   lead = jax.process_index() == 0
   if config.overwrite and lead and (folder / "env.json").exists():
     try:
       for path in (*(folder / name for name in _OURS), *folder.glob("events.out.tfevents.*")):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     except OSError as error:
-      raise errors.UserError(f"cannot overwrite --workdir={workdir}: {error.strerror}") from None
+      raise errors.UserError(f"cannot overwrite workdir={workdir}: {error.strerror}") from None
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices("workdir")
   known = folder / "config.json"
   if known.exists():
     if config.resume == "never":
       raise errors.UserError(
-        f"--workdir={workdir} already holds a run and resume=never: choose another --workdir or "
-        "set --config.overwrite=True"
+        f"workdir={workdir} already holds a run and resume=never: choose another workdir or "
+        "set config.overwrite=True"
       )
     try:
       old = json.loads(known.read_text())
     except ValueError:
       raise errors.UserError(
-        f"{known} is not readable JSON: choose another --workdir or set --config.overwrite=True"
+        f"{known} is not readable JSON: choose another workdir or set config.overwrite=True"
       ) from None
     refuse_mismatch(old, config)
   elif (folder / "checkpoints").exists():
     raise errors.UserError(
-      f"--workdir={workdir} holds checkpoints but no config.json, so it is not a run of protojax: "
-      "choose another --workdir"
+      f"workdir={workdir} holds checkpoints but no config.json, so it is not a run of protojax: "
+      "choose another workdir"
     )
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices("workdir_checked")
@@ -177,7 +177,7 @@ def claim(workdir: str, config) -> pathlib.Path:
       files.write_json(folder / "env.json", environment.describe())
       files.write_json(known, config.to_dict())
     except OSError as error:
-      raise errors.UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from None
+      raise errors.UserError(f"cannot write to workdir={workdir}: {error.strerror}") from None
   return folder
 
 

@@ -338,7 +338,7 @@ def test_wrong_digits_are_refused_in_one_line():
 
 
 def test_wrong_tfds_data_is_refused_in_one_line(data_dir, tmp_path):
-  refuse("cifar10", "--config.data.data_dir", name="cifar10", split="train")
+  refuse("cifar10", "config.data.data_dir", name="cifar10", split="train")
   refuse("/nowhere", "not a folder", name="cifar10", split="train", data_dir="/nowhere")
   refuse("'cifar'", "there are cifar10", name="cifar", split="train", data_dir=data_dir)
   refuse("cifar10:1.0.0", name="cifar10:1.0.0", split="train", data_dir=data_dir)
