@@ -91,14 +91,9 @@ def _run(path, folder, step) -> Trained:
     )
   probe = leaves.get("carry/probe/params/bias")  # "float32[10]": one for each class
   program = programs.Program(config, int(probe.partition("[")[2][:-1]) if probe else 0)
-  target = jax.tree.map(
-    lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-    program.abstract,
-    program.shardings,
-  )
   checkpoints = checkpoint.Checkpoints(folder)
   try:
-    step, state, _ = checkpoints.restore_latest(target, step)
+    step, state, _ = checkpoints.restore_latest(program.restore_target(), step)
   finally:
     checkpoints.close()
   return of_state(path, program, state, step)

@@ -1,7 +1,6 @@
 """What a run leaves behind, and who may write into it."""
 
 import json
-import os
 import pathlib
 import shutil
 import signal
@@ -12,7 +11,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from protojax import __version__, environment, errors, trees
+from protojax import __version__, environment, errors, files, trees
 from protojax.training import export, sharding
 
 REPORT = "report.html"  # the page about a run
@@ -61,14 +60,6 @@ class Stop:
     if step % 10:
       return False
     return bool(multihost_utils.process_allgather(np.asarray(self._asked)).any())
-
-
-def _write_json(path: pathlib.Path, content: dict) -> None:
-  """Whole or not at all."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(json.dumps(content, indent=2, sort_keys=True, default=str) + "\n")
-  os.replace(temporary, path)
 
 
 def metadata(config, seconds: float) -> dict:
@@ -183,8 +174,8 @@ def claim(workdir: str, config) -> pathlib.Path:
   if lead and not known.exists():
     try:
       folder.mkdir(parents=True, exist_ok=True)
-      _write_json(folder / "env.json", environment.describe())
-      _write_json(known, config.to_dict())
+      files.write_json(folder / "env.json", environment.describe())
+      files.write_json(known, config.to_dict())
     except OSError as error:
       raise errors.UserError(f"cannot write to workdir={workdir}: {error.strerror}") from None
   return folder
@@ -202,8 +193,8 @@ def encoder_of(state) -> tuple[str, dict]:
 def export_encoder(folder: pathlib.Path, step: int, state, config, mesh) -> None:
   """Writes exported/encoder.safetensors and config.json: the teacher where there is one."""
   which, tree = encoder_of(state)
-  whole = jax.jit(lambda t: t, out_shardings=sharding.replicated(mesh))
-  tree = jax.device_get(whole(tree))
+  gather = jax.jit(lambda t: t, out_shardings=sharding.replicated(mesh))
+  tree = jax.device_get(gather(tree))
   if jax.process_index() == 0:
     info = {"weights": which, "step": step, "version": __version__}
     for section in ("model", "head", "method"):
@@ -233,9 +224,13 @@ def protocol(config, bank, test) -> dict[str, object]:
 def write_result(folder: pathlib.Path, result: dict, arrays: dict, config, *, bank, test) -> None:
   """Writes eval/final/: arrays.npz, and result.json, each number with how it was made."""
   final = folder / "eval" / "final"
-  final.mkdir(parents=True, exist_ok=True)
-  np.savez(final / "arrays.npz", **arrays)
-  _write_json(
+
+  def save_arrays(path):
+    with open(path, "wb") as file:  # given a name, NumPy would append .npz
+      np.savez(file, **arrays)
+
+  files.write(final / "arrays.npz", save_arrays)
+  files.write_json(
     final / "result.json",
     {
       "measures": result,
@@ -258,11 +253,7 @@ def warm_start(state, params):
     state: fresh `train_step.TrainState`.
     params: from `export.load`, host arrays; where it has None the state's own stay.
   """
-  fresh = [
-    jax.tree_util.keystr(path, simple=True, separator=".")
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: x is None)
-    if leaf is None
-  ]
+  fresh = [name for name, leaf in trees.flat(params).items() if leaf is None]
   if fresh:
     logging.info("init_from has none of these, they start fresh: %s", ", ".join(fresh))
 

@@ -1,6 +1,7 @@
 """Sources: digits, prepared TFDS data, folders, long tails; checked against Pillow and tfds."""
 
 import functools
+import importlib
 import io
 import json
 import os
@@ -381,15 +382,19 @@ def test_a_module_of_the_users_is_a_source_without_a_fork(own_package):
 
 
 def test_a_module_that_is_no_source_is_refused_in_one_line(own_package):
-  refuse("data.name=own_package.other", "PYTHONPATH", name="own_package.other", split="dev")
-  refuse("(nobody)", name="nobody.images", split="dev")
-  (own_package / "empty.py").write_text("")
-  refuse("empty.py", "build(split, data_dir)", name="own_package.empty", split="dev")
-  (own_package / "wrong.py").write_text("def build(split, data_dir): return [1]")
-  refuse("wrong.py", "list", "Source", name="own_package.wrong", split="dev")
-  (own_package / "broken.py").write_text("import a_package_that_is_not_there")
-  with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_there"):
-    sources.build("own_package.broken", split="dev")
+  name = "own_package.wrong"
+  refuse(f"data.name='{name}'", "no module", "PYTHONPATH", name=name, split="dev")
+  refuse("no module 'nobody'", name="nobody.images", split="dev")
+  for text, words in (
+    ("", "no build(split, data_dir) -> Source"),
+    ("def build(split, data_dir): return [1]", "returned list"),
+    ("import not_there", "No module named 'not_there'; python -c 'import own_package.wrong' shows"),
+    ("1 / 0", "ZeroDivisionError"),
+  ):
+    (own_package / "wrong.py").write_text(text)
+    sys.modules.pop(name, None)
+    importlib.invalidate_caches()
+    refuse(words, name=name, split="dev")
 
 
 def test_an_array_that_is_no_image_is_corrupt_and_says_why():

@@ -61,19 +61,25 @@ def _of_module(name: str, split: str | None, data_dir: str | os.PathLike | None)
   """What `build(split, data_dir)` of the user's own module `name` returns."""
   try:
     module = importlib.import_module(name)
-  except ModuleNotFoundError as error:
-    if error.name != name and not name.startswith(f"{error.name}."):
-      raise  # something that the module itself imports
+  except Exception as error:
+    missing = error.name if isinstance(error, ModuleNotFoundError) else None
+    if missing and f"{name}.".startswith(f"{missing}."):
+      raise errors.UserError(
+        f"data.name={name!r}: Python finds no module {missing!r}: start in the folder that holds "
+        f"{name.partition('.')[0]}, or add that folder to PYTHONPATH"
+      ) from None
+    said = " ".join(str(error).split())
     raise errors.UserError(
-      f"data.name={name} is a module that is not found ({error.name}): start where it lies, or put "
-      "that folder on PYTHONPATH"
-    ) from None
-  if not hasattr(module, "build"):
-    raise errors.UserError(f"{module.__file__} defines no build(split, data_dir) -> Source")
+      f"data.name={name!r}: importing it failed with {type(error).__name__}: {said}; "
+      f"python -c 'import {name}' shows where"
+    ) from error
+  if not callable(getattr(module, "build", None)):
+    raise errors.UserError(
+      f"data.name={name!r}: {module.__file__ or name} defines no build(split, data_dir) -> Source"
+    )
   built = module.build(split, data_dir)
   if not isinstance(built, Source):
     raise errors.UserError(
-      f"build of {module.__file__} returned {type(built).__name__}: it is to return a "
-      "protojax.data.Source"
+      f"data.name={name!r}: its build returned {type(built).__name__}: return a data.Source"
     )
   return built
