@@ -12,9 +12,17 @@ from protojax import errors
 from protojax.data.sources import digits, folder, tfds
 from protojax.data.sources.folder import EXTENSIONS
 from protojax.data.sources.imbalance import long_tail
-from protojax.data.sources.source import CorruptImage, Source, decode, require_labels
+from protojax.data.sources.source import CorruptImage, Source, decode, read_items, require_labels
 
-__all__ = ["EXTENSIONS", "CorruptImage", "Source", "build", "decode", "require_labels"]
+__all__ = [
+  "EXTENSIONS",
+  "CorruptImage",
+  "Source",
+  "build",
+  "decode",
+  "read_items",
+  "require_labels",
+]
 
 _KINDS = {"digits": digits.build, "folder": folder.build}  # (split, data_dir) -> Source
 
