@@ -390,7 +390,7 @@ def attention(model: Trained, images: np.ndarray) -> np.ndarray:
 
   @functools.partial(jax.jit, out_shardings=sharding.replicated(model.mesh))
   def forward(params: PyTree, image: jax.Array) -> jax.Array:
-    return backbone_layers.attention(model.encoder, params, transform(image, size))
+    return backbone_layers.attention(model.encoder, params, transform(image, jnp.asarray(size)))
 
   return np.asarray(forward(model.params, images))
 

@@ -39,7 +39,7 @@ def build(
 
   >>> source = build("digits", split="test")
   >>> len(source), source.num_classes, source[0]["image"].shape, source[0]["label"]
-  (355, 10, (32, 32, 3), 0)
+  (355, 10, (32, 32, 3), 5)
 
   Args:
     name: "digits" (shipped inside scikit-learn); "folder", images (jpg, jpeg, png, webp, bmp) at

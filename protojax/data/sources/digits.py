@@ -31,7 +31,7 @@ def build(split: str | None, data_dir: str | os.PathLike | None = None) -> sourc
   chosen = test if split == "test" else np.setdiff1d(np.arange(len(labels)), test)
   small, labels = np.round(data.images[chosen] * (255 / 16)).astype(np.uint8), labels[chosen]
   large = [Image.fromarray(x).resize((32, 32), Image.Resampling.BICUBIC) for x in small]
-  images = np.stack([x.convert("RGB") for x in large])
+  images = np.stack([np.asarray(x.convert("RGB")) for x in large])
   read = functools.partial(source.read_items, images, labels)
   classes = [str(d) for d in range(10)]
   return source.Source(f"digits/{split}", np.arange(len(labels)), read, labels, class_names=classes)

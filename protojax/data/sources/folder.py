@@ -33,7 +33,8 @@ def build(split: str | None, data_dir: str | os.PathLike | None) -> source.Sourc
     names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     if split and (split != "train" or not _SPLIT_FOLDERS.isdisjoint(names)):
       raise errors.UserError(f"no folder {split!r} in {root}: there are {source.listed(names)}")
-  paths, others = [], []
+  paths: list[str] = []
+  others: list[str] = []
   for folder, folders, files in os.walk(root, followlinks=True):
     folders[:] = [f for f in folders if not f.startswith(".")]
     for file in files:

@@ -84,7 +84,7 @@ class Source:
       else:
         yield self._corrupt(records[0], error)
 
-  def _finish(self, record: int, pair) -> dict[str, Any] | CorruptImage:
+  def _finish(self, record: int, pair: tuple[Any, int]) -> dict[str, Any] | CorruptImage:
     image, label = pair
     try:
       image = image if isinstance(image, np.ndarray) else decode(image)
@@ -145,7 +145,9 @@ def decode(file: str | bytes) -> np.ndarray:
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def read_items(images: Sequence, labels: np.ndarray, records: list[int]) -> list[tuple[Any, int]]:
+def read_items(
+  images: Sequence | np.ndarray, labels: np.ndarray, records: list[int]
+) -> list[tuple[Any, int]]:
   """The `read` of a source whose images, or their paths, and labels lie in memory."""
   return [(images[record], labels[record]) for record in records]
 

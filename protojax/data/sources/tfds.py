@@ -3,6 +3,7 @@
 import functools
 import os
 import re
+from typing import Any
 
 import numpy as np
 
@@ -67,7 +68,7 @@ def build(name: str, split: str | None, data_dir: str | os.PathLike | None) -> s
   return source.Source(f"{name}/{split}", np.arange(size), read, class_names=classes)
 
 
-def _read(data, records: list[int]) -> list[tuple[bytes, int]]:
+def _read(data: Any, records: list[int]) -> list[tuple[bytes, int]]:
   """Records asked for together are read in parallel: half the time of one after another."""
   from tensorflow_datasets.proto import tf_example_pb2
 
