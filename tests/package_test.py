@@ -63,6 +63,9 @@ def _files(*folders: str) -> list[pathlib.Path]:
   return files
 
 
+_PACKAGE = _files("protojax")
+
+
 def _imports(file: pathlib.Path) -> set[str]:
   """The dotted names that a file imports anywhere, also inside functions."""
   names = set()
@@ -160,6 +163,14 @@ def test_imports_go_from_a_room_to_those_before_it():
     if wrong:
       backwards[_name(file)] = wrong
   assert not backwards
+
+
+def test_the_list_of_modules_in_the_architecture_is_whole_and_in_the_order_of_imports():
+  text = (_ROOT / "docs" / "architecture.md").read_text().partition("## Every module")[2]
+  listed = re.findall(r"`([\w/]+\.py)`", text)
+  assert sorted(listed) == sorted(f.relative_to(_ROOT / "protojax").as_posix() for f in _PACKAGE)
+  rooms = dict.fromkeys(name.removesuffix(".py").split("/")[0] for name in listed[1:])
+  assert list(rooms) == [*_ROOMS, *_VERBS]
 
 
 def test_importing_every_module_loads_no_tensorflow_and_starts_no_backend():

@@ -2,13 +2,17 @@
 
 import functools
 import json
+import pathlib
+import re
 import shutil
 
+import foreign_layouts
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+import torch_format
 
 import protojax
 from protojax import config as configs
@@ -107,6 +111,28 @@ def test_other_images_are_refused_in_one_line(run, images, words):
     with pytest.raises(errors.UserError, match=words) as caught:
       call(images)
     assert "\n" not in str(caught.value)
+
+
+def test_the_program_in_the_readme_runs(run, tmp_path, monkeypatch):
+  page = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+  (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+  rng = np.random.default_rng(0)
+  (tmp_path / "runs").mkdir()
+  (tmp_path / "runs" / "gmm").symlink_to(run)
+  head = foreign_layouts.head(prototypes=64)
+  torch_format.save(tmp_path / "checkpoint.pth", {"teacher": head})
+  monkeypatch.chdir(tmp_path)
+  names = {
+    "jax": jax,
+    "teacher_features": rng.normal(size=(32, 256)).astype(np.float32),
+    "prototypes": rng.normal(size=(64, 16)),
+    "embeddings": rng.normal(size=(100, 16)),
+    "images": rng.integers(0, 256, (3, 32, 32, 3), np.uint8),
+  }
+  exec(block, names)
+  assert names["state"].means.shape == (1024, 256)
+  assert names["measures"]["collapse/unique_0.025"] == 1.0
+  assert names["features"].shape == (3, 96) and names["codes"].shape == (3,)
 
 
 def test_an_earlier_checkpoint_can_be_chosen(run):
