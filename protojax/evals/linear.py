@@ -244,7 +244,7 @@ def held_out(labels: np.ndarray) -> np.ndarray:
     bool [N], True where an image is held out.
 
   Raises:
-    UserError: for fewer than ten rows.
+    UserError: for fewer than ten images.
   """
   if labels.size < 10:
     raise errors.UserError(

@@ -69,7 +69,7 @@ def _right(heads, features, labels):
 def train(
   features: Mapping[str, np.ndarray],
   labels: np.ndarray,
-  rows: np.ndarray,
+  indices: np.ndarray,
   *,
   num_classes: int,
   rates: Sequence[float] = RATES,
@@ -82,7 +82,7 @@ def train(
   Args:
     features: {layer: [N, F]}, any float dtype, on the host.
     labels: int [N], 0 to num_classes - 1.
-    rows: int [n], the images to train on.
+    indices: int [n], the images to train on.
     num_classes: C.
     rates: R learning rates per 256 images.
     epochs: over these images, in a new order each; what does not fill a batch is left out.
@@ -92,7 +92,7 @@ def train(
   Returns:
     {layer: {"weight": [R, F, C], "bias": [R, C]}} float32.
   """
-  labels, batch_size = np.asarray(labels, np.int32), min(batch_size, len(rows))
+  labels, batch_size = np.asarray(labels, np.int32), min(batch_size, len(indices))
   key, rng, heads = jax.random.key(seed), np.random.default_rng(seed), {}
   for i, (layer, x) in enumerate(features.items()):
     weight = 0.01 * jax.random.normal(jax.random.fold_in(key, i), (x.shape[1], num_classes))
@@ -103,12 +103,12 @@ def train(
     }
   state = heads, _MOMENTUM.init(heads)
   largest = np.asarray(rates, np.float32) * np.float32(batch_size / 256)
-  steps = len(rows) // batch_size  # of an epoch
+  steps = len(indices) // batch_size  # of an epoch
   cosine = schedules.cosine(1.0, 0.0, epochs * steps)
   decay = np.asarray(jax.vmap(cosine)(np.arange(epochs * steps)))
   for step in range(epochs * steps):
     if step % steps == 0:
-      order = rng.permutation(rows)
+      order = rng.permutation(indices)
     some = order[step % steps * batch_size :][:batch_size]
     batch = {layer: np.asarray(x[some], np.float32) for layer, x in features.items()}
     state = _step(state, batch, labels[some], decay[step] * largest)
@@ -119,7 +119,7 @@ def accuracies(
   heads: dict[str, dict[str, jax.Array]],
   features: Mapping[str, np.ndarray],
   labels: np.ndarray,
-  rows: np.ndarray,
+  indices: np.ndarray,
 ) -> dict[str, np.ndarray]:
   """Tests every head: {layer: accuracies [R], 0 to 1}; 0 for a head that diverged.
 
@@ -127,15 +127,15 @@ def accuracies(
     heads: from `train`.
     features: {layer: [M, F]}.
     labels: int [M].
-    rows: int [n], the images to test on.
+    indices: int [n], the images to test on.
   """
   total = {layer: 0 for layer in heads}
-  for start in range(0, len(rows), _IMAGES):
-    some = rows[start : start + _IMAGES]
+  for start in range(0, len(indices), _IMAGES):
+    some = indices[start : start + _IMAGES]
     batch = {layer: np.asarray(features[layer][some], np.float32) for layer in heads}
     right = _right(heads, batch, np.asarray(labels[some]))
     total = {layer: total[layer] + np.asarray(right[layer], np.int64) for layer in heads}
-  return {layer: right / len(rows) for layer, right in total.items()}
+  return {layer: right / len(indices) for layer, right in total.items()}
 
 
 def _best(found: dict[str, np.ndarray]) -> tuple[str, int]:
@@ -189,7 +189,7 @@ def evaluate(
   """
   bank_labels, query_labels = np.asarray(bank_labels), np.asarray(query_labels)
   test = functools.partial(
-    accuracies, features=queries, labels=query_labels, rows=np.arange(query_labels.size)
+    accuracies, features=queries, labels=query_labels, indices=np.arange(query_labels.size)
   )
   fit = functools.partial(
     train, num_classes=num_classes, epochs=epochs, batch_size=batch_size, seed=seed

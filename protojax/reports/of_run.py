@@ -46,7 +46,7 @@ def write(
   *,
   out: pathlib.Path | None = None,
   limit: int = gallery.LIMIT,
-  by: str | None = None,
+  origin: str | None = None,
 ) -> pathlib.Path:
   """Writes the page of runs on the disk, finished or not, all of them in the same charts.
 
@@ -55,7 +55,7 @@ def write(
     out: the file to write; by default report.html, of several runs comparison.html, in the (first)
       workdir.
     limit: images among which those nearest to a prototype are sought; 0: all of the bank.
-    by: the command line that the page names as its origin; by default that of `command`.
+    origin: the command line that the page names as what wrote it; by default that of `command`.
 
   Returns:
     The path of the page.
@@ -69,7 +69,7 @@ def write(
   for run in runs:
     logging.info("drawing pictures of %s", run.folder)
     found[run.name] = pictures(run, limit)
-  files.write(out, page.build(runs, found, by or command(folders)))
+  files.write(out, page.build(runs, found, origin or command(folders)))
   return out
 
 
