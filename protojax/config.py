@@ -217,8 +217,8 @@ def check_keys(overrides: list[str], config) -> None:
   for key in overrides:
     if key not in known and not any(k.startswith(key + ".") for k in known):
       near = difflib.get_close_matches(key, known, 1, 0.4)
-      hint = f"did you mean --config.{near[0]}?" if near else "see protojax/config.py for all keys"
-      raise errors.UserError(f"unknown config key --config.{key}: {hint}")
+      hint = f"did you mean config.{near[0]}?" if near else "see protojax/config.py for all keys"
+      raise errors.UserError(f"unknown config key config.{key}: {hint}")
 
 
 def resolve(config, num_records: int) -> ml_collections.ConfigDict:
@@ -244,7 +244,7 @@ def resolve(config, num_records: int) -> ml_collections.ConfigDict:
     if config.batch_size > num_records:
       raise errors.UserError(
         f"batch_size={config.batch_size} is more than the {num_records} images of "
-        f"data.name={config.data.name!r}: lower --config.batch_size"
+        f"data.name={config.data.name!r}: lower config.batch_size"
       )
     if not config.steps_per_epoch:
       config.steps_per_epoch = num_records // config.batch_size
@@ -294,7 +294,7 @@ def _check_positive(config) -> None:
     "probe.k",
   ):
     if known[key] < 1:
-      raise errors.UserError(f"{key}={known[key]} must be at least 1: set --config.{key}")
+      raise errors.UserError(f"{key}={known[key]} must be at least 1: set config.{key}")
   if config.monitor.images < 2:
     raise errors.UserError(
       f"monitor.images={config.monitor.images}: the collapse measures need at least 2 images"

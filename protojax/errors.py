@@ -1,10 +1,11 @@
 """What ends a program in one line: a mistake of the user (and checks that find it), a stop."""
 
 
-class UserError(Exception):
-  """A mistake that the user can mend; `main` prints its one line and exits with status 2.
+class UserError(ValueError):
+  """A mistake that the user can mend; the programs print its one line and exit with status 2.
 
-  The message says what was wrong, where, and what to do, on a single line.
+  The message says what was wrong, where, and what to do, on a single line. It names arguments and
+  config keys, "config.optim.lr" and "workdir"; `cli.guarded` writes them as flags on a terminal.
   """
 
 
@@ -13,7 +14,7 @@ class Interrupted(Exception):
 
   def __init__(self, step: int):
     super().__init__(
-      f"stopped at step {step}; run the same command (without --config.overwrite) to go on"
+      f"stopped at step {step}; run the same command (without config.overwrite) to go on"
     )
     self.step = step
 
@@ -30,4 +31,4 @@ def require(config, only: dict, why: str) -> None:
   for key, value in only.items():
     section, name = key.split(".")
     if config[section][name] != value:
-      raise UserError(f"{key}={config[section][name]!r}: {why}; set --config.{key}={value}")
+      raise UserError(f"{key}={config[section][name]!r}: {why}; set config.{key}={value}")

@@ -74,6 +74,8 @@ def load(path: str, *, step: int | None = None) -> Trained:
 def _run(path, folder, step) -> Trained:
   try:
     config = configs.restored(json.loads((folder / "config.json").read_text()))
+  except errors.UserError:
+    raise
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise errors.UserError(
       f"{folder / 'config.json'} cannot be read ({type(error).__name__}): it says what the "
@@ -136,6 +138,8 @@ def _exported(path, folder) -> Trained:
     )
     config.model.image_size = config.model.image_size or config.augment.global_size
     weights, step = info["weights"], info["step"]
+  except errors.UserError:
+    raise
   except (KeyError, TypeError, ValueError, AttributeError) as error:
     raise errors.UserError(
       f"the description of the weights at {path} is not one of protojax ({error}): export or "

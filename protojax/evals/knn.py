@@ -42,7 +42,7 @@ def _merge(best, part, start, num, queries, *, chunk):
 def _check_k(k: int, num: int) -> None:
   if not 1 <= k <= num:
     raise errors.UserError(
-      f"k-NN: k={k} neighbours of a bank of {num} images: choose 1 to {num} with --config.probe.k"
+      f"k-NN: k={k} neighbours of a bank of {num} images: choose 1 to {num} with config.probe.k"
     )
 
 
@@ -128,7 +128,7 @@ def _check_labels(name: str, labels: np.ndarray, num_classes: int) -> None:
 def _check_temperature(temperature: float) -> None:
   if not temperature > 0:
     raise errors.UserError(
-      f"k-NN: temperature={temperature:g} must be positive: set --config.probe.temperature"
+      f"k-NN: temperature={temperature:g} must be positive: set config.probe.temperature"
     )
 
 

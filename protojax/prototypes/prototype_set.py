@@ -202,7 +202,7 @@ def build(config) -> PrototypeSet:
   if num < 2:
     raise errors.UserError(
       f"method.num_prototypes={num}: a method needs at least 2 prototypes; set "
-      "--config.method.num_prototypes"
+      "config.method.num_prototypes"
     )
   if kind == "learned":
     return _learned(num, dim, config.method.train_prototype_norm)
@@ -210,7 +210,7 @@ def build(config) -> PrototypeSet:
     try:
       bank = _mixture(num, dim, config.mixture)
     except ValueError as error:
-      raise errors.UserError(f"mixture: {error}; see --config.mixture.*") from None
+      raise errors.UserError(f"mixture: {error}; see config.mixture.*") from None
     return bank._replace(before_loss=config.method.em_order == "before_loss")
   if kind == "frozen":
     return _frozen(num, dim)

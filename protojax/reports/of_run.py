@@ -48,7 +48,7 @@ def look(run: record.Record, limit: int = gallery.LIMIT) -> gallery.Looks | str:
   """
   try:
     config = configs.restored(run.config.to_dict())
-  except (AttributeError, KeyError, TypeError, ValueError, errors.UserError):
+  except (AttributeError, KeyError, TypeError, ValueError):
     return "config.json is missing or of another version."
   data, arrays = config.data, run.arrays
   train = _tried(

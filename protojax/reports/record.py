@@ -65,7 +65,7 @@ def read(folders: Sequence[pathlib.Path]) -> list[Record]:
     UserError: if one of them holds no run.
   """
   if len({folder.resolve() for folder in folders}) < len(folders):
-    raise errors.UserError("the same --workdir is given twice: give each run once")
+    raise errors.UserError("the same workdir is given twice: give each run once")
   names = [folder.absolute().name for folder in folders]
   return [
     _read(folder, name if names.count(name) == 1 else str(folder))
@@ -76,7 +76,7 @@ def read(folders: Sequence[pathlib.Path]) -> list[Record]:
 def _read(folder: pathlib.Path, name: str) -> Record:
   if not folder.is_dir() or not ((folder / METRICS).exists() or (folder / FINAL).exists()):
     raise errors.UserError(
-      f"--workdir={folder} holds no run of protojax ({METRICS} is missing): give the folder that "
+      f"workdir={folder} holds no run of protojax ({METRICS} is missing): give the folder that "
       "python -m protojax.main --workdir wrote"
     )
   notes = []
@@ -183,6 +183,8 @@ def verdict(folder: pathlib.Path) -> RunVerdict | None:
   try:
     config = configs.restored(json.loads((folder / "config.json").read_text()))
     lines, _ = files.json_lines(folder / METRICS)
+  except errors.UserError:
+    raise
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise errors.UserError(
       f"{folder}: config.json or metrics.jsonl cannot be read ({type(error).__name__}): give the "

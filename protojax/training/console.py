@@ -33,7 +33,7 @@ class RunLog:
   def __init__(self, folder, config, *, start: int, describe):
     self.result = {}
     self._folder, self._config = pathlib.Path(folder), config
-    self._looked = None  # step of the latest collapse measures
+    self._measured = None  # step of the latest collapse measures
     self._pending = None
     self._sums, self._count = {}, 0  # since the last line
     self._since, self._timed, self._waited = None, 0, 0.0  # since the clock was last set
@@ -75,8 +75,8 @@ class RunLog:
     if not math.isfinite(metrics["train/loss"]):
       self._writer.write(done, metrics)
       raise errors.UserError(
-        f"the loss is {metrics['train/loss']} after step {done}: lower --config.optim.lr or use "
-        "--config.precision=float32; the last checkpoint is from before this step"
+        f"the loss is {metrics['train/loss']} after step {done}: lower config.optim.lr or use "
+        "config.precision=float32; the last checkpoint is from before this step"
       )
     for key, value in metrics.items():
       self._sums[key] = self._sums.get(key, 0.0) + value
@@ -104,14 +104,14 @@ class RunLog:
   def measures(self, done: int, values: dict[str, float]) -> None:
     """Writes collapse measures and accuracies of the state after `done` updates, and says them."""
     self.result |= values
-    self._looked = done
+    self._measured = done
     self._writer.write(done, values)
     self._say(done, full=True)
     self._since, self._timed, self._waited = None, 0, 0.0  # evaluating is not training
 
   def verdict(self, done: int) -> verdicts.Verdict:
     """The verdict on the latest measures, as of the step they are of: early ones do not age."""
-    step = done if self._looked is None else self._looked
+    step = done if self._measured is None else self._measured
     return verdicts.of_run(self.result, config=self._config, step=step)
 
   def _say(self, done: int, full: bool = False) -> None:

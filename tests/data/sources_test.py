@@ -142,8 +142,8 @@ def test_sources_survive_pickling(data_dir, animals):
 
 def test_reading_a_tfds_source_leaves_tensorflow_out(data_dir):
   code = (
-    "import sys; from protojax.data import source; "
-    f"s = source.build('cifar10', split='train', data_dir={data_dir!r}); s[5]; s.labels; "
+    "import sys; from protojax.data import sources; "
+    f"s = sources.build('cifar10', split='train', data_dir={data_dir!r}); s[5]; s.labels; "
     "assert 'tensorflow_datasets' in sys.modules; assert 'tensorflow' not in sys.modules"
   )
   subprocess.run([sys.executable, "-c", code], check=True, cwd=_REPO)
@@ -338,7 +338,7 @@ def test_wrong_digits_are_refused_in_one_line():
 
 
 def test_wrong_tfds_data_is_refused_in_one_line(data_dir, tmp_path):
-  refuse("cifar10", "--config.data.data_dir", name="cifar10", split="train")
+  refuse("cifar10", "config.data.data_dir", name="cifar10", split="train")
   refuse("/nowhere", "not a folder", name="cifar10", split="train", data_dir="/nowhere")
   refuse("'cifar'", "there are cifar10", name="cifar", split="train", data_dir=data_dir)
   refuse("cifar10:1.0.0", name="cifar10:1.0.0", split="train", data_dir=data_dir)

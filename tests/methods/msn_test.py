@@ -161,7 +161,7 @@ def test_patches_left_out_have_no_influence_and_order_has_none():
     ({"method__drop_patches": 1.0}, "method.drop_patches=1.0 of model.name='vit_small': choose"),
     ({"model__name": "resnet18"}, "of model.name='resnet18': choose .* a transformer"),
     ({"method__sharpening": 0.0}, "method.sharpening=0.0 must be above 0"),
-    ({"head__l2": False}, "head.l2=False: msn compares directions; set --config.head.l2=True"),
+    ({"head__l2": False}, "head.l2=False: msn compares directions; set config.head.l2=True"),
   ],
 )
 def test_bad_settings_are_one_line(changes, words):

@@ -294,7 +294,7 @@ def _existing(data_dir, name: str) -> pathlib.Path:
     return root
   raise errors.UserError(
     f"data_dir={data_dir} of data set {name!r} is not a folder: name one with "
-    "--config.data.data_dir (--config.probe.data_dir for the probe's own)"
+    "config.data.data_dir (config.probe.data_dir for the probe's own)"
   )
 
 
