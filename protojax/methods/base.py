@@ -40,6 +40,11 @@ class LossOut(NamedTuple):
   stats: PyTree
 
 
+def no_loss(*_) -> tuple[jax.Array, LossOut]:
+  """Stands in `Method.loss` of a network until a method puts its own there."""
+  raise NotImplementedError("this network has no loss yet: method._replace(loss=...)")
+
+
 class Method(NamedTuple):
   """A self-supervised method as pure functions.
 
