@@ -1,23 +1,33 @@
 """Losses and entropies: arrays in, float32 out, nothing else.
 
+Arrays may be those of JAX, of NumPy or of a library that speaks DLPack; gradients are JAX's.
+
 Views are [B, V, ...] and view t of a teacher is the same crop as view t of its student, so a pair
 counts only where the two differ. Arithmetic is float32 (float64 stays float64), products are
 summed at the highest precision, and no gradient reaches a teacher.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 _PAIRS = 2**26  # cosines that `koleo` holds at a time: 256 MiB of float32
 _NEAREST = 1e-4  # distances below it count as it: no infinite logarithm, no gradient above 1e4
 
 
-def full(x: jax.typing.ArrayLike) -> jax.Array:
-  """An array of JAX, NumPy or the like, at least in float32: the border of this module."""
-  x = jnp.asarray(x)
+def as_array(x: Any) -> jax.Array:
+  """An array of JAX from one of JAX, NumPy or a library that speaks DLPack, as PyTorch does."""
+  foreign = hasattr(x, "__dlpack__") and not isinstance(x, jax.Array | np.ndarray)
+  return jnp.from_dlpack(x) if foreign else jnp.asarray(x)
+
+
+def full(x: Any) -> jax.Array:
+  """`as_array` in float32 at least: float64 stays, where JAX has it."""
+  x = as_array(x)
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
@@ -26,7 +36,7 @@ def l2_normalize(x: jax.Array, epsilon: float = 1e-12) -> jax.Array:
 
   The only unit rows of training, but for those of `weight_norm.rows`.
   """
-  x = jnp.asarray(x)
+  x = as_array(x)
   squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
   return x * jax.lax.rsqrt(jnp.maximum(squares, epsilon**2))
 
@@ -70,9 +80,9 @@ def cross_view_entropy(
   Raises:
     ValueError: if the shapes do not fit or there is no pair of different views.
   """
-  _check(student_logits, teacher_probs, 3)
-  log_p = jax.nn.log_softmax(full(student_logits) / temperature)
-  targets = full(jax.lax.stop_gradient(teacher_probs))
+  logits, targets = full(student_logits), jax.lax.stop_gradient(full(teacher_probs))
+  _check(logits, targets, 3)
+  log_p = jax.nn.log_softmax(logits / temperature)
   by_pair = -jnp.einsum("bvk,btk->bvt", log_p, targets, precision=_HIGHEST).mean(axis=0)
   return mean_over_other_views(by_pair)
 
@@ -93,9 +103,9 @@ def carp_consistency(student_scores: jax.Array, teacher_scores: jax.Array) -> ja
   Raises:
     ValueError: if the shapes do not fit or there is no pair of different views.
   """
-  _check(student_scores, teacher_scores, 4)
-  p = jax.nn.softmax(full(student_scores))
-  q = jax.nn.softmax(full(jax.lax.stop_gradient(teacher_scores)))
+  student, teacher = full(student_scores), jax.lax.stop_gradient(full(teacher_scores))
+  _check(student, teacher, 4)
+  p, q = jax.nn.softmax(student), jax.nn.softmax(teacher)
   agreement = jnp.einsum("bvpn,btpn->bpvt", p, q, precision=_HIGHEST)
   eps = float(jnp.finfo(agreement.dtype).eps)
   by_pair = -jnp.log(jnp.clip(agreement, eps, 1.0 - eps)).mean(axis=(0, 1))
@@ -118,9 +128,9 @@ def carp_entropy(student_scores: jax.Array, teacher_scores: jax.Array) -> jax.Ar
   Raises:
     ValueError: if the shapes do not fit.
   """
-  _check(student_scores, teacher_scores, 4)
-  p = jax.nn.softmax(full(student_scores))
-  q = jax.nn.softmax(full(jax.lax.stop_gradient(teacher_scores)))
+  student, teacher = full(student_scores), jax.lax.stop_gradient(full(teacher_scores))
+  _check(student, teacher, 4)
+  p, q = jax.nn.softmax(student), jax.nn.softmax(teacher)
   rows = p.shape[0] * (p.shape[1] + q.shape[1])
   mean = (p.sum(axis=(0, 1)) + q.sum(axis=(0, 1))) / rows
   return jnp.mean(math.log(p.shape[-1]) - entropy(mean))
@@ -153,7 +163,7 @@ def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
 
   A view without any counts as 0 (arXiv 2111.07832).
   """
-  chosen = mask.astype(values.dtype)
+  chosen = as_array(mask).astype(values.dtype)
   share = jnp.sum(chosen * values, axis=-1) / jnp.maximum(jnp.sum(chosen, axis=-1), 1.0)
   return jnp.mean(share)
 
@@ -175,11 +185,11 @@ def masked_patch_entropy(
   Raises:
     ValueError: if the shapes do not fit.
   """
-  shapes = student_logits.shape, teacher_probs.shape, mask.shape
+  logits, targets = full(student_logits), jax.lax.stop_gradient(full(teacher_probs))
+  shapes = logits.shape, targets.shape, mask.shape
   if shapes[0] != shapes[1] or shapes[0][:3] != shapes[2]:
     raise ValueError(f"student, teacher and mask of {shapes} do not fit together")
-  log_p = jax.nn.log_softmax(full(student_logits) / temperature)
-  targets = full(jax.lax.stop_gradient(teacher_probs))
+  log_p = jax.nn.log_softmax(logits / temperature)
   return masked_mean(-jnp.sum(targets * log_p, axis=-1), mask)
 
 

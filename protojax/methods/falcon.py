@@ -1,7 +1,7 @@
 """FALCON / CPLearn: images choose among frozen random codes (arXiv 2410.04959).
 
 A Linear and a batch norm lead from the backbone to D dimensions, where a dictionary of K codes in
-{-1, 1}^D stands still. Two views of an image must choose alike, and the mean choice must be
+{-1, 1}^D never moves. Two views of an image must choose alike, and the mean choice must be
 spread. No teacher, no learned prototypes, no stopped gradient: it flows through both views. The
 head is the published one with head.layers=1, norm_output=True and init="uniform"; any other is
 taken, but the guarantees against collapse rest on that batch norm. `method.assign` normalises, so

@@ -3,8 +3,8 @@
 Targets are Sinkhorn assignments of the two global views, each view balanced by itself over the
 global batch and, if there is one, a queue of earlier features; every view predicts the targets of
 the others. There is no teacher. `method.prototypes` chooses between learned ones, as published
-(`optim.freeze_prototypes_*` holds them still at the start), a mixture fed by the student's features
-and frozen ones.
+(`optim.freeze_prototypes_*` keeps them from moving at the start), a mixture fed by the student's
+features and frozen ones.
 
 What differs from the published code: Sinkhorn runs in the log domain; learned prototypes are
 weight-normalised, where that code projects them on the sphere before each step; the queue fills

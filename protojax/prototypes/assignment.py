@@ -31,7 +31,6 @@ def log_sinkhorn(log_scores: jax.Array, *, num_steps: int = 3) -> jax.Array:
   Raises:
     ValueError: if `log_scores` has not two axes or `num_steps` is below 1.
   """
-  log_scores = jnp.asarray(log_scores)
   if log_scores.ndim != 2 or num_steps < 1:
     raise ValueError(
       f"log_sinkhorn takes scores [N, K] and num_steps >= 1, got {log_scores.shape} and {num_steps}"
@@ -55,8 +54,8 @@ def sinkhorn(scores: jax.Array, *, temperature: float | jax.Array, num_steps: in
   """Sinkhorn targets exp(log_sinkhorn(scores / temperature)), without a gradient.
 
   >>> alike = jnp.asarray([[1.0, 0.8], [1.0, 0.9]])  # both samples prefer prototype 0
-  >>> print(sinkhorn(alike, temperature=0.05).argmax(axis=1))  # one of them gets the other
-  [1 0]
+  >>> print(sinkhorn(alike, temperature=0.05).argmax(axis=1))  # but each has to be used
+  [0 1]
 
   Args:
     scores: [N, K], N rows of the global batch, any float dtype.

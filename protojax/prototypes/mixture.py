@@ -114,7 +114,7 @@ def center(state: MixtureState, features: jax.Array) -> jax.Array:
   What a loss has to score against `state.means`. Subtracts the running mean, without a gradient,
   and restores each row's length: a unit row stays one, a learned inverse temperature (CARP) too.
   """
-  features = jnp.asarray(features).astype(jnp.float32)
+  features = losses.as_array(features).astype(jnp.float32)
   length = jnp.sqrt(jnp.maximum(jnp.sum(features**2, axis=-1, keepdims=True), _TINY))
   mean = jnp.expand_dims(jax.lax.stop_gradient(state.feature_mean), range(features.ndim - 1))
   return length * losses.l2_normalize(features - mean)
@@ -334,7 +334,7 @@ def _kappa(scatter, dim, normalize, ceiling) -> jax.Array:
 
 def _flatten(features, dim) -> jax.Array:
   """Any floats [..., D], of JAX, NumPy or the like -> float32 [N, D]."""
-  features = jnp.asarray(features)
+  features = losses.as_array(features)
   if features.shape[-1:] != (dim,) or not jnp.issubdtype(features.dtype, jnp.floating):
     raise ValueError(f"features are floats [..., {dim}], got {features.dtype}{features.shape}")
   return features.reshape(-1, dim).astype(jnp.float32)
