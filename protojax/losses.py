@@ -163,7 +163,7 @@ def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
 
   A view without any counts as 0 (arXiv 2111.07832).
   """
-  chosen = as_array(mask).astype(values.dtype)
+  chosen = mask.astype(values.dtype)
   share = jnp.sum(chosen * values, axis=-1) / jnp.maximum(jnp.sum(chosen, axis=-1), 1.0)
   return jnp.mean(share)
 
@@ -186,6 +186,7 @@ def masked_patch_entropy(
     ValueError: if the shapes do not fit.
   """
   logits, targets = full(student_logits), jax.lax.stop_gradient(full(teacher_probs))
+  mask = as_array(mask)
   shapes = logits.shape, targets.shape, mask.shape
   if shapes[0] != shapes[1] or shapes[0][:3] != shapes[2]:
     raise ValueError(f"student, teacher and mask of {shapes} do not fit together")
@@ -284,5 +285,5 @@ def proto_nce(
     [] float32, the mean over the queries.
   """
   inner = jnp.einsum("bd,kd->bk", full(queries), full(centroids), precision=_HIGHEST)
-  log_p = jax.nn.log_softmax(inner / phi[None, :])
-  return -jnp.take_along_axis(log_p, clusters[:, None], axis=1).mean()
+  log_p = jax.nn.log_softmax(inner / as_array(phi)[None, :])
+  return -jnp.take_along_axis(log_p, as_array(clusters)[:, None], axis=1).mean()

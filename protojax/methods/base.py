@@ -48,6 +48,9 @@ def no_loss(*_) -> tuple[jax.Array, LossOut]:
 class Method(NamedTuple):
   """A self-supervised method as pure functions.
 
+  Networks (`methods.networks`) hand over one whose loss is `no_loss`; a method replaces that, and
+  whatever else is its own, by `_replace`.
+
   Attributes:
     learns_prototypes: whether `prototypes` is trained by gradient.
     init: (key) -> Variables. Traceable; shapes come from the config.

@@ -81,3 +81,9 @@ def test_a_set_without_a_gradient_serves_both_sides(kind):
   )
   scores = jax.jit(networks.scores)(trained, frozen, views, jax.random.key(3))
   np.testing.assert_allclose(scores.teacher, scores.student[:, :2], atol=1e-5)
+
+
+def test_a_network_says_that_it_lacks_a_loss():
+  _, networks, _ = _networks("frozen")
+  with pytest.raises(NotImplementedError, match=r"method._replace\(loss=...\)"):
+    networks.method.loss({}, None, {}, None, None)
