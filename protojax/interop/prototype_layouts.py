@@ -195,4 +195,6 @@ def advice(arrays: Mapping[str, np.ndarray]) -> str:
       '("full ckpt" in the tables of DINO and iBOT, with student and teacher in it), or pass --key '
       "if one of the matrices above is the one"
     )
-  return "no layer here is called as in DINO, iBOT, DINOv2, DINOv3, MSN, SwAV or CARP: pass key=NAME"
+  return (
+    "no layer here is called as in DINO, iBOT, DINOv2, DINOv3, MSN, SwAV or CARP: pass key=NAME"
+  )
