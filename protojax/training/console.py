@@ -11,6 +11,7 @@ from absl import logging
 from protojax import errors
 from protojax.data import pipeline
 from protojax.metrics import verdicts
+from protojax.metrics.measures import MEASURES
 from protojax.training import metric_writer, workdir
 
 
@@ -153,8 +154,8 @@ def log_line(
   step 1200/5000  eta 3:12  loss 7.91 (ln K 8.32)  H 6.10  unique 100%  used 61%  rank 143
   knn 71.2%  img/s 1630  wait 1%  [ok]
 
-  H is the entropy of the targets in nats, unique the share at cosine distance .025, rank is RankMe;
-  CE is the cross entropy, where the loss has more terms.
+  H is the entropy of the targets in nats; CE is the cross entropy, where the loss has more terms;
+  the measures of collapse are those with a short name in `metrics.measures.MEASURES`.
 
   Args:
     step: updates done.
@@ -172,9 +173,7 @@ def log_line(
     ("loss", measures.get("train/loss"), ".2f"),
     ("CE", cross_entropy, ".2f"),
     ("H", measures.get("train/target_entropy"), ".2f"),
-    ("unique", measures.get(f"collapse/unique_{verdicts.HEADLINE}"), ".0%"),
-    ("used", verdicts.used(measures), ".0%"),
-    ("rank", measures.get("collapse/rankme"), ".0f"),
+    *((row.short, row.value(measures), row.form) for row in MEASURES if row.short),
     ("knn", measures.get("probe/knn"), ".1%"),
     ("img/s", speed, ".0f"),
     ("wait", measures.get("time/data_wait"), ".0%"),
