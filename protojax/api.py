@@ -2,6 +2,8 @@
 
 import os
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import ml_collections
 import numpy as np
@@ -36,9 +38,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict
 
 
 def diagnose(
-  what,
+  what: Any,
   *,
-  embeddings=None,
+  embeddings: Any = None,
   key: str | None = None,
   transpose: bool = False,
   which: str | None = None,
@@ -87,6 +89,8 @@ def diagnose(
     raise errors.UserError("data and embeddings are two sources of embeddings: give one")
   if limit < 0:
     raise errors.UserError(f"limit={limit} must not be negative (0: all images)")
+  examine: Callable[..., diagnosis.Diagnosis]
+  allowed: tuple[str, ...]
   if not isinstance(what, str | os.PathLike):
     kind, examine, allowed = "an array", diagnosis.diagnose, ("embeddings",)
   else:
@@ -122,15 +126,23 @@ def _is_text(path: pathlib.Path) -> bool:
 
 def _embeddings(path: str | os.PathLike) -> np.ndarray:
   arrays = tensor_files.read(path)
-  named = [k for k in ("embeddings", "features") if k in arrays] or list(arrays)
-  if arrays[named[0]].ndim != 2 or (len(arrays) > 1 and named[0] not in ("embeddings", "features")):
+  usual: tuple[str, ...] = ("embeddings", "features")
+  named = [name for name in usual if name in arrays] or list(arrays)
+  if arrays[named[0]].ndim != 2 or (len(arrays) > 1 and named[0] not in usual):
     raise errors.UserError(
       f"embeddings={path}: no matrix [N, D] of embeddings in it: save one with numpy.save"
     )
   return arrays[named[0]]
 
 
-def _diagnose_file(path, *, embeddings=None, key=None, transpose=False, which=None):
+def _diagnose_file(
+  path: pathlib.Path,
+  *,
+  embeddings: Any = None,
+  key: str | None = None,
+  transpose: bool = False,
+  which: str | None = None,
+) -> diagnosis.Diagnosis:
   arrays = tensor_files.read(path)
   matrices = prototype_layouts.candidates(arrays)
   if key is None and matrices and len(arrays) == 1:
@@ -167,9 +179,12 @@ def _diagnose_file(path, *, embeddings=None, key=None, transpose=False, which=No
   return diagnosis.joined(found, lines=lines, result={"kind": "file", "layout": layout})
 
 
-def _diagnose_run(folder, *, step=None, **images):
+def _diagnose_run(
+  folder: pathlib.Path, *, step: int | None = None, **images: Any
+) -> diagnosis.Diagnosis:
   judged = record.verdict(folder) if (folder / "metrics.jsonl").exists() else None
-  result, lines = {"kind": "run"}, []
+  result: dict[str, Any] = {"kind": "run"}
+  lines: list[str] = []
   if judged is not None:
     result["run"] = {**judged.verdict._asdict(), "step": judged.step, "since": judged.since}
     lines = _by_metrics(judged)
@@ -207,7 +222,15 @@ def _by_metrics(judged: record.RunVerdict) -> list[str]:
   return [first, *diagnosis.bullets([judged.verdict.sentence])]
 
 
-def _embeddings_of_run(model, *, embeddings=None, data=None, data_dir=None, split=None, limit=0):
+def _embeddings_of_run(
+  model: pretrained.Trained,
+  *,
+  embeddings: Any = None,
+  data: str | None = None,
+  data_dir: str | None = None,
+  split: str | None = None,
+  limit: int = 0,
+) -> tuple[dict[str, Any], list[str]]:
   """({set: [N, D]}, the lines that say of which images)."""
   if embeddings is not None:
     return dict.fromkeys(model.prototypes, embeddings), []
@@ -221,7 +244,7 @@ def _embeddings_of_run(model, *, embeddings=None, data=None, data_dir=None, spli
   return found, [f"  images: {source.name}, {images:,} of {len(source):,}"]
 
 
-def _diagnose_log(path):
+def _diagnose_log(path: pathlib.Path) -> diagnosis.Diagnosis:
   if path.name == "metrics.jsonl" and (path.parent / "config.json").exists():
     judged = record.verdict(path.parent)
     if judged is not None:

@@ -200,6 +200,16 @@ def test_every_folder_of_modules_is_a_package_that_gets_installed():
   assert not [_name(folder) for folder in folders if not (folder / "__init__.py").exists()]
 
 
+def test_public_functions_say_what_they_return():
+  silent = []
+  for file in _PACKAGE:
+    for node in ast.parse(file.read_text()).body:
+      inside = node.body if isinstance(node, ast.ClassDef) else [node]
+      functions = [f for f in inside if isinstance(f, ast.FunctionDef) and f.name[0] != "_"]
+      silent += [f"{_name(file)}: {f.name}" for f in functions if f.returns is None]
+  assert not silent
+
+
 def test_version_is_said_twice_alike():
   assert f'__version__ = "{_PROJECT["version"]}"' in (_ROOT / "protojax/__init__.py").read_text()
 
