@@ -416,7 +416,7 @@ def source(
   probe, data = model.config.probe, model.config.data
   if name is None and model.kind == "encoder":
     raise errors.UserError(
-      f"{model.path} does not say which images to look at: name a data set (--data, --data_dir)"
+      f"{model.path} does not say which images to look at: name a data set, data=NAME"
     )
   if name is None:
     if split is not None:

@@ -158,7 +158,7 @@ def test_exported_weights_give_the_features_of_their_run(run, file):
     pretrained.rows(exported, bank, parts=("codes",))
   with pytest.raises(errors.UserError, match="has no prototypes: exported weights"):
     exported.codes(np.zeros((1, 8, 8, 3), np.uint8))
-  with pytest.raises(errors.UserError, match="does not say which images.*--data"):
+  with pytest.raises(errors.UserError, match="does not say which images.*data="):
     pretrained.source(exported, "train")
 
 

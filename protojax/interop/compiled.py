@@ -63,7 +63,7 @@ def write_onnx(path: str | os.PathLike, features, image_size: int) -> None:
   except ImportError as error:
     # jax2onnx pins an old orbax, which it does not need for this.
     raise errors.UserError(
-      f"--format=onnx needs {error.name}, which is not installed: pip install 'protojax[onnx]' and "
+      f"format=onnx needs {error.name}, which is not installed: pip install 'protojax[onnx]' and "
       "then pip install --no-deps jax2onnx==0.17.1"
     ) from None
   path = pathlib.Path(path)
@@ -83,12 +83,12 @@ def write_onnx(path: str | os.PathLike, features, image_size: int) -> None:
   except Exception as error:  # of either library: they have no class of their own for it
     raise errors.UserError(
       f"jax2onnx cannot export this encoder ({' '.join(str(error).split())[:200]}): use "
-      "--format=timm and torch.onnx, or --format=jax"
+      "format=timm and torch.onnx, or format=jax"
     ) from None
   here = np.asarray(jax.jit(features)(images))
   error = np.abs(there - here).max() / np.abs(here).max()
   if not error < _TOLERANCE:
     raise errors.UserError(
       f"what jax2onnx made of this encoder differs by {error:.1e} from JAX (jax2onnx 0.17 leaves "
-      "out the padding of a ResNet's max pool): use --format=timm and torch.onnx, or --format=jax"
+      "out the padding of a ResNet's max pool): use format=timm and torch.onnx, or format=jax"
     )
