@@ -57,7 +57,7 @@ class Network(NamedTuple):
   hugging_face: bool
   prefix: str
   weights: str
-  tensor_files: dict[str, np.ndarray]
+  tensors: dict[str, np.ndarray]
   head: dict[int | None, dict[str, np.ndarray]]
   activation: str
   aside: dict[str, list[str]]

@@ -132,7 +132,7 @@ def of_head(
   between = [p + 1 for p in linear[:-1]] if norms else []
   if not regular or len(widths) > 1 or norms != between or weights.keys() != tensors.keys():
     raise errors.UserError(
-      "its projection head is not the one of DINO or SwAV: leave it out, with_head=False or --no_head"
+      "its projection head is not that of DINO or SwAV: leave it out (with_head=False, --no_head)"
     )
   sources = {}
   for i, place in enumerate(linear, start=1):
