@@ -239,7 +239,7 @@ def _embeddings_of_run(
   name = None if data == "run" else data
   default = None if name == "folder" else "train"
   source = pretrained.source(model, split or default, name=name, data_dir=data_dir)
-  found = pretrained.rows(model, source, parts=("embeddings",), limit=limit)["embeddings"]
+  found = pretrained.encoded(model, source, parts=("embeddings",), limit=limit)["embeddings"]
   images = len(next(iter(found.values())))
   return found, [f"  images: {source.name}, {images:,} of {len(source):,}"]
 
