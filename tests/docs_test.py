@@ -93,7 +93,7 @@ def run(command: str, cwd: pathlib.Path) -> None:
     case ["python3.11", "-m", "venv", _] | [".", _]:
       pass
     case ["pip", "install", "--no-deps", pinned]:
-      assert pinned in (ROOT / "protojax" / "foreign" / "compiled.py").read_text()
+      assert pinned in (ROOT / "protojax" / "interop" / "compiled.py").read_text()
     case ["pip", "install", *rest]:
       _check_extras(rest)
     case ["bash", "launch/test.sh", *_]:
