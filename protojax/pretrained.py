@@ -15,13 +15,13 @@ import numpy as np
 from protojax import config as configs
 from protojax import errors, trees
 from protojax.data import augment, sources
+from protojax.metrics import measures
 from protojax.models import encoder as encoders
 from protojax.models import features as backbone_layers
 from protojax.training import checkpoint, encode, export, programs, sharding, train_step, workdir
 
 PyTree = Any
 _BATCH = 256  # images at a time, over all devices
-_HOST = (1, 3)  # of `__dlpack_device__`: kDLCPU, kDLCUDAHost
 
 
 class Trained(NamedTuple):
@@ -349,7 +349,7 @@ def _of_images(
   model: Trained, images: Any, part: str, layers: tuple[str, ...] = ("last",)
 ) -> dict[str, np.ndarray]:
   """`encoded(...)[part]` of images in memory, uint8 [N, H, W, 3]."""
-  images = _host_array(images)
+  images = np.asarray(measures.as_array(images))
   if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
     hint = "move the channels last" if images.ndim == 4 and images.shape[1] == 3 else "give those"
     raise errors.UserError(
@@ -361,15 +361,6 @@ def _of_images(
   # A power of two, so that batches of any size compile few programs.
   size = min(_BATCH, 1 << (len(images) - 1).bit_length())
   return encoded(model, source, parts=(part,), layers=layers, batch_size=size, num_workers=0)[part]
-
-
-def _host_array(images: Any) -> np.ndarray:
-  """A NumPy view or copy of anything that is an array."""
-  if isinstance(images, np.ndarray | jax.Array) or not hasattr(images, "__dlpack__"):
-    return np.asarray(images)
-  if images.__dlpack_device__()[0] in _HOST:
-    return np.from_dlpack(images)
-  return np.asarray(jnp.from_dlpack(images))
 
 
 def attention(model: Trained, images: np.ndarray) -> np.ndarray:
