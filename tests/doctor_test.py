@@ -91,11 +91,10 @@ def test_embeddings_show_what_is_used(full, collapsed, tmp_path, capsys):
 def test_a_file_without_known_prototypes_lists_its_matrices_and_asks(tmp_path, capsys, collapsed):
   path = tmp_path / "b.npz"
   np.savez(path, **{"patch_embed.proj.weight": np.zeros((4, 3, 2, 2)), "fc": collapsed.T})
-  with pytest.raises(errors.UserError, match="full ckpt"):
+  with pytest.raises(errors.UserError, match=r"full ckpt.* its matrices: fc \[32, 300\]$"):
     doctor.main([str(path)])
-  assert "\n  fc  [32, 300]\n" in capsys.readouterr().out
   doctor.main([str(path), "--key=fc"])
-  assert "--transpose" in capsys.readouterr().out
+  assert "transpose" in capsys.readouterr().out
   result = _examined(tmp_path, path, "--key=fc", "--transpose")
   assert result["sets"]["fc"]["unique"]["unique"][0] == 30
 
@@ -165,12 +164,12 @@ def test_exported_weights_say_that_they_hold_no_prototypes(run):
 @pytest.mark.parametrize(
   "flags, said",
   [
-    (["--data=run"], "--data means nothing"),
-    (["--step=3"], "--step means nothing"),
+    (["--data=run"], "data means nothing"),
+    (["--step=3"], "step means nothing"),
     (["--which=both"], "invalid choice"),
     (["--kye=x"], "unrecognized"),
     (["--key=teacher.head.last_layer.weight"], "did you mean"),
-    (["--limit=9"], "without --data"),
+    (["--limit=9"], "without data"),
     (["--data=run", "--limit=-1"], "negative"),
     (["--data=run", "--embeddings=x"], "give one"),
     (["--json=/nowhere/x.json"], "no folder"),

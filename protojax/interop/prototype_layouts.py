@@ -192,7 +192,10 @@ def advice(arrays: Mapping[str, np.ndarray]) -> str:
   if has(r"(^|\.)(patch_embed\.proj\.weight|layer1\.0\.conv1\.weight)$|encoder\.layer\."):
     return (
       "this is a backbone without the head, as most downloads are: take the full checkpoint "
-      '("full ckpt" in the tables of DINO and iBOT, with student and teacher in it), or pass --key '
-      "if one of the matrices above is the one"
+      '("full ckpt" in the tables of DINO and iBOT, with student and teacher in it), or give '
+      "key=NAME if one of its matrices is the one"
     )
-  return "no layer here is called as in DINO, iBOT, DINOv2, DINOv3, MSN, SwAV or CARP: pass key=NAME"
+  return (
+    "no layer here is called as in DINO, iBOT, DINOv2, DINOv3, MSN, SwAV or CARP: give key=NAME of "
+    "the one with the prototypes"
+  )

@@ -30,6 +30,7 @@ class Measure(NamedTuple):
     title: its name in the report, where it has a row and a curve, and in the doctor; "" leaves it
       out of the report.
     meaning: what the report says about it, half a sentence.
+    has_random: whether its function also gives "NAME_random", the same of random prototypes.
   """
 
   name: str
@@ -39,6 +40,7 @@ class Measure(NamedTuple):
   short: str = ""
   title: str = ""
   meaning: str = ""
+  has_random: bool = False
 
   @property
   def of_sets(self) -> bool:
@@ -86,9 +88,19 @@ MEASURES = (
     short="unique",
     title="Unique at .025",
     meaning=f"{_GREEDY} .025",
+    has_random=True,
   ),
-  Measure("unique_0.25", _PROTOTYPES, form=".0%", title="Unique at .25", meaning=f"{_GREEDY} .25"),
-  Measure("unique_0.5", _PROTOTYPES, form=".0%", title="Unique at .5", meaning=f"{_GREEDY} .5"),
+  *(
+    Measure(
+      f"unique_0.{digits}",
+      _PROTOTYPES,
+      form=".0%",
+      title=f"Unique at .{digits}",
+      meaning=f"{_GREEDY} .{digits}",
+      has_random=True,
+    )
+    for digits in (25, 5)
+  ),
   Measure(
     "used",
     _CODES,

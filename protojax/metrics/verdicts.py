@@ -67,7 +67,8 @@ def _prototypes(measures: Mapping[str, float | None]) -> str:
     f"unique {_show(get(f'collapse/unique_{HEADLINE}'), '.0%')} "
     f"(random ones {_show(get(f'collapse/unique_{HEADLINE}_random'), '.0%')}, "
     f"moved to cosine {_show(get('collapse/drift'), '.2f')}), "
-    f"used {_show(table.BY_NAME['used'].value(measures), '.0%')}, perplexity {_show(get('collapse/perplexity'), '.0f')}"
+    f"used {_show(table.BY_NAME['used'].value(measures), '.0%')}, "
+    f"perplexity {_show(get('collapse/perplexity'), '.0f')}"
   )
 
 

@@ -9,11 +9,27 @@ import re
 from collections.abc import Sequence
 
 from protojax import trees
+from protojax.metrics import measures as table
 from protojax.metrics import verdicts
 from protojax.reports import charts, curves
 from protojax.reports import record as records
 
 _SAMPLE = "at most {images} evenly spread images of the bank"
+
+
+def _key(row: table.Measure) -> str:
+  return f"collapse/{'{tag}' * row.of_sets}{row.name}"
+
+
+def _how(row: table.Measure) -> str:
+  """What a measure means, and which images it is of."""
+  if "codes" in row.inputs:
+    return f"{row.meaning}; bank {{bank}}"
+  if {"features", "embeddings"} & set(row.inputs):
+    return f"{row.meaning}; {_SAMPLE}"
+  return row.meaning + "; random ones: {random}" * row.has_random
+
+
 # key in result.json, label, form, how it is obtained. {tag} is that of a prototype set.
 _KEYS = (
   (
@@ -35,50 +51,7 @@ _KEYS = (
     "%",
     "softmax classifier trained by Adam beside the encoder on {bank}, tested on {test}",
   ),
-  (
-    "collapse/{tag}unique_0.025",
-    "Unique at .025",
-    "%",
-    "greedy cover in index order, cosine distance below .025; random ones: {random_25}",
-  ),
-  (
-    "collapse/{tag}unique_0.25",
-    "Unique at .25",
-    "%",
-    "as above, cosine distance below .25; random ones: {random_250}",
-  ),
-  (
-    "collapse/{tag}unique_0.5",
-    "Unique at .5",
-    "%",
-    "as above, cosine distance below .5; random ones: {random_500}",
-  ),
-  ("collapse/{tag}used", "Used", "%", "{usage}; bank {bank}"),
-  (
-    "collapse/{tag}perplexity",
-    "Perplexity of use",
-    "",
-    "exp of the entropy of the histogram of nearest prototypes; bank {bank}",
-  ),
-  (
-    "collapse/{tag}drift",
-    "Drift",
-    "",
-    "mean cosine of each prototype to where it started; 1: never moved",
-  ),
-  (
-    "collapse/{tag}relative_uniqueness",
-    "Relative spacing",
-    "",
-    "median distance between nearest prototypes over that between features and theirs; " + _SAMPLE,
-  ),
-  ("collapse/rankme", "RankMe", "", "effective rank of the features of " + _SAMPLE),
-  (
-    "collapse/feature_std",
-    "Feature spread",
-    "",
-    "standard deviation of unit features times √D, 0 is collapse; " + _SAMPLE,
-  ),
+  *((_key(row), row.title, "%" * row.is_share, _how(row)) for row in table.MEASURES if row.title),
   ("train/loss", "Loss", "", "training, mean of the last {log_every} steps"),
   ("train/ln_k", "ln K", "", "loss of uniform predictions, and the largest entropy of a target"),
   (
@@ -170,7 +143,7 @@ def key_numbers(runs: Sequence[records.Record]) -> str:
         key = key.replace("{tag}", tag)
         values = [_value(run, key) for run in runs]
         told = [
-          how.format_map(_facts(run, tag))
+          how.format_map(_facts(run, key))
           for run, (value, _) in zip(runs, values, strict=True)
           if value is not None
         ]
@@ -188,7 +161,8 @@ def _value(run: records.Record, key: str) -> tuple[float | None, str]:
   return run.latest().get(key), records.METRICS
 
 
-def _facts(run: records.Record, tag: str) -> _Facts:
+def _facts(run: records.Record, key: str) -> _Facts:
+  """What the texts of the number at `key` have in braces."""
   facts = _Facts()
   try:
     config = run.config
@@ -204,9 +178,8 @@ def _facts(run: records.Record, tag: str) -> _Facts:
   facts |= protocol if isinstance(protocol, dict) else {}
   if facts.get("limit"):
     facts["bank"] = f"{facts['bank']}, {facts['limit']} of them, evenly spread"
-  for name, limit in (("25", "0.025"), ("250", "0.25"), ("500", "0.5")):
-    value, _ = _value(run, f"collapse/{tag}unique_{limit}_random")
-    facts[f"random_{name}"] = "n/a" if value is None else written(value, "%")
+  random, _ = _value(run, f"{key}_random")
+  facts["random"] = "n/a" if random is None else written(random, "%")
   return facts
 
 

@@ -1,7 +1,7 @@
 """What a training state looks like: collapse measures, k-NN and linear accuracy.
 
-`Snapshot.monitor` is cheap and sees a fixed sample; `Snapshot.evaluate` runs the whole labelled bank
-through the encoder. Features come from the teacher's backbone (the encoder's where there is no
+`Snapshot.monitor` is cheap and sees a fixed sample; `Snapshot.evaluate` runs the whole labelled
+bank through the encoder. Features come from the teacher's backbone (the encoder's where there is no
 teacher) under the evaluation transform, detached: nothing here has a gradient.
 """
 

@@ -19,7 +19,7 @@ def _unit(x):
 def _words(weights, *, cosine=False, prototypes="learned", **named):
   result = diagnosis.examine(weights, cosine=cosine, **named)
   json.dumps(result, allow_nan=False)
-  return result, diagnosis.words(result, cosine=cosine, prototypes=prototypes)
+  return result, diagnosis.words(result, cosine=cosine, prototypes=prototypes)[1]
 
 
 def test_random_prototypes_are_ok_and_not_called_good():
