@@ -2,7 +2,10 @@
 
 import os
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
+import ml_collections
 import numpy as np
 
 from protojax import errors, pretrained
@@ -14,8 +17,11 @@ from protojax.training import loop
 _LISTED = 10  # matrices of a file whose prototypes were not found
 
 
-def train(config, workdir: str) -> dict[str, float]:
+def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
   """Trains a run, or goes on with it, and writes its report.
+
+      config = protojax.config.debug(protojax.config.default("dino"))
+      measures = protojax.train(config, "runs/first")
 
   Args:
     config: of a recipe or `protojax.config.default()`, not resolved.
@@ -28,13 +34,13 @@ def train(config, workdir: str) -> dict[str, float]:
     errors.UserError: for a mistake in the config or the data; nothing is written then.
     errors.Interrupted: on SIGTERM or Ctrl-C, after a checkpoint was written.
   """
-  return loop.run(config, workdir, report=of_run.after_training)
+  return loop.run(config, os.fspath(workdir), report=of_run.after_training)
 
 
 def diagnose(
-  what,
+  what: Any,
   *,
-  embeddings=None,
+  embeddings: Any = None,
   key: str | None = None,
   transpose: bool = False,
   which: str | None = None,
@@ -71,18 +77,19 @@ def diagnose(
     UserError: if there is no such thing, no prototypes are found, or an argument says nothing about
       this kind of thing.
   """
-  given = {"embeddings": embeddings, "key": key, "transpose": transpose, "which": which}
-  given |= {"data": data, "data_dir": data_dir, "split": split, "limit": limit, "step": step}
-  given = {name: value for name, value in given.items() if value is not None and value is not False}
-  if not limit:
-    del given["limit"]
-  if idle := next((name for name in ("data_dir", "split", "limit") if name in given), ""):
-    if data is None:
-      raise errors.UserError(f"{idle} says nothing without data: add data=run, or leave it out")
+  arguments = {"embeddings": embeddings, "key": key, "transpose": transpose or None}
+  arguments |= {"which": which, "data": data, "data_dir": data_dir, "split": split}
+  arguments |= {"limit": limit or None, "step": step}
+  given: dict[str, Any] = {name: value for name, value in arguments.items() if value is not None}
+  idle = next((name for name in ("data_dir", "split", "limit") if name in given), "")
+  if idle and data is None:
+    raise errors.UserError(f"{idle} says nothing without data: add data=run, or leave it out")
   if data is not None and embeddings is not None:
     raise errors.UserError("data and embeddings are two sources of embeddings: give one")
   if limit < 0:
     raise errors.UserError(f"limit={limit} must not be negative (0: all images)")
+  examine: Callable[..., diagnosis.Diagnosis]
+  allowed: tuple[str, ...]
   if not isinstance(what, str | os.PathLike):
     kind, examine, allowed = "an array", diagnosis.diagnose, ("embeddings",)
   else:
@@ -126,7 +133,14 @@ def _embeddings(path: str | os.PathLike) -> np.ndarray:
   return arrays[named[0]]
 
 
-def _diagnose_file(path, *, embeddings=None, key=None, transpose=False, which=None):
+def _diagnose_file(
+  path: pathlib.Path,
+  *,
+  embeddings: Any = None,
+  key: str | None = None,
+  transpose: bool = False,
+  which: str | None = None,
+) -> diagnosis.Diagnosis:
   arrays = tensor_files.read(path)
   matrices = prototype_layouts.candidates(arrays)
   if key is None and matrices and len(arrays) == 1:
@@ -163,9 +177,12 @@ def _diagnose_file(path, *, embeddings=None, key=None, transpose=False, which=No
   return diagnosis.joined(found, lines=lines, result={"kind": "file", "layout": layout})
 
 
-def _diagnose_run(folder, *, step=None, **images):
+def _diagnose_run(
+  folder: pathlib.Path, *, step: int | None = None, **images: Any
+) -> diagnosis.Diagnosis:
   judged = record.verdict(folder) if (folder / "metrics.jsonl").exists() else None
-  result, lines = {"kind": "run"}, []
+  result: dict[str, Any] = {"kind": "run"}
+  lines: list[str] = []
   if judged is not None:
     result["run"] = {**judged.verdict._asdict(), "step": judged.step, "since": judged.since}
     lines = _by_metrics(judged)
@@ -203,7 +220,15 @@ def _by_metrics(judged: record.RunVerdict) -> list[str]:
   return [first, *diagnosis.bullets([judged.verdict.sentence])]
 
 
-def _embeddings_of_run(model, *, embeddings=None, data=None, data_dir=None, split=None, limit=0):
+def _embeddings_of_run(
+  model: pretrained.Trained,
+  *,
+  embeddings: Any = None,
+  data: str | None = None,
+  data_dir: str | None = None,
+  split: str | None = None,
+  limit: int = 0,
+) -> tuple[dict[str, Any], list[str]]:
   """({set: [N, D]}, the lines that say of which images)."""
   if embeddings is not None:
     return dict.fromkeys(model.prototypes, embeddings), []
@@ -217,7 +242,7 @@ def _embeddings_of_run(model, *, embeddings=None, data=None, data_dir=None, spli
   return found, [f"  images: {source.name}, {images:,} of {len(source):,}"]
 
 
-def _diagnose_log(path):
+def _diagnose_log(path: pathlib.Path) -> diagnosis.Diagnosis:
   if path.name == "metrics.jsonl" and (path.parent / "config.json").exists():
     judged = record.verdict(path.parent)
     if judged is not None:

@@ -5,7 +5,7 @@ import errno
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from protojax import errors
 
@@ -13,7 +13,7 @@ from protojax import errors
 class _Parser(argparse.ArgumentParser):
   """argparse prints its usage before an error and ends the process; here an error is one line."""
 
-  def error(self, message):
+  def error(self, message: str) -> NoReturn:
     raise errors.UserError(f"{message}; {self.prog} --help shows what there is")
 
 

@@ -1,5 +1,8 @@
 """What ends a program in one line: a mistake of the user (and checks that find it), a stop."""
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class UserError(ValueError):
   """A mistake that the user can mend; the programs print its one line and exit with status 2.
@@ -19,15 +22,23 @@ class Interrupted(Exception):
     self.step = step
 
 
-def require_positive(options, *names: str) -> None:
-  """Refuses the first of these settings, in the section `config.method`, that is not above 0."""
+def require_positive(options: Mapping[str, Any], *names: str) -> None:
+  """Refuses the first of these settings, in the section `config.method`, that is not above 0.
+
+  Raises:
+    UserError: one line.
+  """
   for name in names:
     if not options[name] > 0:
       raise UserError(f"method.{name}={options[name]} must be above 0")
 
 
-def require(config, only: dict, why: str) -> None:
-  """Refuses a config in which a setting, "section.name", is not the one value `only` allows."""
+def require(config: Mapping[str, Any], only: dict[str, Any], why: str) -> None:
+  """Refuses a config in which a setting, "section.name", is not the one value `only` allows.
+
+  Raises:
+    UserError: one line, that ends in what to set.
+  """
   for key, value in only.items():
     section, name = key.split(".")
     if config[section][name] != value:

@@ -174,7 +174,12 @@ def predict(bank, bank_labels, queries, **options) -> jax.Array:
 
 
 def accuracy(bank, bank_labels, queries, query_labels, *, num_classes: int, **options) -> float:
-  """Share of queries whose class `predict` finds, 0 to 1.
+  """Share of queries that weighted k-nearest neighbours classify right, 0 to 1.
+
+  >>> import numpy as np
+  >>> bank, labels = np.eye(4)[[0, 0, 1, 1]], np.array([0, 0, 1, 1])
+  >>> accuracy(bank, labels, np.eye(4)[[0, 1, 1]], np.array([0, 1, 0]), num_classes=2, k=2) > 0.6
+  True
 
   Args:
     bank: [N, D].

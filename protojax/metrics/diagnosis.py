@@ -356,9 +356,9 @@ def bullets(sentences: Sequence[str]) -> list[str]:
 
 
 def diagnose(
-  prototypes,
+  prototypes: Any,
   *,
-  embeddings=None,
+  embeddings: Any = None,
   name: str = "prototypes",
   gain: np.ndarray | None = None,
   cosine: bool = False,

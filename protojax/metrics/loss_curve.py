@@ -108,8 +108,8 @@ def _shares(log: Log) -> str:
   """Of DINOv2, how its parts stand at uniform collapse."""
   if _LOCAL not in log.parts or _GLOBAL not in log.parts:
     return ""
-  local, whole = (float(np.median(_tail(log.parts[k]))) for k in (_LOCAL, _GLOBAL))
-  return f" ({_LOCAL} {local:.3f} + {_GLOBAL} {whole:.3f}, at this point 16/18 and 2/18 of it)"
+  local, global_ = (float(np.median(_tail(log.parts[k]))) for k in (_LOCAL, _GLOBAL))
+  return f" ({_LOCAL} {local:.3f} + {_GLOBAL} {global_:.3f}, at this point 16/18 and 2/18 of it)"
 
 
 def _uniform(size: int, value: float, since: str, shares: str) -> str:

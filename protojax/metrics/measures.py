@@ -229,14 +229,14 @@ def _computed(row: Measure, arrays: Mapping[str, Any], sample: bool) -> dict[str
 
 def summary(
   *,
-  prototypes=None,
-  features=None,
-  embeddings=None,
-  codes=None,
-  initial_prototypes=None,
-  num_prototypes=None,
-  encoder=None,
-  teacher=None,
+  prototypes: Any = None,
+  features: Any = None,
+  embeddings: Any = None,
+  codes: Any = None,
+  initial_prototypes: Any = None,
+  num_prototypes: int | Mapping[str, int] | None = None,
+  encoder: Any = None,
+  teacher: Any = None,
   sample: bool = False,
   known: Mapping[str, float] | None = None,
 ) -> dict[str, float]:

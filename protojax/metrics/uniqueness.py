@@ -139,17 +139,17 @@ def measure(
       free = np.flatnonzero(leaders < 0)
       leaders[free] = start + free
   nearest = np.maximum(nearest, 0.0)
-  whole_owner = np.full((len(limits), len(prototypes)), -1, np.int32)
-  whole_owner[:, kept] = kept[owner]
-  whole_nearest = np.full(len(prototypes), np.inf, np.float32)
-  whole_nearest[kept] = nearest
+  owner_of_all = np.full((len(limits), len(prototypes)), -1, np.int32)
+  owner_of_all[:, kept] = kept[owner]
+  nearest_of_all = np.full(len(prototypes), np.inf, np.float32)
+  nearest_of_all[kept] = nearest
   return Uniqueness(
     thresholds=tuple(thresholds),
-    owner=whole_owner,
+    owner=owner_of_all,
     unique=(owner == np.arange(num)).sum(axis=1),
     components=(parent == np.arange(num)).sum(axis=1),
     isolated=(nearest >= limits[:, None]).sum(axis=1),
-    nearest=whole_nearest,
+    nearest=nearest_of_all,
   )
 
 
@@ -192,8 +192,8 @@ def null(num: int, dim: int, thresholds: Sequence[float] = collapse.THRESHOLDS) 
   if near_pairs(num, dim, max(thresholds)) < _NEGLIGIBLE:
     counts = np.full(len(thresholds), num)
     return Null(counts, counts, counts, False)
-  seen = measure(np.asarray(collapse.random_prototypes(num, dim)), thresholds)
-  return Null(seen.unique, seen.components, seen.isolated, True)
+  drawn = measure(np.asarray(collapse.random_prototypes(num, dim)), thresholds)
+  return Null(drawn.unique, drawn.components, drawn.isolated, True)
 
 
 def null_nearest(num: int, dim: int, quantiles: Sequence[float]) -> np.ndarray:

@@ -264,7 +264,7 @@ def _findings(measures, num_prototypes, step, late, prototypes, advise):
 
 
 def _copies(measures, num_prototypes, prototypes, unique, null) -> Verdict:
-  seen = (
+  copies = (
     f"{1 - unique:.0%} of {num_prototypes} prototypes are copies (random ones: "
     f"{_show(None if null is None else 1 - null, '.0%')}; {_prototypes(measures)})"
   )
@@ -272,7 +272,7 @@ def _copies(measures, num_prototypes, prototypes, unique, null) -> Verdict:
   if relative is not None and relative >= LIMITS["relative_uniqueness"]:
     return Verdict(
       "narrow cone",
-      f"{seen}, but they stand {relative:.1f} times as far apart as features from theirs: the "
+      f"{copies}, but they stand {relative:.1f} times as far apart as features from theirs: the "
       "features are near one another, not the prototypes redundant"
       + ("; set mixture.center_features=True" if prototypes == "mixture" else ""),
       False,
@@ -282,7 +282,7 @@ def _copies(measures, num_prototypes, prototypes, unique, null) -> Verdict:
     "dictionary": "raise head.bottleneck or lower method.num_prototypes",
     "mixture": "raise mixture.horizon_steps or set mixture.center_features=True",
   }.get(prototypes, "set method.prototypes=mixture, or lower method.num_prototypes")
-  return Verdict("partial prototype collapse", f"{seen}: {advice}", True)
+  return Verdict("partial prototype collapse", f"{copies}: {advice}", True)
 
 
 def verdict(measures: Mapping[str, float | None]) -> Verdict:

@@ -21,7 +21,7 @@ def sets(runs: Sequence[records.Record]) -> list[str]:
 
 
 def training(runs: Sequence[records.Record]) -> list[str]:
-  """Loss, target entropy, accuracies, rank and spread over the steps, <figure> elements."""
+  """Draws loss, target entropy, accuracies, rank and spread over the steps: <figure> elements."""
   loss, parts = _lines(runs, "train/loss"), _lines(runs, "train/cross_entropy")
   if parts:
     loss = [line._replace(label=f"{line.label}, loss") for line in loss] + [
@@ -55,12 +55,12 @@ def training(runs: Sequence[records.Record]) -> list[str]:
 
 
 def prototypes(runs: Sequence[records.Record], tag: str) -> list[str]:
-  """Uniqueness, use and drift of one set of prototypes over the steps, <figure> elements."""
+  """Draws uniqueness, use and drift of a prototype set over the steps: <figure> elements."""
   return [_measure(runs, row, tag) for row in table.MEASURES if row.title and row.of_sets]
 
 
 def _measure(runs: Sequence[records.Record], row: table.Measure, tag: str) -> str:
-  """The curves of a measure; of a sample's images where it was written for all and for those."""
+  """The curves of a measure: of a sample of the images where there are any, else of the bank."""
   key, told = f"collapse/{tag}{row.name}", row.meaning
   if any(f"{key}_sample" in run.curves for run in runs):
     key, told = f"{key}_sample", f"{told}; of a fixed sample of images"
@@ -72,7 +72,7 @@ def _measure(runs: Sequence[records.Record], row: table.Measure, tag: str) -> st
 
 
 def ends(runs: Sequence[records.Record]) -> list[str]:
-  """Distances, use and spectrum at the end of the runs, <figure> elements."""
+  """Draws distances, use and spectrum at the end of the runs: <figure> elements."""
   return [_nearest(runs), _usage(runs), _spectrum(runs)]
 
 

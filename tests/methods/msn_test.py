@@ -78,19 +78,19 @@ def test_terms_match_numpy_in_value_and_gradient(which):
 def _seen(config, monkeypatch):
   """(method, the views that it gives its student and teacher, once its loss has run)."""
   views = {}
-  build = student_teacher.build
+  build = student_teacher.build_with_prototypes
 
   def fake_build(config, **options):
     assert options == {"average": False}
-    pair = build(config, **options)
+    networks = build(config, **options)
 
     def scores(trained, frozen, given, key):
       views.update(given)
-      return pair.scores(trained, frozen, given, key)
+      return networks.scores(trained, frozen, given, key)
 
-    return pair._replace(scores=scores)
+    return networks._replace(scores=scores)
 
-  monkeypatch.setattr(student_teacher, "build", fake_build)
+  monkeypatch.setattr(student_teacher, "build_with_prototypes", fake_build)
   return msn.make(config), views
 
 
