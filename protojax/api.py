@@ -125,7 +125,7 @@ def _is_text(path: pathlib.Path) -> bool:
 
 def _embeddings(path: str | os.PathLike) -> np.ndarray:
   arrays = tensor_files.read(path)
-  named = [k for k in ("embeddings", "features") if k in arrays] or list(arrays)
+  named = [k for k in arrays if k in ("embeddings", "features")] or list(arrays)
   if arrays[named[0]].ndim != 2 or (len(arrays) > 1 and named[0] not in ("embeddings", "features")):
     raise errors.UserError(
       f"embeddings={path}: no matrix [N, D] of embeddings in it: save one with numpy.save"

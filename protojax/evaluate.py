@@ -46,7 +46,7 @@ def _numbers(kind):
 
 
 class Images(NamedTuple):
-  """The images of a source; `split` names them in the protocol, `rows` is filled in by `_encode`."""
+  """Images of a source; `split` names them in the protocol, `_encode` fills in the rows."""
 
   source: sources.Source
   split: str

@@ -178,8 +178,9 @@ def accuracy(bank, bank_labels, queries, query_labels, *, num_classes: int, **op
 
   >>> import numpy as np
   >>> bank, labels = np.eye(4)[[0, 0, 1, 1]], np.array([0, 0, 1, 1])
-  >>> accuracy(bank, labels, np.eye(4)[[0, 1, 1]], np.array([0, 1, 0]), num_classes=2, k=2) > 0.6
-  True
+  >>> queries, truth = np.eye(4)[[0, 1, 1, 1]], np.array([0, 1, 1, 0])
+  >>> accuracy(bank, labels, queries, truth, num_classes=2, k=2)
+  0.75
 
   Args:
     bank: [N, D].

@@ -17,21 +17,8 @@ from protojax.reports import record as records
 _SAMPLE = "at most {images} evenly spread images of the bank"
 
 
-def _key(row: table.Measure) -> str:
-  return f"collapse/{'{tag}' * row.of_sets}{row.name}"
-
-
-def _how(row: table.Measure) -> str:
-  """What a measure means, and which images it is of."""
-  if "codes" in row.inputs:
-    return f"{row.meaning}; bank {{bank}}"
-  if {"features", "embeddings"} & set(row.inputs):
-    return f"{row.meaning}; {_SAMPLE}"
-  return row.meaning + "; random ones: {random}" * row.has_random
-
-
 # key in result.json, label, form, how it is obtained. {tag} is that of a prototype set.
-_KEYS = (
+_ACCURACIES = (
   (
     "probe/knn",
     "k-NN accuracy",
@@ -51,7 +38,8 @@ _KEYS = (
     "%",
     "softmax classifier trained by Adam beside the encoder on {bank}, tested on {test}",
   ),
-  *((_key(row), row.title, "%" * row.is_share, _how(row)) for row in table.MEASURES if row.title),
+)
+_TRAINING = (
   ("train/loss", "Loss", "", "training, mean of the last {log_every} steps"),
   ("train/ln_k", "ln K", "", "loss of uniform predictions, and the largest entropy of a target"),
   (
@@ -72,6 +60,21 @@ class _Facts(dict):
 
   def __missing__(self, key):
     return "n/a"
+
+
+def _collapse() -> list[tuple[str, str, str, str]]:
+  """The same of the measures of collapse."""
+  found = []
+  for row in table.MEASURES:
+    how = row.meaning + "; random ones: {random}" * row.has_random
+    if "codes" in row.inputs:
+      how += "; bank {bank}"
+    elif {"features", "embeddings"} & set(row.inputs):
+      how += f"; {_SAMPLE}"
+    if row.title:
+      key = f"collapse/{'{tag}' * row.of_sets}{row.name}"
+      found.append((key, row.title, "%" * row.is_share, how))
+  return found
 
 
 def verdict(run: records.Record) -> tuple[str, str, str]:
@@ -138,7 +141,7 @@ def key_numbers(runs: Sequence[records.Record]) -> str:
   parts = []
   for tag in ["", *(tag for tag in curves.sets(runs) if tag)]:
     body = []
-    for key, label, form, how in _KEYS:
+    for key, label, form, how in (*_ACCURACIES, *_collapse(), *_TRAINING):
       if not tag or "{tag}" in key:
         key = key.replace("{tag}", tag)
         values = [_value(run, key) for run in runs]
