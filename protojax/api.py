@@ -97,17 +97,16 @@ def diagnose(
     if not what.exists():
       raise errors.UserError(f"there is no {what}: give a workdir, a checkpoint or a log")
     if what.is_dir():
-      kind, examine = "a workdir", _diagnose_run
+      kind, examine = f"{what}, a workdir", _diagnose_run
       allowed = ("embeddings", "data", "data_dir", "split", "limit", "step")
     elif _is_text(what):
-      kind, examine, allowed = "a log", _diagnose_log, ()
+      kind, examine, allowed = f"{what}, a log", _diagnose_log, ()
     else:
-      kind, examine = "a file of arrays", _diagnose_file
+      kind, examine = f"{what}, a file of arrays", _diagnose_file
       allowed = ("embeddings", "key", "transpose", "which")
   for name in given:
     if name not in allowed:
-      this = "this" if kind == "an array" else what
-      raise errors.UserError(f"{name} means nothing for {this}, {kind}: leave it out")
+      raise errors.UserError(f"{name} means nothing for {kind}: leave it out")
   if isinstance(embeddings, str | os.PathLike):
     given["embeddings"] = _embeddings(embeddings)
   return examine(what, **given)

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch_format as made
 
-from protojax import doctor, errors, pretrained
+from protojax import api, doctor, errors, pretrained
 from protojax.training import checkpoint, programs, workdir
 
 _RNG = np.random.default_rng(0)
@@ -74,6 +74,27 @@ def test_a_checkpoint_of_dino_is_examined_by_its_teacher(full, tmp_path, capsys)
   other = _examined(tmp_path, full, "--which=student")["sets"]
   assert list(other) == ["student.module.head.last_layer"]
   assert other["student.module.head.last_layer"]["unique"]["unique"][0] == 300
+
+
+def test_the_program_prints_and_writes_what_the_call_finds(full, tmp_path, capsys):
+  result = _examined(tmp_path, full)
+  found = api.diagnose(full)
+  assert capsys.readouterr().out == f"protojax doctor: {full}\n{found}\n"
+  assert found.verdict.label == "partial prototype collapse" and list(found.sets) == [
+    *result["sets"]
+  ]
+  assert {k: result[k] for k in found.result} == json.loads(json.dumps(found.result))
+
+
+def test_the_call_takes_arrays_and_refuses_what_says_nothing_about_them(collapsed, full):
+  found = api.diagnose(collapsed, embeddings=collapsed[:50])
+  assert found.verdict.label == "partial prototype collapse"
+  assert found.measures["collapse/used"] == pytest.approx(0.1)
+  with pytest.raises(errors.UserError, match="which means nothing for an array"):
+    api.diagnose(collapsed, which="teacher")
+  with pytest.raises(errors.UserError, match="there is no /nowhere"):
+    api.diagnose("/nowhere")
+  assert api.diagnose(str(full), embeddings=collapsed[:50]).result["sets"]
 
 
 def test_embeddings_show_what_is_used(full, collapsed, tmp_path, capsys):

@@ -169,7 +169,11 @@ def scores(
 
 
 def predict(bank, bank_labels, queries, **options) -> jax.Array:
-  """int32 [M]: class with the largest share of `scores` (same arguments); of equals the lowest."""
+  """Classifies each query by the largest share of `scores`, same arguments; of equals the lowest.
+
+  Returns:
+    int32 [M].
+  """
   return jnp.argmax(scores(bank, bank_labels, queries, **options), axis=-1).astype(jnp.int32)
 
 

@@ -32,7 +32,7 @@ class Encoded(NamedTuple):
   prototypes: dict[str, np.ndarray]
 
   def last(self) -> tuple[np.ndarray, ...]:
-    """(bank, its labels, test, its labels) of the last layer."""
+    """The last layer's rows and labels: (bank, its labels, test, its labels)."""
     bank, test = self.bank, self.test
     return bank["features"]["last"], bank["label"], test["features"]["last"], test["label"]
 

@@ -47,7 +47,7 @@ class Prototypes(NamedTuple):
   aliases: tuple[str, ...] = ()
 
   def weights(self) -> np.ndarray:
-    """float32 [K, D], rows as features meet them: directions times gains, or as they are stored."""
+    """Rows as features meet them: directions times gains, or as they are stored, float32 [K, D]."""
     rows = np.array(self.matrix, np.float32)
     if self.gain is None:
       return rows
@@ -78,7 +78,7 @@ def _set(arrays: Mapping[str, np.ndarray], key: str, matrix: np.ndarray) -> Prot
 
 
 def owner(name: str) -> str:
-  """ "teacher", "student" or "", by the words in a name."""
+  """Says whose weights these are by the words in a name: "teacher", "student" or ""."""
   words = set(re.split(r"[._]", name))
   return "teacher" if words & _TEACHER else "student" if words & _STUDENT else ""
 
@@ -152,7 +152,7 @@ def at(arrays: Mapping[str, np.ndarray], key: str, transpose: bool = False) -> P
 
 
 def candidates(arrays: Mapping[str, np.ndarray]) -> list[tuple[str, tuple[int, int]]]:
-  """(name, shape) of every matrix of floating point numbers, those with the most rows first."""
+  """Lists the matrices of floating point numbers: (name, shape), those with the most rows first."""
   matrices = [(name, _matrix(array)) for name, array in arrays.items() if array.ndim == 2]
   found = [(name, matrix.shape) for name, matrix in matrices if matrix is not None]
   return sorted(found, key=lambda item: -item[1][0])

@@ -49,6 +49,7 @@ class Measure(NamedTuple):
 
   @property
   def is_share(self) -> bool:
+    """Whether it is one, written in percent."""
     return self.form.endswith("%")
 
   def value(self, values: Mapping[str, float | None], tag: str = "") -> float | None:
@@ -58,7 +59,7 @@ class Measure(NamedTuple):
 
 
 def uniqueness(unique: Sequence[int], random: Sequence[int], num: int) -> dict[str, float]:
-  """Shares of unique prototypes at `collapse.THRESHOLDS` from counts of these and of random ones.
+  """Names the shares of unique prototypes at `collapse.THRESHOLDS`, and those of random ones.
 
   Args:
     unique: [T], as `collapse.unique_counts` gives them.
@@ -157,12 +158,12 @@ BY_NAME = {row.name: row for row in MEASURES}
 
 
 def tag(name: str) -> str:
-  """What stands before a measure's name for a set of prototypes: "" for the main one."""
+  """Gives what stands before a measure's name for a set of prototypes: "" for the main one."""
   return "" if name == "prototypes" else f"{name}_"
 
 
 def as_array(x) -> jax.Array | np.ndarray:
-  """An array of NumPy or JAX as it is; of anything else with `__dlpack__` or `__array__` its view.
+  """Reads anything with `__dlpack__` or `__array__`; an array of NumPy or JAX stays as it is.
 
   Raises:
     UserError: if it is no array, or lies where it cannot be read (a GPU, a graph of gradients).

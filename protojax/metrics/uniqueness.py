@@ -154,7 +154,11 @@ def measure(
 
 
 def largest_groups(owner: np.ndarray, most: int) -> list[np.ndarray]:
-  """The `most` largest groups of a row of `Uniqueness.owner`, int [K], with more than one member.
+  """Finds the largest groups of copies of a row of `Uniqueness.owner`, int [K].
+
+  Args:
+    owner: a representative for each prototype.
+    most: groups at most; one with a single member is none.
 
   Returns:
     Indices of the members, ascending; the largest group first, of two alike the earlier.
@@ -180,15 +184,19 @@ class Null(NamedTuple):
 
 
 def near_pairs(num: int, dim: int, threshold: float) -> float:
-  """Pairs of K random unit rows of D > 1, uniform on the sphere, expected nearer than `threshold`.
+  """Expected number of pairs of K random prototypes that are nearer than `threshold`.
 
-  Half of a cosine distance is distributed as Beta((D - 1) / 2, (D - 1) / 2).
+  Rows of D > 1 are uniform on the sphere; half of a cosine distance is distributed as
+  Beta((D - 1) / 2, (D - 1) / 2).
   """
   return num * (num - 1) / 2 * stats.beta.cdf(threshold / 2, (dim - 1) / 2, (dim - 1) / 2)
 
 
 def null(num: int, dim: int, thresholds: Sequence[float] = collapse.THRESHOLDS) -> Null:
-  """The counts of `measure` for random rows, where there is doubt on the rows of `collapse`."""
+  """Counts as `measure` does, for random prototypes of the same K and D: what could be reached.
+
+  Those of `collapse.random_prototypes`, drawn only where near pairs are to be expected.
+  """
   if near_pairs(num, dim, max(thresholds)) < _NEGLIGIBLE:
     counts = np.full(len(thresholds), num)
     return Null(counts, counts, counts, False)
@@ -197,7 +205,7 @@ def null(num: int, dim: int, thresholds: Sequence[float] = collapse.THRESHOLDS) 
 
 
 def null_nearest(num: int, dim: int, quantiles: Sequence[float]) -> np.ndarray:
-  """Quantiles of the distance of a random row, D > 1, to its nearest among K: float64, exact."""
+  """Quantiles of the distance of a random row, D > 1, to its nearest of K: float64, exact."""
   if num == 1:
     return np.full(len(quantiles), np.inf)
   # No row is nearer than d with probability (1 - P(pair nearer than d)) ** (K - 1).

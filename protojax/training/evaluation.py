@@ -89,7 +89,7 @@ class Snapshot:
     )
 
   def embeddings(self, state, source) -> tuple[np.ndarray, np.ndarray]:
-    """(embeddings [N, D], index int32 [N]) of all images of `source` that can be read."""
+    """Embeds all images of `source` that can be read: (embeddings [N, D], index int32 [N])."""
     encoded = self._run(state, source, parts=("embeddings", "index"))
     return encoded["embeddings"]["prototypes"], encoded["index"]
 
