@@ -124,8 +124,9 @@ def _is_text(path: pathlib.Path) -> bool:
 
 def _embeddings(path: str | os.PathLike) -> np.ndarray:
   arrays = tensor_files.read(path)
-  named = [k for k in arrays if k in ("embeddings", "features")] or list(arrays)
-  if arrays[named[0]].ndim != 2 or (len(arrays) > 1 and named[0] not in ("embeddings", "features")):
+  usual: tuple[str, ...] = ("embeddings", "features")
+  named = [name for name in usual if name in arrays] or list(arrays)
+  if arrays[named[0]].ndim != 2 or (len(arrays) > 1 and named[0] not in usual):
     raise errors.UserError(
       f"embeddings={path}: no matrix [N, D] of embeddings in it: save one with numpy.save"
     )
@@ -236,7 +237,7 @@ def _embeddings_of_run(
   name = None if data == "run" else data
   default = None if name == "folder" else "train"
   source = pretrained.source(model, split or default, name=name, data_dir=data_dir)
-  found = pretrained.rows(model, source, parts=("embeddings",), limit=limit)["embeddings"]
+  found = pretrained.encoded(model, source, parts=("embeddings",), limit=limit)["embeddings"]
   images = len(next(iter(found.values())))
   return found, [f"  images: {source.name}, {images:,} of {len(source):,}"]
 

@@ -32,10 +32,10 @@ def parser(verb: str, description: str) -> argparse.ArgumentParser:
   )
 
 
-# How a message names what a flag sets; "config.json" and "protojax/config.py" are files.
-_ARGUMENT = re.compile(
-  r"(?<![^\s(])(?=config\.(?!json\b|py\b)[a-z]|workdir=)|(?<=another )(?=workdir\b)"
-)
+# Arguments of the library for which there is a flag of the same name, as messages have them.
+_NAMED = r"(data|embeddings|format|heads|image_size|key|limit|stem|step|which|workdir)="
+_KEY = r"config\.(?!json\b|py\b)[a-z]"  # config.json and protojax/config.py are files
+_FLAG = re.compile(rf"(?<![^\s(])(?={_NAMED}|{_KEY})|(?<=another )(?=workdir\b)")
 
 
 def with_flags(message: str) -> str:
@@ -44,7 +44,7 @@ def with_flags(message: str) -> str:
   >>> with_flags("workdir=runs/a is a file: lower config.optim.lr or choose another workdir")
   '--workdir=runs/a is a file: lower --config.optim.lr or choose another --workdir'
   """
-  return _ARGUMENT.sub("--", message)
+  return _FLAG.sub("--", message)
 
 
 def guarded(call: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> Any:

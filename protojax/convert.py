@@ -54,7 +54,7 @@ _SHOWN = 4  # names of tensors that one line of the account shows
 
 
 @contextlib.contextmanager
-def _whole_folder(out: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
+def _atomic_folder(out: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
   """A folder to write into that becomes `out` when nothing failed, and else is gone."""
   out = out.absolute()  # "." has no name
   if out.exists() or out.is_symlink():
@@ -155,7 +155,7 @@ def bring_in(
       "initialises what is missing and leaves out what is unexpected"
     )
   tensors = done.tensors | (importers.fresh(done) if done.missing else {})
-  with _whole_folder(out, overwrite) as folder:
+  with _atomic_folder(out, overwrite) as folder:
     export.write(folder, tensors, done.info)
   return [*lines, _wrote(out)]
 
@@ -184,7 +184,7 @@ def take_out(
     + ("" if info["step"] is None else f" of step {info['step']}")
     + f", {info['model']['name']}, {len(tensors)} tensors"
   ]
-  with _whole_folder(out, overwrite) as folder:
+  with _atomic_folder(out, overwrite) as folder:
     if format in ("timm", "hf"):
       plain, rest = exporters.plain(tensors, info)
       if format == "timm":

@@ -46,11 +46,11 @@ _WRITERS = {".npz": _write_npz, ".parquet": _write_parquet}
 
 
 def embed(model: pretrained.Trained, source, *, layer: str = "last", limit: int = 0) -> dict:
-  """The columns of the file: {name: array [N, ...]}, rows in the order of the source.
+  """The columns of the file, {name: array [N, ...]}, in the order of the source.
 
   Args:
     model: from `pretrained.load`.
-    source: from `data.source.build`.
+    source: from `data.build`.
     layer: of `pretrained.layers(model)`.
     limit: at most so many images, evenly spread; 0 takes all.
 
@@ -58,14 +58,14 @@ def embed(model: pretrained.Trained, source, *, layer: str = "last", limit: int 
     UserError: for an unknown layer.
   """
   parts = ("features", "codes") if model.prototypes else ("features",)
-  seen = pretrained.rows(model, source, parts=parts, layers=(layer,), limit=limit)
+  encoded = pretrained.encoded(model, source, parts=parts, layers=(layer,), limit=limit)
   columns = {
-    "filename": np.array([source.describe(i) for i in seen["index"]]),
-    "label": seen["label"],
-    "index": seen["index"],
-    "features": seen["features"][layer],
+    "filename": np.array([source.describe(i) for i in encoded["index"]]),
+    "label": encoded["label"],
+    "index": encoded["index"],
+    "features": encoded["features"][layer],
   }
-  for name, codes in seen.get("codes", {}).items():
+  for name, codes in encoded.get("codes", {}).items():
     columns["code" if name == "prototypes" else f"code_{name}"] = codes
   return columns
 
@@ -83,7 +83,7 @@ def write(path: str | os.PathLike, columns: dict[str, np.ndarray], protocol: dic
   """
   path = pathlib.Path(path)
   writer = _writer(path)
-  files.write(path, lambda whole: writer(whole, columns, json.dumps(protocol)))
+  files.write(path, lambda file: writer(file, columns, json.dumps(protocol)))
 
 
 def _writer(path: pathlib.Path):
@@ -114,7 +114,7 @@ def main(argv: list[str]) -> None:
   split = args.split or (None if args.data == "folder" else "train")
   source = pretrained.source(model, split, name=args.data, data_dir=args.data_dir)
   columns = embed(model, source, layer=args.layer, limit=args.limit)
-  look = model.config.augment
+  config = model.config
   write(
     out,
     columns,
@@ -126,7 +126,7 @@ def main(argv: list[str]) -> None:
       "source": source.name,
       "images": len(source),
       "limit": args.limit,
-      "transform": f"{look.global_size} px, centre crop {model.config.probe.crop:g}",
+      "transform": f"{config.augment.global_size} px, centre crop {config.probe.crop:g}",
       "protojax": __version__,
     },
   )

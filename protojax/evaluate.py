@@ -101,7 +101,8 @@ def _encode(model: pretrained.Trained, images: Images, layers: Sequence[str]) ->
     UserError: for labels that are missing, or features that are not finite.
   """
   parts = ("features", "codes") if model.prototypes else ("features",)
-  rows, name = pretrained.rows(model, images.source, parts=parts, layers=layers), images.source.name
+  rows = pretrained.encoded(model, images.source, parts=parts, layers=layers)
+  name = images.source.name
   if missing := int(np.sum(rows["label"] < 0)):
     raise errors.UserError(
       f"{missing} of {rows['label'].size} images of {name} have no label: choose other data with "

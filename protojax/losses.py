@@ -43,7 +43,7 @@ def l2_normalize(x: jax.Array, epsilon: float = 1e-12) -> jax.Array:
 
 def mean_over_other_views(by_pair: jax.Array) -> jax.Array:
   """Mean of a value by pair of views, [V, T], over the pairs whose views differ."""
-  other = 1.0 - jnp.eye(*by_pair.shape, dtype=by_pair.dtype)
+  other = 1.0 - jnp.eye(by_pair.shape[0], by_pair.shape[1], dtype=by_pair.dtype)
   return jnp.sum(by_pair * other) / jnp.sum(other)
 
 

@@ -4,6 +4,7 @@ import importlib.util
 import pathlib
 import sys
 
+import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -19,7 +20,7 @@ _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator_address.")
 
 
-def load(path: str):
+def load(path: str) -> ml_collections.ConfigDict:
   """The config of "file.py" or "file.py:argument".
 
   Raises:

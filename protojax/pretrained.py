@@ -237,7 +237,7 @@ def _evaluation_config(config: ml_collections.ConfigDict) -> ml_collections.Conf
 
 
 def layers(model: Trained) -> tuple[str, ...]:
-  """Names of the layers that `rows` can give."""
+  """Names of the layers that `encoded` can give."""
   return backbone_layers.available(model.encoder)
 
 
@@ -269,7 +269,7 @@ def _forward(
   layers: tuple[str, ...],
   mesh: jax.sharding.Mesh,
 ) -> Callable:
-  """Compiled (params, batch_stats, variables, batch) -> what `rows` returns of it, replicated.
+  """Compiled (params, batch_stats, variables, batch) -> what `encoded` returns of it, replicated.
 
   Kept, so that calls which differ in their images only are compiled once.
   """
@@ -292,7 +292,7 @@ def _forward(
   return forward
 
 
-def rows(
+def encoded(
   model: Trained,
   source: sources.Source,
   *,
@@ -348,7 +348,7 @@ def rows(
 def _of_images(
   model: Trained, images: Any, part: str, layers: tuple[str, ...] = ("last",)
 ) -> dict[str, np.ndarray]:
-  """`rows(...)[part]` of images in memory, uint8 [N, H, W, 3]."""
+  """`encoded(...)[part]` of images in memory, uint8 [N, H, W, 3]."""
   images = _host_array(images)
   if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
     hint = "move the channels last" if images.ndim == 4 and images.shape[1] == 3 else "give those"
@@ -360,7 +360,7 @@ def _of_images(
   source = sources.Source("images", np.arange(len(images)), read)
   # A power of two, so that batches of any size compile few programs.
   size = min(_BATCH, 1 << (len(images) - 1).bit_length())
-  return rows(model, source, parts=(part,), layers=layers, batch_size=size, num_workers=0)[part]
+  return encoded(model, source, parts=(part,), layers=layers, batch_size=size, num_workers=0)[part]
 
 
 def _host_array(images: Any) -> np.ndarray:
@@ -416,7 +416,7 @@ def source(
   probe, data = model.config.probe, model.config.data
   if name is None and model.kind == "encoder":
     raise errors.UserError(
-      f"{model.path} does not say which images to look at: name a data set (--data, --data_dir)"
+      f"{model.path} does not say which images to look at: name a data set, data=NAME"
     )
   if name is None:
     if split is not None:

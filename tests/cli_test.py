@@ -57,6 +57,7 @@ def test_what_ends_a_program_is_one_line_with_its_status(capsys, error, status, 
       "(--config.monitor.stop_on_collapse=False goes on)",
     ),
     ("workdir=runs/a is a file", "--workdir=runs/a is a file"),
+    ("heads=5 does not fit: give stem=cifar", "--heads=5 does not fit: give --stem=cifar"),
     (
       "cannot write to workdir=a: choose another workdir",
       "cannot write to --workdir=a: choose another --workdir",
@@ -72,6 +73,7 @@ def test_arguments_of_the_library_are_flags_on_a_terminal(capsys, said, shown):
   [
     "config.json cannot be read: give the workdir of a run",
     "see protojax/config.py for all keys",
+    "k=0 neighbours, mesh.data=3, monitor.step=5 and a heads of state",
     "/data/config.old and my.config.new: the workdir holds a run",
     "--config.batch_size=3 and --workdir=x stay as they are",
     "env.json is missing in subworkdir=x",

@@ -327,7 +327,7 @@ def _swiglu():
     (_swiglu, "SwiGLU"),
     (lambda: _without(layouts.vit(), "qkv.bias"), "have no bias"),
     (lambda: layouts.vit() | {"blocks.0.mlp.fc1.weight": np.ones((128, 64), "f")}, "is 128 wide"),
-    (lambda: layouts.vit(width=96), "give --heads"),
+    (lambda: layouts.vit(width=96), "give heads="),
     (
       lambda: layouts.vit() | {"patch_embed.proj.weight": np.ones((64, 1, 8, 8), "f")},
       r"shape \(64, 1, 8, 8\)",
@@ -348,14 +348,14 @@ def _swiglu():
     ),
     (lambda: layouts.vit() | {"head.mlp.0.bias": np.ones(4, "f")}, "--no_head"),
     (lambda: {"a": np.ones(2, "f")}, "no network of a known layout"),
-    (lambda: layouts.resnet(stem=3), "--stem=cifar or --stem=cifar_pad2"),
+    (lambda: layouts.resnet(stem=3), "stem=cifar or stem=cifar_pad2"),
     (
       lambda: {k: v for k, v in layouts.resnet().items() if "layer4.1" not in k},
       r"\(2, 2, 2, 1\) blocks",
     ),
     (
       lambda: layouts.prefixed("a.", layouts.vit()) | layouts.prefixed("b.", layouts.vit()),
-      r"holds 2 networks: a, b; give one as --which",
+      r"holds 2 networks: a, b; give one as which=",
     ),
   ],
 )
@@ -457,8 +457,8 @@ def test_a_failure_while_writing_leaves_the_old_folder_whole(tmp_path, monkeypat
     (["out", "new", "--format=timm", "--heads=3"], "--heads is for weights of other libraries"),
     (["in.safetensors", "new", "--image_size=17"], "no multiple of the patch size 8"),
     (["in.safetensors", "new", "--heads=5"], "does not divide"),
-    (["in.safetensors", "new", "--stem=cifar"], "--stem is for ResNets"),
-    (["in.safetensors", "new", "--which=student"], "--which=student is not one of them"),
+    (["in.safetensors", "new", "--stem=cifar"], "stem=cifar is for ResNets"),
+    (["in.safetensors", "new", "--which=student"], "which=student is not one of them"),
     (["out", "out", "--format=timm", "--overwrite"], "would replace IN"),
     (["in.safetensors", "new", "--fromat=timm"], "unrecognized arguments"),
     (["empty", "new"], "holds neither a run of protojax"),

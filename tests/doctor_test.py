@@ -154,7 +154,7 @@ def test_a_run_is_judged_by_its_metrics_its_prototypes_and_its_images(run, tmp_p
   one = result["sets"]["prototypes"]
   model = pretrained.load(str(run))
   images = pretrained.source(model, "train")
-  seen = pretrained.rows(model, images, parts=("embeddings", "codes"), limit=100)
+  seen = pretrained.encoded(model, images, parts=("embeddings", "codes"), limit=100)
   codes = seen["codes"]["prototypes"]
   assert one["usage"]["images"] == 100
   assert one["usage"]["used"] == pytest.approx(len(set(codes)) / 32)

@@ -50,7 +50,7 @@ def test_npz_and_parquet_hold_the_same_rows_with_their_files(run, images, tmp_pa
   assert arrays["code"].tolist() == table["code"].to_pylist()
   model = pretrained.load(str(run))
   bank = pretrained.source(model, None, name="folder", data_dir=str(images))
-  expected = pretrained.rows(model, bank, parts=("features", "codes"))
+  expected = pretrained.encoded(model, bank, parts=("features", "codes"))
   np.testing.assert_allclose(arrays["features"], expected["features"]["last"], atol=1e-6)
   np.testing.assert_array_equal(arrays["code"], expected["codes"]["prototypes"])
   protocol = json.loads(str(arrays["protocol"]))

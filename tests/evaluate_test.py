@@ -62,10 +62,10 @@ def _refused(words, *argv):
 
 @pytest.fixture(scope="module")
 def rows(run):
-  """(bank, test) as `pretrained.rows` gives them."""
+  """(bank, test) as `pretrained.encoded` gives them."""
   model = pretrained.load(str(run))
   return [
-    pretrained.rows(model, pretrained.source(model, split), parts=("features", "codes"))
+    pretrained.encoded(model, pretrained.source(model, split), parts=("features", "codes"))
     for split in ("train", "test")
   ]
 

@@ -63,6 +63,9 @@ def _files(*folders: str) -> list[pathlib.Path]:
   return files
 
 
+_PACKAGE = _files("protojax")
+
+
 def _imports(file: pathlib.Path) -> set[str]:
   """The dotted names that a file imports anywhere, also inside functions."""
   names = set()
@@ -162,6 +165,14 @@ def test_imports_go_from_a_room_to_those_before_it():
   assert not backwards
 
 
+def test_the_list_of_modules_in_the_architecture_is_whole_and_in_the_order_of_imports():
+  text = (_ROOT / "docs" / "architecture.md").read_text().partition("## Every module")[2]
+  listed = re.findall(r"`([\w/]+\.py)`", text)
+  assert sorted(listed) == sorted(f.relative_to(_ROOT / "protojax").as_posix() for f in _PACKAGE)
+  rooms = dict.fromkeys(name.removesuffix(".py").split("/")[0] for name in listed[1:])
+  assert list(rooms) == [*_ROOMS, *_VERBS]
+
+
 def test_importing_every_module_loads_no_tensorflow_and_starts_no_backend():
   # Once a backend runs, JAX refuses another number of CPU devices.
   seen = _python("""
@@ -187,6 +198,16 @@ def test_tensorflow_datasets_comes_up_without_tensorflow():
 def test_every_folder_of_modules_is_a_package_that_gets_installed():
   folders = {file.parent for file in _files("protojax")}
   assert not [_name(folder) for folder in folders if not (folder / "__init__.py").exists()]
+
+
+def test_public_functions_say_what_they_return():
+  silent = []
+  for file in _PACKAGE:
+    for node in ast.parse(file.read_text()).body:
+      inside = node.body if isinstance(node, ast.ClassDef) else [node]
+      functions = [f for f in inside if isinstance(f, ast.FunctionDef) and f.name[0] != "_"]
+      silent += [f"{_name(file)}: {f.name}" for f in functions if f.returns is None]
+  assert not silent
 
 
 def test_version_is_said_twice_alike():

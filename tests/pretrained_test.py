@@ -2,13 +2,17 @@
 
 import functools
 import json
+import pathlib
+import re
 import shutil
 
+import foreign_layouts
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+import torch_format
 
 import protojax
 from protojax import config as configs
@@ -37,18 +41,18 @@ def test_a_run_gives_what_its_training_measured(run):
   model = pretrained.load(str(run))
   assert (model.kind, model.step, model.weights) == ("run", 3, "teacher")
   bank = pretrained.source(model, "train")
-  got = pretrained.rows(model, bank, parts=("features", "codes", "embeddings"), limit=100)
+  got = pretrained.encoded(model, bank, parts=("features", "codes", "embeddings"), limit=100)
   assert got["features"]["last"].shape == (100, 96) and got["codes"]["prototypes"].max() < 32
   np.testing.assert_array_equal(got["label"], bank.labels[got["index"]])
   scores = got["embeddings"]["prototypes"] @ model.prototypes["prototypes"].T
   np.testing.assert_array_equal(scores.argmax(axis=1), got["codes"]["prototypes"])
   result = json.loads((run / "eval" / "final" / "result.json").read_text())["measures"]
-  codes = pretrained.rows(model, bank, parts=("codes",), limit=512)["codes"]["prototypes"]
+  codes = pretrained.encoded(model, bank, parts=("codes",), limit=512)["codes"]["prototypes"]
   assert np.unique(codes).size / 32 == pytest.approx(result["collapse/used"])
 
 
 def test_arrays_of_images_are_seen_as_the_pipeline_sees_them(run):
-  """Whatever their size, library and number: equal to `rows` of the same images as a source."""
+  """Whatever their size, library and number: equal to `encoded` of the same images as a source."""
   model = protojax.load(run)
   rng = np.random.default_rng(0)
   for height, width, count in ((32, 32, 3), (20, 27, 5)):
@@ -56,7 +60,7 @@ def test_arrays_of_images_are_seen_as_the_pipeline_sees_them(run):
     source = sources.Source(
       "same", np.arange(count), functools.partial(sources.read_items, images, np.zeros(count))
     )
-    want = pretrained.rows(model, source, parts=("features", "codes"), layers=("last", "last4"))
+    want = pretrained.encoded(model, source, parts=("features", "codes"), layers=("last", "last4"))
     features = model.features(images)
     assert features.shape == (count, 96) and features.dtype == np.float32
     np.testing.assert_allclose(features, want["features"]["last"], atol=1e-5)
@@ -109,6 +113,28 @@ def test_other_images_are_refused_in_one_line(run, images, words):
     assert "\n" not in str(caught.value)
 
 
+def test_the_program_in_the_readme_runs(run, tmp_path, monkeypatch):
+  page = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+  (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+  rng = np.random.default_rng(0)
+  (tmp_path / "runs").mkdir()
+  (tmp_path / "runs" / "gmm").symlink_to(run)
+  head = foreign_layouts.head(prototypes=64)
+  torch_format.save(tmp_path / "checkpoint.pth", {"teacher": head})
+  monkeypatch.chdir(tmp_path)
+  names = {
+    "jax": jax,
+    "teacher_features": rng.normal(size=(32, 256)).astype(np.float32),
+    "prototypes": rng.normal(size=(64, 16)),
+    "embeddings": rng.normal(size=(100, 16)),
+    "images": rng.integers(0, 256, (3, 32, 32, 3), np.uint8),
+  }
+  exec(block, names)
+  assert names["state"].means.shape == (1024, 256)
+  assert names["measures"]["collapse/unique_0.025"] == 1.0
+  assert names["features"].shape == (3, 96) and names["codes"].shape == (3,)
+
+
 def test_an_earlier_checkpoint_can_be_chosen(run):
   model = pretrained.load(str(run), step=2)
   assert model.step == 2
@@ -125,14 +151,14 @@ def test_exported_weights_give_the_features_of_their_run(run, file):
   bank = pretrained.source(model, "train")
   names = pretrained.layers(model)
   assert names == pretrained.layers(exported) == ("last", "last4", "last_avg", "last4_avg")
-  a, b = (pretrained.rows(m, bank, layers=names, limit=40) for m in (model, exported))
+  a, b = (pretrained.encoded(m, bank, layers=names, limit=40) for m in (model, exported))
   for name in names:
     np.testing.assert_allclose(b["features"][name], a["features"][name], rtol=1e-5, atol=1e-5)
   with pytest.raises(errors.UserError, match="has no prototypes: exported weights"):
-    pretrained.rows(exported, bank, parts=("codes",))
+    pretrained.encoded(exported, bank, parts=("codes",))
   with pytest.raises(errors.UserError, match="has no prototypes: exported weights"):
     exported.codes(np.zeros((1, 8, 8, 3), np.uint8))
-  with pytest.raises(errors.UserError, match="does not say which images.*--data"):
+  with pytest.raises(errors.UserError, match="does not say which images.*data="):
     pretrained.source(exported, "train")
 
 
@@ -224,6 +250,6 @@ def test_features_do_not_depend_on_the_number_of_devices(run):
     }
   )
   bank = pretrained.source(model, "test")
-  a, b = (pretrained.rows(m, bank, limit=30, batch_size=7) for m in (model, alone))
+  a, b = (pretrained.encoded(m, bank, limit=30, batch_size=7) for m in (model, alone))
   np.testing.assert_allclose(a["features"]["last"], b["features"]["last"], atol=1e-5)
   np.testing.assert_array_equal(a["index"], b["index"])

@@ -156,14 +156,14 @@ class SkippedLog:
   def __init__(self, describe: Callable[[int], str]):
     self.count = 0
     self._describe = describe
-    self._seen = set()
+    self._named = set()
 
   def update(self, skipped: np.ndarray) -> list[str]:
-    """Takes "skipped" [b] of a batch; returns the names of rows it had not seen before."""
+    """Takes "skipped" [b] of a batch; returns the names of rows that it did not name before."""
     rows = [int(row) for row in skipped if row >= 0]
     self.count += len(rows)
-    new = [row for row in dict.fromkeys(rows) if row not in self._seen]
-    self._seen.update(new)
+    new = [row for row in dict.fromkeys(rows) if row not in self._named]
+    self._named.update(new)
     return [self._describe(row) for row in new]
 
 

@@ -17,7 +17,7 @@ _CHANCE_DRAWS = 5
 
 
 class Encoded(NamedTuple):
-  """Rows of the labelled images, from `pretrained.rows`.
+  """Rows of the labelled images, from `pretrained.encoded`.
 
   Attributes:
     bank, test: {"features": {layer: [N, F]}, "codes": {set: int32 [N]}, "label": int32 [N]};

@@ -1,15 +1,15 @@
 """An exported encoder -> a function that runs without protojax: jax.export or ONNX."""
 
-import functools
 import logging
 import os
 import pathlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from protojax import errors
+from protojax import errors, trees
 from protojax.interop import settings
 from protojax.models import encoder as encoders
 
@@ -17,7 +17,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 _TOLERANCE = 1e-3  # of the largest feature, between ONNX Runtime and JAX
 
 
-def function(tensors: dict[str, np.ndarray], info: dict):
+def function(tensors: dict[str, np.ndarray], info: dict) -> Callable[[jax.Array], jax.Array]:
   """The backbone in evaluation mode and float32, its weights inside.
 
   Args:
@@ -27,10 +27,7 @@ def function(tensors: dict[str, np.ndarray], info: dict):
     images float32 [B, S, S, 3], normalised -> features float32 [B, F].
   """
   encoder = settings.encoder_of(info)
-  tree = {}
-  for name, tensor in tensors.items():
-    *parents, leaf = name.split(".")
-    functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)[leaf] = tensor
+  tree = trees.nested(tensors)
   tree["params"]["backbone"].pop("mask_token", None)
   stats = tree.get("batch_stats", {})
   return lambda images: encoders.features(encoder, tree["params"], stats, images)
@@ -66,7 +63,7 @@ def write_onnx(path: str | os.PathLike, features, image_size: int) -> None:
   except ImportError as error:
     # jax2onnx pins an old orbax, which it does not need for this.
     raise errors.UserError(
-      f"--format=onnx needs {error.name}, which is not installed: pip install 'protojax[onnx]' and "
+      f"format=onnx needs {error.name}, which is not installed: pip install 'protojax[onnx]' and "
       "then pip install --no-deps jax2onnx==0.17.1"
     ) from None
   path = pathlib.Path(path)
@@ -86,12 +83,12 @@ def write_onnx(path: str | os.PathLike, features, image_size: int) -> None:
   except Exception as error:  # of either library: they have no class of their own for it
     raise errors.UserError(
       f"jax2onnx cannot export this encoder ({' '.join(str(error).split())[:200]}): use "
-      "--format=timm and torch.onnx, or --format=jax"
+      "format=timm and torch.onnx, or format=jax"
     ) from None
   here = np.asarray(jax.jit(features)(images))
   error = np.abs(there - here).max() / np.abs(here).max()
   if not error < _TOLERANCE:
     raise errors.UserError(
       f"what jax2onnx made of this encoder differs by {error:.1e} from JAX (jax2onnx 0.17 leaves "
-      "out the padding of a ResNet's max pool): use --format=timm and torch.onnx, or --format=jax"
+      "out the padding of a ResNet's max pool): use format=timm and torch.onnx, or format=jax"
     )

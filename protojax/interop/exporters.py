@@ -17,7 +17,7 @@ _HF_OPTIONS = {
 
 
 def plain(tensors: dict[str, np.ndarray], info: dict) -> tuple[dict[str, np.ndarray], list[str]]:
-  """The backbone under plain names (`foreign.names`), in PyTorch's order of axes.
+  """The backbone under plain names (`interop.names`), in PyTorch's order of axes.
 
   Args:
     tensors, info: from `export.read`.
@@ -53,7 +53,7 @@ def kind_of(info: dict) -> str:
   """
   name = info["model"]["name"]
   if name not in (*vit.VARIANTS, *resnet.VARIANTS):
-    raise errors.UserError(f"a {name} has no counterpart elsewhere: use --format=jax or onnx")
+    raise errors.UserError(f"a {name} has no counterpart elsewhere: use format=jax or format=onnx")
   return "vit" if name in vit.VARIANTS else "resnet"
 
 
@@ -172,7 +172,7 @@ def hugging_face(tensors: dict[str, np.ndarray], info: dict) -> tuple[dict, dict
   """
   if kind_of(info) == "resnet":
     raise errors.UserError(
-      "--format=hf is for transformers: --format=timm gives a ResNet the names of torchvision"
+      "format=hf is for transformers: format=timm gives a ResNet the names of torchvision"
     )
   out, notes, shape = dict(tensors), [], _shape(tensors, info)
   width, mask = shape["width"], out.pop("mask_token", None)

@@ -58,11 +58,11 @@ def _model(net: network.Network, heads, stem, image_size) -> tuple[dict, dict, i
   """(config.model, tensors, image size, notes) of a network."""
   if net.kind == "resnet":
     if heads is not None:
-      raise errors.UserError(f"--heads is for transformers; {net.path} holds a ResNet")
+      raise errors.UserError(f"heads={heads} is for transformers; {net.path} holds a ResNet")
     model = settings.of_resnet(net.tensors, stem=stem)
     return model, net.tensors, image_size or (224 if model["stem"] == "imagenet" else 32), []
   if stem is not None:
-    raise errors.UserError(f"--stem is for ResNets; {net.path} holds a transformer")
+    raise errors.UserError(f"stem={stem} is for ResNets; {net.path} holds a transformer")
   notes = []
   model = settings.of_vit(net.tensors, heads=heads or net.heads, norm_eps=net.norm_eps or 1e-6)
   if heads is None and net.heads is None:
@@ -71,7 +71,7 @@ def _model(net: network.Network, heads, stem, image_size) -> tuple[dict, dict, i
   rule = "antialias" if model["registers"] else rule
   patch, own = model["patch_size"], model["image_size"]
   if image_size and image_size % patch:
-    raise errors.UserError(f"--image_size={image_size} is no multiple of the patch size {patch}")
+    raise errors.UserError(f"image_size={image_size} is no multiple of the patch size {patch}")
   if image_size and image_size != own:
     position = _resampled(net.tensors["pos_embed"], image_size // patch, rule)
     model["image_size"] = image_size
@@ -80,7 +80,7 @@ def _model(net: network.Network, heads, stem, image_size) -> tuple[dict, dict, i
   if rule != "dino":
     notes.append(
       f"equal to its library at {own} px; other sizes are interpolated as DINO does, not as "
-      "there: convert with --image_size for one of them"
+      "there: convert with an image_size for one of them"
     )
   return model, net.tensors, own, notes
 

@@ -44,7 +44,7 @@ class Network(NamedTuple):
     hugging_face: whether its names were Hugging Face's.
     prefix: of its names in the file.
     weights: "teacher", or "encoder" where the file does not say so.
-    tensors: backbone, plain names (`foreign.names`).
+    tensors: backbone, plain names (`interop.names`).
     head: {place in the sequence: {"weight": ...}}, or {}.
     activation: of that head.
     aside: {why: names of tensors of the file that are set aside}.
@@ -57,7 +57,7 @@ class Network(NamedTuple):
   hugging_face: bool
   prefix: str
   weights: str
-  tensor_files: dict[str, np.ndarray]
+  tensors: dict[str, np.ndarray]
   head: dict[int | None, dict[str, np.ndarray]]
   activation: str
   aside: dict[str, list[str]]
@@ -111,7 +111,7 @@ def _choose(prefixes: dict[str, str], which: str | None, path) -> str:
     there = ", ".join(p.rstrip(".") or "(no prefix)" for p in prefixes)
     raise errors.UserError(
       f"{path} holds {len(prefixes)} networks: {there}; "
-      + ("give one as --which" if which is None else f"--which={which} is not one of them")
+      + ("give one as which=NAME" if which is None else f"which={which} is not one of them")
     )
   return fitting[0]
 
@@ -147,7 +147,7 @@ def read(path: pathlib.Path, *, which: str | None = None, with_head: bool = True
     if not name.startswith(root):
       why = f"other parts of the file ({name.partition('.')[0]})"
     elif why is None and found:
-      why = None if with_head else "projection head, by --no_head"
+      why = None if with_head else "projection head, not asked for"
     elif why is None and not inside:
       why = f"other parts of the file ({short.partition('.')[0]})"
     if why is not None:

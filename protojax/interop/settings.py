@@ -22,7 +22,7 @@ def of_vit(
   """`config.model` of a transformer.
 
   Args:
-    tensors: plain names (`foreign.names`), dialects resolved.
+    tensors: plain names (`interop.names`), dialects resolved.
     heads: attention heads, which no shape tells; None takes width / 64.
     norm_eps: of the layer norms, which no shape tells either.
 
@@ -54,11 +54,11 @@ def of_vit(
       raise errors.UserError(f"{what}: {_ADVICE}")
   if heads is None and width % 64:
     raise errors.UserError(
-      f"the number of attention heads cannot be seen in weights of width {width}: give --heads"
+      f"the number of attention heads cannot be seen in weights of width {width}: give heads=NUMBER"
     )
   heads = heads or width // 64
   if heads < 1 or width % heads:
-    raise errors.UserError(f"--heads={heads} does not divide the width {width}")
+    raise errors.UserError(f"heads={heads} does not divide the width {width}")
   depth = 1 + max(int(m[1]) for m in map(re.compile(r"blocks\.(\d+)\.").match, tensors) if m)
   shape = (width, depth, heads)
   scaled = "blocks.0.ls1.gamma" in tensors
@@ -80,7 +80,7 @@ def of_resnet(tensors: Mapping[str, np.ndarray], *, stem: str | None = None) -> 
   """`config.model` of a ResNet.
 
   Args:
-    tensors: plain names (`foreign.names`).
+    tensors: plain names (`interop.names`).
     stem: key of `resnet.STEMS`, needed for a 3 x 3 one, whose padding no shape tells.
 
   Raises:
@@ -100,7 +100,7 @@ def of_resnet(tensors: Mapping[str, np.ndarray], *, stem: str | None = None) -> 
     raise errors.UserError(f"its first convolution is {side} pixels wide, not 7 or 3: {_ADVICE}")
   if (stem or fitting[0]) not in fitting or (stem is None and len(fitting) > 1):
     raise errors.UserError(
-      f"its first convolution is {side} x {side}: give --stem={' or --stem='.join(fitting)}"
+      f"its first convolution is {side} x {side}: give stem={' or stem='.join(fitting)}"
       + (" (its padding is 1 or 2; solo-learn's is 2)" if side == 3 else "")
     )
   return {**configs.default().model.to_dict(), "name": names[0], "stem": stem or fitting[0]}
@@ -132,7 +132,7 @@ def of_head(
   between = [p + 1 for p in linear[:-1]] if norms else []
   if not regular or len(widths) > 1 or norms != between or weights.keys() != tensors.keys():
     raise errors.UserError(
-      "its projection head is not the one of DINO or SwAV: leave it out with --no_head"
+      "its projection head is not that of DINO or SwAV: leave it out (with_head=False, --no_head)"
     )
   sources = {}
   for i, place in enumerate(linear, start=1):

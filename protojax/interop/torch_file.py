@@ -47,7 +47,7 @@ def _view(tensor: torch_pickle.Tensor, blobs: dict[str, np.ndarray]) -> np.ndarr
 
 def _flatten(tree, blobs: dict[str, np.ndarray], stem: str) -> dict[str, np.ndarray]:
   """{"teacher.head.last_layer.weight_v": array, ...}: paths joined by dots, `stem` for the root."""
-  out, stack, seen = {}, [((), tree)], 0
+  out, stack, entries = {}, [((), tree)], 0
   while stack:
     path, node = stack.pop()
     if isinstance(node, torch_pickle.Tensor | torch_pickle.NumpyArray):
@@ -58,8 +58,8 @@ def _flatten(tree, blobs: dict[str, np.ndarray], stem: str) -> dict[str, np.ndar
       if array is not None:
         out[name] = array
     elif isinstance(node, dict | list | tuple) and not isinstance(node, torch_pickle.Storage):
-      seen += len(node)
-      if seen > _MOST_ENTRIES or len(path) > _DEEPEST:
+      entries += len(node)
+      if entries > _MOST_ENTRIES or len(path) > _DEEPEST:
         raise ValueError("lists or dictionaries without end")
       items = node.items() if isinstance(node, dict) else enumerate(node)
       stack += [((*path, str(k)), v) for k, v in items if isinstance(k, str | int)][::-1]

@@ -7,7 +7,7 @@ ends the reading. Tensors come out as descriptions of where their bytes are.
 
 import pickle
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -215,7 +215,7 @@ class Unpickler(pickle._Unpickler):
     super().__init__(file, encoding="latin1")
     self._path, self.storages = path, {}
 
-  def find_class(self, module, name):
+  def find_class(self, module: str, name: str) -> Any:
     if (module, name) in _CALLS:
       return _Call(_CALLS[module, name])
     if module in ("torch", "torch.storage") and name.removesuffix("Storage") in _STORAGES:
@@ -232,7 +232,7 @@ class Unpickler(pickle._Unpickler):
       "it with PyTorch and save only its state_dict"
     )
 
-  def persistent_load(self, pid):
+  def persistent_load(self, pid: Any) -> Storage:
     kind, dtype, key, _, numel = pid[:5]
     offset = 0
     if len(pid) > 5 and pid[5] is not None:  # storages that were parts of others

@@ -123,7 +123,7 @@ def _prototypes(model, bank, arrays, limit) -> Gallery:
     )
   chosen = _chosen(usage)
   numbers = [k for kind in chosen.values() for k in kind]
-  encoded = pretrained.rows(model, bank, parts=("embeddings",), limit=limit)
+  encoded = pretrained.encoded(model, bank, parts=("embeddings",), limit=limit)
   embeddings = np.asarray(losses.l2_normalize(encoded["embeddings"][name]))
   cosine = np.asarray(losses.l2_normalize(matrix[numbers])) @ embeddings.T  # [P, N]
   nearest = np.argsort(-cosine, axis=1, kind="stable")[:, :_NEAREST]

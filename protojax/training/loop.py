@@ -15,7 +15,7 @@ from protojax.training import checkpoint, console, evaluation, export, optim, pr
 from protojax.training import workdir as workdirs
 
 
-def build_sources(config):
+def build_sources(config) -> tuple[sources.Source, sources.Source, sources.Source | None]:
   """The images that a run needs: (to train on, the bank, labelled test images or None).
 
   The bank is what collapse is measured on and, where it has labels, what k-NN searches.

@@ -2,9 +2,11 @@
 
 import functools
 import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from protojax import methods
 from protojax.data import augment, cache, pipeline
@@ -131,7 +133,7 @@ class Program:
 
   def batches(
     self, data, *, seed: int, step: int, batch_size: int, keys: tuple[str, ...], cached=None
-  ):
+  ) -> Iterator[tuple[dict[str, jax.Array], np.ndarray, float]]:
     """Global batches of `data` from `step` on, those from the host two ahead of the device.
 
     Args:

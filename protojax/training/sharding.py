@@ -8,6 +8,7 @@ covariances and batch statistics that prototype methods are made of.
 import functools
 import math
 import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -86,7 +87,7 @@ _TACTICS = {
 }
 
 
-def state_shardings(abstract, mesh: jax.sharding.Mesh, rules=DEFAULT_RULES):
+def state_shardings(abstract: Any, mesh: jax.sharding.Mesh, rules=DEFAULT_RULES) -> Any:
   """Shardings of every leaf of `abstract` (a pytree of arrays or `ShapeDtypeStruct`).
 
   Args:

@@ -71,7 +71,7 @@ def train_step(
   augment,
   evaluation,
   probe=None,
-):
+) -> tuple[TrainState, dict[str, jax.Array]]:
   """One update. Pure; the caller jits, shards and donates `state`.
 
   augment -> value_and_grad(loss) -> optax (which clips) -> method.update -> online probe.

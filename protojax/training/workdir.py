@@ -5,6 +5,7 @@ import pathlib
 import shutil
 import signal
 import threading
+from typing import Any
 
 import jax
 import numpy as np
@@ -246,7 +247,7 @@ def read_result(folder: pathlib.Path) -> dict[str, float] | None:
   return json.loads(path.read_text())["measures"] if path.exists() else None
 
 
-def warm_start(state, params):
+def warm_start(state: Any, params: Any) -> Any:
   """State 0 with the encoder, student and teacher, of an exported one.
 
   Args:

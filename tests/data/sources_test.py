@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import pickle
+import re
 import subprocess
 import sys
 
@@ -379,6 +380,17 @@ def test_a_module_of_the_users_is_a_source_without_a_fork(own_package):
     np.testing.assert_array_equal(copy[i]["image"], np.full((4, 5, 3), 5 + number, np.uint8))
   (batch,) = pipeline.sequential(source, batch_size=4, image_size=8)
   assert batch["image"].shape == (4, 8, 8, 3) and batch["label"].tolist() == [0, 0, 0, 1]
+
+
+def test_the_source_in_the_architecture_is_one(own_package):
+  (text,) = re.findall(r"```python\n(.*?)```", (_REPO / "docs/architecture.md").read_text(), re.S)
+  (own_package / "noise.py").write_text(text)
+  source = sources.build("own_package.noise", split="train")
+  assert len(source) == 1000 and source.labels.tolist() == [0, 1] * 500
+  records = list(source.read(range(4)))
+  for i in range(4):
+    np.testing.assert_array_equal(records[i]["image"], source[i]["image"])
+    assert records[i]["image"].dtype == np.uint8 and records[i]["label"] == i % 2
 
 
 def test_a_module_that_is_no_source_is_refused_in_one_line(own_package):

@@ -104,7 +104,7 @@ def test_its_run_and_its_exported_encoder_are_read_again(tmp_path, monkeypatch):
   run, encoder = (pretrained.load(str(path)) for path in (folder, folder / "exported"))
   assert run.config.method.name == encoder.config.method.name == "lab_runs.agree"
   assert run.config.method.weight == encoder.config.method.weight == 2.0
-  a, b = (pretrained.rows(m, pretrained.source(run, "test"), limit=9) for m in (run, encoder))
+  a, b = (pretrained.encoded(m, pretrained.source(run, "test"), limit=9) for m in (run, encoder))
   np.testing.assert_allclose(b["features"]["last"], a["features"]["last"], rtol=1e-5, atol=1e-6)
 
 

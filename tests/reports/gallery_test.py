@@ -96,12 +96,12 @@ def test_cards_hold_the_nearest_images_and_the_counts_of_the_result(run, model, 
   bank = sources.build("digits", split="train")
   found = gallery._prototypes(model, bank, arrays, 100)
   order = np.arange(100) * len(bank) // 100  # evenly spread
-  embeddings = pretrained.rows(model, bank, parts=("embeddings",))["embeddings"]["prototypes"][
+  embeddings = pretrained.encoded(model, bank, parts=("embeddings",))["embeddings"]["prototypes"][
     order
   ]
   search = neighbors.NearestNeighbors(metric="cosine").fit(embeddings)
   pictures = iter(kept)
-  codes = pretrained.rows(model, bank, parts=("codes",), limit=64)["codes"]["prototypes"]
+  codes = pretrained.encoded(model, bank, parts=("codes",), limit=64)["codes"]["prototypes"]
   labels = bank.labels[np.arange(64) * len(bank) // 64]
   for cards in found.kinds.values():
     for card in cards:

@@ -41,10 +41,10 @@ def build(split: str | None, data_dir: str | os.PathLike | None) -> source.Sourc
       image = not file.startswith(".") and file.lower().endswith(EXTENSIONS)
       (paths if image else others).append(os.path.relpath(os.path.join(folder, file), root))
   if not paths:
-    seen = sorted({os.path.splitext(p)[1].lower() or "(none)" for p in others})
+    extensions = sorted({os.path.splitext(p)[1].lower() or "(none)" for p in others})
     raise errors.UserError(
       f"{root} holds no images ({' '.join(EXTENSIONS)}): files skipped: "
-      f"{source.listed(sorted(others))}; extensions seen: {source.listed(seen, 10)}"
+      f"{source.listed(sorted(others))}; extensions seen: {source.listed(extensions, 10)}"
     )
   paths.sort()
   first = [p.split(os.sep, 1)[0] if os.sep in p else "" for p in paths]
