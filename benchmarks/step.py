@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks import flops
 from protojax import config as configs
-from protojax import losses, main
+from protojax import losses, main, trees
 from protojax.data import augment
 from protojax.prototypes import prototype_set
 from protojax.training import programs, sharding, train_step
@@ -30,16 +30,14 @@ PARTS = ("augment", "forward", "gradient", "update", "prototypes", "ready")
 def change(config, assignment: str) -> None:
   """Applies "model.patch_size=4" to a config, in the type that the setting has."""
   key, _, value = assignment.partition("=")
-  section, _, leaf = key.rpartition(".")
-  target = config[section] if section else config
-  old = target[leaf]
+  old = trees.flat(config)[key]
   if isinstance(old, bool):
     value = value == "True"
   elif isinstance(old, (int, float)):
     value = type(old)(value)
   elif old is None:
     value = json.loads(value)
-  target[leaf] = value
+  config.update_from_flattened_dict({key: value})
 
 
 def calls(program, step, parts=PARTS):

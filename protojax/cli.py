@@ -2,9 +2,10 @@
 
 import argparse
 import errno
+import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from protojax import errors
 
@@ -12,7 +13,7 @@ from protojax import errors
 class _Parser(argparse.ArgumentParser):
   """argparse prints its usage before an error and ends the process; here an error is one line."""
 
-  def error(self, message):
+  def error(self, message: str) -> NoReturn:
     raise errors.UserError(f"{message}; {self.prog} --help shows what there is")
 
 
@@ -31,15 +32,30 @@ def parser(verb: str, description: str) -> argparse.ArgumentParser:
   )
 
 
+# How a message names what a flag sets; "config.json" and "protojax/config.py" are files.
+_ARGUMENT = re.compile(
+  r"(?<![^\s(])(?=config\.(?!json\b|py\b)[a-z]|workdir=)|(?<=another )(?=workdir\b)"
+)
+
+
+def with_flags(message: str) -> str:
+  """A message of the library as the terminal shows it.
+
+  >>> with_flags("workdir=runs/a is a file: lower config.optim.lr or choose another workdir")
+  '--workdir=runs/a is a file: lower --config.optim.lr or choose another --workdir'
+  """
+  return _ARGUMENT.sub("--", message)
+
+
 def guarded(call: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> Any:
   """Runs `call(argv)`; a user's mistake becomes one line and status 2, an asked stop status 143."""
   try:
     return call(argv)
   except errors.UserError as error:
-    print(f"protojax: {error}", file=sys.stderr)
+    print(f"protojax: {with_flags(str(error))}", file=sys.stderr)
     sys.exit(2)
   except errors.Interrupted as stop:
-    print(f"protojax: {stop}", file=sys.stderr)
+    print(f"protojax: {with_flags(str(stop))}", file=sys.stderr)
     sys.exit(143)
   except OSError as error:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -2,6 +2,8 @@
 
 import difflib
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
@@ -12,7 +14,11 @@ IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 def default(method: str = "dino") -> ml_collections.ConfigDict:
-  """ViT-S/16 with decoupled prototypes; see the comments for units.
+  """Every setting with its default: ViT-S/16 with decoupled prototypes; comments give the units.
+
+  >>> config = default("swav")
+  >>> config.model.name, config.method.prototypes, config.method.temperature
+  ('vit_small', 'mixture', 0.1)
 
   Args:
     method: name of a file in protojax/methods, whose OPTIONS join `config.method`.
@@ -183,7 +189,7 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
   return config
 
 
-def restored(plain: dict) -> ml_collections.ConfigDict:
+def restored(plain: dict[str, Any]) -> ml_collections.ConfigDict:
   """A config from what JSON made of one; settings that are missing there have their defaults.
 
   Args:
@@ -193,7 +199,7 @@ def restored(plain: dict) -> ml_collections.ConfigDict:
     UserError: if there is no such method.
   """
 
-  def tuples(value):
+  def tuples(value: Any) -> Any:
     if isinstance(value, dict):
       return {k: tuples(v) for k, v in value.items()}
     return tuple(map(tuples, value)) if isinstance(value, list) else value
@@ -204,7 +210,7 @@ def restored(plain: dict) -> ml_collections.ConfigDict:
   return config
 
 
-def check_keys(overrides: list[str], config) -> None:
+def check_keys(overrides: Sequence[str], config: ml_collections.ConfigDict) -> None:
   """Refuses an override of a key that does not exist, naming the nearest one.
 
   Args:
@@ -217,12 +223,24 @@ def check_keys(overrides: list[str], config) -> None:
   for key in overrides:
     if key not in known and not any(k.startswith(key + ".") for k in known):
       near = difflib.get_close_matches(key, known, 1, 0.4)
-      hint = f"did you mean --config.{near[0]}?" if near else "see protojax/config.py for all keys"
-      raise errors.UserError(f"unknown config key --config.{key}: {hint}")
+      hint = f"did you mean config.{near[0]}?" if near else "see protojax/config.py for all keys"
+      raise errors.UserError(f"unknown config key config.{key}: {hint}")
 
 
-def resolve(config, num_records: int) -> ml_collections.ConfigDict:
+def resolve(config: ml_collections.ConfigDict, num_records: int) -> ml_collections.ConfigDict:
   """Turns epochs into steps for a source of `num_records` images; the result is what a run is.
+
+  >>> config = default("dino")
+  >>> config.update({"batch_size": 50, "num_epochs": 3.0})
+  >>> resolve(config, 1_000).num_steps
+  60
+
+  Args:
+    config: of a recipe or `default`; it stays as it is.
+    num_records: images of the source to train on.
+
+  Returns:
+    A copy in which nothing depends on another setting any more; resolving it again changes nothing.
 
   Raises:
     UserError: if the length of the run is given twice or not at all, or a batch is larger than
@@ -244,7 +262,7 @@ def resolve(config, num_records: int) -> ml_collections.ConfigDict:
     if config.batch_size > num_records:
       raise errors.UserError(
         f"batch_size={config.batch_size} is more than the {num_records} images of "
-        f"data.name={config.data.name!r}: lower --config.batch_size"
+        f"data.name={config.data.name!r}: lower config.batch_size"
       )
     if not config.steps_per_epoch:
       config.steps_per_epoch = num_records // config.batch_size
@@ -279,7 +297,7 @@ def resolve(config, num_records: int) -> ml_collections.ConfigDict:
   return config
 
 
-def _check_positive(config) -> None:
+def _check_positive(config: ml_collections.ConfigDict) -> None:
   """Refuses counts below one before anything divides by them."""
   known = trees.flat(config)
   for key in (
@@ -294,7 +312,7 @@ def _check_positive(config) -> None:
     "probe.k",
   ):
     if known[key] < 1:
-      raise errors.UserError(f"{key}={known[key]} must be at least 1: set --config.{key}")
+      raise errors.UserError(f"{key}={known[key]} must be at least 1: set config.{key}")
   if config.monitor.images < 2:
     raise errors.UserError(
       f"monitor.images={config.monitor.images}: the collapse measures need at least 2 images"
@@ -303,10 +321,11 @@ def _check_positive(config) -> None:
     raise errors.UserError("num_steps and num_epochs must not be negative")
 
 
-def debug(config) -> ml_collections.ConfigDict:
-  """The same recipe as a minute's run on a CPU: `digits`, two blocks, at most 256 prototypes.
+def debug(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """Turns a recipe into a minute's run on a CPU: `digits`, two blocks, at most 256 prototypes.
 
-  A ResNet-50 becomes a ResNet-18, and every classifier of several has at most 256 classes.
+  A ResNet-50 becomes a ResNet-18, and every classifier of several has at most 256 classes. What is
+  changed, and returned, is `config` itself.
   """
   if config.model.name == "resnet50":
     config.model.name = "resnet18"

@@ -1,10 +1,14 @@
 """What ends a program in one line: a mistake of the user (and checks that find it), a stop."""
 
+from collections.abc import Mapping
+from typing import Any
 
-class UserError(Exception):
-  """A mistake that the user can mend; `main` prints its one line and exits with status 2.
 
-  The message says what was wrong, where, and what to do, on a single line.
+class UserError(ValueError):
+  """A mistake that the user can mend; the programs print its one line and exit with status 2.
+
+  The message says what was wrong, where, and what to do, on a single line. It names arguments and
+  config keys, "config.optim.lr" and "workdir"; `cli.guarded` writes them as flags on a terminal.
   """
 
 
@@ -13,21 +17,29 @@ class Interrupted(Exception):
 
   def __init__(self, step: int):
     super().__init__(
-      f"stopped at step {step}; run the same command (without --config.overwrite) to go on"
+      f"stopped at step {step}; run the same command (without config.overwrite) to go on"
     )
     self.step = step
 
 
-def require_positive(options, *names: str) -> None:
-  """Refuses the first of these settings, in the section `config.method`, that is not above 0."""
+def require_positive(options: Mapping[str, Any], *names: str) -> None:
+  """Refuses the first of these settings, in the section `config.method`, that is not above 0.
+
+  Raises:
+    UserError: one line.
+  """
   for name in names:
     if not options[name] > 0:
       raise UserError(f"method.{name}={options[name]} must be above 0")
 
 
-def require(config, only: dict, why: str) -> None:
-  """Refuses a config in which a setting, "section.name", is not the one value `only` allows."""
+def require(config: Mapping[str, Any], only: dict[str, Any], why: str) -> None:
+  """Refuses a config in which a setting, "section.name", is not the one value `only` allows.
+
+  Raises:
+    UserError: one line, that ends in what to set.
+  """
   for key, value in only.items():
     section, name = key.split(".")
     if config[section][name] != value:
-      raise UserError(f"{key}={config[section][name]!r}: {why}; set --config.{key}={value}")
+      raise UserError(f"{key}={config[section][name]!r}: {why}; set config.{key}={value}")

@@ -28,6 +28,8 @@ def write(path: str | os.PathLike, content: str | bytes | Callable[[pathlib.Path
       content(temporary)
     else:
       temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    with open(temporary, "rb") as file:
+      os.fsync(file.fileno())  # a power cut must not leave the name with nothing behind it
     os.replace(temporary, path)
   except OSError as error:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -36,6 +38,11 @@ def write(path: str | os.PathLike, content: str | bytes | Callable[[pathlib.Path
   finally:
     if temporary.is_file():
       temporary.unlink()
+
+
+def write_json(path: str | os.PathLike, content: object) -> None:
+  """Writes JSON as `write` does, keys sorted; what JSON does not know becomes its `str`."""
+  write(path, json.dumps(content, indent=2, sort_keys=True, default=str) + "\n")
 
 
 def json_lines(path: str | os.PathLike) -> tuple[list[dict], list[str]]:

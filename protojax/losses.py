@@ -1,35 +1,50 @@
 """Losses and entropies: arrays in, float32 out, nothing else.
 
+Arrays may be those of JAX, of NumPy or of a library that speaks DLPack; gradients are JAX's.
+
 Views are [B, V, ...] and view t of a teacher is the same crop as view t of its student, so a pair
 counts only where the two differ. Arithmetic is float32 (float64 stays float64), products are
 summed at the highest precision, and no gradient reaches a teacher.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 _PAIRS = 2**26  # cosines that `koleo` holds at a time: 256 MiB of float32
 _NEAREST = 1e-4  # distances below it count as it: no infinite logarithm, no gradient above 1e4
 
 
-def full(x: jax.Array) -> jax.Array:
-  """At least float32."""
+def as_array(x: Any) -> jax.Array:
+  """An array of JAX from one of JAX, NumPy or a library that speaks DLPack, as PyTorch does."""
+  foreign = hasattr(x, "__dlpack__") and not isinstance(x, jax.Array | np.ndarray)
+  return jnp.from_dlpack(x) if foreign else jnp.asarray(x)
+
+
+def full(x: Any) -> jax.Array:
+  """`as_array` in float32 at least: float64 stays, where JAX has it."""
+  x = as_array(x)
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def l2_normalize(x: jax.Array, epsilon: float = 1e-12) -> jax.Array:
-  """x / max(norm, epsilon) over the last axis; the gradient at 0 is finite."""
+  """x / max(norm, epsilon) over the last axis; the gradient at 0 is finite.
+
+  The only unit rows of training, but for those of `weight_norm.rows`.
+  """
+  x = as_array(x)
   squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
   return x * jax.lax.rsqrt(jnp.maximum(squares, epsilon**2))
 
 
-def mean_over_other_views(pair: jax.Array) -> jax.Array:
-  """Mean of [V, T] over the pairs whose views differ."""
-  other = 1.0 - jnp.eye(*pair.shape, dtype=pair.dtype)
-  return jnp.sum(pair * other) / jnp.sum(other)
+def mean_over_other_views(by_pair: jax.Array) -> jax.Array:
+  """Mean of a value by pair of views, [V, T], over the pairs whose views differ."""
+  other = 1.0 - jnp.eye(*by_pair.shape, dtype=by_pair.dtype)
+  return jnp.sum(by_pair * other) / jnp.sum(other)
 
 
 def _check(student: jax.Array, teacher: jax.Array, ndim: int) -> None:
@@ -47,6 +62,13 @@ def cross_view_entropy(
 ) -> jax.Array:
   """Cross entropy of every student view against the other views' targets (arXiv 2104.14294).
 
+  The loss of DINO, SwAV and iBOT's class tokens.
+
+  >>> scores = jnp.zeros((8, 4, 10))  # 8 images, 4 views, 10 prototypes: all as likely
+  >>> targets = jax.nn.one_hot(jnp.zeros((8, 2), int), 10)  # of the two global views
+  >>> print(cross_view_entropy(scores, targets, temperature=0.1).round(4))  # ln 10
+  2.3026
+
   Args:
     student_logits: [B, V, K] scores, any float dtype.
     teacher_probs: [B, T, K] targets, rows sum to one, T <= V; no gradient.
@@ -58,11 +80,11 @@ def cross_view_entropy(
   Raises:
     ValueError: if the shapes do not fit or there is no pair of different views.
   """
-  _check(student_logits, teacher_probs, 3)
-  log_p = jax.nn.log_softmax(full(student_logits) / temperature)
-  targets = full(jax.lax.stop_gradient(teacher_probs))
-  pair = -jnp.einsum("bvk,btk->bvt", log_p, targets, precision=_HIGHEST).mean(axis=0)
-  return mean_over_other_views(pair)
+  logits, targets = full(student_logits), jax.lax.stop_gradient(full(teacher_probs))
+  _check(logits, targets, 3)
+  log_p = jax.nn.log_softmax(logits / temperature)
+  by_pair = -jnp.einsum("bvk,btk->bvt", log_p, targets, precision=_HIGHEST).mean(axis=0)
+  return mean_over_other_views(by_pair)
 
 
 def carp_consistency(student_scores: jax.Array, teacher_scores: jax.Array) -> jax.Array:
@@ -81,13 +103,13 @@ def carp_consistency(student_scores: jax.Array, teacher_scores: jax.Array) -> ja
   Raises:
     ValueError: if the shapes do not fit or there is no pair of different views.
   """
-  _check(student_scores, teacher_scores, 4)
-  p = jax.nn.softmax(full(student_scores))
-  q = jax.nn.softmax(full(jax.lax.stop_gradient(teacher_scores)))
+  student, teacher = full(student_scores), jax.lax.stop_gradient(full(teacher_scores))
+  _check(student, teacher, 4)
+  p, q = jax.nn.softmax(student), jax.nn.softmax(teacher)
   agreement = jnp.einsum("bvpn,btpn->bpvt", p, q, precision=_HIGHEST)
   eps = float(jnp.finfo(agreement.dtype).eps)
-  pair = -jnp.log(jnp.clip(agreement, eps, 1.0 - eps)).mean(axis=(0, 1))
-  return mean_over_other_views(pair)
+  by_pair = -jnp.log(jnp.clip(agreement, eps, 1.0 - eps)).mean(axis=(0, 1))
+  return mean_over_other_views(by_pair)
 
 
 def carp_entropy(student_scores: jax.Array, teacher_scores: jax.Array) -> jax.Array:
@@ -106,9 +128,9 @@ def carp_entropy(student_scores: jax.Array, teacher_scores: jax.Array) -> jax.Ar
   Raises:
     ValueError: if the shapes do not fit.
   """
-  _check(student_scores, teacher_scores, 4)
-  p = jax.nn.softmax(full(student_scores))
-  q = jax.nn.softmax(full(jax.lax.stop_gradient(teacher_scores)))
+  student, teacher = full(student_scores), jax.lax.stop_gradient(full(teacher_scores))
+  _check(student, teacher, 4)
+  p, q = jax.nn.softmax(student), jax.nn.softmax(teacher)
   rows = p.shape[0] * (p.shape[1] + q.shape[1])
   mean = (p.sum(axis=(0, 1)) + q.sum(axis=(0, 1))) / rows
   return jnp.mean(math.log(p.shape[-1]) - entropy(mean))
@@ -163,11 +185,12 @@ def masked_patch_entropy(
   Raises:
     ValueError: if the shapes do not fit.
   """
-  shapes = student_logits.shape, teacher_probs.shape, mask.shape
+  logits, targets = full(student_logits), jax.lax.stop_gradient(full(teacher_probs))
+  mask = as_array(mask)
+  shapes = logits.shape, targets.shape, mask.shape
   if shapes[0] != shapes[1] or shapes[0][:3] != shapes[2]:
     raise ValueError(f"student, teacher and mask of {shapes} do not fit together")
-  log_p = jax.nn.log_softmax(full(student_logits) / temperature)
-  targets = full(jax.lax.stop_gradient(teacher_probs))
+  log_p = jax.nn.log_softmax(logits / temperature)
   return masked_mean(-jnp.sum(targets * log_p, axis=-1), mask)
 
 
@@ -192,6 +215,11 @@ def entropy(probs: jax.Array) -> jax.Array:
 def koleo(rows: jax.Array, picked: jax.Array | None = None) -> jax.Array:
   """KoLeo: minus the mean log distance of unit rows to their nearest other row.
 
+  It falls as rows spread out. Rows are normalised here, so any norm may come.
+
+  >>> print(koleo(jnp.eye(3)).round(4))  # distances sqrt(2): -ln(2) / 2
+  -0.3466
+
   Of a batch's features it is the regulariser of arXiv 2304.07193, of prototypes that of
   arXiv 2410.14060. The gradient reaches a row and its neighbour; which row that is has none, so the
   backward pass holds [N, D] arrays only. Distances are Euclidean, measured on differences (cosines
@@ -205,15 +233,13 @@ def koleo(rows: jax.Array, picked: jax.Array | None = None) -> jax.Array:
   Returns:
     [] float32.
   """
-  rows = full(rows)
-  squares = jnp.sum(jnp.square(rows), axis=-1, keepdims=True)
-  rows = rows * jax.lax.rsqrt(jnp.maximum(squares, 1e-24))
-  still = jax.lax.stop_gradient(rows)
+  rows = l2_normalize(full(rows))
+  detached = jax.lax.stop_gradient(rows)
   num = rows.shape[0]
 
   def nearest(query):
     index, row = query
-    cosine = jnp.matmul(still, row, precision=_HIGHEST)
+    cosine = jnp.matmul(detached, row, precision=_HIGHEST)
     return jnp.argmax(jnp.where(jnp.arange(num) == index, -jnp.inf, cosine))
 
   index, queries = (jnp.arange(num), rows) if picked is None else (picked, rows[picked])
@@ -259,5 +285,5 @@ def proto_nce(
     [] float32, the mean over the queries.
   """
   inner = jnp.einsum("bd,kd->bk", full(queries), full(centroids), precision=_HIGHEST)
-  log_p = jax.nn.log_softmax(inner / phi[None, :])
-  return -jnp.take_along_axis(log_p, clusters[:, None], axis=1).mean()
+  log_p = jax.nn.log_softmax(inner / as_array(phi)[None, :])
+  return -jnp.take_along_axis(log_p, as_array(clusters)[:, None], axis=1).mean()

@@ -68,6 +68,8 @@ def parse(argv: list[str]) -> list[str]:
   configs.check_keys([k[len(prefix) :] for k in given if k.startswith(prefix)], config)
   try:
     return flags.FLAGS(argv)
+  except errors.UserError:
+    raise
   except (flags.Error, TypeError, ValueError, AttributeError, KeyError) as error:
     raise errors.UserError(" ".join(str(error).split())) from None
 

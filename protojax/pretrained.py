@@ -1,9 +1,10 @@
-"""A trained encoder, ready to look at images: from a run's checkpoint or from exported weights."""
+"""A trained encoder and what it makes of images: from a run's checkpoint or exported weights."""
 
 import functools
 import json
+import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,17 +13,24 @@ import ml_collections
 import numpy as np
 
 from protojax import config as configs
-from protojax import errors
+from protojax import errors, trees
 from protojax.data import augment, sources
 from protojax.models import encoder as encoders
 from protojax.models import features as backbone_layers
 from protojax.training import checkpoint, encode, export, programs, sharding, train_step, workdir
 
 PyTree = Any
+_BATCH = 256  # images at a time, over all devices
+_HOST = (1, 3)  # of `__dlpack_device__`: kDLCPU, kDLCUDAHost
 
 
 class Trained(NamedTuple):
-  """See `load`.
+  """An encoder with everything that using it needs; see `load`.
+
+      model = protojax.load("runs/gmm")
+      model.features(images)  # float32 [N, F]
+      model.codes(images)["prototypes"]  # int32 [N]
+      model.prototypes["prototypes"]  # float32 [K, D]
 
   Attributes:
     path: as given.
@@ -50,9 +58,42 @@ class Trained(NamedTuple):
   variables: Any
   mesh: jax.sharding.Mesh
 
+  def features(self, images: Any, *, layer: str = "last") -> np.ndarray:
+    """Features of images in evaluation mode, those that k-NN and linear probes are measured on.
 
-def load(path: str, *, step: int | None = None) -> Trained:
-  """The teacher (the encoder where there is none) of a run, or what `convert` or a run exported.
+    Args:
+      images: uint8 [N, H, W, 3], 0 to 255, of any size: a NumPy or JAX array, or one that speaks
+        DLPack (PyTorch's, TensorFlow's). They are resized, cropped and normalised as in training's
+        evaluations, so they must not be normalised before.
+      layer: of `layers(self)`.
+
+    Returns:
+      float32 [N, F].
+
+    Raises:
+      UserError: for images of another type or shape, or an unknown layer.
+    """
+    return _of_images(self, images, "features", (layer,))[layer]
+
+  def codes(self, images: Any) -> dict[str, np.ndarray]:
+    """The prototype of each image, the one with the largest score.
+
+    Args:
+      images: as for `features`.
+
+    Returns:
+      {set: int32 [N]}, indices into `self.prototypes[set]`.
+
+    Raises:
+      UserError: for images of another type or shape, or where there are no prototypes.
+    """
+    return _of_images(self, images, "codes")
+
+
+def load(path: str | os.PathLike, *, step: int | None = None) -> Trained:
+  """Loads the teacher (the encoder where there is none) of a run, or exported weights.
+
+  Exported weights are what a run leaves in exported/ and what `python -m protojax.convert` writes.
 
   Args:
     path: workdir of a run, or a folder with encoder.safetensors and config.json, or that file.
@@ -71,9 +112,11 @@ def load(path: str, *, step: int | None = None) -> Trained:
   return _exported(path, folder)
 
 
-def _run(path, folder, step) -> Trained:
+def _run(path: str | os.PathLike, folder: pathlib.Path, step: int | None) -> Trained:
   try:
     config = configs.restored(json.loads((folder / "config.json").read_text()))
+  except errors.UserError:
+    raise
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise errors.UserError(
       f"{folder / 'config.json'} cannot be read ({type(error).__name__}): it says what the "
@@ -89,32 +132,33 @@ def _run(path, folder, step) -> Trained:
     )
   probe = leaves.get("carry/probe/params/bias")  # "float32[10]": one for each class
   program = programs.Program(config, int(probe.partition("[")[2][:-1]) if probe else 0)
-  target = jax.tree.map(
-    lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-    program.abstract,
-    program.shardings,
-  )
   checkpoints = checkpoint.Checkpoints(folder)
   try:
-    step, state, _ = checkpoints.restore_latest(target, step)
+    restored = checkpoints.restore_latest(program.restore_target(), step)
   finally:
     checkpoints.close()
+  if restored is None:
+    raise errors.UserError(f"{path} holds no checkpoint any more: give another run")
+  step, state, _ = restored
   return of_state(path, program, state, step)
 
 
-def of_state(path: str, program: programs.Program, state, step: int) -> Trained:
+def of_state(
+  path: str | os.PathLike, program: programs.Program, state: train_step.TrainState, step: int
+) -> Trained:
   """The encoder of a state of the run in `path` after `step` updates; all processes call it."""
   weights, tree = workdir.encoder_of(state)
-  variables, whole = train_step.variables_of(state), sharding.replicated(program.mesh)
-  matrices = jax.jit(program.method.prototype_matrices, out_shardings=whole)(variables)
+  variables = train_step.variables_of(state)
+  replicated = sharding.replicated(program.mesh)
+  matrices = jax.jit(program.method.prototype_matrices, out_shardings=replicated)(variables)
   return Trained(
-    path=path,
+    path=str(path),
     kind="run",
     config=program.config,
     step=step,
     weights=weights,
     **tree,
-    encoder=encoders.build(_calm(program.config)),
+    encoder=encoders.build(_evaluation_config(program.config)),
     prototypes=jax.device_get(matrices),
     method=program.method,
     variables=variables,
@@ -122,7 +166,7 @@ def of_state(path: str, program: programs.Program, state, step: int) -> Trained:
   )
 
 
-def _exported(path, folder) -> Trained:
+def _exported(path: str | os.PathLike, folder: pathlib.Path) -> Trained:
   tensors, info = export.read(folder)
   try:
     image = info["image"]
@@ -136,26 +180,25 @@ def _exported(path, folder) -> Trained:
     )
     config.model.image_size = config.model.image_size or config.augment.global_size
     weights, step = info["weights"], info["step"]
+  except errors.UserError:
+    raise
   except (KeyError, TypeError, ValueError, AttributeError) as error:
     raise errors.UserError(
       f"the description of the weights at {path} is not one of protojax ({error}): export or "
       "convert them again"
     ) from None
-  net = encoders.build(_calm(config))
-  tree = {"params": {}, "batch_stats": {}}
-  for name, tensor in tensors.items():
-    *parents, leaf = name.split(".")
-    functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)[leaf] = tensor
-  _require_fit(path, net, tree["params"], config.augment.global_size)
+  encoder = encoders.build(_evaluation_config(config))
+  tree = {"params": {}, "batch_stats": {}} | trees.nested(tensors)
+  _require_fit(path, encoder, tree["params"], config.augment.global_size)
   mesh = sharding.make_mesh()
   tree = jax.device_put(tree, sharding.replicated(mesh))
   return Trained(
-    path=path,
+    path=str(path),
     kind="encoder",
     config=config,
     step=step,
     weights=weights,
-    encoder=net,
+    encoder=encoder,
     params=tree["params"],
     batch_stats=tree["batch_stats"],
     prototypes={},
@@ -165,15 +208,17 @@ def _exported(path, folder) -> Trained:
   )
 
 
-def _require_fit(path, net, params, image_size) -> None:
+def _require_fit(
+  path: str | os.PathLike, encoder: encoders.Encoder, params: PyTree, image_size: int
+) -> None:
   """Refuses weights that are not those of the backbone their description names."""
-  abstract, _ = jax.eval_shape(lambda key: encoders.init(net, key, image_size), jax.random.key(0))
-
-  def shapes(tree):
-    leaves = jax.tree_util.tree_leaves_with_path(tree.get("backbone", {}))
-    return {jax.tree_util.keystr(p, simple=True, separator="."): leaf.shape for p, leaf in leaves}
-
-  there, here = shapes(params), shapes(abstract)
+  abstract, _ = jax.eval_shape(
+    lambda key: encoders.init(encoder, key, image_size), jax.random.key(0)
+  )
+  there, here = (
+    {name: leaf.shape for name, leaf in trees.flat(tree.get("backbone", {})).items()}
+    for tree in (params, abstract)
+  )
   there.pop("mask_token", None)  # of iBOT: evaluation hides nothing
   wrong = sorted(k for k in there.keys() | here.keys() if there.get(k) != here.get(k))
   if wrong:
@@ -184,8 +229,8 @@ def _require_fit(path, net, params, image_size) -> None:
     )
 
 
-def _calm(config):
-  """For modules that only evaluate, whose blocks are to be seen."""
+def _evaluation_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """For modules that only evaluate: nothing is dropped, and every block's output can be read."""
   config = config.copy_and_resolve_references()
   config.model.update({"drop_path": 0.0, "remat": False, "attention": "xla"})
   return config
@@ -196,17 +241,55 @@ def layers(model: Trained) -> tuple[str, ...]:
   return backbone_layers.available(model.encoder)
 
 
-def _prepare(model: Trained, batch: dict[str, jax.Array]) -> jax.Array:
-  """The evaluation transform: storage images -> normalised [B, S, S, 3]."""
-  look = model.config.augment
-  return augment.evaluate(
-    batch["image"],
-    look.global_size,
-    look.mean,
-    look.std,
-    crop=model.config.probe.crop,
-    original=batch["size"],
-  )
+class _Transform(NamedTuple):
+  """The evaluation transform of a model, storage images -> normalised [B, S, S, 3]; hashable."""
+
+  size: int
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+  crop: float
+
+  def __call__(self, images: jax.Array, original: jax.Array) -> jax.Array:
+    return augment.evaluate(
+      images, self.size, self.mean, self.std, crop=self.crop, original=original
+    )
+
+
+def _transform(config: ml_collections.ConfigDict) -> _Transform:
+  views = config.augment
+  return _Transform(views.global_size, tuple(views.mean), tuple(views.std), config.probe.crop)
+
+
+@functools.lru_cache(maxsize=32)
+def _forward(
+  encoder: encoders.Encoder,
+  method: Any,
+  transform: _Transform,
+  parts: tuple[str, ...],
+  layers: tuple[str, ...],
+  mesh: jax.sharding.Mesh,
+) -> Callable:
+  """Compiled (params, batch_stats, variables, batch) -> what `rows` returns of it, replicated.
+
+  Kept, so that calls which differ in their images only are compiled once.
+  """
+
+  @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+  def forward(
+    params: PyTree, batch_stats: PyTree, variables: Any, batch: dict[str, jax.Array]
+  ) -> dict[str, Any]:
+    images = transform(batch["image"], batch["size"])
+    out: dict[str, Any] = {"label": batch["label"], "index": batch["index"]}
+    if "features" in parts:
+      out["features"] = backbone_layers.features(encoder, params, batch_stats, images, layers)
+    if "codes" in parts:
+      scores = method.codes(variables, images)
+      out["codes"] = {k: jnp.argmax(v, axis=-1).astype(jnp.int32) for k, v in scores.items()}
+    if "embeddings" in parts:
+      out["embeddings"] = method.embeddings(variables, images)
+    return out
+
+  return forward
 
 
 def rows(
@@ -216,17 +299,19 @@ def rows(
   parts: Sequence[str] = ("features",),
   layers: Sequence[str] = ("last",),
   limit: int = 0,
-  batch_size: int = 256,
+  batch_size: int = _BATCH,
+  num_workers: int | None = None,
 ) -> dict[str, Any]:
   """What the encoder makes of every image that can be read, in evaluation mode.
 
   Args:
     model: from `load`.
-    source: from `data.source.build`.
+    source: from `data.build`.
     parts: any of "features"; and, of a run with prototypes, "codes" and "embeddings".
     layers: of `layers(model)`.
     limit: at most so many images, evenly spread; 0 takes all.
     batch_size: images at a time, over all devices.
+    num_workers: processes that decode; 0 uses threads, None takes `data.num_workers` of the run.
 
   Returns:
     Host arrays: "features" {layer: float32 [N, F]}, "codes" {set: int32 [N], argmax of the
@@ -241,32 +326,50 @@ def rows(
       f"{model.path} has no prototypes: exported weights hold the encoder only, and some methods "
       "have none; give the workdir of a run that has some"
     )
-  whole = sharding.replicated(model.mesh)
-
-  @functools.partial(jax.jit, out_shardings=whole)
-  def forward(params, batch_stats, variables, batch):
-    images = _prepare(model, batch)
-    out = {"label": batch["label"], "index": batch["index"]}
-    if "features" in parts:
-      out["features"] = backbone_layers.features(
-        model.encoder, params, batch_stats, images, tuple(layers)
-      )
-    if "codes" in parts:
-      scores = model.method.codes(variables, images)
-      out["codes"] = {k: jnp.argmax(v, axis=-1).astype(jnp.int32) for k, v in scores.items()}
-    if "embeddings" in parts:
-      out["embeddings"] = model.method.embeddings(variables, images)
-    return out
-
+  forward = _forward(
+    model.encoder,
+    model.method,
+    _transform(model.config),
+    tuple(parts),
+    tuple(layers),
+    model.mesh,
+  )
   return encode.rows(
     functools.partial(forward, model.params, model.batch_stats, model.variables),
     source,
     mesh=model.mesh,
     batch_size=batch_size,
     image_size=model.config.data.image_size,
-    num_workers=model.config.data.num_workers,
+    num_workers=model.config.data.num_workers if num_workers is None else num_workers,
     limit=limit,
   )
+
+
+def _of_images(
+  model: Trained, images: Any, part: str, layers: tuple[str, ...] = ("last",)
+) -> dict[str, np.ndarray]:
+  """`rows(...)[part]` of images in memory, uint8 [N, H, W, 3]."""
+  images = _host_array(images)
+  if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
+    hint = "move the channels last" if images.ndim == 4 and images.shape[1] == 3 else "give those"
+    raise errors.UserError(
+      f"images are {images.dtype} {list(images.shape)}: a model takes uint8 [N, H, W, 3], 0 to 255 "
+      f"and not normalised; {hint}"
+    )
+  read = functools.partial(sources.read_items, images, np.full(len(images), -1))
+  source = sources.Source("images", np.arange(len(images)), read)
+  # A power of two, so that batches of any size compile few programs.
+  size = min(_BATCH, 1 << (len(images) - 1).bit_length())
+  return rows(model, source, parts=(part,), layers=layers, batch_size=size, num_workers=0)[part]
+
+
+def _host_array(images: Any) -> np.ndarray:
+  """A NumPy view or copy of anything that is an array."""
+  if isinstance(images, np.ndarray | jax.Array) or not hasattr(images, "__dlpack__"):
+    return np.asarray(images)
+  if images.__dlpack_device__()[0] in _HOST:
+    return np.from_dlpack(images)
+  return np.asarray(jnp.from_dlpack(images))
 
 
 def attention(model: Trained, images: np.ndarray) -> np.ndarray:
@@ -277,24 +380,24 @@ def attention(model: Trained, images: np.ndarray) -> np.ndarray:
     images: uint8 [N, S, S, 3] of the storage size.
 
   Returns:
-    float32 [N, heads, h, w]; see `models.layers.attention`.
+    float32 [N, heads, h, w]; see `models.features.attention`.
 
   Raises:
     UserError: for an encoder without attention.
   """
   size = np.full((len(images), 2), images.shape[1], np.int32)
+  transform = _transform(model.config)
 
   @functools.partial(jax.jit, out_shardings=sharding.replicated(model.mesh))
-  def forward(params, image):
-    prepared = _prepare(model, {"image": image, "size": size})
-    return backbone_layers.attention(model.encoder, params, prepared)
+  def forward(params: PyTree, image: jax.Array) -> jax.Array:
+    return backbone_layers.attention(model.encoder, params, transform(image, jnp.asarray(size)))
 
   return np.asarray(forward(model.params, images))
 
 
 def source(
   model: Trained,
-  split: str,
+  split: str | None,
   *,
   name: str | None = None,
   data_dir: str | None = None,
@@ -305,7 +408,7 @@ def source(
     model: from `load`.
     split: "train" and "test" mean `probe.train_split` and `probe.test_split` of the run's own
       source; anything else, and every split of another source, is taken as it is.
-    name, data_dir: of the other source; see `data.source.build`.
+    name, data_dir: of the other source; see `data.build`.
 
   Raises:
     UserError: if there is no such data.
@@ -313,10 +416,11 @@ def source(
   probe, data = model.config.probe, model.config.data
   if name is None and model.kind == "encoder":
     raise errors.UserError(
-      f"{model.path} does not say which images to look at: give --data, and --data_dir"
+      f"{model.path} does not say which images to look at: name a data set (--data, --data_dir)"
     )
   if name is None:
-    split = {"train": probe.train_split, "test": probe.test_split}.get(split, split)
+    if split is not None:
+      split = {"train": probe.train_split, "test": probe.test_split}.get(split, split)
     name, own = probe.name or data.name, probe.data_dir or data.data_dir
     data_dir = data_dir or own
   return sources.build(name, split=split, data_dir=data_dir)

@@ -4,14 +4,10 @@ import pathlib
 import shlex
 import sys
 
-from absl import logging
-
-from protojax import cli, errors, files
-from protojax.reports import gallery, of_run, page
-from protojax.reports import record as records
+from protojax import cli, errors
+from protojax.reports import gallery, of_run
 from protojax.training import workdir
 
-OF_SEVERAL = "comparison.html"
 _DESCRIPTION = """One self-contained page about a run, or about several in the same charts.
 
 Verdict and numbers with their protocol, curves, collapse of the prototypes, the images nearest to
@@ -20,14 +16,15 @@ running ones; what a run lacks is left out and said."""
 
 
 def main(argv: list[str]) -> None:
+  """Writes the page and prints its path, the number of its runs and its size."""
   parser = cli.parser("report", _DESCRIPTION)
   parser.add_argument(
     "--workdir", action="append", required=True, help="folder of a run; give it again for more"
   )
   parser.add_argument(
     "--out",
-    help=f"file to write; default: {workdir.REPORT}, of several runs {OF_SEVERAL}, in the (first) "
-    "workdir",
+    help=f"file to write; default: {workdir.REPORT}, of several runs {of_run.OF_SEVERAL}, in the "
+    "(first) workdir",
   )
   parser.add_argument(
     "--limit",
@@ -38,19 +35,15 @@ def main(argv: list[str]) -> None:
   args = parser.parse_args(argv)
   if args.limit < 0:
     raise errors.UserError(f"--limit={args.limit} must not be negative (0: all images)")
-  folders = [pathlib.Path(w).expanduser() for w in args.workdir]
-  runs = records.read(folders)
-  out = (
-    pathlib.Path(args.out).expanduser()
-    if args.out
-    else (folders[0] / (workdir.REPORT if len(folders) == 1 else OF_SEVERAL))
+  folders = [pathlib.Path(folder).expanduser() for folder in args.workdir]
+  out = of_run.write(
+    folders,
+    out=pathlib.Path(args.out).expanduser() if args.out else None,
+    limit=args.limit,
+    origin=shlex.join(["python", "-m", "protojax.report", *argv]),
   )
-  looks = {}
-  for run in runs:
-    logging.info("looking at %s", run.folder)
-    looks[run.name] = of_run.look(run, args.limit)
-  files.write(out, page.build(runs, looks, shlex.join(["python", "-m", "protojax.report", *argv])))
-  print(f"{out}: {len(runs)} run{'s' * (len(runs) > 1)}, {out.stat().st_size / 1e6:.2f} MB")
+  runs = f"{len(folders)} run{'s' * (len(folders) > 1)}"
+  print(f"{out}: {runs}, {out.stat().st_size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":

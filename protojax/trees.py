@@ -7,7 +7,10 @@ from flax import traverse_util
 
 
 def flat(tree: Mapping[str, Any], separator: str = ".") -> dict[str, Any]:
-  """{"a.b": leaf} of {"a": {"b": leaf}}; a mapping without entries has no leaf and goes.
+  """Flattens nested mappings, {"a.b": leaf} of {"a": {"b": leaf}}; those without entries go.
+
+  >>> flat({"model": {"depth": 12, "width": 384}, "seed": 0, "empty": {}})
+  {'model.depth': 12, 'model.width': 384, 'seed': 0}
 
   Args:
     tree: nested mappings with keys of type str, a `ConfigDict` too.
@@ -18,5 +21,9 @@ def flat(tree: Mapping[str, Any], separator: str = ".") -> dict[str, Any]:
 
 
 def nested(leaves: Mapping[str, Any], separator: str = ".") -> dict[str, Any]:
-  """The nested dicts of which `leaves` is the flat form."""
+  """The nested dicts of which `leaves` is the flat form.
+
+  >>> nested({"model.depth": 12, "seed": 0})
+  {'model': {'depth': 12}, 'seed': 0}
+  """
   return traverse_util.unflatten_dict(leaves, sep=separator)

@@ -1,10 +1,13 @@
 """A mistake is one line and status 2 in every program."""
 
 import errno
+import zipfile
 
 import pytest
 
-from protojax import cli, errors
+from protojax import cli, errors, pretrained
+from protojax.interop import tensor_files
+from protojax.reports import record
 
 
 def _outcome(capsys, call):
@@ -40,6 +43,58 @@ def _raise(error):
 )
 def test_what_ends_a_program_is_one_line_with_its_status(capsys, error, status, line):
   assert _outcome(capsys, _raise(error)) == (status, [line])
+
+
+@pytest.mark.parametrize(
+  ("said", "shown"),
+  [
+    (
+      "lower config.optim.lr or use config.precision=float32",
+      "lower --config.optim.lr or use --config.precision=float32",
+    ),
+    (
+      "(config.monitor.stop_on_collapse=False goes on)",
+      "(--config.monitor.stop_on_collapse=False goes on)",
+    ),
+    ("workdir=runs/a is a file", "--workdir=runs/a is a file"),
+    (
+      "cannot write to workdir=a: choose another workdir",
+      "cannot write to --workdir=a: choose another --workdir",
+    ),
+  ],
+)
+def test_arguments_of_the_library_are_flags_on_a_terminal(capsys, said, shown):
+  assert _outcome(capsys, _raise(errors.UserError(said))) == (2, [f"protojax: {shown}"])
+
+
+@pytest.mark.parametrize(
+  "said",
+  [
+    "config.json cannot be read: give the workdir of a run",
+    "see protojax/config.py for all keys",
+    "/data/config.old and my.config.new: the workdir holds a run",
+    "--config.batch_size=3 and --workdir=x stay as they are",
+    "env.json is missing in subworkdir=x",
+  ],
+)
+def test_files_and_words_are_no_flags(capsys, said):
+  assert _outcome(capsys, _raise(errors.UserError(said))) == (2, [f"protojax: {said}"])
+
+
+def test_a_user_error_is_a_value_error_that_no_reader_swallows(tmp_path):
+  """Each reads a file inside `except ValueError`, and its parts refuse in words of their own."""
+  assert issubclass(errors.UserError, ValueError)
+  (tmp_path / "config.json").write_text('{"method": {"name": "nothing"}}')
+  (tmp_path / "metrics.jsonl").write_text("{}")
+  (tmp_path / "env.json").write_text("{}")
+  for read in (record.verdict, pretrained.load):
+    with pytest.raises(errors.UserError, match="method.name='nothing' is unknown"):
+      read(tmp_path)
+  with zipfile.ZipFile(tmp_path / "script.pth", "w") as archive:
+    for name in ("data.pkl", "constants.pkl"):
+      archive.writestr(f"script/{name}", b"")
+  with pytest.raises(errors.UserError, match="is a TorchScript program"):
+    tensor_files.read(tmp_path / "script.pth")
 
 
 def test_a_bug_keeps_its_traceback():

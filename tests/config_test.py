@@ -65,7 +65,7 @@ def test_recipe_says_its_command(path):
 
 
 def test_unknown_key_names_the_nearest():
-  with pytest.raises(errors.UserError, match=r"model.patchsize: did you mean --config.model.patch"):
+  with pytest.raises(errors.UserError, match=r"model.patchsize: did you mean config.model.patch"):
     configs.check_keys(["model.patchsize"], configs.default())
   configs.check_keys(["model.patch_size", "seed"], configs.default())
 

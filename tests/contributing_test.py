@@ -40,6 +40,17 @@ def test_the_example_learns_and_is_the_same_on_eight_devices(blocks):
   assert np.mean([m["train/agreement"] for m in one[-5:]]) > one[0]["train/agreement"]
 
 
+def test_the_example_trains_as_it_stands_in_a_package_of_ones_own(blocks, tmp_path, monkeypatch):
+  _, row = blocks
+  (tmp_path / "lab_of_twins").mkdir()
+  (tmp_path / "twins.py").rename(tmp_path / "lab_of_twins" / "twins.py")
+  monkeypatch.syspath_prepend(tmp_path)
+  config = row._replace(name="lab_of_twins.twins").config()
+  assert config.method.floor == 1e-5
+  _, state, metrics = tiny.run_steps(config, 2, jax.devices()[:1])
+  assert int(state.step) == 2 and np.isfinite(metrics[1]["train/agreement"])
+
+
 def test_the_recipe_of_the_example_says_its_command_and_traces(blocks, monkeypatch):
   recipe, _ = blocks
   config_test.test_recipe_says_its_command(recipe)

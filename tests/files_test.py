@@ -1,6 +1,7 @@
 """A file is there whole or not at all."""
 
 import errno
+import os
 
 import pytest
 
@@ -43,3 +44,19 @@ def test_a_place_that_is_none_is_one_line(tmp_path):
       files.write(path, "text")
     assert "\n" not in str(caught.value)
   assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_who_reads_while_it_is_written_reads_the_old_content(tmp_path):
+  path = tmp_path / "notes.txt"
+  files.write(path, "old")
+  with open(path) as reader:
+    files.write(path, "new, and longer")
+    assert reader.read() == "old"
+  assert path.read_text() == "new, and longer" and os.listdir(tmp_path) == ["notes.txt"]
+
+
+def test_json_lines_are_told_from_what_is_none(tmp_path):
+  path = tmp_path / "lines"
+  path.write_bytes(b'{"a": 1}\n\n[2]\n{"b": NaN}\n{"torn\xff')
+  records, others = files.json_lines(path)
+  assert records[0] == {"a": 1} and len(records) == 2 and len(others) == 3

@@ -216,3 +216,32 @@ def test_entropy_of_uniform_and_of_certain_rows():
 def test_shapes_that_do_not_fit_are_refused(student, teacher):
   with pytest.raises(ValueError, match="student"):
     losses.cross_view_entropy(jnp.ones(student), jnp.ones(teacher), temperature=1.0)
+
+
+class _Foreign:
+  """An array as other libraries have it: it speaks DLPack and nothing else."""
+
+  def __init__(self, x):
+    self.__dlpack__, self.__dlpack_device__ = x.__dlpack__, x.__dlpack_device__
+
+
+@pytest.mark.parametrize("convert", [np.asarray, _Foreign], ids=["numpy", "dlpack"])
+def test_arrays_of_other_libraries_give_the_values_of_jax(convert):
+  scores, q = (_random(i, 6, 2, 5).astype(np.float32) for i in (0, 1))
+  blocks = scores.reshape(6, 2, 1, 5)
+  patches, mask = scores.reshape(3, 2, 2, 5), _random(2, 3, 2, 2) > 0
+  rows, phi, clusters = scores[:, 0], np.ones(6, np.float32), np.arange(6, dtype=np.int32)
+  for loss, *arrays in (
+    (losses.l2_normalize, rows),
+    (losses.entropy, np.abs(q)),
+    (losses.koleo, rows),
+    (lambda *x: losses.cross_view_entropy(*x, temperature=0.1), scores, np.abs(q)),
+    (losses.carp_consistency, blocks, -blocks),
+    (losses.carp_entropy, blocks, -blocks),
+    (lambda *x: losses.masked_patch_entropy(*x, temperature=0.1), patches, patches, mask),
+    (lambda *x: losses.info_nce(*x, temperature=0.2), rows, -rows, rows),
+    (losses.proto_nce, rows, rows, phi, clusters),
+  ):
+    expected = loss(*map(jnp.asarray, arrays))
+    assert expected.dtype == jnp.float32 and np.isfinite(expected).all()
+    np.testing.assert_array_equal(loss(*map(convert, arrays)), expected)

@@ -198,7 +198,7 @@ def test_workdir_of_another_run_is_refused_and_left_alone(tmp_path):
   before = sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*") if p.is_file())
   with pytest.raises(errors.UserError, match="seed 0 -> 1") as caught:
     loop.run(_config(tmp_path, num_steps=1, eval_every=1, seed=1), str(tmp_path / "run"))
-  assert "\n" not in str(caught.value) and "--workdir" in str(caught.value)
+  assert "\n" not in str(caught.value) and "another workdir" in str(caught.value)
   after = sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*") if p.is_file())
   assert before == after
 

@@ -1,5 +1,6 @@
 """A run and its exported weights give the same features, of every layer."""
 
+import functools
 import json
 import shutil
 
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 import tiny
 
+import protojax
 from protojax import config as configs
 from protojax import errors, pretrained
+from protojax.data import augment, sources
 from protojax.models import encoder as encoders
 from protojax.models import features as backbone_layers
 from protojax.training import export, loop, sharding
@@ -44,6 +47,68 @@ def test_a_run_gives_what_its_training_measured(run):
   assert np.unique(codes).size / 32 == pytest.approx(result["collapse/used"])
 
 
+def test_arrays_of_images_are_seen_as_the_pipeline_sees_them(run):
+  """Whatever their size, library and number: equal to `rows` of the same images as a source."""
+  model = protojax.load(run)
+  rng = np.random.default_rng(0)
+  for height, width, count in ((32, 32, 3), (20, 27, 5)):
+    images = rng.integers(0, 256, (count, height, width, 3), np.uint8)
+    source = sources.Source(
+      "same", np.arange(count), functools.partial(sources.read_items, images, np.zeros(count))
+    )
+    want = pretrained.rows(model, source, parts=("features", "codes"), layers=("last", "last4"))
+    features = model.features(images)
+    assert features.shape == (count, 96) and features.dtype == np.float32
+    np.testing.assert_allclose(features, want["features"]["last"], atol=1e-5)
+    np.testing.assert_allclose(
+      model.features(images, layer="last4"), want["features"]["last4"], atol=1e-5
+    )
+    for given in (images, jnp.asarray(images), _OnlyDLPack(images)):
+      codes = model.codes(given)["prototypes"]
+      np.testing.assert_array_equal(codes, want["codes"]["prototypes"])
+    assert codes.dtype == np.int32
+
+
+def test_batches_of_one_size_are_compiled_once(run, monkeypatch):
+  model = protojax.load(run)
+  images = np.zeros((4, 32, 32, 3), np.uint8)
+  before = model.features(images)
+  monkeypatch.setattr(augment, "evaluate", None)  # a second trace would call it
+  assert np.abs(model.features(images + 99) - before).max() > 1e-3
+  assert model.features(images[:3]).shape == (3, 96)
+
+
+class _OnlyDLPack:
+  """An array of a library that is not imported here."""
+
+  def __init__(self, array):
+    self._array = array
+
+  def __dlpack__(self, **options):
+    return self._array.__dlpack__(**options)
+
+  def __dlpack_device__(self):
+    return self._array.__dlpack_device__()
+
+
+@pytest.mark.parametrize(
+  ("images", "words"),
+  [
+    (np.zeros((2, 8, 8, 3), np.float32), r"images are float32 \[2, 8, 8, 3\]: .* not normalised"),
+    (np.zeros((8, 8, 3), np.uint8), r"uint8 \[8, 8, 3\]: a model takes uint8 \[N, H, W, 3\]"),
+    (np.zeros((2, 3, 8, 8), np.uint8), "move the channels last"),
+    (np.zeros((0, 8, 8, 3), np.uint8), r"uint8 \[0, 8, 8, 3\]"),
+    ("cat.png", "a model takes"),
+  ],
+)
+def test_other_images_are_refused_in_one_line(run, images, words):
+  model = protojax.load(run)
+  for call in (model.features, model.codes):
+    with pytest.raises(errors.UserError, match=words) as caught:
+      call(images)
+    assert "\n" not in str(caught.value)
+
+
 def test_an_earlier_checkpoint_can_be_chosen(run):
   model = pretrained.load(str(run), step=2)
   assert model.step == 2
@@ -65,6 +130,8 @@ def test_exported_weights_give_the_features_of_their_run(run, file):
     np.testing.assert_allclose(b["features"][name], a["features"][name], rtol=1e-5, atol=1e-5)
   with pytest.raises(errors.UserError, match="has no prototypes: exported weights"):
     pretrained.rows(exported, bank, parts=("codes",))
+  with pytest.raises(errors.UserError, match="has no prototypes: exported weights"):
+    exported.codes(np.zeros((1, 8, 8, 3), np.uint8))
   with pytest.raises(errors.UserError, match="does not say which images.*--data"):
     pretrained.source(exported, "train")
 

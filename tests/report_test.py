@@ -119,9 +119,9 @@ def _run(folder, lines=None, measures=_FINAL, config=_CONFIG, arrays=True, more=
   return folder
 
 
-def _page(*folders, looks="not looked at"):
+def _page(*folders, pictures="none"):
   runs = records.read(folders)
-  text = page.build(runs, {run.name: looks for run in runs}, "command")
+  text = page.build(runs, {run.name: pictures for run in runs}, "command")
   return _Page(text), text
 
 
@@ -129,16 +129,16 @@ def _measures(folder, file):
   return json.loads((folder / file).read_text())["measures"]
 
 
-def _looks(text="a cat"):
+def _pictures(text="a cat"):
   picture = gallery.Picture("data:image/webp;base64,AAAA", text, True)
   card = gallery.Card(7, 3, text, 2 / 3, (picture, picture))
-  return gallery.Looks(
+  return gallery.Pictures(
     gallery.Gallery({"Most used": (card,)}, "so found"), ((picture,),), ((picture, picture),)
   )
 
 
 def test_the_page_needs_nothing_from_outside(tmp_path):
-  parsed, text = _page(_run(tmp_path / "run"), looks=_looks())
+  parsed, text = _page(_run(tmp_path / "run"), pictures=_pictures())
   for tag, attrs in parsed.elements:
     for name in ("src", "href", "action", "data", "xlink:href", "srcset"):
       assert attrs.get(name, "#").startswith(("#", "data:")), (tag, attrs)
@@ -155,7 +155,7 @@ def test_every_number_of_the_tables_is_that_of_its_file(tmp_path):
     for n, v in (("one", 0.25), ("two", 0.75))
   }
   parsed, _ = _page(*folders.values())
-  seen = set()
+  shown = set()
   for attrs, text in parsed.data:
     content = _measures(folders[attrs["data-run"]], attrs["data-file"])
     for key in attrs["data-key"].split(".k") if attrs["data-key"] not in content else []:
@@ -166,10 +166,10 @@ def test_every_number_of_the_tables_is_that_of_its_file(tmp_path):
       assert float(text[:-2]) == pytest.approx(100 * value, abs=0.05)
     elif attrs["data-key"] != "seconds":
       assert float(text.replace(",", "")) == pytest.approx(value, rel=1e-3)
-    seen.add((attrs["data-run"], attrs["data-key"]))
+    shown.add((attrs["data-run"], attrs["data-key"]))
   wanted = set(_FINAL) - {"step", "seed", "collapse/unique_0.025_random"}
   wanted |= {"top1.k20", "top1.k200"}
-  assert seen == {(run, key) for run in folders for key in wanted}
+  assert shown == {(run, key) for run in folders for key in wanted}
   assert "2 min 21 s" in parsed.text and "bank digits/train (1442 images)" in parsed.text
 
 
@@ -295,7 +295,7 @@ def test_names_from_outside_are_text_and_never_markup(tmp_path):
   config = _CONFIG | {"method": _CONFIG["method"] | {"name": evil}, evil: evil}
   lines = [*_lines(), {"step": 50, evil: 3.0, f"collapse/{evil}unique_0.025": 0.5}]
   folders = [_run(tmp_path / f"{evil}{i}", lines, measures, config, more=more) for i in "12"]
-  parsed, text = _page(*folders, looks=_looks(evil))
+  parsed, text = _page(*folders, pictures=_pictures(evil))
   assert len(parsed.all("script")) == 1 and "<script>alert" not in text
   assert not [attrs for _, attrs in parsed.elements if {"onload", "onerror"} & set(attrs)]
   assert evil in parsed.text and parsed.all("img")[0]["alt"] == evil
@@ -377,7 +377,7 @@ def test_ticks_of_long_runs_are_short():
 @pytest.fixture
 def no_pictures(monkeypatch):
   """Pictures are gallery_test.py's."""
-  monkeypatch.setattr(of_run, "look", lambda run, limit: f"not looked at, {limit}")
+  monkeypatch.setattr(of_run, "pictures", lambda run, limit: f"none, {limit}")
 
 
 @pytest.mark.usefixtures("no_pictures")

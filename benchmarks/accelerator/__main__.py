@@ -27,7 +27,7 @@ from concurrent import futures
 from absl import logging
 
 from benchmarks.accelerator import items, records
-from protojax import errors
+from protojax import errors, files
 
 # Seconds that an item gets between being asked to stop and being killed: a step, a checkpoint, or
 # the end of an evaluation.
@@ -115,11 +115,11 @@ def _run_here(arguments) -> None:
         traceback.print_exc()
         said = f"{type(error).__name__}: {error}"[:1000]
         end = _tail(traceback.format_exc())
-        records.write_json(folder / "error.json", {"error": said, "log": end})
+        files.write_json(folder / "error.json", {"error": said, "log": end})
         if not isinstance(error, errors.UserError):
           sys.exit(1)
       else:
-        records.write_json(folder / "result.json", result)
+        files.write_json(folder / "result.json", result)
 
 
 def _tail(text: str) -> list[str]:

@@ -8,6 +8,7 @@ import pathlib
 import statistics
 
 from benchmarks.accelerator import records
+from protojax import files
 
 RESULTS = records.ROOT / "docs" / "results"
 _BEGIN, _END = "<!-- accelerator: written by --collect -->", "<!-- accelerator: end -->"
@@ -66,10 +67,10 @@ def write(folder: pathlib.Path, *, rehearsal: bool = False) -> str:
   kept.parent.mkdir(parents=True, exist_ok=True)
   failed = {line["item"]: line for line in lines if line["status"] == "failed"}
   failed = {name: line for name, line in failed.items() if name not in found}
-  records.write(kept, "".join(json.dumps(x) + "\n" for x in (*found.values(), *failed.values())))
+  files.write(kept, "".join(json.dumps(x) + "\n" for x in (*found.values(), *failed.values())))
   figures(found, kept.parent)
   page_path = results / "accelerator.md"
-  records.write(page_path, page(found, failed))
+  files.write(page_path, page(found, failed))
   if not rehearsal:
     write_section(records.ROOT / "README.md", found)
   return f"{page_path}: {len(found)} items, {len(failed)} failed"
@@ -102,7 +103,7 @@ def write_section(readme: pathlib.Path, found: dict[str, dict]) -> None:
   """Replaces what stands between the two marks of the README."""
   text = readme.read_text()
   new = f"{_BEGIN}\n{section(found)}{_END}"
-  records.write(readme, text.replace(published_section(text), new))
+  files.write(readme, text.replace(published_section(text), new))
 
 
 def _card(line: dict) -> str:

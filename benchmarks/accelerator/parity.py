@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.accelerator import records
 from protojax import config as configs
-from protojax import main
+from protojax import files, main
 from protojax.training import programs, sharding
 
 STORED = pathlib.Path(__file__).with_name("parity.json")
@@ -125,7 +125,7 @@ def store() -> None:
   numbers = {
     name: {precision: measure(name, precision) for precision in PRECISIONS} for name in RECIPES
   }
-  records.write_json(
+  files.write_json(
     STORED,
     {
       "commit": records.commit(),

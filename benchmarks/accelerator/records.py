@@ -33,7 +33,7 @@ class Lines:
     for line in found.values():
       self._note(line)
     for path in self._paths:  # also mends a line that a kill has torn
-      write(path, "".join(text + "\n" for text in found))
+      files.write(path, "".join(text + "\n" for text in found))
 
   def _note(self, line: dict) -> None:
     if line["rehearsal"] == self._rehearsal:
@@ -54,21 +54,8 @@ class Lines:
 
 
 def read(path: pathlib.Path) -> list[dict]:
-  """The whole lines of a file that may be missing, or torn at its end."""
-  lines = []
-  for text in path.read_text().splitlines() if path.exists() else ():
-    try:
-      lines.append(json.loads(text))
-    except ValueError:
-      continue
-  return lines
-
-
-write = files.write
-
-
-def write_json(path: pathlib.Path, content: dict) -> None:
-  write(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
+  """The lines of a file that may be missing, or torn at its end."""
+  return files.json_lines(path)[0] if path.exists() else []
 
 
 def read_json(path: pathlib.Path) -> dict:

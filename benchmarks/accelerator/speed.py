@@ -34,9 +34,7 @@ def override(config, changes: dict) -> None:
   with config.unlocked():
     if name and name != config.method.name:
       config.method.update(configs.default(name).method)
-    for key, value in changes.items():
-      section, _, leaf = key.rpartition(".")
-      (config[section] if section else config)[leaf] = value
+    config.update_from_flattened_dict(changes)
 
 
 def matrix_peak(size: int) -> float:

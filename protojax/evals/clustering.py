@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
-from sklearn import metrics
+from scipy import stats
+from sklearn import metrics, preprocessing
 from sklearn.metrics import cluster
 
 from protojax import errors
+from protojax.evals import purity
 from protojax.prototypes import kmeans
 
 _NMI = metrics.normalized_mutual_info_score  # arithmetic mean of the entropies
@@ -29,12 +31,6 @@ def hungarian_accuracy(codes: np.ndarray, labels: np.ndarray) -> float:
   table = cluster.contingency_matrix(labels, codes)
   right = scipy.optimize.linear_sum_assignment(table, maximize=True)
   return float(table[right].sum() / len(labels))
-
-
-def purity(codes: np.ndarray, labels: np.ndarray) -> float:
-  """Share of rows that are of the most frequent class of their code, 0 to 1; 1 for a code a row."""
-  table = cluster.contingency_matrix(labels, codes, sparse=True)
-  return float(table.max(axis=0).sum() / len(labels))
 
 
 def _score(measure, labels: np.ndarray, codes: np.ndarray) -> float:
@@ -88,7 +84,6 @@ def evaluate(
   rng = np.random.default_rng(seed)
   permuted = [rng.permutation(labels) for _ in range(draws)]
   counts = np.bincount(codes, minlength=num_codes)
-  share = counts[counts > 0] / codes.size
   nmi, by_chance = _score(_NMI, labels, codes), [_score(_NMI, each, codes) for each in permuted]
   out = {
     "nmi": nmi,
@@ -97,14 +92,14 @@ def evaluate(
     "nmi_permuted": float(np.mean(by_chance)),
     "nmi_above_permuted": nmi - float(np.mean(by_chance)),
     "nmi_uniform": chance_nmi(labels, num_codes, draws=draws, seed=seed),
-    "used": int(share.size),
-    "perplexity": float(np.exp(-np.sum(share * np.log(share)))),
+    "used": int(np.count_nonzero(counts)),
+    "perplexity": float(np.exp(stats.entropy(counts))),
   }
   if num_codes <= num_classes:
     return out | {"hungarian": hungarian_accuracy(codes, labels)}
   return out | {
-    "purity": purity(codes, labels),
-    "purity_permuted": float(np.mean([purity(codes, each) for each in permuted])),
+    "purity": purity.purity(codes, labels),
+    "purity_permuted": float(np.mean([purity.purity(codes, each) for each in permuted])),
   }
 
 
@@ -140,17 +135,14 @@ def kmeans_codes(
       f"k-means: {num_clusters} clusters of a bank of {len(bank)} images: give more images"
     )
 
-  def unit(rows):
-    rows = np.asarray(rows, np.float32)
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-
+  bank, queries = (preprocessing.normalize(np.asarray(x, np.float32)) for x in (bank, queries))
   found = kmeans.fit(
-    jnp.asarray(unit(bank)),
+    jnp.asarray(bank),
     jax.random.key(seed),
     num_clusters=num_clusters,
     num_steps=num_steps,
     num_restarts=num_restarts,
   )
   centroids = np.asarray(found.centroids)
-  nearness = unit(queries) @ centroids.T - 0.5 * np.square(centroids).sum(axis=1)[None, :]
+  nearness = queries @ centroids.T - 0.5 * np.square(centroids).sum(axis=1)[None, :]
   return np.asarray(found.codes), nearness.argmax(axis=1).astype(np.int32)

@@ -12,15 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from protojax import errors
+from protojax.metrics import collapse
 
 # Similarities held at once, and numbers of the bank on the device at once: 256 MiB of float32.
 _PAIRS = 2**26
 _PART = 2**26
-
-
-def _unit(rows):
-  rows = rows.astype(jnp.float32)
-  return rows / jnp.maximum(jnp.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
 
 
 @functools.partial(jax.jit, static_argnames="chunk")
@@ -29,7 +25,7 @@ def _merge(best, part, start, num, queries, *, chunk):
 
   What was found before stands first, and `top_k` takes the first of equals: the lower row.
   """
-  part = _unit(part)
+  part = collapse.unit_rows(part)
   k, rows = best[0].shape[1], start + jnp.arange(part.shape[0], dtype=jnp.int32)
 
   def one(old):
@@ -40,13 +36,13 @@ def _merge(best, part, start, num, queries, *, chunk):
     nearest, order = jax.lax.top_k(jnp.concatenate([nearest, new]), k)
     return nearest, jnp.concatenate([found, rows[at]])[order]
 
-  return jax.lax.map(one, (_unit(queries), *best), batch_size=chunk)
+  return jax.lax.map(one, (collapse.unit_rows(queries), *best), batch_size=chunk)
 
 
 def _check_k(k: int, num: int) -> None:
   if not 1 <= k <= num:
     raise errors.UserError(
-      f"k-NN: k={k} neighbours of a bank of {num} images: choose 1 to {num} with --config.probe.k"
+      f"k-NN: k={k} neighbours of a bank of {num} images: choose 1 to {num} with config.probe.k"
     )
 
 
@@ -132,7 +128,7 @@ def _check_labels(name: str, labels: np.ndarray, num_classes: int) -> None:
 def _check_temperature(temperature: float) -> None:
   if not temperature > 0:
     raise errors.UserError(
-      f"k-NN: temperature={temperature:g} must be positive: set --config.probe.temperature"
+      f"k-NN: temperature={temperature:g} must be positive: set config.probe.temperature"
     )
 
 

@@ -46,11 +46,6 @@ def subset(
   return np.sort(np.concatenate(rows))
 
 
-def _unit(rows):
-  rows = np.asarray(rows, np.float32)
-  return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-
-
 def evaluate(
   bank: np.ndarray,
   bank_labels: np.ndarray,
@@ -88,7 +83,11 @@ def evaluate(
   Raises:
     UserError: as `subset` and `linear.fit`.
   """
-  bank, queries = _unit(bank), _unit(queries)
+  # Not sklearn's normalize: its last digits are others, and move an image of published accuracies.
+  bank, queries = (
+    x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    for x in (np.asarray(bank, np.float32), np.asarray(queries, np.float32))
+  )
   bank_labels, query_labels = np.asarray(bank_labels), np.asarray(query_labels)
   few = {f"{n}_per_class": {"per_class": n} for n in per_class}
   few |= {f"{100 * share:g}_percent": {"share": share} for share in shares}

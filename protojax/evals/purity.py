@@ -1,10 +1,11 @@
 """Which class the images of each code have, and how pure that makes the code."""
 
 import numpy as np
+from sklearn.metrics import cluster
 
 
 def majority(codes: np.ndarray, labels: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray]:
-  """The most frequent class of every code and its share of the code's images.
+  """Finds the most frequent class of every code and its share of the code's images.
 
   Args:
     codes: int [N], 0 to num - 1.
@@ -15,15 +16,21 @@ def majority(codes: np.ndarray, labels: np.ndarray, num: int) -> tuple[np.ndarra
     (int32 [K], float32 [K]): of equally frequent classes the lowest; -1 and NaN for a code that no
     image has.
   """
-  codes, labels = np.asarray(codes, np.int64), np.asarray(labels, np.int64)
-  classes = int(labels.max(initial=0)) + 1
-  # Pairs that occur, never a table of all: K may be 65,536 and the classes thousands.
-  pairs, counts = np.unique(codes * classes + labels, return_counts=True)
-  most = np.zeros(num, np.int64)
-  np.maximum.at(most, pairs // classes, counts)
-  label = np.full(num, -1, np.int32)
-  best = (counts == most[pairs // classes])[::-1]  # the lowest class is written last
-  label[(pairs // classes)[::-1][best]] = (pairs % classes)[::-1][best]
-  total = np.bincount(codes, minlength=num)
-  share = np.where(total > 0, most / np.maximum(total, 1), np.nan)
-  return label, share.astype(np.float32)
+  # Sparse, with the classes and codes that occur: K may be 65,536 and the classes thousands.
+  table = cluster.contingency_matrix(labels, codes, sparse=True).tocsc()
+  occurring, counts = np.unique(codes, return_counts=True)
+  label, share = np.full(num, -1, np.int32), np.full(num, np.nan, np.float32)
+  label[occurring] = np.unique(labels)[np.asarray(table.argmax(axis=0)).ravel()]
+  share[occurring] = table.max(axis=0).toarray().ravel() / counts
+  return label, share
+
+
+def purity(codes: np.ndarray, labels: np.ndarray) -> float:
+  """Share of rows that are of the most frequent class of their code, 0 to 1; 1 for a code a row.
+
+  Args:
+    codes: int [N].
+    labels: int [N].
+  """
+  table = cluster.contingency_matrix(labels, codes, sparse=True)
+  return float(table.max(axis=0).sum() / len(labels))

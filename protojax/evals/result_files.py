@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from protojax import __version__, environment, errors, files
+from protojax import __version__, environment, errors, files, trees
 
 # Two results are alike if their protocols are, but for these parts: which model was judged (path,
 # step, weights, method, prototypes, seed of the run) and by which versions on which devices.
@@ -35,12 +35,6 @@ def software() -> dict[str, Any]:
   } | {name: importlib.metadata.version(name) for name in packages}
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-  if not isinstance(tree, dict):
-    return {prefix[:-1]: tree}
-  return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
-
-
 def differences(before: dict, after: dict, skip: tuple[str, ...] = ()) -> list[str]:
   """["bank.images 1437 -> 512", ...] of two protocols, in the order of their names.
 
@@ -49,7 +43,7 @@ def differences(before: dict, after: dict, skip: tuple[str, ...] = ()) -> list[s
     after: another.
     skip: names to leave out, with all below them.
   """
-  old, new = _flat(before), _flat(after)
+  old, new = trees.flat(before), trees.flat(after)
   names = sorted(
     k
     for k in old.keys() | new.keys()

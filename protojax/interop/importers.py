@@ -7,12 +7,11 @@ import jax
 import ml_collections
 import numpy as np
 
-from protojax import __version__, errors
+from protojax import __version__, errors, trees
 from protojax import config as configs
 from protojax.interop import names, network, settings
 from protojax.models import encoder as encoders
 from protojax.models import vit
-from protojax.training import export
 
 
 class Converted(NamedTuple):
@@ -168,7 +167,7 @@ def fresh(done: Converted) -> dict[str, np.ndarray]:
   """What `done` is missing, as a new encoder starts with it: {name: float32}."""
   encoder, size = settings.encoder_of(done.info), done.info["image"]["global_size"]
   params, stats = jax.jit(lambda key: encoders.init(encoder, key, size))(jax.random.key(0))
-  start = export.flat({"params": params, "batch_stats": stats})
+  start = trees.flat({"params": params, "batch_stats": stats})
   return {name: np.asarray(start[name]) for name in done.missing}
 
 

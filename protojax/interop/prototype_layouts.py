@@ -120,8 +120,8 @@ def find(arrays: Mapping[str, np.ndarray], which: str | None = None) -> list[Pro
   chosen = {None: teachers or others, "teacher": teachers, "student": others}[which]
   if sets and not chosen:
     raise errors.UserError(
-      f"--which={which}: by its name, {sets[0].name} is not the {which}'s, and there are no other "
-      "prototypes in this file: leave --which out"
+      f"which={which}: by its name, {sets[0].name} is not the {which}'s, and there are no other "
+      "prototypes in this file: leave it out"
     )
   return _untied(chosen)
 
@@ -140,12 +140,12 @@ def at(arrays: Mapping[str, np.ndarray], key: str, transpose: bool = False) -> P
   if key not in arrays:
     near = difflib.get_close_matches(key, arrays, 1, 0)
     raise errors.UserError(
-      f"--key={key}: no such array" + (f"; did you mean {near[0]}?" if near else " in this file")
+      f"key={key}: no such array" + (f"; did you mean {near[0]}?" if near else " in this file")
     )
   matrix = _matrix(arrays[key])
   if matrix is None:
     raise errors.UserError(
-      f"--key={key}: {arrays[key].dtype.name} {list(arrays[key].shape)} is no matrix of floating "
+      f"key={key}: {arrays[key].dtype.name} {list(arrays[key].shape)} is no matrix of floating "
       "point numbers with at least two rows and columns"
     )
   return _set(arrays, key, matrix.T if transpose else matrix)
@@ -195,4 +195,6 @@ def advice(arrays: Mapping[str, np.ndarray]) -> str:
       '("full ckpt" in the tables of DINO and iBOT, with student and teacher in it), or pass --key '
       "if one of the matrices above is the one"
     )
-  return "no layer here is called as in DINO, iBOT, DINOv2, DINOv3, MSN, SwAV or CARP: pass --key"
+  return (
+    "no layer here is called as in DINO, iBOT, DINOv2, DINOv3, MSN, SwAV or CARP: pass key=NAME"
+  )

@@ -9,10 +9,9 @@ import ml_collections
 import numpy as np
 
 from protojax import config as configs
-from protojax import errors
+from protojax import errors, trees
 from protojax.models import encoder as encoders
 from protojax.models import resnet, vit
-from protojax.training import export
 
 _ADVICE = "protojax has no such model, so these weights cannot be converted"
 
@@ -170,4 +169,4 @@ def template(encoder: encoders.Encoder, image_size: int) -> dict[str, jax.ShapeD
   params, stats = jax.eval_shape(
     lambda key: encoders.init(encoder, key, image_size), jax.random.key(0)
   )
-  return export.flat({"params": params, "batch_stats": stats})
+  return trees.flat({"params": params, "batch_stats": stats})

@@ -102,6 +102,8 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
       return torch_file.read(path)
     if raw[:4].tobytes() == b"PK\3\4":
       raise ValueError("its end is missing")
+  except errors.UserError:
+    raise
   except FileNotFoundError:
     raise errors.UserError(f"there is no file {path}") from None
   except OSError as error:

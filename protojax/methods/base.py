@@ -40,8 +40,16 @@ class LossOut(NamedTuple):
   stats: PyTree
 
 
+def no_loss(*_) -> tuple[jax.Array, LossOut]:
+  """Stands in `Method.loss` of a network until a method puts its own there."""
+  raise NotImplementedError("this network has no loss yet: method._replace(loss=...)")
+
+
 class Method(NamedTuple):
   """A self-supervised method as pure functions.
+
+  Networks (`methods.networks`) hand over one whose loss is `no_loss`; a method replaces that, and
+  whatever else is its own, by `_replace`.
 
   Attributes:
     learns_prototypes: whether `prototypes` is trained by gradient.

@@ -38,12 +38,12 @@ def make(config) -> base.Method:
       f"method.partition_size={size} does not cut method.num_prototypes={options.num_prototypes} "
       "into equal blocks of at least 2: choose a divisor"
     )
-  pair = student_teacher.build(config)
+  networks = student_teacher.build_with_prototypes(config)
 
   def loss(trained, frozen, views, key, step):
     del step
     net_key, partition_key = jax.random.split(key)
-    scores = pair.scores(trained, frozen, views, net_key)
+    scores = networks.scores(trained, frozen, views, net_key)
     order = assignment.random_partition(partition_key, options.num_prototypes)
     student = assignment.partition(scores.student, order, size)  # [B, V, P, n]
     teacher = assignment.partition(scores.teacher, order, size)  # [B, 2, P, n]
@@ -60,13 +60,4 @@ def make(config) -> base.Method:
     }
     return consistency + spread, base.LossOut(metrics, scores.stats)
 
-  return base.Method(
-    learns_prototypes=pair.learns_prototypes,
-    init=pair.init,
-    loss=loss,
-    update=pair.update,
-    features=pair.features,
-    codes=pair.codes,
-    embeddings=pair.embeddings,
-    prototype_matrices=pair.prototype_matrices,
-  )
+  return networks.method._replace(loss=loss)

@@ -77,7 +77,7 @@ def make(config) -> base.Method:
   """
   options, head = config.method, config.head
   _check(options, head)
-  pair = student_teacher.build(config)
+  networks = student_teacher.build_with_prototypes(config)
   teacher_temp = schedules.per_epoch_linear(
     options.teacher_temp_start,
     options.teacher_temp,
@@ -86,7 +86,7 @@ def make(config) -> base.Method:
   )
 
   def init(key):
-    variables = pair.init(key)
+    variables = networks.method.init(key)
     center = jnp.zeros(options.num_prototypes, jnp.float32)
     return variables.replace(carry={**variables.carry, "center": center})
 
@@ -108,7 +108,7 @@ def make(config) -> base.Method:
 
   def loss(trained, frozen, views, key, step):
     net_key, row_key = jax.random.split(key) if options.koleo_proto_rows else (key, None)
-    scores, temperature = pair.scores(trained, frozen, views, net_key), teacher_temp(step)
+    scores, temperature = networks.scores(trained, frozen, views, net_key), teacher_temp(step)
     student = of_mixture(scores.student, trained.get("prototypes"), options.student_temp)
     teacher = of_mixture(scores.teacher, frozen.teacher.get("prototypes"), temperature)
     # The centre of step n is made of the steps before it.
@@ -141,20 +141,11 @@ def make(config) -> base.Method:
     center = assignment.center_update(
       variables.carry["center"], stats["to_center"], momentum=options.center_momentum
     )
-    variables = pair.update(variables, stats, step)
+    variables = networks.method.update(variables, stats, step)
     return variables.replace(carry={**variables.carry, "center": center})
 
   def codes(variables, images):
-    scores, state = pair.codes(variables, images), variables.teacher.get("prototypes")
+    scores, state = networks.method.codes(variables, images), variables.teacher.get("prototypes")
     return {k: of_mixture(v, state, options.teacher_temp) for k, v in scores.items()}
 
-  return base.Method(
-    learns_prototypes=pair.learns_prototypes,
-    init=init,
-    loss=loss,
-    update=update,
-    features=pair.features,
-    codes=codes,
-    embeddings=pair.embeddings,
-    prototype_matrices=pair.prototype_matrices,
-  )
+  return networks.method._replace(init=init, loss=loss, update=update, codes=codes)

@@ -1,7 +1,7 @@
 """FALCON / CPLearn: images choose among frozen random codes (arXiv 2410.04959).
 
 A Linear and a batch norm lead from the backbone to D dimensions, where a dictionary of K codes in
-{-1, 1}^D stands still. Two views of an image must choose alike, and the mean choice must be
+{-1, 1}^D never moves. Two views of an image must choose alike, and the mean choice must be
 spread. No teacher, no learned prototypes, no stopped gradient: it flows through both views. The
 head is the published one with head.layers=1, norm_output=True and init="uniform"; any other is
 taken, but the guarantees against collapse rest on that batch norm. `method.assign` normalises, so
@@ -86,8 +86,8 @@ def make(config) -> base.Method:
 
   def init(key):
     encoder_key, codes_key = jax.random.split(key)
-    params, carry = net.init(encoder_key)
-    return base.Variables(params, dictionary.init(codes_key, dim, num), teacher=(), carry=carry)
+    variables = net.method.init(encoder_key)
+    return variables.replace(prototypes=dictionary.init(codes_key, dim, num))
 
   def loss(trained, frozen, views, key, step):
     del step
@@ -110,10 +110,6 @@ def make(config) -> base.Method:
       metrics["ln_k"] = jnp.float32(math.log(num))  # uniform; all on one code costs as much
     return value, base.LossOut(metrics, batch_stats)
 
-  def update(variables, batch_stats, step):
-    del step
-    return variables.replace(carry=net.carry(variables, batch_stats))
-
   def embeddings(variables, images):
     return {"prototypes": place(net.project(variables, images))}
 
@@ -124,12 +120,9 @@ def make(config) -> base.Method:
   def prototype_matrices(variables):
     return {"prototypes": dictionary.rows(variables.prototypes["dictionary"])}
 
-  return base.Method(
-    learns_prototypes=False,
+  return net.method._replace(
     init=init,
     loss=loss,
-    update=update,
-    features=net.features,
     codes=codes,
     embeddings=embeddings,
     prototype_matrices=prototype_matrices,

@@ -73,7 +73,7 @@ def make(config) -> base.Method:
   size = config.augment.global_size
 
   def init(key):
-    variables = net.init(key)
+    variables = net.method.init(key)
     if not options.generative:
       return variables
     shape = (config.batch_size, slots, size, size, 3)
@@ -81,16 +81,16 @@ def make(config) -> base.Method:
     return variables.replace(carry={**variables.carry, "replay": replay})
 
   def log_density(variables, images):
-    scores = net.codes(variables, images)["prototypes"]
+    scores = net.method.codes(variables, images)["prototypes"]
     return jax.nn.logsumexp(scores / options.temperature, axis=-1)
 
   def generative(variables, data, key):
     """The term, and for `update` the slot of the chains and where they ended."""
     noise_key, start_key, chain_key = jax.random.split(key, 3)
-    still = jax.lax.stop_gradient(variables)
-    slot, x = langevin.start(still.carry["replay"], start_key, restart=options.sgld_restart)
+    detached = jax.lax.stop_gradient(variables)
+    slot, x = langevin.start(detached.carry["replay"], start_key, restart=options.sgld_restart)
     samples = langevin.run(
-      functools.partial(log_density, still),
+      functools.partial(log_density, detached),
       x,
       chain_key,
       num_steps=options.sgld_steps,
@@ -130,20 +130,10 @@ def make(config) -> base.Method:
     return metrics["loss"], base.LossOut(metrics, stats)
 
   def update(variables, stats, step):
-    del step
-    variables = net.update(variables, stats)
+    variables = net.method.update(variables, stats, step)
     if not options.generative:
       return variables
     replay = langevin.put(variables.carry["replay"], *stats["chains"])
     return variables.replace(carry={**variables.carry, "replay": replay})
 
-  return base.Method(
-    learns_prototypes=net.learns_prototypes,
-    init=init,
-    loss=loss,
-    update=update,
-    features=net.features,
-    codes=net.codes,
-    embeddings=net.embeddings,
-    prototype_matrices=net.prototype_matrices,
-  )
+  return net.method._replace(init=init, loss=loss, update=update)

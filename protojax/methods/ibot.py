@@ -66,7 +66,7 @@ def make(config) -> base.Method:
   )
   grid = vit.grid_size(size, size, config.model.patch_size)
   mask_of = masking.make(options.mask_ratios, options.mask_spreads, options.mask_shape, grid)
-  pair = student_teacher.build(config, patches=True, shared=options.shared_head)
+  networks = student_teacher.build_with_prototypes(config, patches=True, shared=options.shared_head)
 
   def warmup(start, end):
     return schedules.per_epoch_linear(
@@ -82,15 +82,15 @@ def make(config) -> base.Method:
   }
 
   def init(key):
-    variables = pair.init(key)
+    variables = networks.method.init(key)
     center = {kind: jnp.zeros(options.num_prototypes, jnp.float32) for kind in temps}
     return variables.replace(carry={**variables.carry, "center": center})
 
   def loss(trained, frozen, views, key, step):
     net_key, mask_key = jax.random.split(key)
     mask = mask_of(mask_key, *views["global"].shape[:2])
-    scores = pair.scores(trained, frozen, {**views, "mask": mask}, net_key)
-    seen = {"prototypes": scores.teacher, "patch": scores.teacher_patches}
+    scores = networks.scores(trained, frozen, {**views, "mask": mask}, net_key)
+    teacher_scores = {"prototypes": scores.teacher, "patch": scores.teacher_patches}
     # The centre of step n is made of the steps before it.
     q = {
       kind: assignment.targets(
@@ -100,7 +100,7 @@ def make(config) -> base.Method:
         temperature=temps[kind](step),
         num_steps=options.sinkhorn_steps,
       )
-      for kind, teacher in seen.items()
+      for kind, teacher in teacher_scores.items()
     }
     temp = options.student_temp
     by_class = losses.cross_view_entropy(scores.student, q["prototypes"], temperature=temp)
@@ -121,23 +121,14 @@ def make(config) -> base.Method:
       "teacher_temp": temps["prototypes"](step),
       "patch_temp": temps["patch"](step),
     }
-    return value, base.LossOut(metrics, {**scores.stats, "teacher_scores": seen})
+    return value, base.LossOut(metrics, {**scores.stats, "teacher_scores": teacher_scores})
 
   def update(variables, stats, step):
     center = {
       kind: assignment.center_update(old, stats["teacher_scores"][kind], options.center_momentum)
       for kind, old in variables.carry["center"].items()
     }
-    variables = pair.update(variables, stats, step)
+    variables = networks.method.update(variables, stats, step)
     return variables.replace(carry={**variables.carry, "center": center})
 
-  return base.Method(
-    learns_prototypes=pair.learns_prototypes,
-    init=init,
-    loss=loss,
-    update=update,
-    features=pair.features,
-    codes=pair.codes,
-    embeddings=pair.embeddings,
-    prototype_matrices=pair.prototype_matrices,
-  )
+  return networks.method._replace(init=init, loss=loss, update=update)

@@ -84,16 +84,16 @@ def make(config) -> base.Method:
       f"share in [0, 1) and a transformer, {', '.join(vit.VARIANTS)}"
     )
   num_patches = math.prod(vit.grid_size(size, size, config.model.patch_size))
-  pair = student_teacher.build(config, average=False)
+  networks = student_teacher.build_with_prototypes(config, average=False)
 
   def loss(trained, frozen, views, key, step):
     del step
     net_key, keep_key = jax.random.split(key)
-    seen = {**views, "global": views["global"][:, :1], "target": views["global"][:, 1:]}
-    seen["keep"] = masking.keep(
+    student_views = {**views, "global": views["global"][:, :1], "target": views["global"][:, 1:]}
+    student_views["keep"] = masking.keep(
       keep_key, config.batch_size, 1, dropped=options.drop_patches, num_patches=num_patches
     )
-    scores = pair.scores(trained, frozen, seen, net_key)
+    scores = networks.scores(trained, frozen, student_views, net_key)
     q = targets(scores.teacher[:, 0], options)
     cross_entropy, prior = terms(scores.student, q, options.temperature)
     value = cross_entropy + options.prior_weight * prior
@@ -107,13 +107,4 @@ def make(config) -> base.Method:
     }
     return value, base.LossOut(metrics, scores.stats)
 
-  return base.Method(
-    learns_prototypes=pair.learns_prototypes,
-    init=pair.init,
-    loss=loss,
-    update=pair.update,
-    features=pair.features,
-    codes=pair.codes,
-    embeddings=pair.embeddings,
-    prototype_matrices=pair.prototype_matrices,
-  )
+  return networks.method._replace(loss=loss)

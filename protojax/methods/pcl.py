@@ -13,11 +13,10 @@ Keys whose mean is 0 leave InfoNCE at ln(1 + queue_size exp(-1 / temperature)) o
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from protojax import errors, losses
 from protojax.methods import base
-from protojax.models import encoder as encoders
+from protojax.methods.networks import student_teacher
 from protojax.prototypes import kmeans, weight_norm
 
 OPTIONS = {
@@ -57,48 +56,37 @@ def make(config) -> base.Method:
   Raises:
     UserError: for other prototypes, local views, a queue of odd length or too many clusters.
   """
-  options, dim, accum_steps = config.method, config.head.bottleneck, config.accum_steps
+  options, dim = config.method, config.head.bottleneck
   _check(config, sorted((*options.coarse_clusters, options.num_prototypes)))
   sizes = {f"clusters{k}": k for k in options.coarse_clusters}
   sizes["prototypes"] = options.num_prototypes
   start = options.warmup_epochs * config.steps_per_epoch
   effort = {"num_steps": options.kmeans_steps, "num_restarts": options.kmeans_restarts}
-  student_net = encoders.build(config)
-  calm = config.copy_and_resolve_references()
-  calm.model.drop_path = 0.0
-  teacher_net = encoders.build(calm)
+  networks = student_teacher.build(config, constant_momentum=True)
 
   def random_rows(key, num):
     return losses.l2_normalize(jax.random.normal(key, (num, dim)))
 
   def init(key):
     encoder_key, queue_key, prototype_key = jax.random.split(key, 3)
-    params, batch_stats = encoders.init(student_net, encoder_key, config.augment.global_size)
-    return base.Variables(
-      encoder=params,
+    variables = networks.method.init(encoder_key)
+    return variables.replace(
       prototypes={  # stand-ins until the first refresh
         name: {"centroids": random_rows(prototype_key, k), "phi": jnp.full(k, options.temperature)}
         for name, k in sizes.items()
       },
-      teacher={"encoder": jax.tree.map(jnp.copy, params)},
       carry={
-        "batch_stats": {"student": batch_stats, "teacher": jax.tree.map(jnp.copy, batch_stats)},
+        **variables.carry,
         "key_queue": random_rows(queue_key, options.queue_size),
         "clusters": jnp.zeros((len(sizes), config.data.num_records), jnp.int32),
       },
     )
 
-  def embed(net, params, batch_stats, crops, key=None):
-    out, batch_stats = encoders.embed(
-      net, params, batch_stats, {"global": crops}, train=True, key=key, accum_steps=accum_steps
-    )
-    return out.z[:, 0], batch_stats
-
   def loss(trained, frozen, views, key, step):
     frozen, crops = jax.lax.stop_gradient(frozen), views["global"]
-    stats, teacher = frozen.carry["batch_stats"], frozen.teacher["encoder"]
-    q, student_stats = embed(student_net, trained["encoder"], stats["student"], crops[:, :1], key)
-    k, teacher_stats = embed(teacher_net, teacher, stats["teacher"], crops[:, 1:])
+    one_each = {"global": crops[:, :1], "target": crops[:, 1:]}
+    student, teacher, batch_stats = networks.embed(trained, frozen, one_each, key)
+    q, k = student.z[:, 0], teacher.z[:, 0]
     info = losses.info_nce(q, k, frozen.carry["key_queue"], temperature=options.temperature)
     clusters = frozen.carry["clusters"][:, views["index"]]  # [sets, B]
     sets = zip((frozen.prototypes[name] for name in sizes), clusters, strict=True)
@@ -106,17 +94,14 @@ def make(config) -> base.Method:
     proto = jnp.where(step >= start, proto, 0.0)  # until then the clusters are stand-ins
     value = info + proto
     metrics = {"loss": value, "info_nce": info, "proto_nce": proto}
-    stats = {"batch_stats": {"student": student_stats, "teacher": teacher_stats}, "keys": k}
-    return value, base.LossOut(metrics, stats)
+    return value, base.LossOut(metrics, {"batch_stats": batch_stats, "keys": k})
 
   def update(variables, stats, step):
     oldest = step % (options.queue_size // config.batch_size) * config.batch_size
     queue = variables.carry["key_queue"]
     queue = jax.lax.dynamic_update_slice_in_dim(queue, stats["keys"], oldest, axis=0)
-    new, share = {"encoder": variables.encoder}, 1.0 - config.teacher.momentum
-    teacher = optax.incremental_update(new, variables.teacher, share)
-    carry = {**variables.carry, "batch_stats": stats["batch_stats"], "key_queue": queue}
-    return variables.replace(teacher=teacher, carry=carry)
+    variables = networks.method.update(variables, stats["batch_stats"], step)
+    return variables.replace(carry={**variables.carry, "key_queue": queue})
 
   def refresh(variables, rows, index, key):
     prototypes, clusters = {}, variables.carry["clusters"]
@@ -127,12 +112,8 @@ def make(config) -> base.Method:
       clusters = clusters.at[i, index].set(found.codes)
     return variables.replace(prototypes=prototypes, carry={**variables.carry, "clusters": clusters})
 
-  def teacher_of(variables):
-    return teacher_net, variables.teacher["encoder"], variables.carry["batch_stats"]["teacher"]
-
   def embeddings(variables, images):
-    out, _ = encoders.embed(*teacher_of(variables), {"global": images[:, None]}, train=False)
-    return dict.fromkeys(sizes, out.z[:, 0])
+    return dict.fromkeys(sizes, networks.project(variables, images).z[:, 0])
 
   def prototype_matrices(variables):
     return {name: variables.prototypes[name]["centroids"] for name in sizes}
@@ -141,12 +122,10 @@ def make(config) -> base.Method:
     z, sets = embeddings(variables, images), prototype_matrices(variables)
     return {name: weight_norm.scores(rows, z[name]) for name, rows in sets.items()}
 
-  return base.Method(
-    learns_prototypes=False,
+  return networks.method._replace(
     init=init,
     loss=loss,
     update=update,
-    features=lambda variables, images: encoders.features(*teacher_of(variables), images),
     codes=codes,
     embeddings=embeddings,
     prototype_matrices=prototype_matrices,

@@ -77,8 +77,8 @@ def cross_entropy(q: jax.Array, log_p: jax.Array) -> jax.Array:
   pairs = ~np.eye(num_views, dtype=bool) & ~(local[:, None] & local[None, :])
   if not pairs.any():
     raise ValueError(f"targets {q.shape} need 2 views, one of them global")
-  pair = -jnp.einsum("bik,bjk->ij", q, log_p, precision="highest") / q.shape[0]
-  return jnp.sum(jnp.where(pairs, pair, 0.0)) / pairs.sum()
+  by_pair = -jnp.einsum("bik,bjk->ij", q, log_p, precision="highest") / q.shape[0]
+  return jnp.sum(jnp.where(pairs, by_pair, 0.0)) / pairs.sum()
 
 
 def make(config) -> base.Method:
@@ -95,9 +95,9 @@ def make(config) -> base.Method:
       "classes or more, and set method.more_classifiers=() unless method.prototypes=learned"
     )
   errors.require_positive(options, "row_temp", "column_temp")
-  whole = config.copy_and_resolve_references()
-  whole.method.num_prototypes = sum(sizes)
-  net = student.build_with_prototypes(whole)
+  joined_config = config.copy_and_resolve_references()
+  joined_config.method.num_prototypes = sum(sizes)
+  net = student.build_with_prototypes(joined_config)
   names = ("prototypes", *(f"prototypes_{i + 1}" for i in range(1, len(sizes))))
 
   def split(x, axis=-1):
@@ -124,21 +124,14 @@ def make(config) -> base.Method:
     return value, base.LossOut(metrics, stats)
 
   def codes(variables, images):
-    return split(net.codes(variables, images)["prototypes"])
+    return split(net.method.codes(variables, images)["prototypes"])
 
   def embeddings(variables, images):
-    return dict.fromkeys(names, net.embeddings(variables, images)["prototypes"])
+    return dict.fromkeys(names, net.method.embeddings(variables, images)["prototypes"])
 
   def prototype_matrices(variables):
-    return split(net.prototype_matrices(variables)["prototypes"], axis=0)
+    return split(net.method.prototype_matrices(variables)["prototypes"], axis=0)
 
-  return base.Method(
-    learns_prototypes=net.learns_prototypes,
-    init=net.init,
-    loss=loss,
-    update=lambda variables, stats, step: net.update(variables, stats),
-    features=net.features,
-    codes=codes,
-    embeddings=embeddings,
-    prototype_matrices=prototype_matrices,
+  return net.method._replace(
+    loss=loss, codes=codes, embeddings=embeddings, prototype_matrices=prototype_matrices
   )

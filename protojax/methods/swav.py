@@ -3,8 +3,8 @@
 Targets are Sinkhorn assignments of the two global views, each view balanced by itself over the
 global batch and, if there is one, a queue of earlier features; every view predicts the targets of
 the others. There is no teacher. `method.prototypes` chooses between learned ones, as published
-(`optim.freeze_prototypes_*` holds them still at the start), a mixture fed by the student's features
-and frozen ones.
+(`optim.freeze_prototypes_*` keeps them from moving at the start), a mixture fed by the student's
+features and frozen ones.
 
 What differs from the published code: Sinkhorn runs in the log domain; learned prototypes are
 weight-normalised, where that code projects them on the sphere before each step; the queue fills
@@ -69,7 +69,7 @@ def make(config) -> base.Method:
   balanced = functools.partial(targets, epsilon=options.epsilon, num_steps=options.sinkhorn_steps)
 
   def init(key):
-    variables = net.init(key)
+    variables = net.method.init(key)
     if not slots:
       return variables
     # A ring of batches, to Sinkhorn the same as a queue: it does not see the order of its rows.
@@ -79,17 +79,17 @@ def make(config) -> base.Method:
   def loss(trained, frozen, views, key, step):
     z, state, stats = net.embed(trained, frozen, views, key)
     scores = net.scores(state, z)
-    seen = jax.lax.stop_gradient(scores[:, None, :2])
+    batch_scores = jax.lax.stop_gradient(scores[:, None, :2])
     if slots:
-      queue, still = jax.lax.stop_gradient((frozen.carry["queue"], state))
+      queue, detached = jax.lax.stop_gradient((frozen.carry["queue"], state))
       q = jax.lax.cond(
         step >= queue_start,
-        lambda: balanced(jnp.concatenate([seen, net.scores(still, queue)], axis=1)),
-        lambda: balanced(seen),
+        lambda: balanced(jnp.concatenate([batch_scores, net.scores(detached, queue)], axis=1)),
+        lambda: balanced(batch_scores),
       )
       stats |= {"queued": jax.lax.stop_gradient(z[:, None, :2])}
     else:
-      q = balanced(seen)
+      q = balanced(batch_scores)
     value = losses.cross_view_entropy(scores, q, temperature=options.temperature)
     entropy = losses.entropy(q).mean()
     metrics = {
@@ -102,7 +102,7 @@ def make(config) -> base.Method:
     return value, base.LossOut(metrics, stats)
 
   def update(variables, stats, step):
-    variables = net.update(variables, stats)
+    variables = net.method.update(variables, stats, step)
     if not slots:
       return variables
     queue = jax.lax.dynamic_update_slice_in_dim(
@@ -110,13 +110,4 @@ def make(config) -> base.Method:
     )
     return variables.replace(carry={**variables.carry, "queue": queue})
 
-  return base.Method(
-    learns_prototypes=net.learns_prototypes,
-    init=init,
-    loss=loss,
-    update=update,
-    features=net.features,
-    codes=net.codes,
-    embeddings=net.embeddings,
-    prototype_matrices=net.prototype_matrices,
-  )
+  return net.method._replace(init=init, loss=loss, update=update)

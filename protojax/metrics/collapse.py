@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from protojax import losses
+
 PyTree = Any
 
 # Of cosine distance; the ones of arXiv 2510.20108. A larger one is harder to pass.
@@ -20,7 +22,12 @@ _ROWS = 256  # rows compared with all others at a time
 _TINY = 1e-12
 
 
-def _unit(rows: jax.Array) -> jax.Array:
+def unit_rows(rows: jax.Array) -> jax.Array:
+  """float32 [N, D] of length one; a row of zeros stays one.
+
+  Divided by the norm: `losses.l2_normalize` multiplies by its reciprocal, which rounds otherwise,
+  and measures are compared with those of earlier runs.
+  """
   rows = jnp.asarray(rows, jnp.float32)
   return rows / jnp.maximum(jnp.linalg.norm(rows, axis=-1, keepdims=True), _TINY)
 
@@ -40,6 +47,10 @@ def cover(prototypes: jax.Array, thresholds: Sequence[float] = THRESHOLDS) -> ja
   In index order, the first row that nobody represents represents itself and all unrepresented rows
   nearer than the threshold (strictly). Depends on the order, does not chain.
 
+  `uniqueness.measure` finds the same cover on the host: it is faster there, as it passes over
+  blocks without near pairs, which a compiled loop cannot, and counts more; this one stays on the
+  device, beside the training state.
+
   Args:
     prototypes: [K, D], any norm.
     thresholds: T cosine distances (static tuple), each covered for itself.
@@ -50,7 +61,7 @@ def cover(prototypes: jax.Array, thresholds: Sequence[float] = THRESHOLDS) -> ja
   num = prototypes.shape[0]
   block = min(_BLOCK, num)
   padding = -num % block
-  rows = _unit(prototypes)
+  rows = unit_rows(prototypes)
   directed = jnp.isfinite(rows).all(axis=1) & (jnp.abs(rows).max(axis=1) > 0.0)
   rows = jnp.pad(jnp.where(directed[:, None], rows, 0.0), ((0, padding), (0, 0)))
   free = num + padding  # not represented yet
@@ -86,14 +97,26 @@ def cover(prototypes: jax.Array, thresholds: Sequence[float] = THRESHOLDS) -> ja
 
 
 def unique_counts(prototypes: jax.Array, thresholds: Sequence[float] = THRESHOLDS) -> jax.Array:
-  """Unique prototypes, the representatives of the greedy `cover`: [K, D], any norm -> int32 [T]."""
+  """Counts the prototypes that are no copies of others: the representatives of the greedy `cover`.
+
+  >>> import numpy as np
+  >>> unique_counts(np.eye(4)[[0, 1, 2, 2]], thresholds=(0.025, 0.5)).tolist()
+  [3, 3]
+
+  Args:
+    prototypes: [K, D], any norm.
+    thresholds: T cosine distances below which two count as one.
+
+  Returns:
+    int32 [T].
+  """
   owner = cover(prototypes, tuple(thresholds))
   return jnp.sum(owner == jnp.arange(prototypes.shape[0])[None, :], axis=1, dtype=jnp.int32)
 
 
 def random_prototypes(num: int, dim: int) -> jax.Array:
   """float32 [K, D]: unit rows, uniform on the sphere, the same ones every time."""
-  return _unit(jax.random.normal(jax.random.key(0), (num, dim)))
+  return unit_rows(jax.random.normal(jax.random.key(0), (num, dim)))
 
 
 @functools.cache
@@ -107,7 +130,7 @@ def random_unique(num: int, dim: int, thresholds: Sequence[float] = THRESHOLDS) 
 @jax.jit
 def _nearest(queries: jax.Array, rows: jax.Array, skip_self: bool) -> jax.Array:
   """float32 [N]: cosine distance of each of [N, D] to the nearest of [K, D]; inf without one."""
-  queries, rows = _unit(queries), _unit(rows)
+  queries, rows = unit_rows(queries), unit_rows(rows)
 
   def one(i):
     distance = _distance(queries[i][None, :], rows)[0]
@@ -143,7 +166,7 @@ def relative_uniqueness(prototypes: jax.Array, features: jax.Array) -> jax.Array
 
 def drift(prototypes: jax.Array, initial: jax.Array) -> jax.Array:
   """float32 []: mean over k of cos(prototype k now, at step 0); [K, D] each. 1: never moved."""
-  return jnp.sum(_unit(prototypes) * _unit(initial), axis=-1).mean()
+  return jnp.sum(unit_rows(prototypes) * unit_rows(initial), axis=-1).mean()
 
 
 # Cluster collapse and intra-cluster collapse.
@@ -160,22 +183,17 @@ def used_fraction(assignments: jax.Array, num: int) -> jax.Array:
 
 def usage_perplexity(assignments: jax.Array, num: int) -> jax.Array:
   """float32 []: exp of the entropy of the histogram of int [N], 1 (one code) to `num`."""
-  return jnp.exp(_entropy(_usage(assignments, num)))
-
-
-def _entropy(probs: jax.Array) -> jax.Array:
-  """Nats, over the last axis."""
-  return jax.scipy.special.entr(jnp.asarray(probs, jnp.float32)).sum(axis=-1)
+  return jnp.exp(losses.entropy(_usage(assignments, num)))
 
 
 def mean_assignment_entropy(probs: jax.Array) -> jax.Array:
   """float32 []: entropy of the mean row of [N, K], nats; ln K when all codes are used alike."""
-  return _entropy(jnp.asarray(probs, jnp.float32).mean(axis=0))
+  return losses.entropy(jnp.asarray(probs, jnp.float32).mean(axis=0))
 
 
 def assignment_entropy(probs: jax.Array) -> jax.Array:
   """float32 []: mean entropy of the rows of [N, K], nats; 0 for one-hot, ln K for uniform rows."""
-  return _entropy(probs).mean()
+  return losses.entropy(jnp.asarray(probs, jnp.float32)).mean()
 
 
 def within_variance_ratio(features: jax.Array, assignments: jax.Array, num: int) -> jax.Array:
@@ -199,14 +217,14 @@ def feature_std(features: jax.Array) -> jax.Array:
 
   1 for directions uniform on the sphere, 0 if all rows point the same way (arXiv 2011.10566, 4.1).
   """
-  unit = _unit(features)
+  unit = unit_rows(features)
   return jnp.std(unit, axis=0).mean() * unit.shape[1] ** 0.5
 
 
 def mean_pairwise_cosine(features: jax.Array) -> jax.Array:
   """float32 []: mean cosine over all pairs of different rows of [N, D], N > 1."""
   num = features.shape[0]  # N unit rows with mean m have (N |m|^2 - 1) / (N - 1)
-  return (num * jnp.sum(_unit(features).mean(axis=0) ** 2) - 1.0) / (num - 1)
+  return (num * jnp.sum(unit_rows(features).mean(axis=0) ** 2) - 1.0) / (num - 1)
 
 
 @jax.jit
@@ -225,7 +243,9 @@ def rankme(features: jax.Array) -> jax.Array:
   exp of the entropy of the singular values over their sum. Not centred: a common offset lowers it.
   """
   s = jnp.linalg.svd(jnp.asarray(features, jnp.float32), compute_uv=False)
-  return jnp.exp(_entropy(s / jnp.maximum(s.sum(), _TINY) + 1e-7))
+  share = s / jnp.maximum(s.sum(), _TINY) + 1e-7
+  # Not `losses.entropy`: compiled, its last digits are others than those of earlier runs.
+  return jnp.exp(jax.scipy.special.entr(share).sum())
 
 
 # Teacher and student.

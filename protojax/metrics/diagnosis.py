@@ -1,11 +1,16 @@
 """A set of prototypes in numbers, and what the numbers mean; for checkpoints, on the host."""
 
-from collections.abc import Mapping
-from typing import Any
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
 import numpy as np
+from absl import logging
+from scipy import special
+from sklearn import preprocessing
 
-from protojax.metrics import collapse, uniqueness, verdicts
+from protojax import errors
+from protojax.metrics import collapse, measures, uniqueness, verdicts
 
 _QUANTILES = (0.05, 0.5, 0.95)
 _ROWS = 256  # embeddings compared with all prototypes at a time
@@ -14,6 +19,31 @@ _CHAINED = 0.5  # components over unique prototypes, below which they are no sep
 _CONE = 0.5  # mean cosine of prototypes that point the same way; random ones have 0
 _NORMS = 3.0  # largest norm over the median, of prototypes that win by their norm
 _FLAT = 0.5  # of the rank there could be
+_MANY = 100_000  # prototypes; 65,536 of 256 dimensions take less than a minute of two cores
+
+
+class Diagnosis(NamedTuple):
+  """What was found out about prototypes, a run or a log; printed, it reads as a page of text.
+
+  Attributes:
+    verdict: one for all. Of several sets that of the first that is not well; of a run that on its
+      metrics, where there are some; None where there is nothing to judge.
+    measures: by the names of metrics.jsonl, of the set that has the verdict; {} without prototypes.
+    sentences: what it means and what to try, the verdict first.
+    result: everything as JSON.
+    lines: of the page.
+    sets: {name: its own diagnosis} for every set of prototypes in a file or a run.
+  """
+
+  verdict: verdicts.Verdict | None
+  measures: dict[str, float]
+  sentences: list[str]
+  result: dict[str, Any]
+  lines: list[str]
+  sets: Mapping[str, Self] = {}
+
+  def __str__(self) -> str:
+    return "\n".join(self.lines)
 
 
 def _spectrum(unit: np.ndarray) -> dict[str, float]:
@@ -27,52 +57,36 @@ def _spectrum(unit: np.ndarray) -> dict[str, float]:
   values = np.sqrt(energy)[: min(unit.shape)]
   share = values / values.sum() + 1e-7  # as arXiv 2210.02885, equation 1
   return {
-    "rankme": float(np.exp(-(share * np.log(share)).sum())),
+    "rankme": float(np.exp(special.entr(share).sum())),
     "largest_possible": min(unit.shape),
     "directions_for_99_percent": int(np.searchsorted(energy.cumsum(), 0.99 * energy.sum()) + 1),
     "mean_cosine": float(collapse.mean_pairwise_cosine(unit)),
   }
 
 
-def _summary(values: np.ndarray) -> dict[str, float]:
+def _range(values: np.ndarray) -> dict[str, float]:
   return {
     k: float(f(values)) for k, f in (("least", np.min), ("median", np.median), ("most", np.max))
   }
 
 
-def usage(
-  weights: np.ndarray, unit: np.ndarray, nearest: np.ndarray, embeddings: np.ndarray
-) -> dict[str, Any]:
-  """Which prototypes the embeddings fall on.
+def _nearest_prototypes(
+  weights: np.ndarray, unit: np.ndarray, embeddings: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """(codes int [N], cosine distance to the nearest prototype [N]) of embeddings [N, D].
 
   Args:
-    weights: float32 [K, D]; the one with the largest product takes an image.
-    unit: float32 [K, D], directions.
-    nearest: float32 [K], cosine distance of each to the nearest other.
-    embeddings: [N, D], what the method compares with prototypes.
+    weights: float32 [K, D]; the one with the largest product is an embedding's code.
+    unit: float32 [K, D], their directions.
+    embeddings: [N, D].
   """
   codes, distances = [], []
   for start in range(0, len(embeddings), _ROWS):
-    rows = np.asarray(embeddings[start : start + _ROWS], np.float32)
-    rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    rows = preprocessing.normalize(embeddings[start : start + _ROWS])
     cosine = rows @ unit.T
     distances.append(1.0 - cosine.max(axis=1))
     codes.append((cosine if weights is unit else rows @ weights.T).argmax(axis=1))
-  codes, num = np.concatenate(codes), len(weights)
-  counts = np.bincount(codes, minlength=num)
-  spread = float(np.median(np.concatenate(distances)))
-  embeddings = np.asarray(embeddings, np.float32)
-  return {
-    "images": len(embeddings),
-    "used": float(collapse.used_fraction(codes, num)),
-    "perplexity": float(collapse.usage_perplexity(codes, num)),
-    "unused": int(np.sum(counts == 0)),
-    "largest_share": float(counts.max() / len(embeddings)),
-    "relative_uniqueness": float(np.median(nearest)) / max(spread, 1e-7),
-    "feature_std": float(collapse.feature_std(embeddings)),
-    "rankme": float(collapse.rankme(embeddings)),
-    "mean_cosine": float(collapse.mean_pairwise_cosine(embeddings)),
-  }
+  return np.concatenate(codes), np.concatenate(distances)
 
 
 def examine(
@@ -88,23 +102,24 @@ def examine(
     weights: float32 [K, D], K and D above 1, rows of any norm.
     gain: [K], factors of a weight-normalised layer, if it is one.
     cosine: whether features are compared with directions only.
-    embeddings: [N, D], N > 1, to see which prototypes are used.
+    embeddings: float32 [N, D], N > 1, to see which prototypes are used.
 
   Returns:
-    What can be written as JSON; counts of `uniqueness.measure`, cosine distances, norms.
+    What can be written as JSON: "measures" by the names of metrics.jsonl; and, beside them, counts
+    of `uniqueness.measure`, cosine distances, norms.
   """
   num, dim = weights.shape
-  seen = uniqueness.measure(weights)
-  null = uniqueness.null(num, dim)
-  directed = seen.owner[0] >= 0
+  found, null = uniqueness.measure(weights), uniqueness.null(num, dim)
+  directed = found.owner[0] >= 0
   lost = np.flatnonzero(~directed)
-  headline = seen.thresholds.index(verdicts.HEADLINE)
-  groups = uniqueness.largest_groups(seen.owner[headline], _GROUPS)
+  headline = found.thresholds.index(verdicts.HEADLINE)
+  groups = uniqueness.largest_groups(found.owner[headline], _GROUPS)
+  known = measures.uniqueness(found.unique, null.unique, num)
   result = {
     "num": num,
     "dim": dim,
-    "thresholds": list(seen.thresholds),
-    "unique": {k: getattr(seen, k).tolist() for k in ("unique", "components", "isolated")},
+    "thresholds": list(found.thresholds),
+    "unique": {k: getattr(found, k).tolist() for k in ("unique", "components", "isolated")},
     "random": {k: getattr(null, k).tolist() for k in ("unique", "components", "isolated")},
     "random_drawn": null.drawn,
     "groups": [{"size": len(g), "first": g[:_MEMBERS].tolist()} for g in groups],
@@ -115,11 +130,11 @@ def examine(
     },
   }
   if directed.sum() < 2:
-    return result
+    return result | {"measures": _measures(known, num_prototypes=num)}
   norms = np.linalg.norm(weights[directed].astype(np.float64), axis=1)
   unit = np.zeros_like(weights)
   unit[directed] = weights[directed] / norms[:, None]
-  near = seen.nearest[directed]
+  near = found.nearest[directed]
   rows = np.ascontiguousarray(weights[directed])
   different = np.unique(rows.view(np.dtype((np.void, rows.dtype.itemsize * dim)))).size
   result |= {
@@ -129,31 +144,38 @@ def examine(
       "distance": np.quantile(near, _QUANTILES).tolist(),
       "random": uniqueness.null_nearest(num, dim, _QUANTILES).tolist(),
     },
-    "norm": _summary(norms),
+    "norm": _range(norms),
     "spectrum": _spectrum(unit[directed]),
   }
   if gain is not None:
-    result["gain"] = _summary(np.asarray(gain, np.float64))
-  if embeddings is not None:
-    directions_only = cosine or (directed.all() and np.ptp(norms) < 1e-6)
-    met = unit if directions_only else np.where(directed[:, None], weights, 0.0)
-    result["usage"] = usage(met, unit, near, embeddings)
+    result["gain"] = _range(np.asarray(gain, np.float64))
+  if embeddings is None:
+    return result | {"measures": _measures(known, prototypes=unit)}
+  directions_only = cosine or (directed.all() and np.ptp(norms) < 1e-6)
+  compared = unit if directions_only else np.where(directed[:, None], weights, 0.0)
+  codes, distances = _nearest_prototypes(compared, unit, embeddings)
+  # All pairs of prototypes have been compared: not once more.
+  known["relative_uniqueness"] = float(np.median(near)) / max(float(np.median(distances)), 1e-7)
+  result["measures"] = _measures(
+    known, prototypes=unit, features=embeddings, embeddings=embeddings, codes=codes
+  )
+  counts = np.bincount(codes, minlength=num)
+  result["usage"] = {
+    "images": len(embeddings),
+    "unused": int(np.sum(counts == 0)),
+    "largest_share": float(counts.max() / len(embeddings)),
+  } | {k.removeprefix("collapse/"): v for k, v in result["measures"].items()}
   return result
 
 
-def measures(result: Mapping[str, Any]) -> dict[str, float]:
-  """The part of `examine`'s result that `verdicts.judge` knows, by its names."""
-  num, headline = result["num"], result["thresholds"].index(verdicts.HEADLINE)
-  out = {
-    f"collapse/unique_{verdicts.HEADLINE}": result["unique"]["unique"][headline] / num,
-    f"collapse/unique_{verdicts.HEADLINE}_random": result["random"]["unique"][headline] / num,
-  }
-  known = ("used", "perplexity", "relative_uniqueness", "feature_std", "rankme", "mean_cosine")
-  return out | {f"collapse/{k}": result["usage"][k] for k in known if "usage" in result}
+def _measures(known: Mapping[str, float], **arrays) -> dict[str, float]:
+  return measures.summary(known={f"collapse/{k}": v for k, v in known.items()}, **arrays)
 
 
-def words(result: Mapping[str, Any], *, cosine: bool, prototypes: str = "learned") -> list[str]:
-  """What `examine`'s result means and what to try, a few sentences; the verdict first.
+def words(
+  result: Mapping[str, Any], *, cosine: bool, prototypes: str = "learned"
+) -> tuple[verdicts.Verdict, list[str]]:
+  """The verdict on `examine`'s result, and a few sentences: what it means and what to try.
 
   Args:
     result: from `examine`.
@@ -161,9 +183,7 @@ def words(result: Mapping[str, Any], *, cosine: bool, prototypes: str = "learned
     prototypes: how they were made, `method.prototypes`; "learned" for other people's.
   """
   num = result["num"]
-  verdict = verdicts.judge(
-    measures(result), num_prototypes=num, step=1, grace_steps=0, prototypes=prototypes
-  )
+  verdict = verdicts.judge(result["measures"], num_prototypes=num, prototypes=prototypes)
   unique, random = result["unique"]["unique"], result["random"]["unique"]
   headline = result["thresholds"].index(verdicts.HEADLINE)
   count = unique[headline]
@@ -179,7 +199,8 @@ def words(result: Mapping[str, Any], *, cosine: bool, prototypes: str = "learned
       "what is not finite; go back to a checkpoint without them"
     )
   if "spectrum" not in result:
-    return [f"fewer than two of {num:,} rows have a direction: nothing to compare", *out[1:]]
+    few = f"fewer than two of {num:,} rows have a direction: nothing to compare"
+    return verdict, [few, *out[1:]]
   if verdict.label == "partial prototype collapse":
     out.append(
       f"the effective number of clusters is about {count:,}, {num / count:.1f} prototypes to each"
@@ -204,7 +225,7 @@ def words(result: Mapping[str, Any], *, cosine: bool, prototypes: str = "learned
   if spectrum["mean_cosine"] > _CONE and "usage" not in result:
     out.append(
       f"prototypes point the same way (mean cosine {spectrum['mean_cosine']:.2f}): if the features "
-      "do too, they are near without being redundant; --embeddings tells"
+      "do too, they are near without being redundant; embeddings tell"
     )
   if spectrum["rankme"] < _FLAT * spectrum["largest_possible"] and verdict.label == "ok":
     out.append(
@@ -219,7 +240,174 @@ def words(result: Mapping[str, Any], *, cosine: bool, prototypes: str = "learned
     )
   if "usage" not in result:
     out.append(
-      "whether they are used cannot be seen from weights: pass --embeddings, or --data for a run "
-      "of protojax; random prototypes that never moved look as unique as the best"
+      "whether they are used cannot be seen from weights: pass embeddings, or data for a run of "
+      "protojax; random prototypes that never moved look as unique as the best"
     )
-  return out
+  return verdict, out
+
+
+def _percent(count: int, num: int) -> str:
+  return f"{count:,} ({count / num:.1%})"
+
+
+def _table_row(name: str, cells) -> str:
+  return f"  {name:<13}" + "".join(f"{cell:>17}" for cell in cells)
+
+
+def _page(name: str, result: Mapping[str, Any]) -> list[str]:
+  """The lines that show `examine`'s result for the set called `name`."""
+  num, dim = result["num"], result["dim"]
+  lines = [f"{name}: {num:,} prototypes of {dim} dimensions", ""]
+  lines.append(_table_row("unique at", (f"{t:g}" for t in result["thresholds"])))
+  for kind, label in (
+    ("unique", "greedy cover"),
+    ("components", "components"),
+    ("isolated", "isolated"),
+  ):
+    lines.append(_table_row(label, (_percent(n, num) for n in result["unique"][kind])))
+  lines.append(_table_row("random cover", (_percent(n, num) for n in result["random"]["unique"])))
+  lines += [
+    "  cover: in index order, strictly nearer; components: single linkage; isolated: none nearer;",
+    "  random: greedy cover of unit rows of the same K and D, "
+    + (
+      "drawn once"
+      if result["random_drawn"]
+      else "not drawn: fewer than .001 near pairs are expected"
+    ),
+  ]
+  if result["groups"]:
+    lines.append(f"  largest groups of the cover at {verdicts.HEADLINE:g}, with their first rows:")
+    lines += [
+      f"    {g['size']:,}: {', '.join(map(str, g['first']))}"
+      + ", ..." * (g["size"] > len(g["first"]))
+      for g in result["groups"]
+    ]
+  lost = result["without_direction"]
+  lines.append(f"  rows that are zero: {lost['zero']:,}, not finite: {lost['not_finite']:,}")
+  if "spectrum" not in result:
+    return lines
+  near, spectrum, norm = result["nearest"], result["spectrum"], result["norm"]
+  lines += [
+    f"  copies to the bit: {result['copies_to_the_bit']:,}",
+    "  nearest other prototype, 5 % / median / 95 %: "
+    + " / ".join(f"{v:.4f}" for v in near["distance"]),
+    "    of random ones, by the distribution of cosines on the sphere: "
+    + " / ".join(f"{v:.4f}" for v in near["random"]),
+    f"  norm, least / median / most: {norm['least']:.4g} / {norm['median']:.4g} / "
+    f"{norm['most']:.4g}"
+    + (
+      f"; gain g {result['gain']['least']:.4g} to {result['gain']['most']:.4g}"
+      if "gain" in result
+      else ""
+    ),
+    f"  spectrum of the directions: RankMe {spectrum['rankme']:.1f} of "
+    f"{spectrum['largest_possible']}, {spectrum['directions_for_99_percent']} singular values hold "
+    f"99 % of the energy, mean cosine {spectrum['mean_cosine']:z.3f}",
+  ]
+  if "usage" in result:
+    usage = result["usage"]
+    lines.append(
+      f"  usage by {usage['images']:,} embeddings (largest product): {usage['unused']:,} by none, "
+      f"the most used takes {usage['largest_share']:.1%}"
+    )
+  counted = {f"unique_{t}" for t in result["thresholds"]} | {"num_prototypes"}  # shown above
+  shown = [row for row in measures.MEASURES if row.name not in counted]
+  values = [(row, row.value(result["measures"])) for row in shown]
+  return lines + [
+    f"  {row.title or row.name.replace('_', ' '):<19} "
+    + (f"{value:.1%}" if row.is_share else f"{value:.4g}")
+    for row, value in values
+    if value is not None
+  ]
+
+
+def joined(
+  sets: Mapping[str, Diagnosis],
+  *,
+  lines: Sequence[str],
+  result: Mapping[str, Any],
+  verdict: verdicts.Verdict | None = None,
+) -> Diagnosis:
+  """One diagnosis of a file or a run from those of its sets of prototypes.
+
+  Args:
+    sets: {name: its own}, may be empty.
+    lines: what the page says before them.
+    result: what the result holds beside them.
+    verdict: on the run; None takes that of the first set that is not well.
+  """
+  ill = [one for one in sets.values() if one.verdict.label != "ok"]
+  first = next(iter([*ill, *sets.values()]), None)
+  sentences = [*([verdict.sentence] if verdict else []), *(first.sentences if first else [])]
+  return Diagnosis(
+    verdict=verdict or (first and first.verdict),
+    measures=first.measures if first else {},
+    sentences=sentences,
+    result={**result, "sets": {name: one.result for name, one in sets.items()}},
+    lines=[*lines, *(line for one in sets.values() for line in ("", *one.lines))],
+    sets=sets,
+  )
+
+
+def bullets(sentences: Sequence[str]) -> list[str]:
+  """One sentence after the other, in lines of the width of the table."""
+  wrapped = (textwrap.wrap(s, 96, break_on_hyphens=False) for s in sentences)
+  return [("    " if i else "  - ") + line for lines in wrapped for i, line in enumerate(lines)]
+
+
+def diagnose(
+  prototypes,
+  *,
+  embeddings=None,
+  name: str = "prototypes",
+  gain: np.ndarray | None = None,
+  cosine: bool = False,
+  made: str = "learned",
+  aliases: Sequence[str] = (),
+) -> Diagnosis:
+  """Says whether prototypes are copies of one another and, with embeddings, whether they are used.
+
+  Arrays are of NumPy, JAX or anything with `__dlpack__` or `__array__`, such as a tensor of PyTorch
+  in the host's memory.
+
+  >>> import numpy as np
+  >>> found = diagnose(np.repeat(np.eye(16), 4, axis=0))
+  >>> found.verdict.label, found.measures["collapse/unique_0.025"]
+  ('partial prototype collapse', 0.25)
+
+  Args:
+    prototypes: [K, D], K and D above 1, rows of any norm as features meet them.
+    embeddings: [N, D], N > 1, finite: what is compared with the prototypes.
+    name: of the set.
+    gain: [K], factors of a weight-normalised layer, if it is one.
+    cosine: whether features are compared with directions only.
+    made: how the prototypes were, `method.prototypes`; "learned" for other people's.
+    aliases: names of other layers with the same numbers (tied heads).
+
+  Raises:
+    UserError: for arrays of other shapes, or embeddings that are not finite.
+  """
+  weights = np.asarray(measures.as_array(prototypes), np.float32)
+  if weights.ndim != 2 or min(weights.shape) < 2:
+    raise errors.UserError(
+      f"{name} has shape {list(weights.shape)}: give [K, D], two rows and columns or more"
+    )
+  if embeddings is not None:
+    embeddings = np.asarray(measures.as_array(embeddings), np.float32)
+    if embeddings.ndim != 2 or embeddings.shape[1] != weights.shape[1]:
+      raise errors.UserError(
+        f"the embeddings have {embeddings.shape[-1]} dimensions and {name} {weights.shape[1]}: "
+        "give what comes out of the head just before the prototypes, not features of the backbone"
+      )
+    if len(embeddings) < 2 or not np.isfinite(embeddings).all():
+      raise errors.UserError("the embeddings must be at least two rows of finite numbers")
+  if len(weights) > _MANY:
+    logging.warning("comparing %d prototypes pair by pair: minutes", len(weights))
+  result = examine(weights, gain=gain, cosine=cosine, embeddings=embeddings)
+  verdict, sentences = words(result, cosine=cosine, prototypes=made)
+  result |= {"aliases": list(aliases), "diagnosis": sentences}
+  lines = _page(name, result)
+  if aliases:
+    lines.append(f"  the same numbers are called {', '.join(aliases)}: tied heads, one set")
+  lines += ["", *bullets(sentences)]
+  return Diagnosis(verdict, result["measures"], sentences, result, lines)

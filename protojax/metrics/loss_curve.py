@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from protojax import errors, files
+from protojax.metrics import diagnosis, verdicts
 
 # Sizes that prototype layers have in published code; ln of one is recognised.
 _SIZES = (
   *(2**n for n in range(7, 19)), 500, 1000, 1500, 3000, 5000, 10_000, 60_000, 98_304, 100_000,
 )  # fmt: skip
-_AT_CHANCE = 0.005  # nats; the logs have no entropy to confirm it with (monitor.LIMITS)
+_AT_CHANCE = 0.005  # nats; the logs have no entropy to confirm it with (verdicts.LIMITS)
 _STUCK = 3  # records at the least that are a plateau; a fifth of all if there are more
 _FLAT = 0.02  # nats between the largest and the least of a plateau
 _GONE = 0.3  # nats: a loss that fell below it; a healthy one is 2.8 at epoch 50
@@ -198,3 +199,23 @@ def reference(log: Log) -> list[str]:
   return (
     ["epoch   this log  ViT-S/16, K 65,536, batch 512 (dino#280, dino#76)", *rows] if rows else []
   )
+
+
+def diagnose(path: pathlib.Path) -> diagnosis.Diagnosis:
+  """What the losses in a file mean; `read` says which files.
+
+  Raises:
+    UserError: if there is no loss in it.
+  """
+  log = read(path)
+  sentences = words(log)
+  label, _, reason = sentences[0].partition(": ")
+  lines = [
+    f"log: {len(log.loss):,} losses ({log.kind}), {log.unit} {log.at[0]:g} to {log.at[-1]:g}: "
+    f"first {log.loss[0]:.3f}, least {np.nanmin(log.loss):.3f}, last {log.loss[-1]:.3f}",
+    *reference(log),
+    *diagnosis.bullets(sentences),
+  ]
+  result = {"kind": "log", "log": log.kind, "records": len(log.loss), "diagnosis": sentences}
+  verdict = verdicts.Verdict(label, reason, label != "ok")
+  return diagnosis.Diagnosis(verdict, {}, sentences, result, lines)

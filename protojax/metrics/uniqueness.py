@@ -1,7 +1,8 @@
 """Three counts of unique prototypes at all thresholds, and nearest neighbours, in one pass.
 
 For checkpoints, on the host: every pair of rows is multiplied once, in blocks that fit the cache,
-and only blocks with near pairs cost more. (What a run watches while it trains is `collapse`.)
+and only blocks with near pairs cost more. (What a run watches while it trains is
+`collapse.cover`, on the device, with the same definition and thresholds; a test holds the two equal.)
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""One verdict on a run, in words its user can act on.
+"""One verdict on a run, in words its user can act on: `verdict`, or `of_run` for one of protojax.
 
 Measures come by the names of metrics.jsonl. One that is missing (None or absent) takes part in no
 rule and reads n/a.
@@ -8,7 +8,9 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from protojax import trees
+from protojax import errors, trees
+from protojax.metrics import collapse
+from protojax.metrics import measures as table
 
 # What separates ill from well, each with its reason.
 LIMITS = {
@@ -39,7 +41,7 @@ LIMITS = {
   # Prototype spacing over feature spread: copies give 0, equal spacing about 1.
   "relative_uniqueness": 0.5,
 }
-HEADLINE = 0.025  # the cosine distance of the one uniqueness that is always shown
+HEADLINE = collapse.THRESHOLDS[0]  # cosine distance of the one uniqueness that is always shown
 
 
 class Verdict(NamedTuple):
@@ -58,12 +60,6 @@ def _show(value: float | None, form: str) -> str:
   return "n/a" if value is None else format(value, form)
 
 
-def used(measures: Mapping[str, float | None]) -> float | None:
-  """Share of K that is some image's code: of the whole bank if known, else of the sample."""
-  whole = measures.get("collapse/used")
-  return measures.get("collapse/used_sample") if whole is None else whole
-
-
 def _prototypes(measures: Mapping[str, float | None]) -> str:
   """Uniqueness, and beside it everything without which it says nothing."""
   get = measures.get
@@ -71,7 +67,7 @@ def _prototypes(measures: Mapping[str, float | None]) -> str:
     f"unique {_show(get(f'collapse/unique_{HEADLINE}'), '.0%')} "
     f"(random ones {_show(get(f'collapse/unique_{HEADLINE}_random'), '.0%')}, "
     f"moved to cosine {_show(get('collapse/drift'), '.2f')}), "
-    f"used {_show(used(measures), '.0%')}, perplexity {_show(get('collapse/perplexity'), '.0f')}"
+    f"used {_show(table.BY_NAME['used'].value(measures), '.0%')}, perplexity {_show(get('collapse/perplexity'), '.0f')}"
   )
 
 
@@ -92,7 +88,7 @@ def judge(
   measures: Mapping[str, float | None],
   *,
   num_prototypes: int,
-  step: int,
+  step: int | None = None,
   grace_steps: int = 100,
   settings: Mapping[str, object] | None = None,
   prototypes: str = "learned",
@@ -114,7 +110,7 @@ def judge(
       train/ln_k is both the loss of uniform predictions (the cross entropy, where that is one term
       of several) and the largest entropy of a target; without it uniform collapse is not seen.
     num_prototypes: K; 0 where a method has none.
-    step: updates done.
+    step: updates done; None where nobody knows: then there is no grace.
     grace_steps: steps without a verdict.
     settings: {"method.teacher_temp": value, ...} of the run; advice names no others, and does not
       tell to set what is set. None allows any.
@@ -128,7 +124,7 @@ def judge(
       "or use precision=float32",
       True,
     )
-  if step < grace_steps:
+  if step is not None and step < grace_steps:
     return Verdict("warming up", f"no verdict before step {grace_steps}", False)
 
   def advise(*changes):
@@ -136,7 +132,7 @@ def judge(
     known = [c for c in changes if settings is None or _can(c, settings)]
     return " or ".join([*([", ".join(known[:-1])] if known[:-1] else []), *known[-1:]])
 
-  late = step >= LIMITS["sample_grace"] * grace_steps
+  late = step is None or step >= LIMITS["sample_grace"] * grace_steps
   found = list(_findings(measures, num_prototypes, step, late, prototypes, advise))
   if not found:
     return Verdict("ok", _well(measures, num_prototypes, prototypes), False)
@@ -179,9 +175,10 @@ def _findings(measures, num_prototypes, step, late, prototypes, advise):
   most = _most(measures, num_prototypes)
 
   if get("collapse/teacher_distance") == 0:
+    since = "" if step is None else f" after {step} steps"
     yield Verdict(
       "aliased teacher",
-      f"the teacher equals the student after {step} steps: set teacher.momentum above 0 and "
+      f"the teacher equals the student{since}: set teacher.momentum above 0 and "
       "optim.lr above 0, and see that the two share no arrays",
       True,
     )
@@ -285,6 +282,44 @@ def _copies(measures, num_prototypes, prototypes, unique, null) -> Verdict:
     "mixture": "raise mixture.horizon_steps or set mixture.center_features=True",
   }.get(prototypes, "set method.prototypes=mixture, or lower method.num_prototypes")
   return Verdict("partial prototype collapse", f"{seen}: {advice}", True)
+
+
+def verdict(measures: Mapping[str, float | None]) -> Verdict:
+  """What these measures mean, and what to try: for any training code, at any time after its start.
+
+  An untrained net looks collapsed, so ask no earlier than some hundred updates.
+
+  >>> import numpy as np
+  >>> from protojax import metrics
+  >>> copies = np.repeat(np.eye(16), 4, axis=0)
+  >>> metrics.verdict(metrics.summary(prototypes=copies)).label
+  'partial prototype collapse'
+
+  Args:
+    measures: from `metrics.summary`; beside them, if known, "train/loss", "train/ln_k" (ln K) and
+      "train/target_entropy" (mean entropy of the targets, nats).
+
+  Raises:
+    UserError: if nothing in it says how many prototypes there are.
+  """
+  known = {name: float(value) for name, value in measures.items() if value is not None}
+  num = _num_prototypes(known)
+  return judge(known, num_prototypes=num, prototypes="learned" if num else "none")
+
+
+def _num_prototypes(measures: Mapping[str, float]) -> int:
+  """K; 0 where features or a teacher were measured and no prototypes."""
+  if "collapse/num_prototypes" in measures:
+    return int(measures["collapse/num_prototypes"])
+  if "train/ln_k" in measures:
+    return round(math.exp(measures["train/ln_k"]))
+  of_sets = {f"collapse/{row.name}": row.of_sets for row in table.MEASURES}
+  if False in map(of_sets.get, measures) and True not in map(of_sets.get, measures):
+    return 0
+  raise errors.UserError(
+    'these measures do not say how many prototypes there are: add "collapse/num_prototypes", as '
+    'metrics.summary(prototypes=...) does, or "train/ln_k"'
+  )
 
 
 def of_run(measures: Mapping[str, float | None], *, config, step: int) -> Verdict:

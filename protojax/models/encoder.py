@@ -127,6 +127,24 @@ def build(config: ml_collections.ConfigDict, *, mask_token: bool = False) -> Enc
   return encoder
 
 
+def without_drop_path(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """A copy of the config whose encoder never drops a branch: that of a teacher."""
+  config = config.copy_and_resolve_references()
+  config.model.drop_path = 0.0
+  return config
+
+
+def for_evaluation(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """A copy of the config for an encoder that is only evaluated, on any machine.
+
+  Without drop path; without recomputed blocks, whose outputs `features` could not see; with
+  attention by XLA, which every backend has.
+  """
+  config = without_drop_path(config)
+  config.model.update({"remat": False, "attention": "xla"})
+  return config
+
+
 def init(encoder: Encoder, key: jax.Array, image_size: int) -> tuple[PyTree, PyTree]:
   """Fresh variables; traceable.
 

@@ -5,12 +5,20 @@ on with one of the S batches, picked at random (JEM picks every chain by itself)
 over devices no image travels between them.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 
 def run(
-  log_density, x: jax.Array, key: jax.Array, *, num_steps: int, rate: float, noise: float
+  log_density: Callable[[jax.Array], jax.Array],
+  x: jax.Array,
+  key: jax.Array,
+  *,
+  num_steps: int,
+  rate: float,
+  noise: float,
 ) -> jax.Array:
   """Stochastic gradient Langevin dynamics: x += rate grad f(x) + noise N(0, 1), `num_steps` times.
 
@@ -38,7 +46,9 @@ def run(
   return jax.lax.stop_gradient(jax.lax.fori_loop(0, num_steps, move, x))
 
 
-def contrast(log_density, data: jax.Array, samples: jax.Array) -> jax.Array:
+def contrast(
+  log_density: Callable[[jax.Array], jax.Array], data: jax.Array, samples: jax.Array
+) -> jax.Array:
   """mean f(samples) - mean f(data), whose gradient is minus that of the mean log likelihood.
 
   Args:

@@ -271,8 +271,8 @@ class ViT(nn.Module):
     x = jnp.concatenate([jnp.broadcast_to(cls_token, (n, 1, self.width)), x], axis=1)
     x += self._position_embedding(grid_size(height, width, self.patch_size))
     if keep is not None:
-      seen = jnp.take_along_axis(x[:, 1:], keep[:, :, None], axis=1)
-      x = jnp.concatenate([x[:, :1], seen], axis=1)
+      kept = jnp.take_along_axis(x[:, 1:], keep[:, :, None], axis=1)
+      x = jnp.concatenate([x[:, :1], kept], axis=1)
     if self.registers:
       registers = self.param("registers", _normal, (1, self.registers, self.width))
       registers = jnp.broadcast_to(registers, (n, self.registers, self.width))

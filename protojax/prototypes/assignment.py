@@ -53,6 +53,10 @@ def log_sinkhorn(log_scores: jax.Array, *, num_steps: int = 3) -> jax.Array:
 def sinkhorn(scores: jax.Array, *, temperature: float | jax.Array, num_steps: int = 3) -> jax.Array:
   """Sinkhorn targets exp(log_sinkhorn(scores / temperature)), without a gradient.
 
+  >>> alike = jnp.asarray([[1.0, 0.8], [1.0, 0.9]])  # both samples prefer prototype 0
+  >>> print(sinkhorn(alike, temperature=0.05).argmax(axis=1))  # but each has to be used
+  [0 1]
+
   Args:
     scores: [N, K], N rows of the global batch, any float dtype.
     temperature: positive; smaller is sharper.

@@ -89,6 +89,7 @@ def compare(codes: jax.Array, x: jax.Array, *, scale: float, chunk_size: int = 0
     """The sums over some codes, from their scores [B, V, k] and the totals [B, V] over all."""
     log_p = some - total[..., None]
     log_mean = losses.log_batch_mean(log_p[:, :2])  # [2, k]
+    # Not `losses.entropy`: these probabilities underflow, their logarithms do not.
     mean_entropy = -jnp.sum(jnp.exp(log_mean) * log_mean, axis=-1)
     return Comparison(
       losses.mutual_cross_entropies(log_p), mean_entropy, -log_mean.sum(axis=-1) / num

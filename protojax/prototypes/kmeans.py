@@ -82,6 +82,13 @@ def fit(
 ) -> Clusters:
   """k-means from random distinct rows; of several starts the one with the least inertia.
 
+  >>> rows = jnp.asarray([[0.0, 0.1], [0.0, -0.1], [5.0, 0.0]])
+  >>> found = fit(rows, jax.random.key(0), num_clusters=2, num_restarts=4)
+  >>> bool(found.codes[0] == found.codes[1] != found.codes[2])
+  True
+  >>> print(found.centroids.shape, sorted(found.counts.tolist()))
+  (2, 2) [1.0, 2.0]
+
   Args:
     rows: [N, D], any float dtype; a copy of them and 128 MiB are held besides.
     key: the only source of randomness.

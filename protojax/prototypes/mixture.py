@@ -4,9 +4,9 @@ An encoder that trains its own prototypes can lower its loss by letting them coi
 estimated beside it, one E-step and one M-step a batch, without gradient or optimizer. A component
 forgets as much as it receives responsibility, so one that receives none stays to the bit.
 
-    tx = mixture.online_em(num_components=1024, dim=256, horizon_steps=2000)
-    state = tx.init(jax.random.key(0))
-    state, aux = tx.update(state, features)  # every step
+    em = mixture.online_em(num_components=1024, dim=256, horizon_steps=2000)
+    state = em.init(jax.random.key(0))
+    state, aux = em.update(state, features)  # every step
     scores = z @ state.means.T
 
 Under jit over a mesh the sums are over the global batch. With K split over one mesh axis and rows
@@ -19,11 +19,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from protojax import losses
 from protojax.prototypes import assignment
 
 Schedule = Callable[[jax.Array], jax.Array | float]  # number of past updates, int32 [] -> value
 
 _TINY = 1e-30
+_MOMENTUM = 0.99  # of the running usage and the running mean of the features
+_RESEED_BELOW = 0.1  # usage, in units of 1 / K, under which a component is moved
+_RESEED_MOST = 8  # components that one update moves
+_RESEED_NOISE = 1.0  # standard deviations of the batch; below 1, copies of few rows cost uniqueness
 
 
 class MixtureState(NamedTuple):
@@ -53,10 +58,49 @@ class MixtureAux(NamedTuple):
 
 
 class PrototypeTransformation(NamedTuple):
-  """Two pure functions, after `optax.GradientTransformation`."""
+  """Two pure functions, after `optax.GradientTransformation`; see `online_em`.
 
-  init: Callable[..., MixtureState]  # (key, means [K, D] or None for random directions)
-  update: Callable[[MixtureState, jax.Array], tuple[MixtureState, MixtureAux]]  # features [..., D]
+  Attributes:
+    init: (key, means [K, D] or None for random directions) -> MixtureState.
+    update: (state, features [..., D] of any float dtype) -> (MixtureState, MixtureAux). Jit it,
+      alone or inside a training step; no gradient passes.
+  """
+
+  init: Callable[..., MixtureState]
+  update: Callable[[MixtureState, jax.Array], tuple[MixtureState, MixtureAux]]
+
+
+class Options(NamedTuple):
+  """What few mixtures need to change; `online_em` has the rest.
+
+  Attributes:
+    mass: where mass moves to. "ca" (the source): to the same value whenever a component is used,
+      so weights become uniform. "ema": to n_k; weights then follow usage where a batch holds many
+      rows a component (the fixed point is E[n_k^2] / E[n_k]: with few, hard ones it is uniform).
+    covariance: "isotropic", one 1 / kappa for all, or "diagonal", that of the paper, from 1 / D and
+      never below max(1e-4, .05 / D).
+    learn_kappa: start at `kappa`, then follow the mean squared distance of features to means, over
+      the horizon: the Gaussian D / distance or, for unit features and r = 1 - distance / 2, the
+      von Mises-Fisher r (D - r^2) / (1 - r^2), at least 1 (Banerjee et al., JMLR 6, 2005); at most
+      one over the least variance.
+    beta: multiplies the log joint, log pi included; below 1 softens (deterministic annealing,
+      Ueda and Nakano, Neural Networks 11(2), 1998). A number, or a function of past updates.
+    use_pi: weigh components by pi in the posterior, as the paper does.
+    normalize: scale features to length 1 and project means on the sphere. If False, a plain
+      Gaussian mixture; standardise the features then, their squares are kept in float32.
+    balance_steps: of `assignment.log_sinkhorn`, where the mixture is `balanced`.
+    reseed: move components with a running usage below .1 / K, the lowest 8 of them, to random rows
+      of the batch plus noise of a standard deviation of the batch per dimension.
+  """
+
+  mass: str = "ca"
+  covariance: str = "isotropic"
+  learn_kappa: bool = False
+  beta: float | Schedule = 1.0
+  use_pi: bool = True
+  normalize: bool = True
+  balance_steps: int = 3
+  reseed: bool = False
 
 
 def weights(state: MixtureState) -> jax.Array:
@@ -70,10 +114,10 @@ def center(state: MixtureState, features: jax.Array) -> jax.Array:
   What a loss has to score against `state.means`. Subtracts the running mean, without a gradient,
   and restores each row's length: a unit row stays one, a learned inverse temperature (CARP) too.
   """
-  features = features.astype(jnp.float32)
+  features = losses.as_array(features).astype(jnp.float32)
   length = jnp.sqrt(jnp.maximum(jnp.sum(features**2, axis=-1, keepdims=True), _TINY))
   mean = jnp.expand_dims(jax.lax.stop_gradient(state.feature_mean), range(features.ndim - 1))
-  return length * _unit(features - mean)
+  return length * losses.l2_normalize(features - mean)
 
 
 def log_posterior(
@@ -87,7 +131,7 @@ def log_posterior(
 ) -> jax.Array:
   """The E-step: log responsibilities [N, K], float32, of features [..., D] with N rows.
 
-  log softmax over k of beta (log pi_k + log N(h; mu_k, Sigma_k)). Options as in `online_em`;
+  log softmax over k of beta (log pi_k + log N(h; mu_k, Sigma_k)). Arguments as in `Options`;
   `balance_steps` above 0 is `balanced`.
   """
   rows = _coordinates(state, _flatten(features, state.means.shape[1]), normalize)
@@ -107,70 +151,54 @@ def online_em(
   *,
   horizon_steps: float | Schedule | None = None,
   window: float | Schedule | None = None,
-  mass: str = "ca",
-  covariance: str = "isotropic",
-  variance_floor: float | None = None,
   kappa: float | Schedule = 20.0,
-  learn_kappa: bool = False,
-  beta: float | Schedule = 1.0,
-  use_pi: bool = True,
-  normalize: bool = True,
   balanced: bool = False,
-  balance_steps: int = 3,
   center_features: bool = False,
-  momentum: float = 0.99,
-  reseed: bool = False,
-  reseed_threshold: float = 0.1,
-  reseed_max: int = 8,
-  reseed_noise: float = 1.0,
+  options: Options = Options(),  # noqa: B008, it is immutable
 ) -> PrototypeTransformation:
   """Online EM with forgetting by responsibility, for K components.
 
   With responsibilities q [N, K], n_k = sum_i q_ik and window W, a component keeps exp(-n_k / W) of
   its statistics and takes the rest from the batch (Celaya, Agostini, Neural Comput. 27(5), 2015).
 
+  >>> em = online_em(num_components=2, dim=3, horizon_steps=2.0, balanced=True)
+  >>> state = em.init(jax.random.key(0))
+  >>> update = jax.jit(em.update)
+  >>> features = jnp.asarray([[9.0, 1.0, 0.0], [9.0, 0.0, 1.0], [0.0, 5.0, -5.0], [0.0, 4.0, -6.0]])
+  >>> for _ in range(20):
+  ...   state, aux = update(state, features)
+  >>> codes = (features @ state.means.T).argmax(axis=1)  # of each row its component
+  >>> bool(codes[0] == codes[1] != codes[2] == codes[3])
+  True
+  >>> print(state.means.shape, aux.usage.round(1))
+  (2, 3) [0.5 0.5]
+
   Args:
     num_components: K, at least 2.
     dim: D.
     horizon_steps: updates in which a component with balanced usage, n_k = N / K, forgets a factor
       e: W = horizon_steps N / K. For a horizon in epochs multiply by the updates an epoch has. Much
-      longer than the run, it leaves the prototypes where they started.
+      longer than the run, it leaves the prototypes where they started. Like `window` and `kappa`
+      a number, or a function of past updates.
     window: W in rows, instead; exactly one of the two. The eta of the source is exp(-1 / W).
-    mass: where mass moves to. "ca" (the source): to the same value whenever a component is used,
-      so weights become uniform. "ema": to n_k; weights then follow usage where a batch holds many
-      rows a component (the fixed point is E[n_k^2] / E[n_k]: with few, hard ones it is uniform).
-    covariance: "isotropic", one 1 / kappa for all, or "diagonal", that of the paper, from 1 / D.
-    variance_floor: least variance; max(1e-4, .05 / D) if None. A fixed kappa ignores it.
     kappa: isotropic inverse variance. Unit features have the posterior softmax(kappa cos).
-    learn_kappa: start at `kappa`, then follow the mean squared distance of features to means, over
-      the horizon: the Gaussian D / distance or, for unit features and r = 1 - distance / 2, the
-      von Mises-Fisher r (D - r^2) / (1 - r^2), at least 1 (Banerjee et al., JMLR 6, 2005).
-    beta: multiplies the log joint, log pi included; below 1 softens (deterministic annealing,
-      Ueda and Nakano, Neural Networks 11(2), 1998).
-    use_pi: weigh components by pi in the posterior, as the paper does.
-    normalize: scale features to length 1 and project means on the sphere. If False, a plain
-      Gaussian mixture; standardise the features then, their squares are kept in float32.
     balanced: Sinkhorn EM (arXiv 2006.16548): over the batch all components get the same total
-      responsibility, to `balance_steps` of `assignment.log_sinkhorn`. pi has no effect then.
+      responsibility, to `Options.balance_steps` of `assignment.log_sinkhorn`. pi has no effect
+      then.
     center_features: first subtract the running mean, this batch included; see `center`.
-    momentum: of running usage and feature mean; the latter is a plain mean while that is shorter.
-    reseed: move components with running usage below `reseed_threshold` / K, the lowest `reseed_max`
-      of them, to random rows of the batch plus noise of `reseed_noise` standard deviations of the
-      batch per dimension (below 1, copies of few rows cost uniqueness).
+    options: the rest, see `Options`.
 
   Raises:
     ValueError: for options out of range or in conflict; in `update` unless floats [..., D] come.
   """
-  floor = max(1e-4, 0.05 / max(dim, 1)) if variance_floor is None else variance_floor
+  mass, covariance, learn_kappa, beta, use_pi, normalize, balance_steps, reseed = options
+  floor = max(1e-4, 0.05 / max(dim, 1))  # of a variance
   diagonal = covariance == "diagonal"
   positive = {
     "horizon_steps": horizon_steps,
     "window": window,
     "kappa": kappa,
     "beta": beta,
-    "variance_floor": floor,
-    "reseed_noise": reseed_noise,
-    "reseed_threshold": reseed_threshold,
   }
   for wrong, message in (
     (num_components < 2 or dim < 1, f"{num_components=}, {dim=}: need at least 2 and 1"),
@@ -180,8 +208,6 @@ def online_em(
     (learn_kappa and diagonal, "learn_kappa needs covariance='isotropic'"),
     (learn_kappa and callable(kappa), "learn_kappa starts from a number, not from a schedule"),
     (balance_steps < 1, f"{balance_steps=}: must be at least 1"),
-    (not 0.0 <= momentum < 1.0, f"{momentum=}: must be at least 0 and below 1"),
-    (reseed_max < 1, f"{reseed_max=}: must be at least 1"),
     *(
       (not (value is None or callable(value) or value > 0.0), f"{name}={value}: must be positive")
       for name, value in positive.items()
@@ -196,7 +222,7 @@ def online_em(
     means = jax.random.normal(means_key, shape) if means is None else jnp.array(means, jnp.float32)
     if means.shape != shape:
       raise ValueError(f"means are [K, D] = {shape}, got {means.shape}")
-    means = _unit(means) if normalize else means
+    means = losses.l2_normalize(means) if normalize else means
     return MixtureState(
       step=jnp.zeros((), jnp.int32),
       mass=jnp.ones(num_components),
@@ -215,7 +241,7 @@ def online_em(
     old, rows = jax.lax.stop_gradient((state, _flatten(features, dim)))
     num_rows, step = rows.shape[0], state.step
     if center_features:
-      feature_mean = _running(old.feature_mean, rows.mean(axis=0), 1.0 - momentum, step)
+      feature_mean = _running(old.feature_mean, rows.mean(axis=0), 1.0 - _MOMENTUM, step)
       old = old._replace(feature_mean=feature_mean)
     log_q = log_posterior(
       old,
@@ -242,15 +268,15 @@ def online_em(
     target = load if mass == "ema" else jnp.ones_like(load)
     new_mass = old.mass + rate * (target - old.mass)
 
-    def move(statistic, seen):
-      moved = statistic + rate[:, None] * (target[:, None] * seen - statistic)
+    def move(statistic, of_batch):
+      moved = statistic + rate[:, None] * (target[:, None] * of_batch - statistic)
       return jnp.where(received, moved, statistic)
 
     batch_means = average(rows)
     sums = move(old.sums, batch_means)
     mean = sums / new_mass[:, None]
-    means = jnp.where(received, _unit(mean) if normalize else mean, old.means)
-    usage = momentum * old.usage + (1.0 - momentum) * share
+    means = jnp.where(received, losses.l2_normalize(mean) if normalize else mean, old.means)
+    usage = _MOMENTUM * old.usage + (1.0 - _MOMENTUM) * share
     new = old._replace(step=step + 1, mass=new_mass, sums=sums, means=means, usage=usage)
     if diagonal:
       squares = move(old.squares, average(rows**2))
@@ -265,11 +291,13 @@ def online_em(
     else:
       new = new._replace(kappa=jnp.asarray(_at(kappa, step + 1), jnp.float32))
 
-    before, after, queries = (x if normalize else _unit(x) for x in (old.means, means, rows))
+    before, after, queries = old.means, means, rows
+    if not normalize:
+      before, after, queries = map(losses.l2_normalize, (before, after, queries))
     aux = MixtureAux(
       usage=share,
-      entropy=-jnp.sum(q * log_q) / num_rows,
-      perplexity=jnp.exp(jax.scipy.special.entr(share).sum()),
+      entropy=-jnp.sum(q * log_q) / num_rows,  # from the logarithms, which are there
+      perplexity=jnp.exp(losses.entropy(share)),
       movement=0.5 * jnp.sum((after - before) ** 2) / num_components,  # 1 - cos, exact near 0
       max_cos=assignment.gaussian_scores(queries, before, unit_rows=True).max(axis=1).mean(),
     )
@@ -277,12 +305,12 @@ def online_em(
 
   def move_unused(state: MixtureState, rows: jax.Array) -> MixtureState:
     row_key, noise_key = jax.random.split(jax.random.fold_in(state.key, state.step))
-    lowest, index = jax.lax.top_k(-state.usage, min(reseed_max, num_components))
+    lowest, index = jax.lax.top_k(-state.usage, min(_RESEED_MOST, num_components))
     # An index out of range is dropped by the scatter.
-    index = jnp.where(-lowest < reseed_threshold / num_components, index, num_components)
+    index = jnp.where(-lowest < _RESEED_BELOW / num_components, index, num_components)
     means = rows[jax.random.randint(row_key, index.shape, 0, rows.shape[0])]
-    noise = reseed_noise * rows.std(axis=0)[None, :] * jax.random.normal(noise_key, means.shape)
-    means = _unit(means + noise) if normalize else means + noise
+    noise = _RESEED_NOISE * rows.std(axis=0)[None, :] * jax.random.normal(noise_key, means.shape)
+    means = losses.l2_normalize(means + noise) if normalize else means + noise
     # Everything as at the start, but for the means.
     fresh = {"mass": 1.0, "sums": means, "means": means, "usage": 1.0 / num_components}
     if diagonal:
@@ -305,7 +333,8 @@ def _kappa(scatter, dim, normalize, ceiling) -> jax.Array:
 
 
 def _flatten(features, dim) -> jax.Array:
-  """Any floats [..., D] -> float32 [N, D]."""
+  """Any floats [..., D], of JAX, NumPy or the like -> float32 [N, D]."""
+  features = losses.as_array(features)
   if features.shape[-1:] != (dim,) or not jnp.issubdtype(features.dtype, jnp.floating):
     raise ValueError(f"features are floats [..., {dim}], got {features.dtype}{features.shape}")
   return features.reshape(-1, dim).astype(jnp.float32)
@@ -315,12 +344,7 @@ def _coordinates(state, rows, normalize) -> jax.Array:
   """Rows [N, D] as the mixture sees them."""
   if state.feature_mean is not None:
     rows = rows - state.feature_mean[None, :]
-  return _unit(rows) if normalize else rows
-
-
-def _unit(rows) -> jax.Array:
-  """Rows over their length; a zero row stays zero, with a finite gradient."""
-  return rows * jax.lax.rsqrt(jnp.maximum(jnp.sum(rows**2, axis=-1, keepdims=True), _TINY))
+  return losses.l2_normalize(rows) if normalize else rows
 
 
 def _running(old, new, rate, step) -> jax.Array:

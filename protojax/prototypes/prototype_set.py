@@ -54,12 +54,12 @@ def _as_they_are(state, features):
 
 
 def in_loss(
-  bank: PrototypeSet, trained: dict, frozen: Any, features: jax.Array
+  prototype_set: PrototypeSet, trained: dict, frozen: Any, features: jax.Array
 ) -> tuple[PyTree, PyTree]:
   """The state that a loss scores with.
 
   Args:
-    bank: from `build`.
+    prototype_set: from `build`.
     trained: as in `base.Method.loss`.
     frozen: the rest of the state, as in `base.Method.loss`.
     features: what `move` takes, of the global batch; no gradient reaches them.
@@ -67,32 +67,34 @@ def in_loss(
   Returns:
     (state, with a gradient only if learned; what `after_step` needs, for `LossOut.stats`).
   """
-  if bank.learned:
+  if prototype_set.learned:
     return trained["prototypes"], ()
   features = jax.lax.stop_gradient(features)
-  state = bank.move(frozen.prototypes, features) if bank.before_loss else frozen.prototypes
+  state = frozen.prototypes
+  if prototype_set.before_loss:
+    state = prototype_set.move(state, features)
   state = jax.lax.stop_gradient(state)
-  return state, state if bank.before_loss else features
+  return state, state if prototype_set.before_loss else features
 
 
-def after_step(bank: PrototypeSet, state: PyTree, moved: PyTree) -> PyTree:
+def after_step(prototype_set: PrototypeSet, state: PyTree, moved: PyTree) -> PyTree:
   """The state of the next step, for `base.Method.update`; `moved` is from `in_loss`."""
-  if bank.learned:
+  if prototype_set.learned:
     return state
-  return moved if bank.before_loss else bank.move(state, moved)
+  return moved if prototype_set.before_loss else prototype_set.move(state, moved)
 
 
-def several(bank: PrototypeSet, kinds: tuple[str, ...], *, shared: bool = False) -> PrototypeSet:
+def several(one: PrototypeSet, kinds: tuple[str, ...], *, shared: bool = False) -> PrototypeSet:
   """A set for each kind of token, or one for all of them.
 
   Args:
-    bank: what each set is like.
+    one: what each set is like.
     kinds: names.
     shared: one set scores every kind; a mixture is fed by all tokens alike. A single kind is that.
 
   Returns:
     A `PrototypeSet` with dicts by kind in the place of arrays: `rows` gives {kind: [K, D]}, `align`
-    and `move` take {kind: [B, ..., D]}, images first. Its state is that of `bank` if one set serves
+    and `move` take {kind: [B, ..., D]}, images first. Its state is that of `one` if one set serves
     all, else a dict as well.
   """
 
@@ -102,24 +104,24 @@ def several(bank: PrototypeSet, kinds: tuple[str, ...], *, shared: bool = False)
   def move_one(state, features):
     # Joined behind the images, so that no row leaves its device.
     tokens = [x.reshape(x.shape[0], -1, x.shape[-1]) for x in features.values()]
-    return bank.move(state, flat(jnp.concatenate(tokens, axis=1)))
+    return one.move(state, flat(jnp.concatenate(tokens, axis=1)))
 
   if shared or len(kinds) == 1:
-    return bank._replace(
-      rows=lambda state: dict.fromkeys(kinds, bank.rows(state)),
-      align=lambda state, features: {k: bank.align(state, x) for k, x in features.items()},
+    return one._replace(
+      rows=lambda state: dict.fromkeys(kinds, one.rows(state)),
+      align=lambda state, features: {k: one.align(state, x) for k, x in features.items()},
       move=move_one,
     )
 
   def init(key):
     keys = jax.random.split(key, len(kinds))
-    return {kind: bank.init(key) for kind, key in zip(kinds, keys, strict=True)}
+    return {kind: one.init(key) for kind, key in zip(kinds, keys, strict=True)}
 
-  return bank._replace(
+  return one._replace(
     init=init,
-    rows=lambda state: {k: bank.rows(state[k]) for k in kinds},
-    align=lambda state, features: {k: bank.align(state[k], x) for k, x in features.items()},
-    move=lambda state, features: {k: bank.move(state[k], flat(x)) for k, x in features.items()},
+    rows=lambda state: {k: one.rows(state[k]) for k in kinds},
+    align=lambda state, features: {k: one.align(state[k], x) for k, x in features.items()},
+    move=lambda state, features: {k: one.move(state[k], flat(x)) for k, x in features.items()},
   )
 
 
@@ -155,20 +157,22 @@ def _mixture(num: int, dim: int, config) -> PrototypeSet:
       return optax.linear_schedule(start, final, config.anneal_steps)
     return start
 
-  tx = mixture.online_em(
+  em = mixture.online_em(
     num,
     dim,
     horizon_steps=ramp(config.horizon_steps, config.horizon_final),
-    mass=config.mass,
-    covariance=config.covariance,
     kappa=config.kappa,
-    learn_kappa=config.learn_kappa,
-    beta=ramp(config.beta, config.beta_final),
     balanced=config.balanced,
-    balance_steps=config.balance_steps,
-    use_pi=config.use_pi,
     center_features=config.center_features,
-    reseed=config.reseed,
+    options=mixture.Options(
+      mass=config.mass,
+      covariance=config.covariance,
+      learn_kappa=config.learn_kappa,
+      beta=ramp(config.beta, config.beta_final),
+      use_pi=config.use_pi,
+      balance_steps=config.balance_steps,
+      reseed=config.reseed,
+    ),
   )
 
   def align(state, features):
@@ -176,10 +180,10 @@ def _mixture(num: int, dim: int, config) -> PrototypeSet:
 
   return PrototypeSet(
     learned=False,
-    init=tx.init,
+    init=em.init,
     rows=lambda state: state.means,
     align=align,
-    move=lambda state, features: tx.update(state, features)[0],
+    move=lambda state, features: em.update(state, features)[0],
   )
 
 
@@ -201,17 +205,16 @@ def build(config) -> PrototypeSet:
     )
   if num < 2:
     raise errors.UserError(
-      f"method.num_prototypes={num}: a method needs at least 2 prototypes; set "
-      "--config.method.num_prototypes"
+      f"config.method.num_prototypes={num}: a method needs at least 2 prototypes; raise it"
     )
   if kind == "learned":
     return _learned(num, dim, config.method.train_prototype_norm)
   if kind == "mixture":
     try:
-      bank = _mixture(num, dim, config.mixture)
+      moving = _mixture(num, dim, config.mixture)
     except ValueError as error:
-      raise errors.UserError(f"mixture: {error}; see --config.mixture.*") from None
-    return bank._replace(before_loss=config.method.em_order == "before_loss")
+      raise errors.UserError(f"mixture: {error}; see config.mixture") from None
+    return moving._replace(before_loss=config.method.em_order == "before_loss")
   if kind == "frozen":
     return _frozen(num, dim)
   raise errors.UserError(

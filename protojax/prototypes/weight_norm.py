@@ -32,6 +32,7 @@ def rows(prototypes: dict[str, jax.Array]) -> jax.Array:
   The gradient to a row of v is orthogonal to that row.
   """
   v = prototypes["v"].astype(jnp.float32)
+  # Not `losses.l2_normalize`, which differs from a division in the last bit: earlier runs go on.
   rows = v / jnp.linalg.norm(v, axis=-1, keepdims=True)
   return prototypes["g"] * rows if "g" in prototypes else rows
 

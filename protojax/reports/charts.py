@@ -1,7 +1,11 @@
 """Line charts as inline SVG: one metric a chart, one colour a run, colours left to the page's CSS.
 
-A chart is readable without scripts; the values that a script may show on hover ride along in the
-attribute data-lines. Every text is escaped.
+A chart is readable without scripts; the values that a script may show on hover are in the attribute
+data-lines. Every text is escaped.
+
+Matplotlib's SVG was tried for axes and lines (3.10.8): 16 lines of this file less, since scales,
+hover values and the line in words stay, but three times the markup (108 kB of 36 for eight charts),
+fonts and colours within the elements instead of the CSS, and ids that charts of one page share.
 """
 
 import html
@@ -40,7 +44,13 @@ class Line(NamedTuple):
 
 
 class Scale(NamedTuple):
-  """How a y axis is laid out: a monotone map, its ticks and how a value is written."""
+  """How a y axis is laid out.
+
+  Attributes:
+    place: monotone map from values to heights.
+    ticks: (lowest, highest value) -> where a tick may stand.
+    write: how a value is written.
+  """
 
   place: Callable[[np.ndarray], np.ndarray]
   ticks: Callable[[float, float], Sequence[float]]
@@ -48,7 +58,11 @@ class Scale(NamedTuple):
 
 
 def number(value: float) -> str:
-  """Short, without trailing zeros: 0.0025, 6.931, 1,024, 3e-07."""
+  """Writes a number short, without trailing zeros.
+
+  >>> number(6.93147), number(1024.0), number(3e-7)
+  ('6.931', '1,024', '3e-07')
+  """
   if not math.isfinite(value):
     return "not finite"
   if value == 0 or 1e-4 <= abs(value) < 1e5:
@@ -59,7 +73,7 @@ def number(value: float) -> str:
 
 
 def _tick(value: float) -> str:
-  """Shorter still where it is large: 250k, 1.5M."""
+  """The number at a tick, shorter still where it is large: 250k, 1.5M."""
   if not 1e5 <= abs(value) < 1e9:
     return number(value)
   return f"{value / 1e6:g}M" if abs(value) >= 1e6 else f"{value / 1e3:g}k"
@@ -100,7 +114,7 @@ def figure(
   y_range: tuple[float, float] | None = None,
   x_range: tuple[float, float] | None = None,
 ) -> str:
-  """<figure> of one chart; "" if no line has a finite point.
+  """Draws one chart: a <figure> element, or "" if no line has a finite point.
 
   Args:
     title: plain text.
@@ -209,7 +223,7 @@ def _drawn(line: Line, at_x, at_y) -> str:
 
 
 def _thinned(line: Line) -> Line:
-  """At most about `_POINTS` points: of each stretch the lowest, the highest, what is missing."""
+  """The line with about `_POINTS` points: of each stretch lowest, highest and what is missing."""
   if len(line.x) <= _POINTS or line.steps:
     return line
   keep = {0, len(line.x) - 1}

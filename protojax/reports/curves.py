@@ -20,7 +20,7 @@ def sets(runs: Sequence[records.Record]) -> list[str]:
 
 
 def training(runs: Sequence[records.Record]) -> list[str]:
-  """Loss, target entropy, accuracies, rank and spread over the steps, <figure> elements."""
+  """Draws loss, target entropy, accuracies, rank and spread over the steps: <figure> elements."""
   loss, parts = _lines(runs, "train/loss"), _lines(runs, "train/cross_entropy")
   if parts:
     loss = [line._replace(label=f"{line.label}, loss") for line in loss] + [
@@ -65,7 +65,7 @@ def training(runs: Sequence[records.Record]) -> list[str]:
 
 
 def prototypes(runs: Sequence[records.Record], tag: str) -> list[str]:
-  """Uniqueness, use and drift of one set of prototypes over the steps, <figure> elements."""
+  """Draws uniqueness, use and drift of a prototype set over the steps: <figure> elements."""
   share = {"scale": charts.PERCENT, "y_range": (0.0, 1.03)}
   figures = []
   for limit in ("0.025", "0.25", "0.5"):
@@ -80,7 +80,7 @@ def prototypes(runs: Sequence[records.Record], tag: str) -> list[str]:
         **share,
       )
     )
-  # Of the sample at every look; versions before that wrote only the one of the bank.
+  # Of the sample at every monitor.every; versions before that wrote only the one of the bank.
   of_sample = any(f"collapse/{tag}perplexity_sample" in run.curves for run in runs)
   for name, title, told, options in (
     ("used_sample", "Used", "share of K that is nearest to some image of a sample", share),
@@ -98,7 +98,7 @@ def prototypes(runs: Sequence[records.Record], tag: str) -> list[str]:
 
 
 def ends(runs: Sequence[records.Record]) -> list[str]:
-  """Distances, use and spectrum at the end of the runs, <figure> elements."""
+  """Draws distances, use and spectrum at the end of the runs: <figure> elements."""
   return [_nearest(runs), _usage(runs), _spectrum(runs)]
 
 

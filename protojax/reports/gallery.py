@@ -1,4 +1,4 @@
-"""Pictures of what a run has learned: its prototypes' images, its attention, the views it saw."""
+"""Pictures of what a run has learned: its prototypes' images, its attention, its training views."""
 
 import base64
 import io
@@ -10,15 +10,15 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from protojax import errors, pretrained
+from protojax import errors, losses, pretrained
 from protojax.data import augment, pipeline, sources
 
-LIMIT = 2000  # images looked at after training
+LIMIT = 2000  # images among which those nearest to a prototype are sought after training
 _SIDE = 96  # pixels of the longer side of a stored picture, at most
 _TINY = 48
 _CARDS, _NEAREST = 6, 8  # prototypes of a kind, images of each
 _IMAGES = 6  # rows of attention maps
-_VIEWED = 4  # rows of augmentation samples
+_AUGMENTED = 4  # rows of augmented views
 _MOST_VIEWS, _HEADS = 8, 12
 
 
@@ -60,11 +60,11 @@ class Gallery(NamedTuple):
   how: str
 
 
-class Looks(NamedTuple):
-  """What the page shows in pictures; a sentence in the place of what cannot be shown.
+class Pictures(NamedTuple):
+  """All pictures of a run; a sentence in the place of those that cannot be had.
 
   Attributes:
-    prototypes: those of one set.
+    prototypes: of one set, with the images nearest to each.
     attention: of each image the image, the mean over heads, and the heads.
     views: of each image the image, then its views.
   """
@@ -74,27 +74,35 @@ class Looks(NamedTuple):
   views: tuple[tuple[Picture, ...], ...] | str
 
 
-def look(model, config, *, bank, train, arrays: dict[str, np.ndarray], limit=LIMIT) -> Looks:
-  """Looks at a run. Every process calls it; the passes over images are collective.
+def collect(
+  model: pretrained.Trained | errors.UserError,
+  config,
+  *,
+  bank,
+  train,
+  arrays: dict[str, np.ndarray],
+  limit: int = LIMIT,
+) -> Pictures:
+  """Makes the pictures of a run. Every process calls it; the passes over images are collective.
 
   Args:
     model: from `pretrained.load` or `pretrained.of_state`. This and the sources may also be the
       UserError that says why there is none.
     config: resolved.
-    bank: source of the evaluation.
+    bank: source of the images that the evaluation trains on.
     train: source of the pretraining.
     arrays: of `evaluation.Snapshot.final`: usage, majority and purity are counted over the bank.
     limit: evenly spread images of the bank among which the nearest are sought; 0 takes all.
   """
-  return Looks(
-    _said(_prototypes, model, bank, arrays, limit),
-    _said(_attention, model, bank),
-    _said(_views, config, train),
+  return Pictures(
+    _or_sentence(_prototypes, model, bank, arrays, limit),
+    _or_sentence(_attention, model, bank),
+    _or_sentence(_views, config, train),
   )
 
 
-def _said(part, *arguments):
-  """What `part` returns; in words the UserError that it raises or that is among its arguments."""
+def _or_sentence(part, *arguments):
+  """What `part` returns; as a sentence the UserError that it raises or that is an argument."""
   try:
     for argument in arguments:
       if isinstance(argument, errors.UserError):
@@ -115,15 +123,16 @@ def _prototypes(model, bank, arrays, limit) -> Gallery:
     )
   chosen = _chosen(usage)
   numbers = [k for kind in chosen.values() for k in kind]
-  seen = pretrained.rows(model, bank, parts=("embeddings",), limit=limit)
-  cosine = _unit(matrix[numbers]) @ _unit(seen["embeddings"][name]).T  # [P, N]
+  encoded = pretrained.rows(model, bank, parts=("embeddings",), limit=limit)
+  embeddings = np.asarray(losses.l2_normalize(encoded["embeddings"][name]))
+  cosine = np.asarray(losses.l2_normalize(matrix[numbers])) @ embeddings.T  # [P, N]
   nearest = np.argsort(-cosine, axis=1, kind="stable")[:, :_NEAREST]
-  images = _read(bank, np.unique(seen["index"][nearest]), _small)
+  images = _read(bank, np.unique(encoded["index"][nearest]), _small)
   cards = {}
   for number, order, cosines in zip(numbers, nearest, cosine, strict=True):
     pictures = []
     for row in order:
-      image, label = images[int(seen["index"][row])]
+      image, label = images[int(encoded["index"][row])]
       kind = f"{bank.class_names[label]}, " if label >= 0 else ""
       pictures.append(_picture(image, f"{kind}cosine {cosines[row]:.3f}"))
     majority, purity = "", float("nan")
@@ -131,11 +140,11 @@ def _prototypes(model, bank, arrays, limit) -> Gallery:
       majority = bank.class_names[arrays["majority"][number]]
       purity = float(arrays["purity"][number])
     cards[number] = Card(number, int(usage[number]), majority, purity, tuple(pictures))
+  count = f"{len(encoded['index']):,} evenly spread images of {bank.name} ({len(bank):,} images)"
   return Gallery(
     {kind: tuple(cards[k] for k in group) for kind, group in chosen.items()},
-    f"Prototypes of the set {name!r}, each with the nearest by cosine of "
-    f"{len(seen['index']):,} evenly spread images of {bank.name} ({len(bank):,} images). How many "
-    "images have a prototype as their code"
+    f"Prototypes of the set {name!r}, each with the nearest by cosine of {count}. How many images "
+    "have a prototype as their code"
     + (", and the share of their most frequent class, are" if "purity" in arrays else " is")
     + " from eval/final/arrays.npz.",
   )
@@ -158,7 +167,7 @@ def _chosen(usage: np.ndarray) -> dict[str, list[int]]:
   return {kind: numbers for kind, numbers in chosen.items() if numbers}
 
 
-def _attention(model, bank):
+def _attention(model, bank) -> tuple[tuple[Picture, ...], ...]:
   config = model.config
   if not config.model.name.startswith("vit"):
     raise errors.UserError(f"{config.model.name} has no attention")
@@ -168,7 +177,7 @@ def _attention(model, bank):
     raise errors.UserError(f"the images of {bank.name} cannot be read")
   images = np.stack([image for image, _ in found.values()])
   attention = pretrained.attention(model, images)  # [N, heads, h, w]
-  # The maps lie on what the encoder saw: the centre crop, not the whole image.
+  # The maps lie on what the encoder was given: the centre crop, not the full image.
   images = augment.evaluate(
     images, config.augment.global_size, (0, 0, 0), (1, 1, 1), crop=config.probe.crop
   )
@@ -187,11 +196,11 @@ def _attention(model, bank):
   return tuple(rows)
 
 
-def _views(config, train):
+def _views(config, train) -> tuple[tuple[Picture, ...], ...]:
   """The first images of the first batch of the run, under the very crops and colours of step 0."""
   batch_size = config.batch_size
   # The part of the first of so many processes that one has few images to read.
-  own = next(n for n in range(min(_VIEWED, batch_size), batch_size + 1) if batch_size % n == 0)
+  own = next(n for n in range(min(_AUGMENTED, batch_size), batch_size + 1) if batch_size % n == 0)
   stream = pipeline.batches(
     train,
     seed=config.seed,
@@ -201,7 +210,7 @@ def _views(config, train):
     process_count=batch_size // own,
   )
   try:
-    batch = {key: value[:_VIEWED] for key, value in next(stream).items()}
+    batch = {key: value[:_AUGMENTED] for key, value in next(stream).items()}
   finally:
     stream.close()
   # As train_step.init_state and train_step.train_step derive it at step 0.
@@ -258,7 +267,3 @@ def _heat(image: np.ndarray, weights: np.ndarray) -> np.ndarray:
   colours = 255 * matplotlib.colormaps["viridis"](heat)[..., :3]
   grey = Image.fromarray(image).convert("L").resize(size, Image.Resampling.BICUBIC)
   return (0.65 * colours + 0.35 * np.asarray(grey)[..., None]).astype(np.uint8)
-
-
-def _unit(rows: np.ndarray) -> np.ndarray:
-  return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)

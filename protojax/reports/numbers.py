@@ -102,19 +102,19 @@ class _Facts(dict):
 
 
 def verdict(run: records.Record) -> tuple[str, str, str]:
-  """(kind: ok, warn, bad or open; label; sentence): `verdicts.of_run` of the last measures."""
+  """Judges a run by its last measures: (kind: ok, warn, bad or open; label; sentence)."""
   measures = run.measures(records.FINAL) or run.latest()
   try:
     found = verdicts.of_run(measures, config=run.config, step=run.step)
   except (AttributeError, KeyError, TypeError, ValueError):
     return "open", "no verdict", "config.json is missing or of another version."
-  calm = {"ok": "ok", "warming up": "open"}
-  kind = "bad" if found.collapsed else calm.get(found.label, "warn")
+  kinds_of_labels = {"ok": "ok", "warming up": "open"}
+  kind = "bad" if found.collapsed else kinds_of_labels.get(found.label, "warn")
   return kind, found.label, found.sentence
 
 
 def cards(runs: Sequence[records.Record]) -> str:
-  """An <article> for every run: verdict, and what was trained on what."""
+  """Writes an <article> for every run: its verdict, and what was trained on what."""
   return "".join(_card(i, run) for i, run in enumerate(runs))
 
 
@@ -158,7 +158,7 @@ def _about(run: records.Record) -> dict[str, str]:
 
 
 def key_numbers(runs: Sequence[records.Record]) -> str:
-  """<table>: a row a measure, a column a run, and how the numbers were obtained.
+  """Writes a <table>: a row a measure, a column a run, and how the numbers were obtained.
 
   Further prototype sets have a table each, folded away.
   """
@@ -211,7 +211,7 @@ def _facts(run: records.Record, tag: str) -> _Facts:
 
 
 def evaluations(runs: Sequence[records.Record]) -> str:
-  """A table for every eval/*/result.json but the final one, with its protocol."""
+  """Writes a table for every eval/*/result.json but the final one, with its protocol."""
   files = sorted({file for run in runs for file in run.results} - {records.FINAL})
   parts = []
   for file in files:
@@ -240,12 +240,12 @@ def _natural(key: str) -> list:
 
 
 def folded(summary: str, content: str, shown: bool = False) -> str:
-  """<details> whose summary is plain text, open if `shown`."""
+  """Wraps content in <details> whose summary is plain text, open if `shown`."""
   return f"<details{' open' * shown}><summary>{_e(summary)}</summary>{content}</details>"
 
 
 def settings_list(tree: dict) -> str:
-  """<dl> of a JSON object's entries, nested names joined by dots."""
+  """Writes a <dl> of a JSON object's entries, nested names joined by dots."""
   items = trees.flat(tree).items() if isinstance(tree, dict) else []
   return (
     '<dl class="wide">'
@@ -255,7 +255,7 @@ def settings_list(tree: dict) -> str:
 
 
 def kinds(runs) -> str:
-  """Classes of a table with a column a run."""
+  """The CSS classes of a table with a column for each run."""
   return "keys many" if len(runs) > _COLUMNS else "keys"
 
 
@@ -291,7 +291,7 @@ def _row(runs, label, key, form, values, told) -> str:
 
 
 def written(value: float, form: str = "") -> str:
-  """A number for people: form "%" of a share, "s" of seconds, "" of anything else."""
+  """Writes a number for people: form "%" of a share, "s" of seconds, "" of anything else."""
   if isinstance(value, float) and not math.isfinite(value):
     return "not finite"
   if form == "%":
@@ -306,7 +306,7 @@ def written(value: float, form: str = "") -> str:
 
 
 def swatch(number: int) -> str:
-  """The colour of a run."""
+  """A small box in the colour of a run."""
   again = " again" * (number >= charts.COLOURS)
   return f'<i class="swatch c{number % charts.COLOURS}{again}" aria-hidden="true"></i>'
 

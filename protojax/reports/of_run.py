@@ -1,16 +1,19 @@
-"""The report of one run: written when its training ends, or later from what it left behind."""
+"""Writes the report of a run when its training ends, or of several runs from what they left."""
 
 import pathlib
 import shlex
 from collections.abc import Sequence
 
 import jax
+from absl import logging
 
 from protojax import config as configs
 from protojax import errors, files, pretrained
 from protojax.data import sources
 from protojax.reports import gallery, page, picture, record
 from protojax.training import workdir
+
+OF_SEVERAL = "comparison.html"
 
 
 def command(folders: Sequence[pathlib.Path | str]) -> str:
@@ -31,16 +34,47 @@ def after_training(folder: pathlib.Path, program, state, arrays: dict, *, bank, 
     bank, train: sources of evaluation and pretraining.
   """
   model = pretrained.of_state(str(folder), program, state, program.config.num_steps)
-  looks = gallery.look(model, model.config, bank=bank, train=train, arrays=arrays)
+  found = gallery.collect(model, model.config, bank=bank, train=train, arrays=arrays)
   if jax.process_index() == 0:
-    picture.draw(folder)
     run = record.read([folder])[0]
-    html = page.build([run], {run.name: looks}, command([folder]))
-    files.write(folder / workdir.REPORT, html)
+    picture.draw(run)
+    files.write(folder / workdir.REPORT, page.build([run], {run.name: found}, command([folder])))
 
 
-def look(run: record.Record, limit: int = gallery.LIMIT) -> gallery.Looks | str:
-  """The pictures of a run on the disk, or a sentence why there are none.
+def write(
+  folders: Sequence[pathlib.Path],
+  *,
+  out: pathlib.Path | None = None,
+  limit: int = gallery.LIMIT,
+  origin: str | None = None,
+) -> pathlib.Path:
+  """Writes the page of runs on the disk, finished or not, all of them in the same charts.
+
+  Args:
+    folders: their workdirs.
+    out: the file to write; by default report.html, of several runs comparison.html, in the (first)
+      workdir.
+    limit: images among which those nearest to a prototype are sought; 0: all of the bank.
+    origin: the command line that the page names as what wrote it; by default that of `command`.
+
+  Returns:
+    The path of the page.
+
+  Raises:
+    UserError: if a folder holds no run or the page cannot be written.
+  """
+  runs = record.read(folders)
+  out = out or folders[0] / (workdir.REPORT if len(folders) == 1 else OF_SEVERAL)
+  found = {}
+  for run in runs:
+    logging.info("drawing pictures of %s", run.folder)
+    found[run.name] = pictures(run, limit)
+  files.write(out, page.build(runs, found, origin or command(folders)))
+  return out
+
+
+def pictures(run: record.Record, limit: int = gallery.LIMIT) -> gallery.Pictures | str:
+  """Makes the pictures of a run on the disk; a sentence that says why if there are none.
 
   Args:
     run: from `record.read`.
@@ -48,10 +82,10 @@ def look(run: record.Record, limit: int = gallery.LIMIT) -> gallery.Looks | str:
   """
   try:
     config = configs.restored(run.config.to_dict())
-  except (AttributeError, KeyError, TypeError, ValueError, errors.UserError):
+  except (AttributeError, KeyError, TypeError, ValueError):
     return "config.json is missing or of another version."
   data, arrays = config.data, run.arrays
-  train = _tried(
+  train = _or_error(
     sources.build,
     data.name,
     split=data.split,
@@ -59,15 +93,15 @@ def look(run: record.Record, limit: int = gallery.LIMIT) -> gallery.Looks | str:
     imbalance=data.imbalance,
     seed=config.seed,
   )
-  model = bank = _tried(pretrained.load, str(run.folder))
+  model = bank = _or_error(pretrained.load, str(run.folder))
   if isinstance(model, pretrained.Trained):
-    bank = _tried(pretrained.source, model, "train")
+    bank = _or_error(pretrained.source, model, "train")
     if run.measures(record.FINAL).get("step") != model.step:
       arrays = {}  # of another state
-  return gallery.look(model, config, bank=bank, train=train, arrays=arrays, limit=limit)
+  return gallery.collect(model, config, bank=bank, train=train, arrays=arrays, limit=limit)
 
 
-def _tried(call, *arguments, **options):
+def _or_error(call, *arguments, **options):
   """What `call` returns, or the UserError that says why it does not."""
   try:
     return call(*arguments, **options)

@@ -14,22 +14,22 @@ _ATTENTION = (
   "the mean over heads, each head; each map from 0 (dark) to its own largest weight."
 )
 _VIEWS = (
-  "The first images of the run's first batch and the very views that its first step saw: crops and "
-  "colours; patches that a method hides are shown too."
+  "The first images of the run's first batch and the very views that its first step trained on: "
+  "crops and colours; patches that a method hides are shown too."
 )
 _NOT_YET = "No measure of prototypes was written yet; the first comes at step monitor.every."
 _NO_PROTOTYPES = "No run here has prototypes, so there is nothing to say about their collapse."
 
 
 def build(
-  runs: Sequence[records.Record], looks: Mapping[str, gallery.Looks | str], command: str
+  runs: Sequence[records.Record], pictures: Mapping[str, gallery.Pictures | str], command: str
 ) -> str:
-  """The HTML of a report.
+  """Makes the HTML of a report.
 
   Args:
-    runs: from `record.read`, the order of their colours.
-    looks: {run's name: its pictures, or a sentence why there are none}.
-    command: what writes this page again, for its last line.
+    runs: from `record.read`, in the order of their colours.
+    pictures: {run's name: its pictures, or a sentence why there are none}.
+    command: the command line that writes this page again, for its last line.
   """
   title = ", ".join(run.name for run in runs) if len(runs) < 5 else f"{len(runs)} runs"
   sections = {
@@ -38,9 +38,9 @@ def build(
     "Training": _lead("By the step, from metrics.jsonl. A cross marks a value that was not finite.")
     + _grid(curves.training(runs), "metrics.jsonl holds no measure yet."),
     "Prototypes": _prototypes(runs),
-    "Gallery": _each(runs, looks, "prototypes", _gallery),
-    "Attention": _lead(_ATTENTION) + _each(runs, looks, "attention", _rows),
-    "Views": _lead(_VIEWS) + _each(runs, looks, "views", _rows),
+    "Gallery": _each(runs, pictures, "prototypes", _gallery),
+    "Attention": _lead(_ATTENTION) + _each(runs, pictures, "attention", _rows),
+    "Views": _lead(_VIEWS) + _each(runs, pictures, "views", _rows),
     "Settings": _settings(runs),
   }
   links = "".join(f'<a href="#{name.lower()}">{name}</a>' for name in sections)
@@ -78,7 +78,7 @@ def _numbers(runs) -> str:
 def _prototypes(runs) -> str:
   tags, ends = curves.sets(runs), curves.ends(runs)
   if not tags:
-    without = all(_said(run, "method", "prototypes") == "none" for run in runs)
+    without = all(_setting(run, "method", "prototypes") == "none" for run in runs)
     return _lead(_NO_PROTOTYPES if without else _NOT_YET) + _grid(ends, "")
   parts = []
   for tag in tags:
@@ -96,18 +96,18 @@ def _prototypes(runs) -> str:
   return lead + "".join(parts) + last
 
 
-def _said(run, section: str, name: str):
+def _setting(run, section: str, name: str):
   """A setting of the run, None where its config does not say it."""
   found = run.config.get(section)
   return found.get(name) if hasattr(found, "get") else None
 
 
-def _each(runs, looks, part: str, show) -> str:
+def _each(runs, pictures, part: str, show) -> str:
   """One part of every run's pictures, or the sentence in its place."""
   parts = []
   for i, run in enumerate(runs):
-    look = looks[run.name]
-    found = look if isinstance(look, str) else getattr(look, part)
+    own = pictures[run.name]
+    found = own if isinstance(own, str) else getattr(own, part)
     heading = f"<h3>{numbers.swatch(i)}{_e(run.name)}</h3>" * (len(runs) > 1)
     parts.append(heading + (_lead(f"Left out: {found}") if isinstance(found, str) else show(found)))
   return "".join(parts)

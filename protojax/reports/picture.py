@@ -1,4 +1,4 @@
-"""One picture of a run: curves, prototypes against random ones, usage, spectrum."""
+"""report.png, a run on one picture: curves, prototypes against random ones, usage, spectrum."""
 
 import pathlib
 
@@ -6,37 +6,37 @@ import matplotlib.figure
 import numpy as np
 
 from protojax import files
+from protojax.reports import record
 
 _INK, _MUTED = "#1f4e79", "#b0b0b0"
 
 
-def _curve(lines, key):
-  """Steps and values of one metric, where it was written."""
-  points = [(r["step"], r[key]) for r in lines if r.get(key) is not None]
-  return np.array(points).reshape(-1, 2).T
+def _curve(run: record.Record, key: str) -> record.Curve:
+  """Steps and values of one metric where they are finite; none if it was not written."""
+  steps, values = run.curves.get(key, (np.zeros(0), np.zeros(0)))
+  finite = np.isfinite(values)
+  return steps[finite], values[finite]
 
 
-def draw(workdir: pathlib.Path) -> pathlib.Path:
-  """Draws workdir/report.png from metrics.jsonl and eval/final/arrays.npz.
+def draw(run: record.Record) -> pathlib.Path:
+  """Draws a finished run and writes the picture as report.png into its workdir.
 
   Args:
-    workdir: folder of a finished run.
+    run: from `record.read`; its curves and its arrays are drawn.
 
   Returns:
     The path of the picture.
   """
-  lines, _ = files.json_lines(workdir / "metrics.jsonl")
-  arrays = np.load(workdir / "eval" / "final" / "arrays.npz")
+  arrays = run.arrays
   figure = matplotlib.figure.Figure(figsize=(13, 7.5), layout="constrained")
   axes = figure.subplots(2, 3)
-  figure.suptitle(workdir.name)
+  figure.suptitle(run.name)
 
   axis = axes[0, 0]
-  several = any("train/cross_entropy" in line for line in lines)  # terms of the loss
-  axis.plot(*_curve(lines, "train/loss"), color=_INK, label="loss")
-  if several:
-    axis.plot(*_curve(lines, "train/cross_entropy"), ":", color=_INK, label="cross entropy")
-  axis.plot(*_curve(lines, "train/ln_k"), color=_MUTED, linestyle="--", label="chance")
+  axis.plot(*_curve(run, "train/loss"), color=_INK, label="loss")
+  if "train/cross_entropy" in run.curves:  # the loss has several terms
+    axis.plot(*_curve(run, "train/cross_entropy"), ":", color=_INK, label="cross entropy")
+  axis.plot(*_curve(run, "train/ln_k"), color=_MUTED, linestyle="--", label="chance")
   axis.set(title="Loss", xlabel="step")
   axis.legend(frameon=False)
 
@@ -47,7 +47,7 @@ def draw(workdir: pathlib.Path) -> pathlib.Path:
     ("collapse/unique_0.5", "unique at .5", ":"),
     ("collapse/used_sample", "used by the sample", "-."),
   ):
-    step, value = _curve(lines, key)
+    step, value = _curve(run, key)
     axis.plot(step, 100 * value, style, color=_INK, label=label)
   axis.set(title="Prototypes, % of K", xlabel="step", ylim=(-3, 103))
   axis.legend(frameon=False, fontsize="small")
@@ -57,7 +57,7 @@ def draw(workdir: pathlib.Path) -> pathlib.Path:
     ("probe/knn", "k-NN", "o-"),
     ("probe/linear", "linear, online", "s--"),
   ):
-    step, value = _curve(lines, key)
+    step, value = _curve(run, key)
     axis.plot(step, 100 * value, style, color=_INK, label=label)
   axis.set(title="Accuracy on the test images, %", xlabel="step")
   axis.set_xlim(left=0)
@@ -90,6 +90,6 @@ def draw(workdir: pathlib.Path) -> pathlib.Path:
 
   for axis in axes.flat:
     axis.spines[["top", "right"]].set_visible(False)
-  path = workdir / "report.png"
-  figure.savefig(path, dpi=110)
+  path = run.folder / "report.png"
+  files.write(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
   return path

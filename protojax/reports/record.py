@@ -1,4 +1,4 @@
-"""What a run left in its workdir, read back: curves, results, arrays and settings, without JAX."""
+"""What a run left in its workdir, read back: curves, results, arrays and settings."""
 
 import json
 import math
@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 
 from protojax import config as configs
-from protojax import errors, files
+from protojax import errors, files, trees
 from protojax.metrics import verdicts
 
 METRICS, FINAL, ARRAYS = "metrics.jsonl", "eval/final/result.json", "eval/final/arrays.npz"
@@ -20,7 +20,7 @@ Curve = tuple[np.ndarray, np.ndarray]  # steps int [n], ascending; values float 
 
 
 class Record(NamedTuple):
-  """A run as its files tell it; what is missing is empty.
+  """What the files of a run say; what is missing is empty.
 
   Attributes:
     name: of the run among those read with it.
@@ -43,7 +43,7 @@ class Record(NamedTuple):
 
   @property
   def step(self) -> int:
-    """Of the final measures, or of the last line of metrics.jsonl."""
+    """The step of the final measures, or of the last line of metrics.jsonl."""
     final = self.measures(FINAL).get("step")
     if final is not None:
       return int(final)
@@ -51,21 +51,22 @@ class Record(NamedTuple):
 
   def measures(self, file: str) -> dict[str, float]:
     """{name: number} of one of `results`, nested names joined by dots; {} if it is not there."""
-    return _numbers(self.results.get(file, {}).get("measures", {}))
+    measures = trees.flat(self.results.get(file, {}).get("measures", {}))
+    return {key: _finite(value) for key, value in measures.items() if _is_number(value)}
 
   def latest(self) -> dict[str, float]:
-    """The last value of every metric: what the log line of an unfinished run knows."""
+    """The last value of every metric, {name: value}: all that is known of an unfinished run."""
     return {key: float(values[-1]) for key, (_, values) in self.curves.items()}
 
 
 def read(folders: Sequence[pathlib.Path]) -> list[Record]:
-  """The runs in these workdirs, finished or not.
+  """Reads the runs in these workdirs, finished or not.
 
   Raises:
-    UserError: if one of them holds no run.
+    UserError: if one of them holds no run or is given twice.
   """
   if len({folder.resolve() for folder in folders}) < len(folders):
-    raise errors.UserError("the same --workdir is given twice: give each run once")
+    raise errors.UserError("the same workdir is given twice: give each run once")
   names = [folder.absolute().name for folder in folders]
   return [
     _read(folder, name if names.count(name) == 1 else str(folder))
@@ -76,7 +77,7 @@ def read(folders: Sequence[pathlib.Path]) -> list[Record]:
 def _read(folder: pathlib.Path, name: str) -> Record:
   if not folder.is_dir() or not ((folder / METRICS).exists() or (folder / FINAL).exists()):
     raise errors.UserError(
-      f"--workdir={folder} holds no run of protojax ({METRICS} is missing): give the folder that "
+      f"workdir={folder} holds no run of protojax ({METRICS} is missing): give the folder that "
       "python -m protojax.main --workdir wrote"
     )
   notes = []
@@ -117,38 +118,28 @@ def _arrays(folder: pathlib.Path, notes: list[str]) -> dict[str, np.ndarray]:
 def _curves(path: pathlib.Path, notes: list[str]) -> dict[str, Curve]:
   """Of equal steps the latest line counts; going back, a line replaces all from its step on."""
   points: dict[str, dict[int, float]] = {}
-  newest, torn = -1, 0
+  newest = -1
   try:
-    lines = path.read_bytes().splitlines()
+    lines, others = files.json_lines(path)
   except OSError as error:
     notes.append(f"{METRICS} was left out: {error.strerror}.")
     return {}
+  torn = len(others)
   for line in lines:
     try:
-      record = json.loads(line)
-      step = int(record.pop("step"))
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+      step = int(line.pop("step"))
+    except (ValueError, KeyError, TypeError, OverflowError):
       torn += 1
       continue
     if step < newest:  # a run that went on from an earlier checkpoint
       points = {k: {s: v for s, v in p.items() if s < step} for k, p in points.items()}
     newest = step
-    for key, value in record.items():
+    for key, value in line.items():
       if value is None or _is_number(value):
         points.setdefault(key, {})[step] = math.nan if value is None else float(_finite(value))
   if torn:
     notes.append(f"{torn} unreadable line{'s' * (torn > 1)} of {METRICS} left out.")
   return {key: (np.array(list(p)), np.array(list(p.values()))) for key, p in points.items() if p}
-
-
-def _numbers(tree: dict, prefix: str = "") -> dict[str, float]:
-  out = {}
-  for key, value in tree.items():
-    if isinstance(value, dict):
-      out |= _numbers(value, f"{prefix}{key}.")
-    elif _is_number(value):
-      out[prefix + key] = _finite(value)
-  return out
 
 
 def _is_number(value) -> bool:
@@ -175,7 +166,7 @@ class RunVerdict(NamedTuple):
 
 
 def verdict(folder: pathlib.Path) -> RunVerdict | None:
-  """The verdict on a run by its metrics.jsonl; None before it has written a line.
+  """Judges a run by its metrics.jsonl; None before it has written a line.
 
   Raises:
     UserError: if its settings or metrics cannot be read.
@@ -183,6 +174,8 @@ def verdict(folder: pathlib.Path) -> RunVerdict | None:
   try:
     config = configs.restored(json.loads((folder / "config.json").read_text()))
     lines, _ = files.json_lines(folder / METRICS)
+  except errors.UserError:
+    raise
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise errors.UserError(
       f"{folder}: config.json or metrics.jsonl cannot be read ({type(error).__name__}): give the "

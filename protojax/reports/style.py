@@ -1,4 +1,4 @@
-"""Looks of the page, light and dark, and the script that shows values on hover.
+"""Style sheet of the page, light and dark, and the script that shows values on hover.
 
 Colours of runs: blue, vermilion, green, purple, ochre, slate; told apart with any colour vision, at
 3:1 or more against the page in both themes.

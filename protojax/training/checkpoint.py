@@ -24,7 +24,7 @@ from protojax import errors
 PyTree = Any
 _SEAL = "seal.json"
 _TEMPORARY = ".orbax-checkpoint-tmp"  # orbax's own suffix
-_START_ANEW = "choose another --workdir or set --config.overwrite=True"
+_START_ANEW = "choose another workdir or set config.overwrite=True"
 
 
 def _not_from_orbax(record) -> bool:
@@ -86,7 +86,7 @@ class Checkpoints:
     if keep < 2:
       raise errors.UserError(f"keep_checkpoints={keep}: keep at least 2, in case one is damaged")
     if self._folder.is_file():
-      raise errors.UserError(f"{self._folder} is not a folder: choose another --workdir")
+      raise errors.UserError(f"{self._folder} is not a folder: choose another workdir")
     # Its errors come back as exceptions; its tracebacks and progress would drown ours.
     logging.get_absl_logger().addFilter(_not_from_orbax)
 

@@ -11,6 +11,7 @@ from absl import logging
 from protojax import errors
 from protojax.data import pipeline
 from protojax.metrics import verdicts
+from protojax.metrics.measures import MEASURES
 from protojax.training import metric_writer, workdir
 
 
@@ -32,7 +33,7 @@ class RunLog:
   def __init__(self, folder, config, *, start: int, describe):
     self.result = {}
     self._folder, self._config = pathlib.Path(folder), config
-    self._looked = None  # step of the latest collapse measures
+    self._measured = None  # step of the latest collapse measures
     self._pending = None
     self._sums, self._count = {}, 0  # since the last line
     self._since, self._timed, self._waited = None, 0, 0.0  # since the clock was last set
@@ -74,8 +75,8 @@ class RunLog:
     if not math.isfinite(metrics["train/loss"]):
       self._writer.write(done, metrics)
       raise errors.UserError(
-        f"the loss is {metrics['train/loss']} after step {done}: lower --config.optim.lr or use "
-        "--config.precision=float32; the last checkpoint is from before this step"
+        f"the loss is {metrics['train/loss']} after step {done}: lower config.optim.lr or use "
+        "config.precision=float32; the last checkpoint is from before this step"
       )
     for key, value in metrics.items():
       self._sums[key] = self._sums.get(key, 0.0) + value
@@ -103,14 +104,14 @@ class RunLog:
   def measures(self, done: int, values: dict[str, float]) -> None:
     """Writes collapse measures and accuracies of the state after `done` updates, and says them."""
     self.result |= values
-    self._looked = done
+    self._measured = done
     self._writer.write(done, values)
     self._say(done, full=True)
     self._since, self._timed, self._waited = None, 0, 0.0  # evaluating is not training
 
   def verdict(self, done: int) -> verdicts.Verdict:
     """The verdict on the latest measures, as of the step they are of: early ones do not age."""
-    step = done if self._looked is None else self._looked
+    step = done if self._measured is None else self._measured
     return verdicts.of_run(self.result, config=self._config, step=step)
 
   def _say(self, done: int, full: bool = False) -> None:
@@ -153,8 +154,8 @@ def log_line(
   step 1200/5000  eta 3:12  loss 7.91 (ln K 8.32)  H 6.10  unique 100%  used 61%  rank 143
   knn 71.2%  img/s 1630  wait 1%  [ok]
 
-  H is the entropy of the targets in nats, unique the share at cosine distance .025, rank is RankMe;
-  CE is the cross entropy, where the loss has more terms.
+  H is the entropy of the targets in nats; CE is the cross entropy, where the loss has more terms;
+  the measures of collapse are those with a short name in `metrics.measures.MEASURES`.
 
   Args:
     step: updates done.
@@ -172,9 +173,7 @@ def log_line(
     ("loss", measures.get("train/loss"), ".2f"),
     ("CE", cross_entropy, ".2f"),
     ("H", measures.get("train/target_entropy"), ".2f"),
-    ("unique", measures.get(f"collapse/unique_{verdicts.HEADLINE}"), ".0%"),
-    ("used", verdicts.used(measures), ".0%"),
-    ("rank", measures.get("collapse/rankme"), ".0f"),
+    *((row.short, row.value(measures), row.form) for row in MEASURES if row.short),
     ("knn", measures.get("probe/knn"), ".1%"),
     ("img/s", speed, ".0f"),
     ("wait", measures.get("time/data_wait"), ".0%"),

@@ -24,7 +24,7 @@ def rows(
   limit: int = 0,
   cached: cache.Cache | None = None,
 ) -> PyTree:
-  """What `forward` makes of every image that can be read, in the order of the source.
+  """Runs `forward` on every image that can be read and gathers the results, in their order.
 
   Args:
     forward: of a batch {"image": uint8 [B, S, S, 3], "size": int32 [B, 2], "index", "label": int32
@@ -38,7 +38,7 @@ def rows(
     cached: `data` on the devices, which takes the host's place.
 
   Returns:
-    The same pytree of NumPy arrays [N, ...], whole in every process.
+    The same pytree of NumPy arrays [N, ...], the same in every process.
 
   Raises:
     UserError: if not one image can be read.
@@ -48,15 +48,15 @@ def rows(
     batches = _from_host(data, mesh, size, image_size, num_workers, limit or None)
   else:
     batches = cache.sequential(cached, batch_size=size, limit=limit or None, keys=_KEYS)
-  seen = []
+  parts = []
   for batch, mask in batches:
     out, keep = jax.device_get((forward(batch), mask))
-    seen.append(jax.tree.map(lambda x, keep=keep: x[keep], out))
-  return jax.tree.map(lambda *parts: np.concatenate(parts), *seen)
+    parts.append(jax.tree.map(lambda x, keep=keep: x[keep], out))
+  return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
 
 def _from_host(data, mesh, batch_size, image_size, num_workers, limit):
-  """(batch, mask bool [B], whole on every device) of one pass over the images."""
+  """Yields (batch, mask bool [B] on every device), once over the images."""
   part, count = sharding.rows_of_process(batch_size, mesh)
   batches = pipeline.sequential(
     data,

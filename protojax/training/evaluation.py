@@ -1,7 +1,7 @@
 """What a training state looks like: collapse measures, k-NN and linear accuracy.
 
-`Snapshot.monitor` is cheap and looks at a fixed sample; `Snapshot.evaluate` runs the whole labelled
-bank through the encoder. Features come from the teacher's backbone (the encoder's where there is no
+`Snapshot.monitor` is cheap and sees a fixed sample; `Snapshot.evaluate` runs the whole labelled bank
+through the encoder. Features come from the teacher's backbone (the encoder's where there is no
 teacher) under the evaluation transform, detached: nothing here has a gradient.
 """
 
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from protojax import metrics
 from protojax.evals import knn, linear, purity
 from protojax.metrics import collapse
 from protojax.training import encode, sharding, train_step
@@ -21,7 +22,7 @@ class Snapshot:
 
   Args:
     program: `programs.Program`.
-    bank: source whose images are looked at (and, if labelled, the k-NN's train set).
+    bank: source of the images (and, if labelled, the k-NN's train set).
     test: labelled source for k-NN and linear accuracy, or None.
     cached: {source: `cache.Cache`} of those that lie on the devices.
   """
@@ -31,10 +32,10 @@ class Snapshot:
     self._config, self._mesh, self._method = config, program.mesh, method
     self._evaluation, self._probe = program.evaluation, program.probe
     self._bank, self._test, self._cached = bank, test, cached or {}
-    whole = sharding.replicated(self._mesh)
-    self._forward = jax.jit(self._forward_fn, out_shardings=whole)
+    replicated = sharding.replicated(self._mesh)
+    self._forward = jax.jit(self._forward_fn, out_shardings=replicated)
     self._matrices = jax.jit(
-      lambda s: method.prototype_matrices(train_step.variables_of(s)), out_shardings=whole
+      lambda s: method.prototype_matrices(train_step.variables_of(s)), out_shardings=replicated
     )
 
     @jax.jit
@@ -46,7 +47,7 @@ class Snapshot:
     self._start = functools.cache(lambda: jax.device_get(start(config.seed)))
 
   def _forward_fn(self, state, batch):
-    """Features [B, D] and codes {set: [B]}; labels come back too, whole everywhere."""
+    """Features [B, D] and codes {set: [B]}; labels come back too; all of it on every process."""
     variables = train_step.variables_of(state)
     images = self._evaluation(batch)
     codes = {
@@ -62,11 +63,11 @@ class Snapshot:
     }
 
   def _run(self, state, source, limit=0, parts=("features", "codes", "label")):
-    """Rows of `source`, whole on the host of every process: {part: array or {set: array}}.
+    """Rows of all images of `source`, on the host of every process: {part: array or {set: array}}.
 
     Args:
       state: `train_step.TrainState`.
-      source: what to look at.
+      source: the images.
       limit: evenly spread subset; 0 takes all.
       parts: of what `_forward` returns; embeddings [N, D] are left on the device unless asked for.
     """
@@ -89,46 +90,23 @@ class Snapshot:
 
   def embeddings(self, state, source) -> tuple[np.ndarray, np.ndarray]:
     """(embeddings [N, D], index int32 [N]) of all images of `source` that can be read."""
-    seen = self._run(state, source, parts=("embeddings", "index"))
-    return seen["embeddings"]["prototypes"], seen["index"]
+    encoded = self._run(state, source, parts=("embeddings", "index"))
+    return encoded["embeddings"]["prototypes"], encoded["index"]
 
   def monitor(self, state) -> dict[str, float]:
     """Collapse measures of the prototypes and of a fixed sample of the bank."""
-    config = self._config
-    limit = min(config.monitor.images, len(self._bank))
-    seen = self._run(state, self._bank, limit, ("features", "codes", "embeddings"))
-    features, codes = seen["features"], seen["codes"]
-    out = {
-      "collapse/feature_std": collapse.feature_std(features),
-      "collapse/mean_cosine": collapse.mean_pairwise_cosine(features),
-      "collapse/rankme": collapse.rankme(features),
-    }
+    limit = min(self._config.monitor.images, len(self._bank))
+    encoded = self._run(state, self._bank, limit, ("features", "codes", "embeddings"))
+    teacher = {}
     if state.teacher != ():
-      out["collapse/teacher_distance"] = collapse.teacher_distance(
-        state.encoder, state.teacher["encoder"]
-      )
-    for name, matrix in self._matrices(state).items():
-      tag = "" if name == "prototypes" else f"{name}_"
-      out |= {f"collapse/{tag}{k}": v for k, v in self._prototypes(name, matrix).items()}
-      k = matrix.shape[0]
-      out[f"collapse/{tag}used_sample"] = collapse.used_fraction(codes[name], k)
-      out[f"collapse/{tag}perplexity_sample"] = collapse.usage_perplexity(codes[name], k)
-      out[f"collapse/{tag}relative_uniqueness"] = collapse.relative_uniqueness(
-        matrix, seen["embeddings"][name]
-      )
-      out[f"collapse/{tag}embedding_cosine"] = collapse.mean_pairwise_cosine(
-        seen["embeddings"][name]
-      )
-    return {k: float(v) for k, v in jax.device_get(out).items()}
-
-  def _prototypes(self, name, matrix) -> dict[str, float]:
-    num, dim = matrix.shape
-    counts = np.asarray(collapse.unique_counts(matrix)) / num
-    null = np.asarray(collapse.random_unique(num, dim)) / num
-    out = {f"unique_{t}": c for t, c in zip(collapse.THRESHOLDS, counts, strict=True)}
-    out |= {f"unique_{t}_random": c for t, c in zip(collapse.THRESHOLDS, null, strict=True)}
-    out["drift"] = collapse.drift(matrix, self._start()[name])
-    return out
+      teacher = {"encoder": state.encoder, "teacher": state.teacher["encoder"]}
+    return metrics.summary(
+      prototypes=self._matrices(state),
+      initial_prototypes=self._start(),
+      sample=True,
+      **encoded,
+      **teacher,
+    )
 
   def evaluate(self, state) -> dict[str, float]:
     """Usage of the prototypes over the whole bank, and accuracies where there are labels."""
@@ -177,12 +155,8 @@ class Snapshot:
     return bank, None if self._test is None else self._run(state, self._test)
 
   def _judge(self, state, bank, test) -> dict[str, float]:
-    config, out = self._config, {}
-    for name, code in bank["codes"].items():
-      tag = "" if name == "prototypes" else f"{name}_"
-      num = self._start()[name].shape[0]
-      out[f"collapse/{tag}used"] = collapse.used_fraction(code, num)
-      out[f"collapse/{tag}perplexity"] = collapse.usage_perplexity(code, num)
+    sizes = {name: len(matrix) for name, matrix in self._start().items()}
+    out = metrics.summary(codes=bank["codes"], num_prototypes=sizes)
     if test is not None:
       out["probe/knn"] = knn.accuracy(
         bank["features"],
@@ -190,10 +164,10 @@ class Snapshot:
         test["features"],
         test["label"],
         num_classes=self._bank.num_classes,
-        k=config.probe.k,
-        temperature=config.probe.temperature,
+        k=self._config.probe.k,
+        temperature=self._config.probe.temperature,
       )
       if self._probe is not None:
         predicted = self._probe.predict(state.carry["probe"], test["features"])
-        out["probe/linear"] = np.mean(np.asarray(predicted) == test["label"])
-    return {k: float(v) for k, v in jax.device_get(out).items()}
+        out["probe/linear"] = float(np.mean(np.asarray(predicted) == test["label"]))
+    return out

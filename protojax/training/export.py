@@ -4,7 +4,6 @@ The weights file carries the configuration in its header too, and is replaced in
 whatever happens a reader finds weights and the configuration that made them.
 """
 
-import errno
 import json
 import os
 import pathlib
@@ -15,26 +14,10 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from protojax import errors
+from protojax import errors, files, trees
 
 PyTree = Any
 _WEIGHTS, _CONFIG = "encoder.safetensors", "config.json"
-
-
-def flat(tree: PyTree) -> dict[str, Any]:
-  """{"params.backbone.blocks_0.attn.qkv.kernel": leaf, ...} of nested dicts."""
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-
-
-def _replace(path: pathlib.Path, content: bytes) -> None:
-  """The whole content or the old file, never a part."""
-  temporary = path.with_name(path.name + ".tmp")
-  try:
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
 
 
 def write(folder: str | os.PathLike, tree: PyTree, info: dict) -> None:
@@ -49,19 +32,16 @@ def write(folder: str | os.PathLike, tree: PyTree, info: dict) -> None:
     UserError: if the disk is full or the folder cannot be written; what was there stays whole.
   """
   folder = pathlib.Path(folder)
-  tensors = {name: np.ascontiguousarray(leaf) for name, leaf in flat(tree).items()}
+  tensors = {name: np.ascontiguousarray(leaf) for name, leaf in trees.flat(tree).items()}
   content = safetensors.numpy.save(tensors, metadata={"info": json.dumps(info)})
   try:
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / _WEIGHTS, content)
-    _replace(folder / _CONFIG, (json.dumps(info, indent=2, sort_keys=True) + "\n").encode())
+    files.write(folder / _WEIGHTS, content)
+    files.write_json(folder / _CONFIG, info)
   except OSError as error:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-      raise errors.UserError(
-        f"no space left on device while exporting the encoder to {folder}: free some space and run "
-        "the same command again; what was exported before is intact"
-      ) from error
-    raise errors.UserError(f"cannot write to {folder}: {error.strerror}") from error
+    raise errors.UserError(
+      f"no space left on device while exporting the encoder to {folder}: free some space and run "
+      "the same command again; what was exported before is intact"
+    ) from error
 
 
 def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:
@@ -108,7 +88,7 @@ def load(path: str | os.PathLike, template: PyTree) -> PyTree:
   """
   tensors, info = read(path)
   there = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("params.")}
-  wanted = flat({"params": template})
+  wanted = trees.flat({"params": template})
   here = {name: tuple(leaf.shape) for name, leaf in wanted.items()}
   lacks = tuple(f"params.{name}." for name in info.get("lacks", ()))
   fresh = {k for k in here.keys() - there.keys() if f"{k}.".startswith(lacks)}

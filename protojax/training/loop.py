@@ -16,7 +16,9 @@ from protojax.training import workdir as workdirs
 
 
 def build_sources(config):
-  """(pretraining source, bank to look at, labelled test source or None) of a config.
+  """The images that a run needs: (to train on, the bank, labelled test images or None).
+
+  The bank is what collapse is measured on and, where it has labels, what k-NN searches.
 
   Raises:
     UserError: if data is missing, or a probe was asked of data without labels.
@@ -31,7 +33,7 @@ def build_sources(config):
   if name == "folder" and own and not (root / probe.test_split).is_dir():
     logging.info(
       "k-NN and linear probe are off: %s has no folder %r; name labelled images with "
-      "--config.probe.name and --config.probe.data_dir",
+      "config.probe.name and config.probe.data_dir",
       data_dir,
       probe.test_split,
     )
@@ -84,7 +86,7 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
       sharding.rows_of_process(config.probe.batch_size, mesh, "probe.batch_size")
     if config.probe.k > (rows := min(config.probe.limit or len(bank), len(bank))):
       raise errors.UserError(
-        f"probe.k={config.probe.k} neighbours of a bank of {rows} images: lower --config.probe.k"
+        f"probe.k={config.probe.k} neighbours of a bank of {rows} images: lower config.probe.k"
       )
   program = programs.Program(config, bank.num_classes if test is not None else 0)
   lowered = program.lower()
@@ -102,12 +104,7 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
 
   folder = workdirs.claim(workdir, config)
   checkpoints = checkpoint.Checkpoints(folder, keep=config.keep_checkpoints)
-  target = jax.tree.map(
-    lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-    program.abstract,
-    program.shardings,
-  )
-  restored = checkpoints.restore_latest(target)
+  restored = checkpoints.restore_latest(program.restore_target())
   if restored is None:
     start, state, before = 0, program.init(config.seed), 0.0
     if start_from is not None:
@@ -176,16 +173,16 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
         state, metrics = step_fn(state, batch, probe_batch)
         log.step(step, metrics, skipped=skipped, waited=waited + waited_too)
       done = step + 1
-      look, test_it = done % config.monitor.every == 0, done % config.eval_every == 0
-      if done < config.num_steps and (look or test_it):
+      watch, evaluate = done % config.monitor.every == 0, done % config.eval_every == 0
+      if done < config.num_steps and (watch or evaluate):
         log.flush()
-        log.measures(done, view.monitor(state) | (view.evaluate(state) if test_it else {}))
+        log.measures(done, view.monitor(state) | (view.evaluate(state) if evaluate else {}))
         checkpoints.check_errors()
         if config.monitor.stop_on_collapse and log.verdict(done).collapsed:
           save(done, state)
           raise errors.UserError(
             f"stopped at step {done}, {log.verdict(done).label}: {log.verdict(done).sentence} "
-            "(--config.monitor.stop_on_collapse=False goes on)"
+            "(config.monitor.stop_on_collapse=False goes on)"
           )
     # Saved before it is measured: a stop from here on costs no step.
     save(config.num_steps, state)

@@ -16,24 +16,17 @@ from collections.abc import Mapping
 import jax
 from absl import logging
 
+from protojax import files
+
 
 def _until(path: pathlib.Path, step: int) -> None:
   """Drops the lines of a metrics.jsonl after `step`, and torn ones; whole or not at all."""
-  kept, torn = [], 0
-  for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-    try:
-      if line.endswith("\n") and json.loads(line)["step"] <= step:
-        kept.append(line)
-    except (ValueError, KeyError, TypeError):
-      torn += 1
-  if torn:
-    logging.warning("%s: dropped %d unreadable lines", path, torn)
-  temporary = path.with_name(path.name + ".tmp")
-  with open(temporary, "w", encoding="utf-8") as file:
-    file.writelines(kept)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
+  records, torn = files.json_lines(path)
+  numbered = [r for r in records if isinstance(r.get("step"), int)]
+  if dropped := len(torn) + len(records) - len(numbered):
+    logging.warning("%s: dropped %d unreadable lines", path, dropped)
+  kept = [json.dumps(r) + "\n" for r in numbered if r["step"] <= step]
+  files.write(path, "".join(kept))
 
 
 class Writer:

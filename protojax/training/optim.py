@@ -1,9 +1,15 @@
 """The optimizer of a run from `config.optim`: clip, freeze, AdamW / Adam / LARS / SGD, schedules.
 
-optax sees `trained` = {"encoder": ..., "prototypes": ... (learned ones only)}. Every part has an
-optimizer state of its own, so that frozen prototypes can keep theirs, count included: had Adam
-been fed zeros meanwhile, its bias correction would make the first live step 2.7 learning rates long
-(after 1,250 frozen steps) instead of one.
+It updates {"encoder": parameters, "prototypes": parameters}, the latter where prototypes are
+learned. Each of the two has an optimizer state of its own, so that frozen prototypes can keep
+theirs, Adam's count included: had Adam been fed zeros meanwhile, its bias correction would make the
+first step after the freeze 2.7 learning rates long (after 1,250 frozen steps) instead of one.
+
+What optax has for this was compared (0.2.6): `optax.partition` with
+`optax.transforms.conditionally_mask` gives the same parameters to within a rounding, but a state of
+another tree with a count more, so that no earlier checkpoint would resume, and 15 % more bytes
+moved in a step (65,536 prototypes of 256 dimensions, CPU). `optax.clip_by_global_norm` divides by
+the norm alone, DINO's code by norm + 1e-6, which is 2e-6 (relative) less at a norm of .5.
 """
 
 from typing import Any, NamedTuple
@@ -20,11 +26,11 @@ _EMBEDDINGS = ("cls_token", "mask_token", "pos_embed", "registers")
 
 
 class OptimState(NamedTuple):
-  """State of `build`.
+  """State of the optimizer that `build` makes.
 
   Attributes:
-    step: int32 [], position in the schedules.
-    parts: {"encoder": ..., "prototypes": ...}, moments with counts of their own.
+    step: int32 [], updates so far: the position in the schedules.
+    parts: {"encoder": ..., "prototypes": ...}, optax states: moments with counts of their own.
   """
 
   step: jax.Array
@@ -32,36 +38,47 @@ class OptimState(NamedTuple):
 
 
 def decay_mask(params: PyTree, options) -> PyTree:
-  """Which leaves decay (and adapt, under LARS): two or more dimensions and no bias or scale.
+  """Says which parameters decay: those of two or more dimensions that are no bias or scale.
 
   By name, not by shape alone: a fused bias may have two dimensions. Tokens, position
   embeddings and learned prototypes (v, and their norms g [K, 1]) do decay, as in DINO's code,
   unless `optim.decay_embeddings` or `optim.decay_prototypes` is False. Under Adam, which is
-  PyTorch's, biases and scales do too.
+  PyTorch's, biases and scales do too. LARS adapts the parameters that decay.
+
+  >>> import ml_collections
+  >>> options = ml_collections.ConfigDict(
+  ...   {"name": "adamw", "decay_embeddings": False, "decay_prototypes": True}
+  ... )
+  >>> params = {"kernel": jnp.ones((4, 2)), "bias": jnp.ones(2), "cls_token": jnp.ones((1, 1, 4))}
+  >>> decay_mask(params, options)
+  {'bias': False, 'cls_token': False, 'kernel': True}
+
+  Args:
+    params: nested dicts of arrays.
+    options: `config.optim`; reads `name`, `decay_embeddings` and `decay_prototypes`.
 
   Returns:
     Pytree of bool, like `params`.
   """
-  still = () if options.decay_embeddings else _EMBEDDINGS
-  still += () if options.decay_prototypes else ("v", "g")
+  exempt = () if options.decay_embeddings else _EMBEDDINGS
+  exempt += () if options.decay_prototypes else ("v", "g")
 
   def decays(path, leaf):
     name = jax.tree_util.keystr(path[-1:], simple=True)
     is_weight = leaf.ndim >= 2 and name not in ("bias", "scale")
-    return (is_weight or options.name == "adam") and name not in still
+    return (is_weight or options.name == "adam") and name not in exempt
 
   return jax.tree_util.tree_map_with_path(decays, params)
 
 
 def _clip(grads: PyTree, limit: float, mode: str) -> PyTree:
-  """Scales by min(1, limit / (norm + 1e-6)), the norm of each tensor or of all of them."""
+  """Scales gradients by min(1, limit / (norm + 1e-6)), with the norm of each tensor or of all."""
 
   def factor(norm):
     return jnp.minimum(1.0, limit / (norm + 1e-6))
 
   if mode == "global":
-    scale = factor(optax.tree.norm(grads))
-    return jax.tree.map(lambda g: g * scale, grads)
+    return optax.tree.scale(factor(optax.tree.norm(grads)), grads)
   return jax.tree.map(lambda g: g * factor(optax.tree.norm(g)), grads)
 
 
@@ -104,11 +121,12 @@ def _rule(options, rate, decay) -> optax.GradientTransformation:
 
 
 def _peak(config, batch_size: int) -> float:
+  """The learning rate after the warm-up: `optim.lr` is meant per 256 images."""
   return config.optim.lr * batch_size / 256
 
 
 def learning_rate(config, *, num_steps: int, batch_size: int) -> schedules.Schedule:
-  """step -> learning rate: `optim.lr` per 256 images, warm-up, cosine to `optim.final_lr`."""
+  """The schedule of the learning rate: warm-up to `optim.lr` per 256 images, then a cosine."""
   return schedules.warmup_cosine(
     _peak(config, batch_size),
     config.optim.final_lr,
@@ -118,12 +136,12 @@ def learning_rate(config, *, num_steps: int, batch_size: int) -> schedules.Sched
 
 
 def weight_decay(config, *, num_steps: int) -> schedules.Schedule:
-  """step -> weight decay: cosine from `optim.weight_decay` to `optim.final_weight_decay`."""
+  """The schedule of the weight decay: cosine to `optim.final_weight_decay`."""
   return schedules.cosine(config.optim.weight_decay, config.optim.final_weight_decay, num_steps)
 
 
 def describe(config) -> str:
-  """One line for the log: rule, scaled learning rate, decay, clipping, freezing."""
+  """Describes the optimizer in one line for the log: rule, rates, decay, clipping, freezing."""
   o = config.optim
   clip = f"clip {o.clip:g} {'per tensor' if o.clip_mode == 'tensor' else 'global'}"
   return (
@@ -135,7 +153,7 @@ def describe(config) -> str:
 
 
 def build(config, *, num_steps: int, batch_size: int) -> optax.GradientTransformation:
-  """The transformation of {"encoder": ..., "prototypes": ...}; its updates are to be added.
+  """Makes the optimizer of {"encoder": ..., "prototypes": ...}; its updates are to be added.
 
   Order of a step, as in DINO's code: clip, freeze, moments, decay, learning rate. AdamW decays
   decoupled, w (1 - lr wd) - lr m / (sqrt(v) + 1e-8); Adam, SGD and LARS add the decay to the
@@ -174,10 +192,8 @@ def build(config, *, num_steps: int, batch_size: int) -> optax.GradientTransform
       direction, new = rule.update(grads[name], old, trained[name])
       if name == "prototypes" and options.freeze_prototypes_steps:
         live = state.step >= options.freeze_prototypes_steps
-        still = optax.tree.zeros_like(direction)
-        direction, new = jax.tree.map(
-          lambda a, b, live=live: jnp.where(live, a, b), (direction, new), (still, old)
-        )
+        frozen = optax.tree.zeros_like(direction), old
+        direction, new = optax.tree.where(live, (direction, new), frozen)
       updates[name], parts[name] = direction, new
     updates = jax.tree.map(lambda d: (-lr * d).astype(d.dtype), updates)
     return updates, OptimState(optax.safe_increment(state.step), parts)

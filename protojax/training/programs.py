@@ -34,14 +34,14 @@ class Program:
     self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.model, devices)
     self.method = methods.load(config.method.name).make(config)
     self.tx = optim.build(config, num_steps=config.num_steps, batch_size=config.batch_size)
-    look = config.augment
+    views = config.augment
 
     def evaluation(batch):
       return augment.evaluate(
         batch["image"],
-        look.global_size,
-        look.mean,
-        look.std,
+        views.global_size,
+        views.mean,
+        views.std,
         crop=config.probe.crop,
         original=batch["size"],
       )
@@ -49,7 +49,7 @@ class Program:
     self.evaluation = evaluation
     self.probe = None
     if num_classes and config.probe.batch_size:
-      image = jax.ShapeDtypeStruct((1, look.global_size, look.global_size, 3), jnp.float32)
+      image = jax.ShapeDtypeStruct((1, views.global_size, views.global_size, 3), jnp.float32)
       features = jax.eval_shape(
         lambda key, x: self.method.features(self.method.init(key), x), jax.random.key(0), image
       )
@@ -72,7 +72,7 @@ class Program:
         train_step.train_step,
         method=self.method,
         tx=self.tx,
-        augment=augment.make(look),
+        augment=augment.make(views),
         evaluation=self.evaluation,
         probe=self.probe,
       ),
@@ -82,16 +82,24 @@ class Program:
     )
     self.refresh = None
     if self.method.refresh:
-      whole = sharding.replicated(self.mesh)
+      replicated = sharding.replicated(self.mesh)
       self.refresh = jax.jit(
         functools.partial(train_step.refresh, method=self.method),
-        in_shardings=(self.shardings, whole, whole),
+        in_shardings=(self.shardings, replicated, replicated),
         out_shardings=self.shardings,
         donate_argnums=0,
       )
 
-  def lower(self):
-    """The step, traced for the config's batch: a mistake of size shows before training."""
+  def restore_target(self) -> train_step.TrainState:
+    """Shapes, dtypes and placement of the state: what a checkpoint is restored into."""
+    return jax.tree.map(
+      lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+      self.abstract,
+      self.shardings,
+    )
+
+  def lower(self) -> jax.stages.Lowered:
+    """Traces the step for the config's batch, so that a mistake of size shows before training."""
     config = self.config
 
     def rows(count, **shapes):

@@ -117,11 +117,12 @@ def state_shardings(abstract, mesh: jax.sharding.Mesh, rules=DEFAULT_RULES):
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-  """Rows over "data", everything else whole."""
+  """Splits the first axis over "data" and nothing else."""
   return NamedSharding(mesh, PartitionSpec("data"))
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+  """Puts the array on every device."""
   return NamedSharding(mesh, PartitionSpec())
 
 

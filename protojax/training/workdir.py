@@ -1,7 +1,6 @@
 """What a run leaves behind, and who may write into it."""
 
 import json
-import os
 import pathlib
 import shutil
 import signal
@@ -12,7 +11,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from protojax import __version__, environment, errors, trees
+from protojax import __version__, environment, errors, files, trees
 from protojax.training import export, sharding
 
 REPORT = "report.html"  # the page about a run
@@ -61,14 +60,6 @@ class Stop:
     if step % 10:
       return False
     return bool(multihost_utils.process_allgather(np.asarray(self._asked)).any())
-
-
-def _write_json(path: pathlib.Path, content: dict) -> None:
-  """Whole or not at all."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(json.dumps(content, indent=2, sort_keys=True, default=str) + "\n")
-  os.replace(temporary, path)
 
 
 def metadata(config, seconds: float) -> dict:
@@ -125,7 +116,7 @@ def refuse_mismatch(before: dict, config) -> None:
   if differing:
     raise errors.UserError(
       f"the workdir holds a run with other settings: {', '.join(differing)}: choose another "
-      "--workdir or set --config.overwrite=True"
+      "workdir or set config.overwrite=True"
     )
 
 
@@ -145,48 +136,48 @@ def claim(workdir: str, config) -> pathlib.Path:
     raise errors.UserError(f"resume={config.resume!r} is unknown: choose auto or never")
   if "://" in workdir:
     raise errors.UserError(
-      f"--workdir={workdir} is an address: give a folder; a bucket can be mounted (gcsfuse)"
+      f"workdir={workdir} is an address: give a folder; a bucket can be mounted (gcsfuse)"
     )
   folder = pathlib.Path(workdir).expanduser().absolute()
   if folder.exists() and not folder.is_dir():
-    raise errors.UserError(f"--workdir={workdir} is a file: give a folder")
+    raise errors.UserError(f"workdir={workdir} is a file: give a folder")
   lead = jax.process_index() == 0
   if config.overwrite and lead and (folder / "env.json").exists():
     try:
       for path in (*(folder / name for name in _OURS), *folder.glob("events.out.tfevents.*")):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     except OSError as error:
-      raise errors.UserError(f"cannot overwrite --workdir={workdir}: {error.strerror}") from None
+      raise errors.UserError(f"cannot overwrite workdir={workdir}: {error.strerror}") from None
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices("workdir")
   known = folder / "config.json"
   if known.exists():
     if config.resume == "never":
       raise errors.UserError(
-        f"--workdir={workdir} already holds a run and resume=never: choose another --workdir or "
-        "set --config.overwrite=True"
+        f"workdir={workdir} already holds a run and resume=never: choose another workdir or "
+        "set config.overwrite=True"
       )
     try:
       old = json.loads(known.read_text())
     except ValueError:
       raise errors.UserError(
-        f"{known} is not readable JSON: choose another --workdir or set --config.overwrite=True"
+        f"{known} is not readable JSON: choose another workdir or set config.overwrite=True"
       ) from None
     refuse_mismatch(old, config)
   elif (folder / "checkpoints").exists():
     raise errors.UserError(
-      f"--workdir={workdir} holds checkpoints but no config.json, so it is not a run of protojax: "
-      "choose another --workdir"
+      f"workdir={workdir} holds checkpoints but no config.json, so it is not a run of protojax: "
+      "choose another workdir"
     )
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices("workdir_checked")
   if lead and not known.exists():
     try:
       folder.mkdir(parents=True, exist_ok=True)
-      _write_json(folder / "env.json", environment.describe())
-      _write_json(known, config.to_dict())
+      files.write_json(folder / "env.json", environment.describe())
+      files.write_json(known, config.to_dict())
     except OSError as error:
-      raise errors.UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from None
+      raise errors.UserError(f"cannot write to workdir={workdir}: {error.strerror}") from None
   return folder
 
 
@@ -202,8 +193,8 @@ def encoder_of(state) -> tuple[str, dict]:
 def export_encoder(folder: pathlib.Path, step: int, state, config, mesh) -> None:
   """Writes exported/encoder.safetensors and config.json: the teacher where there is one."""
   which, tree = encoder_of(state)
-  whole = jax.jit(lambda t: t, out_shardings=sharding.replicated(mesh))
-  tree = jax.device_get(whole(tree))
+  gather = jax.jit(lambda t: t, out_shardings=sharding.replicated(mesh))
+  tree = jax.device_get(gather(tree))
   if jax.process_index() == 0:
     info = {"weights": which, "step": step, "version": __version__}
     for section in ("model", "head", "method"):
@@ -233,9 +224,13 @@ def protocol(config, bank, test) -> dict[str, object]:
 def write_result(folder: pathlib.Path, result: dict, arrays: dict, config, *, bank, test) -> None:
   """Writes eval/final/: arrays.npz, and result.json, each number with how it was made."""
   final = folder / "eval" / "final"
-  final.mkdir(parents=True, exist_ok=True)
-  np.savez(final / "arrays.npz", **arrays)
-  _write_json(
+
+  def save_arrays(path):
+    with open(path, "wb") as file:  # given a name, NumPy would append .npz
+      np.savez(file, **arrays)
+
+  files.write(final / "arrays.npz", save_arrays)
+  files.write_json(
     final / "result.json",
     {
       "measures": result,
@@ -258,11 +253,7 @@ def warm_start(state, params):
     state: fresh `train_step.TrainState`.
     params: from `export.load`, host arrays; where it has None the state's own stay.
   """
-  fresh = [
-    jax.tree_util.keystr(path, simple=True, separator=".")
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: x is None)
-    if leaf is None
-  ]
+  fresh = [name for name, leaf in trees.flat(params).items() if leaf is None]
   if fresh:
     logging.info("init_from has none of these, they start fresh: %s", ", ".join(fresh))
 

@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.accelerator import collect, items, parity, records, row, speed
 from protojax import config as configs
-from protojax import methods, trees
+from protojax import files, methods, trees
 
 ROOT = pathlib.Path(__file__).parents[2]
 _DATA = pathlib.Path(os.environ.get("PROTOJAX_DATA_DIR", ROOT.parent / "shared" / "data"))
@@ -334,7 +334,7 @@ def test_pages_are_made_of_lines_and_rehearsals_are_not_published(tmp_path, monk
       "rehearsal": False,
     },
   ]
-  records.write(tmp_path / "lines.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
+  files.write(tmp_path / "lines.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
   assert collect.write(tmp_path).endswith("3 items, 1 failed")
   page = (tmp_path / "docs" / "results" / "accelerator.md").read_text()
   assert "| dino | 256 | 1280 | 1707 | 200.0 | 150.0 | 40.0 | – |" in page
@@ -348,7 +348,7 @@ def test_pages_are_made_of_lines_and_rehearsals_are_not_published(tmp_path, monk
   with pytest.raises(SystemExit, match="no item that is done on an accelerator"):
     (tmp_path / "other").mkdir()
     on_cpu = {**lines[0], "card": None, "result": {**speeds, "backend": "cpu"}}
-    records.write(
+    files.write(
       tmp_path / "other" / "lines.jsonl", f"{json.dumps(lines[3])}\n{json.dumps(on_cpu)}\n"
     )
     monkeypatch.setattr(collect, "RESULTS", tmp_path / "elsewhere")

@@ -258,10 +258,10 @@ def test_a_program_without_absl_gets_workers_and_stops_cleanly_when_it_fails(tmp
   script.write_text(f"""
 from absl import flags
 flags.DEFINE_integer("own", 5, "")
-from protojax.data import pipeline, source
+from protojax.data import pipeline, sources
 
 if __name__ == "__main__":
-  data = source.build("cifar10", split="test", data_dir={folder!r})
+  data = sources.build("cifar10", split="test", data_dir={folder!r})
   batches = pipeline.batches(
     data, seed=0, step=5, batch_size=128, image_size=32, num_workers=1
   )

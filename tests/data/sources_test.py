@@ -1,5 +1,7 @@
 """Sources: digits, prepared TFDS data, folders, long tails; checked against Pillow and tfds."""
 
+import functools
+import importlib
 import io
 import json
 import os
@@ -16,8 +18,9 @@ from PIL import Image
 from sklearn import datasets
 from tensorflow_datasets.proto import tf_example_pb2
 
+import protojax
 from protojax import errors
-from protojax.data import sources
+from protojax.data import pipeline, sources
 
 _REPO = pathlib.Path(__file__).parents[2]
 
@@ -142,8 +145,8 @@ def test_sources_survive_pickling(data_dir, animals):
 
 def test_reading_a_tfds_source_leaves_tensorflow_out(data_dir):
   code = (
-    "import sys; from protojax.data import source; "
-    f"s = source.build('cifar10', split='train', data_dir={data_dir!r}); s[5]; s.labels; "
+    "import sys; from protojax.data import sources; "
+    f"s = sources.build('cifar10', split='train', data_dir={data_dir!r}); s[5]; s.labels; "
     "assert 'tensorflow_datasets' in sys.modules; assert 'tensorflow' not in sys.modules"
   )
   subprocess.run([sys.executable, "-c", code], check=True, cwd=_REPO)
@@ -337,8 +340,76 @@ def test_wrong_digits_are_refused_in_one_line():
   refuse("imbalance=9999", "lower", name="digits", split="train", imbalance=9999)
 
 
+_OWN = """
+import functools
+import numpy as np
+from protojax import data
+
+def build(split, data_dir):
+  labels = np.arange(6) % 2
+  read = functools.partial(_read, len(str(data_dir)))
+  return data.Source(f"own/{split}", np.arange(6), read, labels, class_names=("even", "odd"))
+
+def _read(level, records):
+  return [(np.full((4, 5, 3), level + i, np.uint8), i % 2) for i in records]
+"""
+
+
+@pytest.fixture
+def own_package(tmp_path, monkeypatch):
+  """A package of the user's that is on the path, with a module `images`."""
+  package = tmp_path / "own_package"
+  package.mkdir()
+  (package / "__init__.py").write_text("")
+  (package / "images.py").write_text(_OWN)
+  monkeypatch.syspath_prepend(tmp_path)
+  yield package
+  for name in [name for name in sys.modules if name.split(".")[0] == "own_package"]:
+    del sys.modules[name]
+
+
+def test_a_module_of_the_users_is_a_source_without_a_fork(own_package):
+  source = sources.build("own_package.images", split="dev", data_dir="/here", imbalance=2)
+  assert source.name == "own/dev (imbalance 2)" and source.class_names == ("even", "odd")
+  assert source.labels.tolist() == [0, 0, 0, 1] and source.labels.dtype == np.int32
+  copy = pickle.loads(pickle.dumps(source))
+  for i in range(4):
+    assert copy[i]["label"] == source.labels[i] and copy.describe(i) == source.describe(i)
+    number = int(source.describe(i)[len("own/dev[") : -1])
+    np.testing.assert_array_equal(copy[i]["image"], np.full((4, 5, 3), 5 + number, np.uint8))
+  (batch,) = pipeline.sequential(source, batch_size=4, image_size=8)
+  assert batch["image"].shape == (4, 8, 8, 3) and batch["label"].tolist() == [0, 0, 0, 1]
+
+
+def test_a_module_that_is_no_source_is_refused_in_one_line(own_package):
+  name = "own_package.wrong"
+  refuse(f"data.name='{name}'", "no module", "PYTHONPATH", name=name, split="dev")
+  refuse("no module 'nobody'", name="nobody.images", split="dev")
+  for text, words in (
+    ("", "no build(split, data_dir) -> Source"),
+    ("def build(split, data_dir): return [1]", "returned list"),
+    ("import not_there", "No module named 'not_there'; python -c 'import own_package.wrong' shows"),
+    ("1 / 0", "ZeroDivisionError"),
+  ):
+    (own_package / "wrong.py").write_text(text)
+    sys.modules.pop(name, None)
+    importlib.invalidate_caches()
+    refuse(words, name=name, split="dev")
+
+
+def test_an_array_that_is_no_image_is_corrupt_and_says_why():
+  read = functools.partial(sources.source.read_items, np.zeros((2, 4, 4, 3)), np.zeros(2))
+  source = sources.Source("own", np.arange(2), read)
+  with pytest.raises(sources.CorruptImage, match=r"own\[1\] .*uint8 \[H, W, 3\], not float64"):
+    source[1]
+
+
+def test_build_is_public_in_the_room():
+  assert protojax.data.build is sources.build and protojax.data.Source is sources.Source
+
+
 def test_wrong_tfds_data_is_refused_in_one_line(data_dir, tmp_path):
-  refuse("cifar10", "--config.data.data_dir", name="cifar10", split="train")
+  refuse("cifar10", "config.data.data_dir", name="cifar10", split="train")
   refuse("/nowhere", "not a folder", name="cifar10", split="train", data_dir="/nowhere")
   refuse("'cifar'", "there are cifar10", name="cifar", split="train", data_dir=data_dir)
   refuse("cifar10:1.0.0", name="cifar10:1.0.0", split="train", data_dir=data_dir)

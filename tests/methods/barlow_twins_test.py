@@ -126,6 +126,6 @@ def test_shapes_that_do_not_fit_are_refused(shape):
 )
 def test_what_has_no_meaning_without_prototypes_is_one_line(name, key, value):
   c = tiny.config(name, "none", **{**_PAIRS, key: value})
-  with pytest.raises(errors.UserError, match=f"^{key}={value!r}: .*set --config.{key}=") as caught:
+  with pytest.raises(errors.UserError, match=f"^{key}={value!r}: .*set config.{key}=") as caught:
     methods.load(name).make(c)
   assert "\n" not in str(caught.value)

@@ -38,7 +38,7 @@ def _reference(student, teacher, order, size):
 
 def test_loss_is_that_of_the_blocks_its_key_draws():
   c = _config(method__train_prototype_norm=True)
-  method, pair = carp.make(c), student_teacher.build(c)
+  method, networks = carp.make(c), student_teacher.build_with_prototypes(c)
   variables = jax.jit(method.init)(jax.random.key(0))
   # Long prototypes, or every assignment would be nearly uniform.
   sharp = {**variables.prototypes, "g": jnp.full((32, 1), 30.0)}
@@ -48,12 +48,12 @@ def test_loss_is_that_of_the_blocks_its_key_draws():
   views = jax.tree.map(
     lambda s: jax.random.normal(jax.random.key(1), s.shape), tiny.abstract_views(c)
   )
-  loss, seen = jax.jit(method.loss), []
+  loss, values = jax.jit(method.loss), []
   for seed in (2, 3):
     key = jax.random.key(seed)
     value, out = loss(trained, frozen, views, key, jnp.int32(0))
     net_key, order_key = jax.random.split(key)
-    scores = jax.jit(pair.scores)(trained, frozen, views, net_key)
+    scores = jax.jit(networks.scores)(trained, frozen, views, net_key)
     student, teacher = (np.asarray(x, np.float64) for x in (scores.student, scores.teacher))
     order = np.asarray(assignment.random_partition(order_key, 32))
     agree, spread = _reference(student, teacher, order, 8)
@@ -62,8 +62,8 @@ def test_loss_is_that_of_the_blocks_its_key_draws():
     np.testing.assert_allclose(out.metrics["consistency"], agree, rtol=1e-5)
     np.testing.assert_allclose(out.metrics["entropy_gap"], spread, rtol=1e-5)
     np.testing.assert_allclose(out.metrics["ln_k"], np.log(8), rtol=1e-6)
-    seen.append(float(value))
-  assert seen[0] != seen[1]  # other blocks
+    values.append(float(value))
+  assert values[0] != values[1]  # other blocks
 
 
 @pytest.mark.parametrize("size", [1, 5, 64])

@@ -86,15 +86,13 @@ def test_golden_losses_with_the_centre_of_the_step_before(monkeypatch):
   n = np.arange(4)[:, None]
   cosines = np.cos(0.4 * n + 0.9 * np.arange(5)[None, :])
   scores = student_teacher.Scores(_crops(_sin(6, 5)), _crops(cosines), {}, None)
-  build = student_teacher.build
-  monkeypatch.setattr(
-    student_teacher,
-    "build",
-    lambda config: build(config)._replace(
-      scores=lambda *args: scores,
-      update=lambda variables, stats, step: variables,
-    ),
-  )
+  build = student_teacher.build_with_prototypes
+
+  def build_golden(config):
+    method = build(config).method._replace(update=lambda variables, stats, step: variables)
+    return student_teacher.PrototypeStudentTeacher(method, scores=lambda *args: scores)
+
+  monkeypatch.setattr(student_teacher, "build_with_prototypes", build_golden)
   config = tiny.config(
     "dino",
     method__num_prototypes=5,
@@ -157,10 +155,10 @@ def _loss(config, g=None):
   views = jax.tree.map(
     lambda s: jax.random.normal(jax.random.key(1), s.shape), tiny.abstract_views(config)
   )
-  pair = student_teacher.build(config)
+  networks = student_teacher.build_with_prototypes(config)
   inputs = trained, frozen, views, jax.random.key(2)
   value, out = jax.jit(method.loss)(*inputs, jnp.int32(0))
-  return value, out, jax.jit(pair.scores)(*inputs), method, variables
+  return value, out, jax.jit(networks.scores)(*inputs), method, variables
 
 
 def test_weighted_koleo_terms_join_the_cross_entropy():
@@ -244,7 +242,7 @@ def test_vmf_codes_carry_the_normaliser():
   _, _, _, method, variables = _loss(c, g=(g, g))
   images = jax.random.normal(jax.random.key(5), (3, 16, 16, 3))
   scores = method.codes(variables, images)["prototypes"]
-  plain = student_teacher.build(c).codes(variables, images)["prototypes"]
+  plain = student_teacher.build_with_prototypes(c).method.codes(variables, images)["prototypes"]
   assert float((plain - scores)[:, 0].min()) > 10.0
   np.testing.assert_allclose((plain - scores)[:, 1:], float((plain - scores)[0, 1]), atol=1e-5)
 

@@ -33,10 +33,8 @@ def bare(monkeypatch):
   def build(config):
     del config
     return student.Student(
-      init=None,
+      method=base.Method(False, *[None] * 7),
       embed=lambda trained, frozen, views, key: (trained["encoder"], {}),
-      carry=None,
-      features=None,
       project=lambda variables, images: images,
     )
 

@@ -52,16 +52,17 @@ def _golden(config, monkeypatch):
     seen.update(views)
     return scores
 
-  build = student_teacher.build
+  build = student_teacher.build_with_prototypes
 
   def fake_build(*args, **kwargs):
-    pair = build(*args, **kwargs)
-    return pair._replace(scores=fake_scores, update=lambda variables, stats, step: variables)
+    method = build(*args, **kwargs).method
+    method = method._replace(update=lambda variables, stats, step: variables)
+    return student_teacher.PrototypeStudentTeacher(method, fake_scores)
 
   def fake_masks(*args):
     return lambda key, batch, views: jnp.asarray(_MASKS.reshape(2, 2, 4).swapaxes(0, 1))
 
-  monkeypatch.setattr(ibot.student_teacher, "build", fake_build)
+  monkeypatch.setattr(ibot.student_teacher, "build_with_prototypes", fake_build)
   monkeypatch.setattr(ibot.masking, "make", fake_masks)
   return ibot.make(config), seen
 

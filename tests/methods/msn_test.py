@@ -78,19 +78,19 @@ def test_terms_match_numpy_in_value_and_gradient(which):
 def _seen(config, monkeypatch):
   """(method, the views that it gives its student and teacher, once its loss has run)."""
   views = {}
-  build = student_teacher.build
+  build = student_teacher.build_with_prototypes
 
   def fake_build(config, **options):
     assert options == {"average": False}
-    pair = build(config, **options)
+    networks = build(config, **options)
 
     def scores(trained, frozen, given, key):
       views.update(given)
-      return pair.scores(trained, frozen, given, key)
+      return networks.scores(trained, frozen, given, key)
 
-    return pair._replace(scores=scores)
+    return networks._replace(scores=scores)
 
-  monkeypatch.setattr(student_teacher, "build", fake_build)
+  monkeypatch.setattr(student_teacher, "build_with_prototypes", fake_build)
   return msn.make(config), views
 
 
@@ -161,7 +161,7 @@ def test_patches_left_out_have_no_influence_and_order_has_none():
     ({"method__drop_patches": 1.0}, "method.drop_patches=1.0 of model.name='vit_small': choose"),
     ({"model__name": "resnet18"}, "of model.name='resnet18': choose .* a transformer"),
     ({"method__sharpening": 0.0}, "method.sharpening=0.0 must be above 0"),
-    ({"head__l2": False}, "head.l2=False: msn compares directions; set --config.head.l2=True"),
+    ({"head__l2": False}, "head.l2=False: msn compares directions; set config.head.l2=True"),
   ],
 )
 def test_bad_settings_are_one_line(changes, words):

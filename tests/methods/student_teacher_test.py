@@ -23,20 +23,20 @@ def _other(tree, seed):
   )
 
 
-def _pair(prototypes, **changes):
-  """(config, pair, variables) whose student and teacher differ in every leaf."""
+def _networks(prototypes, **changes):
+  """(config, networks, variables) whose student and teacher differ in every leaf."""
   c = tiny.config("dino", prototypes, teacher__momentum=0.9, **changes)
-  pair = student_teacher.build(c)
-  variables = jax.jit(pair.init)(jax.random.key(0))
-  return c, pair, variables.replace(teacher=_other(variables.teacher, 1))
+  networks = student_teacher.build_with_prototypes(c)
+  variables = jax.jit(networks.method.init)(jax.random.key(0))
+  return c, networks, variables.replace(teacher=_other(variables.teacher, 1))
 
 
 @pytest.mark.parametrize(("step", "momentum"), [(0, 0.9), (3, 0.95)])
 def test_teacher_keeps_a_cosine_of_its_momentum_over_the_run(step, momentum):
   """Half way through a run of six steps, the momentum is half way to one."""
-  _, pair, variables = _pair("learned", method__train_prototype_norm=True)
+  _, networks, variables = _networks("learned", method__train_prototype_norm=True)
   stats = {"prototypes": (), "batch_stats": variables.carry["batch_stats"]}
-  moved = jax.jit(pair.update)(variables, stats, jnp.int32(step))
+  moved = jax.jit(networks.method.update)(variables, stats, jnp.int32(step))
   student = {"encoder": variables.encoder, "prototypes": variables.prototypes}
   assert {"v", "g"} <= set(student["prototypes"])
   expected = jax.tree.map(
@@ -47,12 +47,12 @@ def test_teacher_keeps_a_cosine_of_its_momentum_over_the_run(step, momentum):
 
 
 def test_each_side_is_scored_by_its_own_learned_prototypes():
-  c, pair, variables = _pair("learned")
+  c, networks, variables = _networks("learned")
   trained, frozen = train_step.split(variables, True)
   views = jax.tree.map(
     lambda s: jax.random.normal(jax.random.key(2), s.shape), tiny.abstract_views(c)
   )
-  scores = jax.jit(pair.scores)(trained, frozen, views, jax.random.key(3))
+  scores = jax.jit(networks.scores)(trained, frozen, views, jax.random.key(3))
   net = encoders.build(c)
   teacher_views = {"global": views["global"]}
   for params, v, seen, actual in (
@@ -72,12 +72,18 @@ def test_each_side_is_scored_by_its_own_learned_prototypes():
 
 @pytest.mark.parametrize("kind", ["mixture", "frozen"])
 def test_a_set_without_a_gradient_serves_both_sides(kind):
-  c, pair, variables = _pair(kind)
+  c, networks, variables = _networks(kind)
   assert set(variables.teacher) == {"encoder"}
   same = variables.replace(teacher={"encoder": variables.encoder})
   trained, frozen = train_step.split(same, False)
   views = jax.tree.map(
     lambda s: jax.random.normal(jax.random.key(2), s.shape), tiny.abstract_views(c)
   )
-  scores = jax.jit(pair.scores)(trained, frozen, views, jax.random.key(3))
+  scores = jax.jit(networks.scores)(trained, frozen, views, jax.random.key(3))
   np.testing.assert_allclose(scores.teacher, scores.student[:, :2], atol=1e-5)
+
+
+def test_a_network_says_that_it_lacks_a_loss():
+  _, networks, _ = _networks("frozen")
+  with pytest.raises(NotImplementedError, match=r"method._replace\(loss=...\)"):
+    networks.method.loss({}, None, {}, None, None)

@@ -315,3 +315,13 @@ def test_eight_devices_equal_one_and_gather_nothing(encoder, accum_steps):
   )
   assert_close((value, z, new), (value_1, z_1, new_1), atol=1e-5)
   assert_close(grads, grads_1, atol=1e-4)
+
+
+def test_an_encoder_for_evaluation_differs_in_nothing_else():
+  config = make_config(VIT | {"drop_path": 0.3, "remat": True, "attention": "cudnn"})
+  before = config.to_dict()
+  teacher, evaluated = encoder_lib.without_drop_path(config), encoder_lib.for_evaluation(config)
+  assert config.to_dict() == before
+  assert teacher.to_dict() == before | {"model": before["model"] | {"drop_path": 0.0}}
+  changed = {"drop_path": 0.0, "remat": False, "attention": "xla"}
+  assert evaluated.to_dict() == before | {"model": before["model"] | changed}

@@ -23,45 +23,45 @@ def test_rows_start_as_different_unit_directions(kind):
 def test_only_a_mixture_moves():
   features = jax.random.normal(jax.random.key(1), (64, 16))
   for kind in ("learned", "mixture", "frozen"):
-    bank = _set(kind)
-    start = bank.init(jax.random.key(0))
-    moved = np.abs(bank.rows(bank.move(start, features)) - bank.rows(start)).max()
+    prototypes = _set(kind)
+    start = prototypes.init(jax.random.key(0))
+    moved = np.abs(prototypes.rows(prototypes.move(start, features)) - prototypes.rows(start)).max()
     assert (moved > 1e-4) == (kind == "mixture")
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_sets_for_kinds_of_token_move_on_their_own_or_on_all_tokens(shared):
   one = _set("mixture")
-  bank = prototype_set.several(one, ("a", "b"), shared=shared)
-  start = bank.init(jax.random.key(0))
+  prototypes = prototype_set.several(one, ("a", "b"), shared=shared)
+  start = prototypes.init(jax.random.key(0))
   features = {
     "a": jax.random.normal(jax.random.key(1), (8, 2, 16)),
     "b": jax.random.normal(jax.random.key(2), (8, 2, 3, 16)),
   }
-  rows = bank.rows(bank.move(start, features))
+  rows = prototypes.rows(prototypes.move(start, features))
   flat = {kind: np.asarray(x).reshape(-1, 16) for kind, x in features.items()}
   if shared:
     flat = dict.fromkeys(flat, np.concatenate(list(flat.values())))
   for kind, x in flat.items():
     state = start if shared else start[kind]
     np.testing.assert_allclose(rows[kind], one.rows(one.move(state, x)), atol=1e-5)
-    aligned = bank.align(start, features)[kind]
+    aligned = prototypes.align(start, features)[kind]
     np.testing.assert_allclose(aligned, one.align(state, features[kind]), atol=1e-6)
   assert np.array_equal(rows["a"], rows["b"]) == shared
 
 
 def test_learned_norms_scale_the_rows():
-  bank = _set("learned", method__train_prototype_norm=True)
-  state = bank.init(jax.random.key(0))
+  prototypes = _set("learned", method__train_prototype_norm=True)
+  state = prototypes.init(jax.random.key(0))
   doubled = {**state, "g": 2.0 * state["g"]}
-  np.testing.assert_allclose(bank.rows(doubled), 2.0 * bank.rows(state), rtol=1e-6)
+  np.testing.assert_allclose(prototypes.rows(doubled), 2.0 * prototypes.rows(state), rtol=1e-6)
 
 
 def test_centred_mixture_puts_the_loss_into_its_coordinates():
   features = jax.random.normal(jax.random.key(1), (64, 16)) + 3.0
-  bank = _set("mixture", mixture__center_features=True)
-  state = bank.move(bank.init(jax.random.key(0)), features)
-  aligned = np.asarray(bank.align(state, features))
+  prototypes = _set("mixture", mixture__center_features=True)
+  state = prototypes.move(prototypes.init(jax.random.key(0)), features)
+  aligned = np.asarray(prototypes.align(state, features))
   directions = aligned / np.linalg.norm(aligned, axis=1, keepdims=True)
   assert np.linalg.norm(directions.mean(axis=0)) < 0.2
   plain = _set("mixture", mixture__center_features=False)
@@ -82,13 +82,13 @@ def test_horizon_schedule_is_the_config_s():
   features = jax.random.normal(jax.random.key(1), (64, 16))
   gaps = []
   for final in (1e6, 1.0):
-    bank = _set(
+    prototypes = _set(
       "mixture", mixture__horizon_steps=1e6, mixture__horizon_final=final, mixture__anneal_steps=4
     )
-    start = state = bank.init(jax.random.key(0))
+    start = state = prototypes.init(jax.random.key(0))
     for _ in range(6):
-      state = bank.move(state, features)
-    gaps.append(np.abs(bank.rows(state) - bank.rows(start)).max())
+      state = prototypes.move(state, features)
+    gaps.append(np.abs(prototypes.rows(state) - prototypes.rows(start)).max())
   assert gaps[0] < 1e-3 < 0.1 < gaps[1]
 
 

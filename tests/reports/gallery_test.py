@@ -65,14 +65,14 @@ def model(run):
 @pytest.fixture
 def kept(monkeypatch):
   """(array, text) of every picture, before it is encoded."""
-  seen, encode = [], gallery._picture
+  pictures, encode = [], gallery._picture
 
   def keep(image, text):
-    seen.append((image, text))
+    pictures.append((image, text))
     return encode(image, text)
 
   monkeypatch.setattr(gallery, "_picture", keep)
-  return seen
+  return pictures
 
 
 def test_training_ends_with_the_page_and_names_it(run):
@@ -184,7 +184,7 @@ def test_residual_network_and_method_without_prototypes_say_so(model):
   config.model.name = "resnet18"
   bare = model._replace(prototypes={}, config=config)
   bank = sources.build("digits", split="train")
-  found = gallery.look(bare, config, bank=bank, train=errors.UserError("gone"), arrays={})
+  found = gallery.collect(bare, config, bank=bank, train=errors.UserError("gone"), arrays={})
   assert found.prototypes == "dino has no prototypes."
   assert found.attention == "resnet18 has no attention."
   assert found.views == "gone."
@@ -208,7 +208,7 @@ def test_arrays_of_another_state_are_not_shown_with_this_one(run, tmp_path):
   result = json.loads(file.read_text())
   result["measures"]["step"] = 3
   file.write_text(json.dumps(result))
-  found = of_run.look(records.read([folder])[0], 10)
+  found = of_run.pictures(records.read([folder])[0], 10)
   assert "not known before the run ends" in found.prototypes and len(found.views) == 4
 
 

@@ -226,7 +226,7 @@ def test_state_of_another_program_is_one_line(tmp_path, other, words):
   _write(tmp_path, [4])
   with pytest.raises(errors.UserError, match=f"checkpoint 4 in .*{words}") as caught:
     _read(tmp_path, other())
-  assert "\n" not in str(caught.value) and "--workdir" in str(caught.value)
+  assert "\n" not in str(caught.value) and "another workdir" in str(caught.value)
 
 
 _CHILD = """

@@ -79,7 +79,7 @@ def test_resumed_file_equals_an_uninterrupted_one(tmp_path):
 
 
 def test_torn_last_line_of_a_kept_step_is_dropped(tmp_path):
-  (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nrubbish\n[2]\n{"step": 2}\n{"step": 3}')
+  (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nrubbish\n[2]\n{"step": 2}\n{"step": 3, "a')
   _make(tmp_path, start_step=3).close()
   assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
 
@@ -199,5 +199,5 @@ def test_closing_twice_is_harmless_and_flush_works(tmp_path):
 
 
 def test_import_does_not_load_tensorboard():
-  code = "import sys, protojax.writer; sys.exit('tensorboardX' in sys.modules)"
+  code = "import sys, protojax.training.metric_writer; sys.exit('tensorboardX' in sys.modules)"
   subprocess.run([sys.executable, "-c", code], check=True)

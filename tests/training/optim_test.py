@@ -148,21 +148,21 @@ def test_clipped_lars_with_another_trust_matches_numpy_on_both_sides_of_the_clip
   flat = [_flat(g) for g in grads]
   options = {"clip": 0.0, "mode": "tensor", "freeze": 0, "steps": 9}
   expected = _reference("lars", _flat(start), flat, **options, trust=0.02, lars_clip=True)
-  whole = _reference("lars", _flat(start), flat, **options, trust=0.02)
+  unclipped = _reference("lars", _flat(start), flat, **options, trust=0.02)
   for key, value in _flat(trained).items():
     np.testing.assert_allclose(value, expected[key], rtol=2e-5, atol=2e-6, err_msg=key)
-  assert np.abs(whole["prototypes.v"] - expected["prototypes.v"]).max() > 0.01
+  assert np.abs(unclipped["prototypes.v"] - expected["prototypes.v"]).max() > 0.01
 
 
 @pytest.mark.parametrize(
-  ("changes", "still"),
+  ("changes", "exempt"),
   [
     ({}, set()),
     ({"decay_prototypes": False}, {"prototypes.v", "prototypes.g"}),
     ({"decay_embeddings": False}, {"encoder.backbone.cls_token"}),
   ],
 )
-def test_what_decays_is_decided_by_name_and_dimensions(changes, still):
+def test_what_decays_is_decided_by_name_and_dimensions(changes, exempt):
   mask = _flat(optim.decay_mask(_params(), _config(**changes).optim))
   assert {k for k, v in mask.items() if v} == {
     "encoder.backbone.cls_token",
@@ -170,10 +170,10 @@ def test_what_decays_is_decided_by_name_and_dimensions(changes, still):
     "encoder.head.dense.kernel",
     "prototypes.v",
     "prototypes.g",
-  } - still
+  } - exempt
   assert len(mask) == len(_flat(_params()))
   every = _flat(optim.decay_mask(_params(), _config(name="adam", **changes).optim))
-  assert {k for k, v in every.items() if not v} == still
+  assert {k for k, v in every.items() if not v} == exempt
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "lars", "sgd"])
@@ -235,9 +235,9 @@ def test_frozen_prototypes_keep_values_and_state_to_the_bit():
   config = _config(freeze_prototypes_steps=2)
   start = _params()
   grads = [_params(s) for s in (1, 2, 3)]
-  still, state = _train(config, start, grads[:2], 9)
+  frozen, state = _train(config, start, grads[:2], 9)
   before = optim.build(config, num_steps=9, batch_size=512).init(start).parts["prototypes"]
-  jax.tree.map(np.testing.assert_array_equal, still["prototypes"], start["prototypes"])
+  jax.tree.map(np.testing.assert_array_equal, frozen["prototypes"], start["prototypes"])
   jax.tree.map(np.testing.assert_array_equal, state.parts["prototypes"], before)
   moved, state = _train(config, start, grads, 9)
   assert float(jnp.abs(moved["prototypes"]["v"] - start["prototypes"]["v"]).max()) > 0

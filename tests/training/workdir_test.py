@@ -60,7 +60,7 @@ def test_settings_of_another_run_are_named_in_one_line(changes, words):
     workdir.refuse_mismatch(before, _config(**changes))
   line = str(caught.value)
   assert all(word in line for word in words) and line.count("->") == len(words)
-  assert "\n" not in line and "--workdir" in line and "overwrite" in line
+  assert "\n" not in line and "another workdir" in line and "overwrite" in line
 
 
 def test_settings_that_do_not_change_the_numbers_may_change():

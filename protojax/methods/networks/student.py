@@ -1,7 +1,7 @@
 """One encoder without a teacher: what falcon, barlow_twins, vicreg, swav and others share."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -10,25 +10,20 @@ from protojax.methods import base
 from protojax.models import encoder as encoders
 from protojax.prototypes import prototype_set, weight_norm
 
-PyTree = Any
-
 
 class Student(NamedTuple):
-  """Pure functions; see `build`.
+  """One encoder; see `build`.
 
   Attributes:
-    init: (key) -> (parameters {"backbone", "head"}, carry {"batch_stats": {"student": ...}}).
-    embed: (trained, frozen, views, key) -> (z float32 [B, V, D], batch_stats), training mode, with
-      a gradient; views 0 and 1 are the global ones. Hand batch_stats on in `LossOut.stats`.
-    carry: (variables, batch_stats) -> carry with the new statistics, for `Method.update`.
-    features: as in `base.Method`.
+    method: all but `loss`; without prototypes. Its `update` takes the batch statistics of `embed`
+      as stats.
+    embed: (trained, frozen, views, key) -> (z float32 [B, V, D], batch statistics), training mode,
+      with a gradient; views 0 and 1 are the global ones.
     project: (variables, images [B, S, S, 3]) -> z float32 [B, D], evaluation mode.
   """
 
-  init: Callable
+  method: base.Method
   embed: Callable
-  carry: Callable
-  features: Callable
   project: Callable
 
 
@@ -36,15 +31,19 @@ def build(config) -> Student:
   """The encoder of `config.model` and `config.head`, trained alone."""
   net = encoders.build(config)
 
+  def batch_stats_of(carry):
+    return carry["batch_stats"]["student"]
+
   def init(key):
     params, batch_stats = encoders.init(net, key, config.augment.global_size)
-    return params, {"batch_stats": {"student": batch_stats}}
+    carry = {"batch_stats": {"student": batch_stats}}
+    return base.Variables(params, prototypes=(), teacher=(), carry=carry)
 
   def embed(trained, frozen, views, key):
     out, batch_stats = encoders.embed(
       net,
       trained["encoder"],
-      frozen.carry["batch_stats"]["student"],
+      batch_stats_of(frozen.carry),
       views,
       train=True,
       key=key,
@@ -52,21 +51,32 @@ def build(config) -> Student:
     )
     return out.z, batch_stats
 
-  def carry(variables: base.Variables, batch_stats: PyTree) -> dict[str, PyTree]:
-    return {**variables.carry, "batch_stats": {"student": batch_stats}}
+  def update(variables, batch_stats, step):
+    del step
+    return variables.replace(carry={**variables.carry, "batch_stats": {"student": batch_stats}})
 
   def features(variables, images):
-    batch_stats = variables.carry["batch_stats"]["student"]
-    return encoders.features(net, variables.encoder, batch_stats, images)
+    return encoders.features(net, variables.encoder, batch_stats_of(variables.carry), images)
 
   def project(variables, images):
-    batch_stats = variables.carry["batch_stats"]["student"]
-    out, _ = encoders.embed(
-      net, variables.encoder, batch_stats, {"global": images[:, None]}, train=False
-    )
+    views, batch_stats = {"global": images[:, None]}, batch_stats_of(variables.carry)
+    out, _ = encoders.embed(net, variables.encoder, batch_stats, views, train=False)
     return out.z[:, 0]
 
-  return Student(init, embed, carry, features, project)
+  def no_sets(*_):
+    return {}
+
+  method = base.Method(
+    learns_prototypes=False,
+    init=init,
+    loss=base.no_loss,
+    update=update,
+    features=features,
+    codes=no_sets,
+    embeddings=no_sets,
+    prototype_matrices=no_sets,
+  )
+  return Student(method, embed, project)
 
 
 def check_pairs(z: jax.Array) -> jax.Array:
@@ -101,54 +111,28 @@ def two_views(config, objective: Callable) -> base.Method:
     raise errors.UserError("batch_size=1: statistics over the batch need 2 images or more")
   net = build(config)
 
-  def init(key):
-    params, carry = net.init(key)
-    return base.Variables(params, prototypes=(), teacher=(), carry=carry)
-
   def loss(trained, frozen, views, key, step):
     del step
     z, batch_stats = net.embed(trained, frozen, views, key)
     value, metrics = objective(z)
     return value, base.LossOut({"loss": value, **metrics}, batch_stats)
 
-  def update(variables, batch_stats, step):
-    del step
-    return variables.replace(carry=net.carry(variables, batch_stats))
-
-  def nothing(*_):
-    return {}
-
-  return base.Method(
-    learns_prototypes=False,
-    init=init,
-    loss=loss,
-    update=update,
-    features=net.features,
-    codes=nothing,
-    embeddings=nothing,
-    prototype_matrices=nothing,
-  )
+  return net.method._replace(loss=loss)
 
 
 class PrototypeStudent(NamedTuple):
-  """Pure functions; see `build_with_prototypes`. Those of `base.Method` have its signatures.
+  """One encoder and its prototypes; see `build_with_prototypes`.
 
   Attributes:
+    method: all but `loss`. Its `update` takes the stats of `embed`.
     embed: (trained, frozen, views, key) -> (z float32 [B, V, D] with a gradient, the state of the
       prototypes that the loss scores with, stats); views 0 and 1 are the global ones.
     scores: (state, z [..., D]) -> float32 [..., K].
-    update: (variables, stats) -> Variables, with the stats of `embed`.
   """
 
-  learns_prototypes: bool
-  init: Callable
+  method: base.Method
   embed: Callable
   scores: Callable
-  update: Callable
-  features: Callable
-  codes: Callable
-  embeddings: Callable
-  prototype_matrices: Callable
 
 
 def build_with_prototypes(config) -> PrototypeStudent:
@@ -160,37 +144,40 @@ def build_with_prototypes(config) -> PrototypeStudent:
   Raises:
     UserError: for an unknown `method.em_order` or `method.prototypes`.
   """
-  net, bank = build(config), prototype_set.build(config)
+  net, prototypes = build(config), prototype_set.build(config)
 
   def init(key):
     encoder_key, prototype_key = jax.random.split(key)
-    params, carry = net.init(encoder_key)
-    return base.Variables(params, bank.init(prototype_key), teacher=(), carry=carry)
+    return net.method.init(encoder_key).replace(prototypes=prototypes.init(prototype_key))
 
   def embed(trained, frozen, views, key):
     z, batch_stats = net.embed(trained, frozen, views, key)
-    rows = z[:, :2].reshape(-1, z.shape[-1])
-    state, moved = prototype_set.in_loss(bank, trained, frozen, rows)
+    features = z[:, :2].reshape(-1, z.shape[-1])
+    state, moved = prototype_set.in_loss(prototypes, trained, frozen, features)
     return z, state, {"batch_stats": batch_stats, "prototypes": moved}
 
   def scores(state, z):
-    return weight_norm.scores(bank.rows(state), bank.align(state, z))
+    return weight_norm.scores(prototypes.rows(state), prototypes.align(state, z))
 
-  def update(variables, stats):
-    return variables.replace(
-      prototypes=prototype_set.after_step(bank, variables.prototypes, stats["prototypes"]),
-      carry=net.carry(variables, stats["batch_stats"]),
-    )
+  def update(variables, stats, step):
+    state = prototype_set.after_step(prototypes, variables.prototypes, stats["prototypes"])
+    return net.method.update(variables.replace(prototypes=state), stats["batch_stats"], step)
 
   def codes(variables, images):
     return {"prototypes": scores(variables.prototypes, net.project(variables, images))}
 
   def embeddings(variables, images):
-    return {"prototypes": bank.align(variables.prototypes, net.project(variables, images))}
+    return {"prototypes": prototypes.align(variables.prototypes, net.project(variables, images))}
 
   def prototype_matrices(variables):
-    return {"prototypes": losses.l2_normalize(bank.rows(variables.prototypes))}
+    return {"prototypes": losses.l2_normalize(prototypes.rows(variables.prototypes))}
 
-  return PrototypeStudent(
-    bank.learned, init, embed, scores, update, net.features, codes, embeddings, prototype_matrices
+  method = net.method._replace(
+    learns_prototypes=prototypes.learned,
+    init=init,
+    update=update,
+    codes=codes,
+    embeddings=embeddings,
+    prototype_matrices=prototype_matrices,
   )
+  return PrototypeStudent(method, embed, scores)

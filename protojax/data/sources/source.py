@@ -1,0 +1,172 @@
+"""What a source is: images and labels by number; and how images are decoded."""
+
+import contextlib
+import functools
+import io
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from protojax import errors
+
+
+class CorruptImage(Exception):
+  """A record that cannot be read or decoded; the message names it and the reason."""
+
+
+class Source:
+  """Random access to images; can be pickled into worker processes.
+
+  `source[i]` is {"image": uint8 [H, W, 3], "label": int}, the label -1 where there is none. It
+  raises `CorruptImage` if record i cannot be decoded and IndexError if there is no record i.
+
+  Attributes:
+    name: for messages.
+    class_names, num_classes: names in the order of the labels; (), 0 if unlabelled.
+    tail_split: of a long tail, {"many", "medium", "few": [classes]}, see `imbalance`; else None.
+
+  Args:
+    records: int array [N], numbers of the records that there are.
+    read: list of these numbers -> list of (what `decode` takes or uint8 [H, W, 3], label). Of a
+      module or a `functools.partial` of such a function, for it is pickled too.
+    labels: int32 [M], indexed by the numbers of the records; None reads them when they are asked
+      for.
+    describe: number of a record -> str; None makes it "name[number]".
+  """
+
+  def __init__(
+    self,
+    name: str,
+    records: np.ndarray,
+    read: Callable[[list[int]], Sequence[tuple[Any, int]]],
+    labels: np.ndarray | None = None,
+    describe: Callable[[int], str] | None = None,
+    class_names: Sequence[str] = (),
+    tail_split: dict[str, list[int]] | None = None,
+  ):
+    self.name = name
+    self.class_names = tuple(class_names)
+    self.num_classes = len(self.class_names)
+    self.tail_split = tail_split
+    self._records, self._read, self._labels = records, read, labels
+    self._describe = describe or functools.partial("{}[{}]".format, name)
+
+  def subset(self, indices: np.ndarray, name: str, tail_split: dict[str, list[int]]) -> "Source":
+    """A source of these indices of `self`, with another name and `tail_split`."""
+    records = self._records[indices]
+    names = self.class_names
+    chosen = Source(name, records, self._read, self._labels, self._describe, names, tail_split)
+    if self.labels is not None:
+      chosen.labels = self.labels[indices]  # those of TFDS have been read by now
+    return chosen
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    record = next(self.read([index]))
+    if isinstance(record, CorruptImage):
+      raise record
+    return record
+
+  def read(self, indices: Sequence[int]) -> Iterator[dict[str, Any] | CorruptImage]:
+    """`self[i]` of each index, but faster, and a `CorruptImage` is given, not raised."""
+    records = [self._record(i) for i in indices]
+    try:
+      yield from map(self._finish, records, self._read(records))
+    except Exception as error:  # one unreadable record must not take the others along
+      if len(records) > 1:
+        yield from (next(self.read([i])) for i in indices)
+      else:
+        yield self._corrupt(records[0], error)
+
+  def _finish(self, record: int, pair: tuple[Any, int]) -> dict[str, Any] | CorruptImage:
+    image, label = pair
+    try:
+      image = image if isinstance(image, np.ndarray) else decode(image)
+      if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise TypeError(f"an image is uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
+    except Exception as error:  # Pillow's plugins raise almost anything on a damaged file
+      return self._corrupt(record, error)
+    return {"image": image, "label": int(label) if self.num_classes else -1}
+
+  def _corrupt(self, record: int, error: Exception) -> CorruptImage:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    return CorruptImage(f"{self._describe(record)} ({reason})")
+
+  @functools.cached_property
+  def labels(self) -> np.ndarray | None:
+    """int32 [N], or None if unlabelled. No image is decoded, but TFDS records are all read."""
+    if not self.num_classes:
+      return None
+    if self._labels is not None:
+      return np.asarray(self._labels, np.int32)[self._records]
+    parts = np.array_split(self._records, -(-len(self) // 1024))
+    return np.array([label for p in parts for _, label in self._read(p.tolist())], np.int32)
+
+  def describe(self, index: int) -> str:
+    """A short name of record `index`: the path of a file, or "cifar10/train[17]"."""
+    return self._describe(self._record(index))
+
+  def _record(self, index: int) -> int:
+    index = int(index)
+    if not 0 <= index < len(self):
+      raise IndexError(f"record {index} of {len(self)} in {self.name}")
+    return int(self._records[index])
+
+
+def require_labels(source: Source, who: str) -> None:
+  """Raises UserError if `source` has no labels, naming it and who asks for them."""
+  if not source.num_classes:
+    raise errors.UserError(
+      f"{who} needs labels and {source.name} has none: name labelled images (a folder is labelled "
+      "if all its images lie in two or more sub-folders, one a class)"
+    )
+
+
+def decode(file: str | bytes) -> np.ndarray:
+  """A path or encoded bytes -> uint8 [H, W, 3], upright as EXIF says.
+
+  16 bits keep their upper eight; alpha is dropped; grey becomes three equal channels.
+  """
+  with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+    image.load()
+    with contextlib.suppress(Exception):  # junk beside the pixels is no reason to lose them
+      image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+      grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+      return np.repeat(grey[..., None], 3, axis=-1)
+    if "transparency" in image.info:
+      image = image.convert("RGBA")
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def read_items(
+  images: Sequence | np.ndarray, labels: np.ndarray, records: list[int]
+) -> list[tuple[Any, int]]:
+  """The `read` of a source whose images, or their paths, and labels lie in memory."""
+  return [(images[record], labels[record]) for record in records]
+
+
+def folder_of(data_dir: str | os.PathLike | None, name: str) -> pathlib.Path:
+  """`data_dir` as a path, "~" understood; a UserError that names data set `name` unless it is one.
+
+  Raises:
+    UserError: if there is no such folder.
+  """
+  if data_dir and (root := pathlib.Path(data_dir).expanduser()).is_dir():
+    return root
+  raise errors.UserError(
+    f"data_dir={data_dir} of data set {name!r} is not a folder: name one with "
+    "config.data.data_dir (config.probe.data_dir for the probe's own)"
+  )
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+  """At most `most` names and how many more, for a message."""
+  more = f" and {len(names) - most} more" if len(names) > most else ""
+  return ", ".join(names[:most]) + more if names else "none"

@@ -1,0 +1,292 @@
+"""The table of measures: what each is called, computed from and shown as; nobody else names them.
+
+A new measure is a function in a module of its own and one row of `MEASURES`. `summary` then
+computes it, training writes it to metrics.jsonl, and the log line, the report and the doctor show
+it as its row says. What the values mean together: `verdicts`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from protojax import errors
+from protojax.metrics import collapse
+
+
+class Measure(NamedTuple):
+  """A row of `MEASURES`.
+
+  Attributes:
+    name: in metrics.jsonl, after "collapse/" and the `tag` of its set of prototypes.
+    inputs: the arguments of `summary` that it needs; it is left out where one is not given.
+    function: (*inputs) -> number, or {name: number} of several measures at once; None for one that
+      an earlier row's function gives.
+    form: how the number is written in the log line, such as ".2f"; ".0%" also says that it is a
+      share.
+    short: its name in the log line; "" leaves it out there.
+    title: its name in the report, where it has a row and a curve, and in the doctor; "" leaves it
+      out of the report.
+    meaning: what the report says about it, half a sentence.
+  """
+
+  name: str
+  inputs: tuple[str, ...]
+  function: Callable[..., Any] | None = None
+  form: str = ".2f"
+  short: str = ""
+  title: str = ""
+  meaning: str = ""
+
+  @property
+  def of_sets(self) -> bool:
+    """Whether every set of prototypes has one of its own."""
+    return bool({"prototypes", "num_prototypes", "codes", "embeddings"} & set(self.inputs))
+
+  @property
+  def is_share(self) -> bool:
+    return self.form.endswith("%")
+
+  def value(self, values: Mapping[str, float | None], tag: str = "") -> float | None:
+    """Its value by the names of metrics.jsonl: of all images if known, else of the sample."""
+    name = f"collapse/{tag}{self.name}"
+    return values.get(f"{name}_sample") if values.get(name) is None else values[name]
+
+
+def uniqueness(unique: Sequence[int], random: Sequence[int], num: int) -> dict[str, float]:
+  """Shares of unique prototypes at `collapse.THRESHOLDS` from counts of these and of random ones.
+
+  Args:
+    unique: [T], as `collapse.unique_counts` gives them.
+    random: [T], of random prototypes with the same K and D.
+    num: K.
+  """
+  unique, random = np.asarray(unique) / num, np.asarray(random) / num
+  out = {f"unique_{t}": c for t, c in zip(collapse.THRESHOLDS, unique, strict=True)}
+  return out | {f"unique_{t}_random": c for t, c in zip(collapse.THRESHOLDS, random, strict=True)}
+
+
+def _uniqueness(prototypes) -> dict[str, float]:
+  counts = collapse.unique_counts(prototypes), collapse.random_unique(*prototypes.shape)
+  return uniqueness(*counts, prototypes.shape[0])
+
+
+_PROTOTYPES, _CODES = ("prototypes",), ("codes", "num_prototypes")
+_GREEDY = "share of K, greedy cover in index order, cosine distance below"
+
+MEASURES = (
+  Measure("num_prototypes", ("num_prototypes",), int, ".0f"),
+  Measure(
+    "unique_0.025",
+    _PROTOTYPES,
+    _uniqueness,
+    form=".0%",
+    short="unique",
+    title="Unique at .025",
+    meaning=f"{_GREEDY} .025",
+  ),
+  Measure("unique_0.25", _PROTOTYPES, form=".0%", title="Unique at .25", meaning=f"{_GREEDY} .25"),
+  Measure("unique_0.5", _PROTOTYPES, form=".0%", title="Unique at .5", meaning=f"{_GREEDY} .5"),
+  Measure(
+    "used",
+    _CODES,
+    collapse.used_fraction,
+    form=".0%",
+    short="used",
+    title="Used",
+    meaning="share of K that is nearest to some image",
+  ),
+  Measure(
+    "perplexity",
+    _CODES,
+    collapse.usage_perplexity,
+    title="Perplexity of use",
+    meaning="exp of the entropy of the histogram of nearest prototypes; 1: all images have the "
+    "same",
+  ),
+  Measure(
+    "drift",
+    ("prototypes", "initial_prototypes"),
+    collapse.drift,
+    title="Drift",
+    meaning="mean cosine of each prototype to where it started; 1: never moved",
+  ),
+  Measure(
+    "relative_uniqueness",
+    ("prototypes", "embeddings"),
+    collapse.relative_uniqueness,
+    title="Relative spacing",
+    meaning="median distance between nearest prototypes over that between features and theirs; "
+    "0: copies",
+  ),
+  Measure("embedding_cosine", ("embeddings",), collapse.mean_pairwise_cosine),
+  Measure(
+    "rankme",
+    ("features",),
+    collapse.rankme,
+    form=".0f",
+    short="rank",
+    title="RankMe",
+    meaning="effective rank of the features",
+  ),
+  Measure(
+    "feature_std",
+    ("features",),
+    collapse.feature_std,
+    title="Feature spread",
+    meaning="standard deviation of unit features times √D: 1 on the whole sphere, 0 collapsed",
+  ),
+  Measure("mean_cosine", ("features",), collapse.mean_pairwise_cosine),
+  Measure("teacher_distance", ("encoder", "teacher"), collapse.teacher_distance),
+)
+BY_NAME = {row.name: row for row in MEASURES}
+
+
+def tag(name: str) -> str:
+  """What stands before a measure's name for a set of prototypes: "" for the main one."""
+  return "" if name == "prototypes" else f"{name}_"
+
+
+def as_array(x) -> jax.Array | np.ndarray:
+  """An array of NumPy or JAX as it is; of anything else with `__dlpack__` or `__array__` its view.
+
+  Raises:
+    UserError: if it is no array, or lies where it cannot be read (a GPU, a graph of gradients).
+  """
+  if isinstance(x, jax.Array | np.ndarray):
+    return x
+  try:
+    if not hasattr(x, "__dlpack__"):
+      return np.asarray(x)
+    try:
+      return np.from_dlpack(x)
+    except (BufferError, RuntimeError, TypeError):  # NumPy has no bfloat16
+      return np.asarray(jnp.from_dlpack(x))
+  except Exception as error:  # of another library, so of any type
+    raise errors.UserError(
+      f"{type(x).__name__} cannot be read as an array ({str(error).splitlines()[0]}): give one in "
+      "the host's memory, without gradient"
+    ) from None
+
+
+def _sets(given) -> dict[str, Any]:
+  """{set: array}; an array alone is that of the main set."""
+  if given is None:
+    return {}
+  given = given if isinstance(given, Mapping) else {"prototypes": given}
+  return {name: as_array(x) for name, x in given.items()}
+
+
+def _check(name: str, arrays: Mapping[str, Any]) -> None:
+  """Refuses shapes that do not fit together, of one set of prototypes."""
+  shapes = {key: np.shape(x) for key, x in arrays.items()}
+  for key, axes in (
+    ("prototypes", "K, D"),
+    ("initial_prototypes", "K, D"),
+    ("embeddings", "N, D"),
+    ("codes", "N"),
+  ):
+    if key in shapes and len(shapes[key]) != axes.count(",") + 1:
+      raise errors.UserError(f"{key} of {name!r} has shape {list(shapes[key])}: give [{axes}]")
+  matrix = shapes.get("prototypes")
+  if matrix and shapes.get("initial_prototypes", matrix) != matrix:
+    raise errors.UserError(
+      f"initial_prototypes of {name!r} has shape {list(shapes['initial_prototypes'])}, prototypes "
+      f"{list(matrix)}: give those of step 0 of the same set"
+    )
+  if matrix and shapes.get("embeddings", matrix)[1] != matrix[1]:
+    raise errors.UserError(
+      f"embeddings of {name!r} have {shapes['embeddings'][1]} dimensions and prototypes "
+      f"{matrix[1]}: give what is compared with the prototypes, not features of the backbone"
+    )
+  if "codes" in shapes and "num_prototypes" not in arrays:
+    raise errors.UserError(f"codes of {name!r} without prototypes: give num_prototypes, too")
+
+
+def _computed(row: Measure, arrays: Mapping[str, Any], sample: bool) -> dict[str, Any]:
+  """{name: number} of what a row's function gives, {} where one of its inputs is missing."""
+  if row.function is None or not all(key in arrays for key in row.inputs):
+    return {}
+  found = row.function(*(arrays[key] for key in row.inputs))
+  several = found if isinstance(found, dict) else {row.name: found}
+  ending = "_sample" * (sample and "codes" in row.inputs)
+  return {f"{name}{ending}": value for name, value in several.items()}
+
+
+def summary(
+  *,
+  prototypes=None,
+  features=None,
+  embeddings=None,
+  codes=None,
+  initial_prototypes=None,
+  num_prototypes=None,
+  encoder=None,
+  teacher=None,
+  sample: bool = False,
+  known: Mapping[str, float] | None = None,
+) -> dict[str, float]:
+  """The measures of collapse that these arrays allow, by their names in metrics.jsonl.
+
+  Arrays are of NumPy, JAX or anything with `__dlpack__` or `__array__`, such as a tensor of PyTorch
+  in the host's memory. Of several sets of prototypes give {set: array}; the names of all but the
+  set "prototypes" carry that of the set ("collapse/patch_used").
+
+  >>> import numpy as np
+  >>> from protojax import metrics
+  >>> prototypes = np.eye(4)[[0, 1, 2, 2]]
+  >>> measures = metrics.summary(prototypes=prototypes, codes=np.array([0, 1, 1, 0]))
+  >>> measures["collapse/unique_0.025"], measures["collapse/used"]
+  (0.75, 0.5)
+
+  Args:
+    prototypes: [K, D], any norm and float dtype.
+    features: [N, F], N > 1, of the backbone.
+    embeddings: [N, D], N > 1, what is compared with the prototypes.
+    codes: int [N], the prototype of each image, 0 to K - 1.
+    initial_prototypes: [K, D], those of step 0.
+    num_prototypes: K, where there are codes without prototypes.
+    encoder, teacher: pytrees of one structure, the student's weights and the teacher's.
+    sample: whether the codes are those of a sample of the images; their measures' names then end
+      in "_sample".
+    known: measures that were computed before, by these names: they are not computed again and are
+      part of the result.
+
+  Raises:
+    UserError: for shapes that do not fit together, or something that is no array.
+  """
+  given = {
+    "prototypes": _sets(prototypes),
+    "initial_prototypes": _sets(initial_prototypes),
+    "embeddings": _sets(embeddings),
+    "codes": _sets(codes),
+  }
+  sizes = {name: matrix.shape[0] for name, matrix in given["prototypes"].items()}
+  if num_prototypes is not None:
+    several = isinstance(num_prototypes, Mapping)
+    sizes |= num_prototypes if several else {"prototypes": num_prototypes}
+  shared = {}
+  if features is not None:
+    shared["features"] = as_array(features)
+    if shared["features"].ndim != 2:
+      raise errors.UserError(f"features has shape {list(shared['features'].shape)}: give [N, F]")
+  if encoder is not None and teacher is not None:
+    shared |= {"encoder": encoder, "teacher": teacher}
+  out = dict(known or {})
+
+  def add(rows, arrays, prefix):
+    for row in rows:
+      if f"{prefix}{row.name}" not in out:
+        found = _computed(row, arrays, sample)
+        out.update({f"{prefix}{name}": value for name, value in found.items()})
+
+  add((row for row in MEASURES if not row.of_sets), shared, "collapse/")
+  for name in dict.fromkeys(name for sets in (sizes, *given.values()) for name in sets):
+    arrays = {key: sets[name] for key, sets in given.items() if name in sets}
+    if name in sizes:
+      arrays["num_prototypes"] = sizes[name]
+    _check(name, arrays)
+    add((row for row in MEASURES if row.of_sets), shared | arrays, f"collapse/{tag(name)}")
+  return {name: float(value) for name, value in jax.device_get(out).items()}
