@@ -299,7 +299,7 @@ def test_labels_that_say_nothing_are_one_line(run, monkeypatch, bank, test, clas
     return {"label": labels, "index": np.arange(labels.size), "features": {"last": features}}
 
   monkeypatch.setattr(pretrained, "source", lambda model, split, **options: images[split])
-  monkeypatch.setattr(pretrained, "rows", rows)
+  monkeypatch.setattr(pretrained, "encoded", rows)
   _refused(words, f"--workdir={run}", "--protocol=knn", "--k=1", "--overwrite")
 
 
