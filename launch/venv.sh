@@ -32,12 +32,19 @@ require_python() {
 Ubuntu with its venv package (apt install python3.12-venv), or name one: PROTOJAX_PYTHON=/path/to/python"
 }
 
+# wanted PYTHON PIP_ARGUMENT...: what an environment holds, in a line.
+wanted() {
+  local python=$1
+  shift
+  echo "$("$python" -V) $* $(cat pyproject.toml launch/floors.txt | cksum)"
+}
+
 # make_venv FOLDER PYTHON PIP_ARGUMENT...: makes FOLDER and installs into it from the clone, only
 # when this Python or the packages asked for are not those of the last time.
 make_venv() {
   local folder=$1 python=$2 wanted
   shift 2
-  wanted="$("$python" -V) $* $(cat pyproject.toml launch/floors.txt | cksum)"
+  wanted=$(wanted "$python" "$@")
   if [ "$(cat "$folder/installed" 2>/dev/null)" = "$wanted" ] && "$folder/bin/python" -c ""; then
     return 0
   fi

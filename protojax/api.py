@@ -77,14 +77,13 @@ def diagnose(
     UserError: if there is no such thing, no prototypes are found, or an argument says nothing about
       this kind of thing.
   """
-  given = {"embeddings": embeddings, "key": key, "transpose": transpose, "which": which}
-  given |= {"data": data, "data_dir": data_dir, "split": split, "limit": limit, "step": step}
-  given = {name: value for name, value in given.items() if value is not None and value is not False}
-  if not limit:
-    del given["limit"]
-  if idle := next((name for name in ("data_dir", "split", "limit") if name in given), ""):
-    if data is None:
-      raise errors.UserError(f"{idle} says nothing without data: add data=run, or leave it out")
+  arguments = {"embeddings": embeddings, "key": key, "transpose": transpose or None}
+  arguments |= {"which": which, "data": data, "data_dir": data_dir, "split": split}
+  arguments |= {"limit": limit or None, "step": step}
+  given: dict[str, Any] = {name: value for name, value in arguments.items() if value is not None}
+  idle = next((name for name in ("data_dir", "split", "limit") if name in given), "")
+  if idle and data is None:
+    raise errors.UserError(f"{idle} says nothing without data: add data=run, or leave it out")
   if data is not None and embeddings is not None:
     raise errors.UserError("data and embeddings are two sources of embeddings: give one")
   if limit < 0:
@@ -98,17 +97,16 @@ def diagnose(
     if not what.exists():
       raise errors.UserError(f"there is no {what}: give a workdir, a checkpoint or a log")
     if what.is_dir():
-      kind, examine = "a workdir", _diagnose_run
+      kind, examine = f"{what}, a workdir", _diagnose_run
       allowed = ("embeddings", "data", "data_dir", "split", "limit", "step")
     elif _is_text(what):
-      kind, examine, allowed = "a log", _diagnose_log, ()
+      kind, examine, allowed = f"{what}, a log", _diagnose_log, ()
     else:
-      kind, examine = "a file of arrays", _diagnose_file
+      kind, examine = f"{what}, a file of arrays", _diagnose_file
       allowed = ("embeddings", "key", "transpose", "which")
   for name in given:
     if name not in allowed:
-      this = "this" if kind == "an array" else what
-      raise errors.UserError(f"{name} means nothing for {this}, {kind}: leave it out")
+      raise errors.UserError(f"{name} means nothing for {kind}: leave it out")
   if isinstance(embeddings, str | os.PathLike):
     given["embeddings"] = _embeddings(embeddings)
   return examine(what, **given)

@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> None:
+  """The program; see --help."""
   args = _parser().parse_args(argv)
   options = vars(args)
   path, out_path = options.pop("path"), options.pop("json")

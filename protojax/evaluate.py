@@ -46,7 +46,7 @@ def _numbers(kind):
 
 
 class Images(NamedTuple):
-  """What an encoder sees of a source; `split` names it in the protocol, `rows` once encoded."""
+  """Images of a source; `split` names them in the protocol, `_encode` fills in the rows."""
 
   source: sources.Source
   split: str
@@ -147,14 +147,14 @@ def _data(model: pretrained.Trained, images: Images, args) -> dict[str, Any]:
 def _protocol(name, task, model, bank, test, args) -> dict[str, Any]:
   """All that could make another run of the same program give other numbers."""
   config = model.config
-  look = config.augment
+  augment_config = config.augment
   return {
     "name": name,
     "bank": _data(model, bank, args),
     "test": _data(model, test, args),
     "transform": {
       "storage_px": config.data.image_size,
-      "px": look.global_size,
+      "px": augment_config.global_size,
       "crop": config.probe.crop,
     },
     "features": "backbone, evaluation mode, frozen",
@@ -168,25 +168,25 @@ def _protocol(name, task, model, bank, test, args) -> dict[str, Any]:
       "backbone": config.model.name,
       "prototypes": {k: len(v) for k, v in model.prototypes.items()},
       "seed": config.seed if model.kind == "run" else None,
-      "mean": list(look.mean),
-      "std": list(look.std),
+      "mean": list(augment_config.mean),
+      "std": list(augment_config.std),
     },
     "software": result_files.software(),
   }
 
 
-def _task(name: str, seen: protocols.Seen, args, layers) -> protocols.Task:
+def _task(name: str, encoded: protocols.Encoded, args, layers) -> protocols.Task:
   match name:
     case "knn":
-      return protocols.knn(seen, ks=args.k, temperatures=args.temperature)
+      return protocols.knn(encoded, ks=args.k, temperatures=args.temperature)
     case "linear":
-      return protocols.linear_probe(seen, mode=args.mode, layers=layers, epochs=args.epochs)
+      return protocols.linear_probe(encoded, mode=args.mode, layers=layers, epochs=args.epochs)
     case "low_shot":
-      return protocols.few_shot(seen)
+      return protocols.few_shot(encoded)
     case "clustering":
-      return protocols.clusters(seen)
+      return protocols.clusters(encoded)
     case "long_tail":
-      return protocols.tail(seen)
+      return protocols.tail(encoded)
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, dict]:
@@ -214,17 +214,17 @@ def evaluate(args: argparse.Namespace) -> dict[str, dict]:
   if unknown := [layer for layer in args.layers or () if layer not in there]:
     raise errors.UserError(f"--layers={unknown[0]} is unknown here: there are {', '.join(there)}")
   layers = (args.layers or there) if "linear" in names else ()
-  encoded = tuple(dict.fromkeys(("last", *layers)))  # the other protocols look at the last
+  all_layers = tuple(dict.fromkeys(("last", *layers)))  # the other protocols take the last
   images = {
-    role: _encode(model, some, ("last",) if role == "tail" else encoded)
+    role: _encode(model, some, ("last",) if role == "tail" else all_layers)
     for role, some in images.items()
   }
   test, root, tasks = images["test"], result_files.folder(args.workdir), {}
   for name in names:
     bank = images["tail" if name == "long_tail" and "tail" in images else "bank"]
     _require_known_classes(bank, test)
-    seen = protocols.Seen(bank.rows, test.rows, test.source.num_classes, model.prototypes)
-    task = _task(name, seen, args, layers)
+    encoded = protocols.Encoded(bank.rows, test.rows, test.source.num_classes, model.prototypes)
+    task = _task(name, encoded, args, layers)
     protocol = _protocol(name, task, model, bank, test, args)
     if not args.overwrite:
       result_files.require_free(root / name / "result.json", protocol)

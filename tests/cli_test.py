@@ -1,11 +1,13 @@
 """A mistake is one line and status 2 in every program."""
 
 import errno
+import importlib.util
+import sys
 import zipfile
 
 import pytest
 
-from protojax import cli, errors, pretrained
+from protojax import __main__, cli, errors, pretrained
 from protojax.interop import tensor_files
 from protojax.reports import record
 
@@ -113,3 +115,26 @@ def test_flags_that_do_not_parse_are_one_line():
     with pytest.raises(errors.UserError, match=words) as caught:
       parser.parse_args(argv)
     assert str(caught.value).endswith("; python -m protojax.embed --help shows what there is")
+
+
+def _together(monkeypatch, *arguments):
+  monkeypatch.setattr(sys, "argv", ["protojax", *arguments])
+  __main__.run()
+
+
+def test_one_command_holds_every_program(monkeypatch, capsys):
+  _together(monkeypatch)
+  described = capsys.readouterr().out
+  for verb in __main__.VERBS:
+    assert f"\n  {verb} " in described
+    assert importlib.util.find_spec(f"protojax.{verb}")
+  with pytest.raises(SystemExit) as stopped:
+    _together(monkeypatch, "doctor", "nowhere.pth")
+  assert stopped.value.code == 2
+  assert capsys.readouterr().err.startswith("protojax: there is no nowhere.pth: ")
+  with pytest.raises(SystemExit) as stopped:
+    _together(monkeypatch, "docter")
+  assert stopped.value.code == 2
+  assert capsys.readouterr().err.splitlines() == [
+    f"protojax: there is no 'docter': choose {', '.join(__main__.VERBS)}"
+  ]

@@ -2,15 +2,18 @@
 
 Each page has a folder of its own, with the recipes, IMAGES, checkpoint.pth (DINO's) and
 vit.safetensors (timm's) in it, where its commands find what the ones before have left. Training is
-cut to a recipe's `:debug` form and two steps. Only looked at are installing, launch/test.sh (which
-continuous integration runs) and benchmarks, which take hours; outside of that integration,
-launch/quickstart.sh trains without installing first. A command that this file does not know is an
-error.
+cut to a recipe's `:debug` form and two steps. Training and all commands of the README start a
+process, as for a reader; the other verbs of the other pages are called in this one. Only looked at
+are launch/test.sh (which continuous integration runs) and benchmarks, which take hours. Installing
+is left out but with PROTOJAX_TEST_ALL: launch/quickstart.sh finds this environment made before. A
+command that this file does not know is an error.
 """
 
+import importlib
 import os
 import pathlib
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -25,6 +28,8 @@ from PIL import Image
 
 from benchmarks import cifar10, collapse_zoo
 from benchmarks.accelerator import collect
+
+pytestmark = pytest.mark.usefixtures("compile_fast")
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -78,14 +83,41 @@ def _check_extras(words):
   assert wanted and all(set(w.split(",")) <= set(project["optional-dependencies"]) for w in wanted)
 
 
-def _check_flags(program, words):
-  """What takes hours is asked for its --help only."""
-  said = _python([*program, "--help"], ROOT)
-  assert all(w.split("=")[0] in said for w in words if w.startswith("--"))
+def _check_flags(start, program, words, capsys):
+  """What takes hours is asked for its --help only, in this process."""
+  with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+    patch.setattr(sys, "argv", [program, "--help"])
+    start(program, run_name="__main__")
+  said = capsys.readouterr().out
+  assert not ended.value.code and all(w.split("=")[0] in said for w in words if w.startswith("--"))
 
 
-def run(command: str, cwd: pathlib.Path) -> None:
-  """Runs one command of a page in the page's folder."""
+def _quickstart(folder):
+  """launch/quickstart.sh as it runs for the second time: its environment is this one.
+
+  With PROTOJAX_TEST_ALL for the first time, in a new environment, which takes a minute or two.
+  """
+  venv = folder / "venv"
+  if not os.environ.get("PROTOJAX_TEST_ALL"):
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    (venv / "bin" / "python").chmod(0o755)
+    (venv / "pyvenv.cfg").touch()
+    names = f"source launch/venv.sh; wanted {shlex.quote(sys.executable)} -c launch/floors.txt -e ."
+    (venv / "installed").write_text(
+      subprocess.check_output(["bash", "-c", names], cwd=ROOT, text=True)
+    )
+  environment = {**os.environ, "PROTOJAX_VENV": str(venv), "PROTOJAX_PYTHON": sys.executable}
+  script = ["bash", "launch/quickstart.sh", str(folder / "runs" / "quickstart"), *_SHORT]
+  done = subprocess.run(
+    script, cwd=ROOT, env=environment, timeout=900, capture_output=True, text=True, check=False
+  )
+  assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+  assert ("Installing" in done.stdout) == ("PROTOJAX_TEST_ALL" in os.environ)
+
+
+def run(command: str, cwd: pathlib.Path, capsys, processes: bool = True) -> None:
+  """Runs one command of a page in the page's folder; verbs in this process if not `processes`."""
   words = shlex.split(command.replace("$PROTOJAX_DATA_DIR", str(_DATA)))
   match words:
     case ["git", "clone", "<this", "repository>"] | ["cd", "protojax"]:
@@ -98,21 +130,8 @@ def run(command: str, cwd: pathlib.Path) -> None:
       _check_extras(rest)
     case ["bash", "launch/test.sh", *_]:
       subprocess.run(["bash", "-n", "launch/test.sh"], cwd=ROOT, check=True)
-    case ["bash", "launch/quickstart.sh"] if "PROTOJAX_AT_FLOORS" in os.environ:
-      environment = {**os.environ, "PROTOJAX_VENV": str(cwd / "venv")}  # installs for a minute
-      script = ["bash", "launch/quickstart.sh", str(cwd / "runs" / "quickstart"), *_SHORT]
-      subprocess.run(script, cwd=ROOT, env=environment, check=True, timeout=900)
     case ["bash", "launch/quickstart.sh"]:
-      _python(
-        [
-          "-m",
-          "protojax.main",
-          "--config=configs/quickstart.py",
-          "--workdir=runs/quickstart",
-          *_SHORT,
-        ],
-        cwd,
-      )
+      _quickstart(cwd)
     case ["ruff", *rest]:
       _python(["-m", "ruff", *rest], ROOT)
     case ["python", "-m", "pytest", *rest]:
@@ -122,12 +141,16 @@ def run(command: str, cwd: pathlib.Path) -> None:
       prepared = f"--config.data.data_dir={_DATA}" in rest  # CIFAR-10: 10,000 test images
       few = ["--config.data.name=cifar10", "--config.probe.test_split=test[:40]"] * prepared
       _python(["-m", "protojax.main", *debug, *_SHORT, *few], cwd)
-    case ["python", "-m", module, *rest] if module.startswith("protojax."):
+    case ["python", "-m", module, *rest] if module.startswith("protojax.") and processes:
       _python(["-m", module, *rest], cwd)
+    case ["python", "-m", module, *rest] if module.startswith("protojax."):
+      with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        importlib.import_module(module).main(rest)
     case ["python", script, *rest] if script.startswith("benchmarks/"):
-      _check_flags([script], rest)
+      _check_flags(runpy.run_path, str(ROOT / script), rest, capsys)
     case ["python", "-m", module, *rest] if module.startswith("benchmarks."):
-      _check_flags(["-m", module], rest)
+      _check_flags(runpy.run_module, module, rest, capsys)
     case _:
       raise AssertionError(f"this test does not know how to run {command!r}")
 
@@ -151,18 +174,18 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_every_command_of_the_page_runs(page, folder):
+def test_every_command_of_the_page_runs(page, folder, capsys):
   found = commands(page)
   assert found
   for command in found:
     if "$PROTOJAX_DATA_DIR" in command and not (_DATA / "cifar10").is_dir():
       pytest.skip("needs the prepared CIFAR-10")
-    run(command, folder)
+    run(command, folder, capsys, processes=page.name == "README.md")
 
 
-def test_a_command_that_nobody_knows_is_an_error(folder):
+def test_a_command_that_nobody_knows_is_an_error(folder, capsys):
   with pytest.raises(AssertionError, match="does not know how to run 'rm -rf /'"):
-    run("rm -rf /", folder)
+    run("rm -rf /", folder, capsys)
 
 
 def test_tables_of_the_readme_are_those_of_the_published_results():

@@ -237,15 +237,15 @@ def test_exported_weights_are_judged_beside_themselves_and_say_what_was_left_out
 def test_what_the_bank_has_no_images_for_is_named():
   label = np.repeat([0, 1, 2], [150, 30, 4])
   rows = {"features": {"last": np.zeros((184, 2))}, "label": label}
-  seen = protocols.Seen(rows, rows, 3, {})
-  assert protocols.tail(seen).notes == ["allocation of prototypes: there are no prototypes"]
-  near = protocols.knn(seen, ks=None, temperatures=(0.07,))
+  encoded = protocols.Encoded(rows, rows, 3, {})
+  assert protocols.tail(encoded).notes == ["allocation of prototypes: there are no prototypes"]
+  near = protocols.knn(encoded, ks=None, temperatures=(0.07,))
   assert near.settings["k"] == [10, 20, 100] and near.notes == ["k=200: the bank has 184 images"]
-  few = protocols.few_shot(seen)
+  few = protocols.few_shot(encoded)
   assert few.notes == ["5 a class: the smallest class of the bank has 4 images"]
   assert few.settings["per_class"] == [1, 2]
   one = {"features": {"last": np.zeros((90, 2))}, "label": np.repeat([0, 1, 2], 30), "codes": {}}
-  assert protocols.tail(protocols.Seen(one, one, 3, {})).notes == [
+  assert protocols.tail(protocols.Encoded(one, one, 3, {})).notes == [
     "many: no class of the bank has over 100 images",
     "few: no class of the bank has 1 to 19 images",
   ]
@@ -299,7 +299,7 @@ def test_labels_that_say_nothing_are_one_line(run, monkeypatch, bank, test, clas
     return {"label": labels, "index": np.arange(labels.size), "features": {"last": features}}
 
   monkeypatch.setattr(pretrained, "source", lambda model, split, **options: images[split])
-  monkeypatch.setattr(pretrained, "rows", rows)
+  monkeypatch.setattr(pretrained, "encoded", rows)
   _refused(words, f"--workdir={run}", "--protocol=knn", "--k=1", "--overwrite")
 
 

@@ -12,6 +12,8 @@ import tomllib
 
 import pytest
 
+from protojax import __main__
+
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _PROJECT = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]
 _SCRIPTS = [*sorted((_ROOT / "launch").glob("*.sh")), _ROOT / ".ci" / "run"]
@@ -21,7 +23,7 @@ _ROOMS = (
   *("prototypes", "models", "data", "metrics", "evals", "methods", "config"),
   *("training", "pretrained", "interop", "reports", "api", "cli"),
 )
-_VERBS = ("main", "evaluate", "doctor", "report", "convert", "embed")
+_VERBS = (*__main__.VERBS, "__main__")
 # Only checkpoint.py knows orbax, only these know flax, so that either can be exchanged.
 _LAYERS = {
   "orbax": ("protojax/training/checkpoint.py",),

@@ -41,7 +41,9 @@ def _score(measure, labels: np.ndarray, codes: np.ndarray) -> float:
 
 
 def chance_nmi(labels: np.ndarray, num_codes: int, *, draws: int = 5, seed: int = 0) -> float:
-  """Mean NMI (arithmetic) of int [N] with uniformly random codes, 0 to num_codes - 1, of each row.
+  """Computes the NMI that codes drawn by chance would have with these labels.
+
+  The mean over draws, arithmetic, with uniformly random codes 0 to num_codes - 1.
 
   Args:
     labels: int [N].

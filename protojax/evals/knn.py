@@ -169,12 +169,22 @@ def scores(
 
 
 def predict(bank, bank_labels, queries, **options) -> jax.Array:
-  """int32 [M]: class with the largest share of `scores` (same arguments); of equals the lowest."""
+  """Classifies each query by the largest share of `scores`, same arguments; of equals the lowest.
+
+  Returns:
+    int32 [M].
+  """
   return jnp.argmax(scores(bank, bank_labels, queries, **options), axis=-1).astype(jnp.int32)
 
 
 def accuracy(bank, bank_labels, queries, query_labels, *, num_classes: int, **options) -> float:
-  """Share of queries whose class `predict` finds, 0 to 1.
+  """Share of queries that weighted k-nearest neighbours classify right, 0 to 1.
+
+  >>> import numpy as np
+  >>> bank, labels = np.eye(4)[[0, 0, 1, 1]], np.array([0, 0, 1, 1])
+  >>> queries, truth = np.eye(4)[[0, 1, 1, 1]], np.array([0, 1, 1, 0])
+  >>> accuracy(bank, labels, queries, truth, num_classes=2, k=2)
+  0.75
 
   Args:
     bank: [N, D].

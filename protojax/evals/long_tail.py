@@ -9,11 +9,14 @@ SPLITS = ("many", "medium", "few")
 
 
 def splits(labels: np.ndarray, num_classes: int) -> dict[str, np.ndarray]:
-  """{"many", "medium", "few": int [n] classes} of more than 100, 20 to 100, 1 to 19 images.
+  """Sorts the classes into frequent and rare ones: of more than 100, 20 to 100, 1 to 19 images.
 
   Args:
     labels: int [N] of the train images; a class without any is in no split.
     num_classes: C.
+
+  Returns:
+    {"many", "medium", "few": int [n] classes}.
   """
   counts = np.bincount(labels, minlength=num_classes)
   cut = {
@@ -25,7 +28,7 @@ def splits(labels: np.ndarray, num_classes: int) -> dict[str, np.ndarray]:
 
 
 def accuracies(predicted: np.ndarray, labels: np.ndarray, parts: dict) -> dict[str, float]:
-  """{"all", "balanced", and one a split that test images fall into: accuracy}, 0 to 1.
+  """Computes the accuracy of all images, of the classes in equal parts, and of each split.
 
   Args:
     predicted: int [M].
@@ -33,7 +36,8 @@ def accuracies(predicted: np.ndarray, labels: np.ndarray, parts: dict) -> dict[s
     parts: as `splits` gives them.
 
   Returns:
-    Shares of test images, but "balanced", the mean over classes of the share of the class.
+    {"all", "balanced", and one a split that test images fall into: accuracy}, 0 to 1: shares of
+    test images, but "balanced", the mean over classes of the share of the class.
   """
   predicted, labels = np.asarray(predicted), np.asarray(labels)
   right = predicted == labels

@@ -1,6 +1,6 @@
 """The protocols of `python -m protojax.evaluate`: what each fixes, and how it is measured.
 
-Each takes what the encoder saw and gives a `Task`: settings first, so that they can be compared
+Each takes the encoded images and gives a `Task`: settings first, so that they can be compared
 with those of an earlier result before anything is computed.
 """
 
@@ -16,7 +16,7 @@ _KS = (10, 20, 100, 200)  # those of arXiv 2104.14294
 _CHANCE_DRAWS = 5
 
 
-class Seen(NamedTuple):
+class Encoded(NamedTuple):
   """Rows of the labelled images, from `pretrained.encoded`.
 
   Attributes:
@@ -32,7 +32,7 @@ class Seen(NamedTuple):
   prototypes: dict[str, np.ndarray]
 
   def last(self) -> tuple[np.ndarray, ...]:
-    """(bank, its labels, test, its labels) of the last layer."""
+    """The last layer's rows and labels: (bank, its labels, test, its labels)."""
     bank, test = self.bank, self.test
     return bank["features"]["last"], bank["label"], test["features"]["last"], test["label"]
 
@@ -51,12 +51,12 @@ class Task(NamedTuple):
   notes: Sequence[str] = ()
 
 
-def knn(seen: Seen, *, ks: Sequence[int] | None, temperatures: Sequence[float]) -> Task:
+def knn(encoded: Encoded, *, ks: Sequence[int] | None, temperatures: Sequence[float]) -> Task:
   """Weighted k-NN at every k and T; nothing is chosen, all are reported.
 
   Without `ks`, at those of 10, 20, 100 and 200 that the bank has images for.
   """
-  num = len(seen.bank["label"])
+  num = len(encoded.bank["label"])
   notes = [] if ks else [f"k={k}: the bank has {num} images" for k in _KS if k > num]
   ks = ks or [k for k in _KS if k <= num] or _KS[:1]  # a bank too small for any is refused below
   settings = {
@@ -69,13 +69,13 @@ def knn(seen: Seen, *, ks: Sequence[int] | None, temperatures: Sequence[float]) 
   return Task(
     settings,
     lambda: neighbours.evaluate(
-      *seen.last(), num_classes=seen.num_classes, ks=ks, temperatures=temperatures
+      *encoded.last(), num_classes=encoded.num_classes, ks=ks, temperatures=temperatures
     ),
     notes,
   )
 
 
-def linear_probe(seen: Seen, *, mode: str, layers: Sequence[str], epochs: int) -> Task:
+def linear_probe(encoded: Encoded, *, mode: str, layers: Sequence[str], epochs: int) -> Task:
   """The grid of SGD heads, and logistic regression on the last layer."""
   settings = {
     "mode": mode,
@@ -96,23 +96,23 @@ def linear_probe(seen: Seen, *, mode: str, layers: Sequence[str], epochs: int) -
 
   def measure():
     grid = linear_grid.evaluate(
-      {k: seen.bank["features"][k] for k in layers},
-      seen.bank["label"],
-      {k: seen.test["features"][k] for k in layers},
-      seen.test["label"],
-      num_classes=seen.num_classes,
+      {k: encoded.bank["features"][k] for k in layers},
+      encoded.bank["label"],
+      {k: encoded.test["features"][k] for k in layers},
+      encoded.test["label"],
+      num_classes=encoded.num_classes,
       mode=mode,
       epochs=epochs,
     )
-    fitted = linear.evaluate(*seen.last(), num_classes=seen.num_classes)
+    fitted = linear.evaluate(*encoded.last(), num_classes=encoded.num_classes)
     return grid | {"logistic_accuracy": fitted["linear"], "logistic_l2": fitted["l2"]}
 
   return Task(settings, measure)
 
 
-def few_shot(seen: Seen) -> Task:
+def few_shot(encoded: Encoded) -> Task:
   """Logistic regression on 1, 2, 5 images a class and on 1 % and 10 % of every class."""
-  counts = np.bincount(seen.bank["label"], minlength=seen.num_classes)
+  counts = np.bincount(encoded.bank["label"], minlength=encoded.num_classes)
   smallest = int(counts[counts > 0].min())
   per_class = [n for n in (1, 2, 5) if n <= smallest]
   notes = [
@@ -134,8 +134,8 @@ def few_shot(seen: Seen) -> Task:
   return Task(
     settings,
     lambda: low_shot.evaluate(
-      *seen.last(),
-      num_classes=seen.num_classes,
+      *encoded.last(),
+      num_classes=encoded.num_classes,
       per_class=per_class,
       shares=settings["shares"],
       seeds=settings["seeds"],
@@ -145,12 +145,12 @@ def few_shot(seen: Seen) -> Task:
   )
 
 
-def clusters(seen: Seen) -> Task:
+def clusters(encoded: Encoded) -> Task:
   """Codes of every set of prototypes, and k-means with as many clusters as classes."""
-  notes = [] if "codes" in seen.bank else ["codes of prototypes: there are no prototypes"]
+  notes = [] if "codes" in encoded.bank else ["codes of prototypes: there are no prototypes"]
   settings = {
     "layers": ["last"],
-    "sets": sorted(seen.bank.get("codes", {})),
+    "sets": sorted(encoded.bank.get("codes", {})),
     "splits": ["test", "train"],
     "nmi": "arithmetic mean of the entropies",
     "kmeans": "K = classes, features of unit length, fitted to the bank, 50 steps, best of 10",
@@ -163,19 +163,23 @@ def clusters(seen: Seen) -> Task:
   }
 
   def measure():
-    features, _, others, _ = seen.last()
-    fitted = clustering.kmeans_codes(features, others, num_clusters=seen.num_classes)
+    features, _, others, _ = encoded.last()
+    fitted = clustering.kmeans_codes(features, others, num_clusters=encoded.num_classes)
     out = {}
-    for split, rows, found in (("test", seen.test, fitted[1]), ("train", seen.bank, fitted[0])):
-      sets = {"kmeans": (found, seen.num_classes)} | {
-        name: (codes, len(seen.prototypes[name])) for name, codes in rows.get("codes", {}).items()
+    for split, rows, found in (
+      ("test", encoded.test, fitted[1]),
+      ("train", encoded.bank, fitted[0]),
+    ):
+      sets = {"kmeans": (found, encoded.num_classes)} | {
+        name: (codes, len(encoded.prototypes[name]))
+        for name, codes in rows.get("codes", {}).items()
       }
       for name, (codes, num_codes) in sets.items():
         scores = clustering.evaluate(
           codes,
           rows["label"],
           num_codes=num_codes,
-          num_classes=seen.num_classes,
+          num_classes=encoded.num_classes,
           draws=_CHANCE_DRAWS,
         )
         out |= {f"{split}_{name}_{k}": v for k, v in scores.items()}
@@ -184,19 +188,19 @@ def clusters(seen: Seen) -> Task:
   return Task(settings, measure, notes)
 
 
-def tail(seen: Seen) -> Task:
+def tail(encoded: Encoded) -> Task:
   """Accuracy of frequent and rare classes, and the prototypes that they get."""
-  parts = long_tail.splits(seen.bank["label"], seen.num_classes)
+  parts = long_tail.splits(encoded.bank["label"], encoded.num_classes)
   notes = [
     f"{name}: no class of the bank has {size} images"
     for name, size in (("many", "over 100"), ("medium", "20 to 100"), ("few", "1 to 19"))
     if not parts[name].size
   ]
-  if "codes" not in seen.bank:
+  if "codes" not in encoded.bank:
     notes.append("allocation of prototypes: there are no prototypes")
   settings = {
     "layers": ["last"],
-    "k": min(20, len(seen.bank["label"])),
+    "k": min(20, len(encoded.bank["label"])),
     "temperature": 0.07,
     "splits": "by images of a class in the bank: many > 100, medium 20 to 100, few < 20",
     "balanced": "mean over classes of the accuracy on the class",
@@ -207,11 +211,15 @@ def tail(seen: Seen) -> Task:
 
   def measure():
     out = long_tail.evaluate(
-      *seen.last(), num_classes=seen.num_classes, k=settings["k"], temperature=0.07
+      *encoded.last(), num_classes=encoded.num_classes, k=settings["k"], temperature=0.07
     )
-    for name, codes in seen.bank.get("codes", {}).items():
+    for name, codes in encoded.bank.get("codes", {}).items():
       shares = long_tail.allocation(
-        codes, seen.bank["label"], seen.prototypes[name], parts, num_classes=seen.num_classes
+        codes,
+        encoded.bank["label"],
+        encoded.prototypes[name],
+        parts,
+        num_classes=encoded.num_classes,
       )
       out |= {f"{name}_{k}": v for k, v in shares.items()}
     return out

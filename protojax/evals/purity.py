@@ -17,11 +17,13 @@ def majority(codes: np.ndarray, labels: np.ndarray, num: int) -> tuple[np.ndarra
     image has.
   """
   # Sparse, with the classes and codes that occur: K may be 65,536 and the classes thousands.
-  table = cluster.contingency_matrix(labels, codes, sparse=True).tocsc()
+  table = cluster.contingency_matrix(labels, codes, sparse=True).tocoo()
+  order = np.lexsort((table.row, -table.data, table.col))  # a code's most frequent class first
+  best = order[np.unique(table.col[order], return_index=True)[1]]
   occurring, counts = np.unique(codes, return_counts=True)
   label, share = np.full(num, -1, np.int32), np.full(num, np.nan, np.float32)
-  label[occurring] = np.unique(labels)[np.asarray(table.argmax(axis=0)).ravel()]
-  share[occurring] = table.max(axis=0).toarray().ravel() / counts
+  label[occurring] = np.unique(labels)[table.row[best]]
+  share[occurring] = table.data[best] / counts
   return label, share
 
 

@@ -36,7 +36,7 @@ def software() -> dict[str, Any]:
 
 
 def differences(before: dict, after: dict, skip: tuple[str, ...] = ()) -> list[str]:
-  """["bank.images 1437 -> 512", ...] of two protocols, in the order of their names.
+  """Lists where two protocols differ: ["bank.images 1437 -> 512", ...], in the order of names.
 
   Args:
     before: a protocol.
@@ -95,7 +95,7 @@ def write(path: pathlib.Path, measures: dict, protocol: dict) -> None:
 
 
 def read(path: pathlib.Path) -> dict:
-  """What `write` wrote.
+  """Reads what `write` wrote.
 
   Raises:
     UserError: if there is no such file, or it is something else.
@@ -130,7 +130,7 @@ def _results(path: str, protocol: str) -> dict[str, dict]:
 
 
 def folder(path: str) -> pathlib.Path:
-  """eval/ beside what was judged: in a workdir, or in the folder of exported weights."""
+  """Finds eval/ beside what was judged: in a workdir, or in the folder of exported weights."""
   where = pathlib.Path(path).expanduser()
   return (where.parent if where.is_file() else where) / "eval"
 

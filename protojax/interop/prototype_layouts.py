@@ -47,7 +47,7 @@ class Prototypes(NamedTuple):
   aliases: tuple[str, ...] = ()
 
   def weights(self) -> np.ndarray:
-    """float32 [K, D], rows as features meet them: directions times gains, or as they are stored."""
+    """Rows as features meet them: directions times gains, or as they are stored, float32 [K, D]."""
     rows = np.array(self.matrix, np.float32)
     if self.gain is None:
       return rows
@@ -78,7 +78,7 @@ def _set(arrays: Mapping[str, np.ndarray], key: str, matrix: np.ndarray) -> Prot
 
 
 def owner(name: str) -> str:
-  """ "teacher", "student" or "", by the words in a name."""
+  """Says whose weights these are by the words in a name: "teacher", "student" or ""."""
   words = set(re.split(r"[._]", name))
   return "teacher" if words & _TEACHER else "student" if words & _STUDENT else ""
 
@@ -152,7 +152,7 @@ def at(arrays: Mapping[str, np.ndarray], key: str, transpose: bool = False) -> P
 
 
 def candidates(arrays: Mapping[str, np.ndarray]) -> list[tuple[str, tuple[int, int]]]:
-  """(name, shape) of every matrix of floating point numbers, those with the most rows first."""
+  """Lists the matrices of floating point numbers: (name, shape), those with the most rows first."""
   matrices = [(name, _matrix(array)) for name, array in arrays.items() if array.ndim == 2]
   found = [(name, matrix.shape) for name, matrix in matrices if matrix is not None]
   return sorted(found, key=lambda item: -item[1][0])
@@ -192,9 +192,10 @@ def advice(arrays: Mapping[str, np.ndarray]) -> str:
   if has(r"(^|\.)(patch_embed\.proj\.weight|layer1\.0\.conv1\.weight)$|encoder\.layer\."):
     return (
       "this is a backbone without the head, as most downloads are: take the full checkpoint "
-      '("full ckpt" in the tables of DINO and iBOT, with student and teacher in it), or pass --key '
-      "if one of the matrices above is the one"
+      '("full ckpt" in the tables of DINO and iBOT, with student and teacher in it), or give '
+      "key=NAME if one of its matrices is the one"
     )
   return (
-    "no layer here is called as in DINO, iBOT, DINOv2, DINOv3, MSN, SwAV or CARP: pass key=NAME"
+    "no layer here is called as in DINO, iBOT, DINOv2, DINOv3, MSN, SwAV or CARP: give key=NAME of "
+    "the one with the prototypes"
   )

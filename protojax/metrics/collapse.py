@@ -23,7 +23,7 @@ _TINY = 1e-12
 
 
 def unit_rows(rows: jax.Array) -> jax.Array:
-  """float32 [N, D] of length one; a row of zeros stays one.
+  """Scales every row to length one; a row of zeros stays one: [N, D] -> float32 [N, D].
 
   Divided by the norm: `losses.l2_normalize` multiplies by its reciprocal, which rounds otherwise,
   and measures are compared with those of earlier runs.
@@ -115,13 +115,16 @@ def unique_counts(prototypes: jax.Array, thresholds: Sequence[float] = THRESHOLD
 
 
 def random_prototypes(num: int, dim: int) -> jax.Array:
-  """float32 [K, D]: unit rows, uniform on the sphere, the same ones every time."""
+  """Draws prototypes uniformly from the sphere, the same ones every time: float32 [K, D]."""
   return unit_rows(jax.random.normal(jax.random.key(0), (num, dim)))
 
 
 @functools.cache
 def random_unique(num: int, dim: int, thresholds: Sequence[float] = THRESHOLDS) -> np.ndarray:
-  """`unique_counts` of random rows, as high as K and D allow: int [T]; counted once a process."""
+  """Counts the unique ones of random prototypes, as many as K and D allow: int [T].
+
+  Of `random_prototypes`; counted once a process.
+  """
   counts = np.array(unique_counts(random_prototypes(num, dim), thresholds))
   counts.setflags(write=False)
   return counts
@@ -141,31 +144,41 @@ def _nearest(queries: jax.Array, rows: jax.Array, skip_self: bool) -> jax.Array:
 
 
 def nearest_distances(prototypes: jax.Array) -> jax.Array:
-  """float32 [K]: cosine distance of each row of [K, D] to its nearest other row (inf if K = 1)."""
+  """Measures how far each prototype is from its nearest other one: [K, D] -> float32 [K].
+
+  Cosine distances; inf if K = 1.
+  """
   return _nearest(prototypes, prototypes, True)
 
 
 def nearest_quantiles(prototypes: jax.Array, quantiles=(0.05, 0.5, 0.95)) -> jax.Array:
-  """Quantiles of `nearest_distances`: float32, as many as asked for."""
+  """Takes quantiles of `nearest_distances`: float32, as many as asked for."""
   return jnp.quantile(nearest_distances(prototypes), jnp.asarray(quantiles, jnp.float32))
 
 
-def relative_uniqueness(prototypes: jax.Array, features: jax.Array) -> jax.Array:
-  """float32 []: spacing of prototypes [K, D] over spread of projected features [N, D] around them.
+def relative_uniqueness(prototypes: jax.Array, embeddings: jax.Array) -> jax.Array:
+  """Compares how far prototypes are apart with how far embeddings are from them: float32 [].
 
   median over k of dist(prototype k, nearest other prototype), divided by
-  median over n of dist(feature n, nearest prototype); both cosine distances.
+  median over n of dist(embedding n, nearest prototype); both cosine distances.
 
-  Duplicates give 0. Near 1 or above, prototypes stand as far apart as features from theirs: a low
-  `unique_counts` then says that the features fill a narrow cone, not that prototypes are redundant.
+  Duplicates give 0. Near 1 or above, prototypes stand as far apart as embeddings from theirs: a low
+  `unique_counts` then says that embeddings fill a narrow cone, not that prototypes are redundant.
+
+  Args:
+    prototypes: [K, D], any norm.
+    embeddings: [N, D], any norm.
   """
   spacing = jnp.median(nearest_distances(prototypes))
-  spread = jnp.median(_nearest(features, prototypes, False))
+  spread = jnp.median(_nearest(embeddings, prototypes, False))
   return spacing / jnp.maximum(spread, jnp.finfo(jnp.float32).eps)
 
 
 def drift(prototypes: jax.Array, initial: jax.Array) -> jax.Array:
-  """float32 []: mean over k of cos(prototype k now, at step 0); [K, D] each. 1: never moved."""
+  """Measures how far prototypes have moved from where they started: 1 if never, float32 [].
+
+  The mean over k of cos(prototype k now, prototype k at step 0); [K, D] each.
+  """
   return jnp.sum(unit_rows(prototypes) * unit_rows(initial), axis=-1).mean()
 
 
@@ -177,29 +190,55 @@ def _usage(assignments, num):
 
 
 def used_fraction(assignments: jax.Array, num: int) -> jax.Array:
-  """float32 []: share of `num` codes that occur in int [N]; at most N / num."""
+  """Share of the prototypes that are some image's code: float32 [], at most N / num.
+
+  Args:
+    assignments: int [N], the code of each image, 0 to num - 1.
+    num: K.
+  """
   return jnp.mean(_usage(assignments, num) > 0.0)
 
 
 def usage_perplexity(assignments: jax.Array, num: int) -> jax.Array:
-  """float32 []: exp of the entropy of the histogram of int [N], 1 (one code) to `num`."""
+  """Says how many prototypes are in use, effectively: float32 [], 1 (a single one) to `num`.
+
+  exp of the entropy of the histogram of the codes.
+
+  Args:
+    assignments: int [N], the code of each image, 0 to num - 1.
+    num: K.
+  """
   return jnp.exp(losses.entropy(_usage(assignments, num)))
 
 
 def mean_assignment_entropy(probs: jax.Array) -> jax.Array:
-  """float32 []: entropy of the mean row of [N, K], nats; ln K when all codes are used alike."""
+  """Says how evenly all codes are used: the entropy of the mean row of [N, K], nats, float32 [].
+
+  ln K when all codes are used alike.
+  """
   return losses.entropy(jnp.asarray(probs, jnp.float32).mean(axis=0))
 
 
 def assignment_entropy(probs: jax.Array) -> jax.Array:
-  """float32 []: mean entropy of the rows of [N, K], nats; 0 for one-hot, ln K for uniform rows."""
+  """Says how uncertain assignments are: the mean entropy of the rows of [N, K], nats, float32 [].
+
+  0 for one-hot, ln K for uniform rows.
+  """
   return losses.entropy(jnp.asarray(probs, jnp.float32)).mean()
 
 
 def within_variance_ratio(features: jax.Array, assignments: jax.Array, num: int) -> jax.Array:
-  """Share of the variance of [N, D] that lies inside the codes int [N] < num: 0, codes are points.
+  """Share of the features' variance that lies inside the codes: 0 if every code is a point.
 
-  float32 []: sum |z - mean of its code|^2 / sum |z - mean|^2; 0 where nothing varies.
+  sum |z - mean of its code|^2 / sum |z - mean|^2; 0 where nothing varies.
+
+  Args:
+    features: [N, D].
+    assignments: int [N], the code of each, 0 to num - 1.
+    num: K.
+
+  Returns:
+    float32 [].
   """
   features = jnp.asarray(features, jnp.float32)
   centred = features - features.mean(axis=0, keepdims=True)
@@ -213,23 +252,27 @@ def within_variance_ratio(features: jax.Array, assignments: jax.Array, num: int)
 
 
 def feature_std(features: jax.Array) -> jax.Array:
-  """float32 []: sqrt(D) * mean over d of the standard deviation of z_d / |z|, z in [N, D].
+  """Measures how far features spread over the sphere: 1 if uniformly, 0 if all are the same.
 
-  1 for directions uniform on the sphere, 0 if all rows point the same way (arXiv 2011.10566, 4.1).
+  sqrt(D) * mean over d of the standard deviation of z_d / |z| (arXiv 2011.10566, 4.1): [N, D] ->
+  float32 [].
   """
   unit = unit_rows(features)
   return jnp.std(unit, axis=0).mean() * unit.shape[1] ** 0.5
 
 
 def mean_pairwise_cosine(features: jax.Array) -> jax.Array:
-  """float32 []: mean cosine over all pairs of different rows of [N, D], N > 1."""
+  """Averages the cosine over all pairs of different rows: [N, D], N > 1 -> float32 []."""
   num = features.shape[0]  # N unit rows with mean m have (N |m|^2 - 1) / (N - 1)
   return (num * jnp.sum(unit_rows(features).mean(axis=0) ** 2) - 1.0) / (num - 1)
 
 
 @jax.jit
 def spectrum(features: jax.Array) -> jax.Array:
-  """float32 [D]: eigenvalues of the covariance of [N, D], largest first."""
+  """Variance along every principal direction, largest first: [N, D] -> float32 [D].
+
+  The eigenvalues of the covariance.
+  """
   features = jnp.asarray(features, jnp.float32)
   # Singular values instead of eigenvalues: the squared matrix would lose half the digits.
   s = jnp.linalg.svd(features - features.mean(axis=0, keepdims=True), compute_uv=False)
@@ -238,9 +281,10 @@ def spectrum(features: jax.Array) -> jax.Array:
 
 @jax.jit
 def rankme(features: jax.Array) -> jax.Array:
-  """float32 []: effective rank of [N, D], 1 to min(N, D) (RankMe, arXiv 2210.02885, equation 1).
+  """Says how many directions features fill, effectively: float32 [], 1 to min(N, D).
 
-  exp of the entropy of the singular values over their sum. Not centred: a common offset lowers it.
+  exp of the entropy of the singular values of [N, D] over their sum (RankMe, arXiv 2210.02885,
+  equation 1). Not centred: a common offset lowers it.
   """
   s = jnp.linalg.svd(jnp.asarray(features, jnp.float32), compute_uv=False)
   share = s / jnp.maximum(s.sum(), _TINY) + 1e-7
@@ -253,8 +297,9 @@ def rankme(features: jax.Array) -> jax.Array:
 
 @jax.jit
 def teacher_distance(encoder: PyTree, teacher: PyTree) -> jax.Array:
-  """float32 []: |encoder - teacher| / |encoder|, L2 over all leaves; the trees have one structure.
+  """Measures how far the teacher's weights are from the student's, relative to their length.
 
+  |encoder - teacher| / |encoder|, L2 over all leaves of two trees of one structure: float32 [].
   0 at step 0; exactly 0 after an update means that the teacher is the student.
   """
 
@@ -266,9 +311,10 @@ def teacher_distance(encoder: PyTree, teacher: PyTree) -> jax.Array:
 
 
 def shared_buffers(encoder: PyTree, teacher: PyTree) -> int:
-  """Leaves of `teacher` whose memory on this process is also a leaf of `encoder`: 0 when sound.
+  """Counts leaves of `teacher` that lie in the same memory as a leaf of `encoder`: 0 when sound.
 
-  Both are pytrees of jax.Array, not deleted. Two trees that share cannot both be donated.
+  Of this process. Both are pytrees of jax.Array, not deleted. Two trees that share cannot both be
+  donated.
   """
 
   def pointers(leaf):

@@ -160,11 +160,13 @@ def examine(
     known, prototypes=unit, features=embeddings, embeddings=embeddings, codes=codes
   )
   counts = np.bincount(codes, minlength=num)
+  of_embeddings = {"features", "embeddings", "codes"}
+  named = [row for row in measures.MEASURES if of_embeddings & set(row.inputs)]
   result["usage"] = {
     "images": len(embeddings),
     "unused": int(np.sum(counts == 0)),
     "largest_share": float(counts.max() / len(embeddings)),
-  } | {k.removeprefix("collapse/"): v for k, v in result["measures"].items()}
+  } | {row.name: row.value(result["measures"]) for row in named}
   return result
 
 
@@ -356,9 +358,9 @@ def bullets(sentences: Sequence[str]) -> list[str]:
 
 
 def diagnose(
-  prototypes,
+  prototypes: Any,
   *,
-  embeddings=None,
+  embeddings: Any = None,
   name: str = "prototypes",
   gain: np.ndarray | None = None,
   cosine: bool = False,

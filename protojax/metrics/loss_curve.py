@@ -56,7 +56,7 @@ def _number(value: Any) -> float:
 
 
 def read(path: pathlib.Path) -> Log:
-  """The losses of a metrics.jsonl, DINO's log.txt, DINOv2's training_metrics.json, or any text.
+  """Reads the losses of a metrics.jsonl, DINO's log.txt, DINOv2's training_metrics.json or a text.
 
   Raises:
     UserError: if there is no loss in it.
@@ -89,7 +89,7 @@ def _finite(value: Any) -> bool:
 
 
 def size_at(loss: float) -> int | None:
-  """K if the loss is ln K for a usual number of prototypes, else None."""
+  """Recognises a loss at ln K of a usual number of prototypes: K, or None."""
   return next((k for k in _SIZES if abs(loss - math.log(k)) <= _AT_CHANCE), None)
 
 
@@ -108,8 +108,8 @@ def _shares(log: Log) -> str:
   """Of DINOv2, how its parts stand at uniform collapse."""
   if _LOCAL not in log.parts or _GLOBAL not in log.parts:
     return ""
-  local, whole = (float(np.median(_tail(log.parts[k]))) for k in (_LOCAL, _GLOBAL))
-  return f" ({_LOCAL} {local:.3f} + {_GLOBAL} {whole:.3f}, at this point 16/18 and 2/18 of it)"
+  local, global_ = (float(np.median(_tail(log.parts[k]))) for k in (_LOCAL, _GLOBAL))
+  return f" ({_LOCAL} {local:.3f} + {_GLOBAL} {global_:.3f}, at this point 16/18 and 2/18 of it)"
 
 
 def _uniform(size: int, value: float, since: str, shares: str) -> str:
@@ -124,7 +124,7 @@ def _uniform(size: int, value: float, since: str, shares: str) -> str:
 
 
 def words(log: Log) -> list[str]:
-  """What the curve means and what to try, a few sentences; the verdict first."""
+  """Says what the curve means and what to try: a few sentences, the verdict first."""
   unit, at, loss = log.unit, log.at, log.loss
   bad = np.flatnonzero(~np.isfinite(loss))
   if bad.size:
@@ -187,7 +187,7 @@ def words(log: Log) -> list[str]:
 
 
 def reference(log: Log) -> list[str]:
-  """A table of the first epochs beside two published runs; [] where they cannot be compared."""
+  """Sets the first epochs beside two published runs, as lines; [] where they do not compare."""
   if log.kind != "DINO" or log.unit != "epoch":
     return []
   rows = [
@@ -202,7 +202,7 @@ def reference(log: Log) -> list[str]:
 
 
 def diagnose(path: pathlib.Path) -> diagnosis.Diagnosis:
-  """What the losses in a file mean; `read` says which files.
+  """Says what the losses in a file mean; `read` tells which files.
 
   Raises:
     UserError: if there is no loss in it.

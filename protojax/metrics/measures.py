@@ -30,6 +30,7 @@ class Measure(NamedTuple):
     title: its name in the report, where it has a row and a curve, and in the doctor; "" leaves it
       out of the report.
     meaning: what the report says about it, half a sentence.
+    has_random: whether its function also gives "NAME_random", the same of random prototypes.
   """
 
   name: str
@@ -39,6 +40,7 @@ class Measure(NamedTuple):
   short: str = ""
   title: str = ""
   meaning: str = ""
+  has_random: bool = False
 
   @property
   def of_sets(self) -> bool:
@@ -47,6 +49,7 @@ class Measure(NamedTuple):
 
   @property
   def is_share(self) -> bool:
+    """Whether it is one, written in percent."""
     return self.form.endswith("%")
 
   def value(self, values: Mapping[str, float | None], tag: str = "") -> float | None:
@@ -56,7 +59,7 @@ class Measure(NamedTuple):
 
 
 def uniqueness(unique: Sequence[int], random: Sequence[int], num: int) -> dict[str, float]:
-  """Shares of unique prototypes at `collapse.THRESHOLDS` from counts of these and of random ones.
+  """Names the shares of unique prototypes at `collapse.THRESHOLDS`, and those of random ones.
 
   Args:
     unique: [T], as `collapse.unique_counts` gives them.
@@ -86,9 +89,19 @@ MEASURES = (
     short="unique",
     title="Unique at .025",
     meaning=f"{_GREEDY} .025",
+    has_random=True,
   ),
-  Measure("unique_0.25", _PROTOTYPES, form=".0%", title="Unique at .25", meaning=f"{_GREEDY} .25"),
-  Measure("unique_0.5", _PROTOTYPES, form=".0%", title="Unique at .5", meaning=f"{_GREEDY} .5"),
+  *(
+    Measure(
+      f"unique_0.{digits}",
+      _PROTOTYPES,
+      form=".0%",
+      title=f"Unique at .{digits}",
+      meaning=f"{_GREEDY} .{digits}",
+      has_random=True,
+    )
+    for digits in (25, 5)
+  ),
   Measure(
     "used",
     _CODES,
@@ -145,12 +158,12 @@ BY_NAME = {row.name: row for row in MEASURES}
 
 
 def tag(name: str) -> str:
-  """What stands before a measure's name for a set of prototypes: "" for the main one."""
+  """Gives what stands before a measure's name for a set of prototypes: "" for the main one."""
   return "" if name == "prototypes" else f"{name}_"
 
 
 def as_array(x) -> jax.Array | np.ndarray:
-  """An array of NumPy or JAX as it is; of anything else with `__dlpack__` or `__array__` its view.
+  """Reads anything with `__dlpack__` or `__array__`; an array of NumPy or JAX stays as it is.
 
   Raises:
     UserError: if it is no array, or lies where it cannot be read (a GPU, a graph of gradients).
@@ -217,14 +230,14 @@ def _computed(row: Measure, arrays: Mapping[str, Any], sample: bool) -> dict[str
 
 def summary(
   *,
-  prototypes=None,
-  features=None,
-  embeddings=None,
-  codes=None,
-  initial_prototypes=None,
-  num_prototypes=None,
-  encoder=None,
-  teacher=None,
+  prototypes: Any = None,
+  features: Any = None,
+  embeddings: Any = None,
+  codes: Any = None,
+  initial_prototypes: Any = None,
+  num_prototypes: int | Mapping[str, int] | None = None,
+  encoder: Any = None,
+  teacher: Any = None,
   sample: bool = False,
   known: Mapping[str, float] | None = None,
 ) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """Three counts of unique prototypes at all thresholds, and nearest neighbours, in one pass.
 
 For checkpoints, on the host: every pair of rows is multiplied once, in blocks that fit the cache,
-and only blocks with near pairs cost more. (What a run watches while it trains is
-`collapse.cover`, on the device, with the same definition and thresholds; a test holds the two equal.)
+and only blocks with near pairs cost more. What a run watches while it trains is `collapse.cover`,
+on the device, with the same definition and thresholds; a test holds the two equal.
 """
 
 from collections.abc import Sequence
@@ -139,22 +139,26 @@ def measure(
       free = np.flatnonzero(leaders < 0)
       leaders[free] = start + free
   nearest = np.maximum(nearest, 0.0)
-  whole_owner = np.full((len(limits), len(prototypes)), -1, np.int32)
-  whole_owner[:, kept] = kept[owner]
-  whole_nearest = np.full(len(prototypes), np.inf, np.float32)
-  whole_nearest[kept] = nearest
+  owner_of_all = np.full((len(limits), len(prototypes)), -1, np.int32)
+  owner_of_all[:, kept] = kept[owner]
+  nearest_of_all = np.full(len(prototypes), np.inf, np.float32)
+  nearest_of_all[kept] = nearest
   return Uniqueness(
     thresholds=tuple(thresholds),
-    owner=whole_owner,
+    owner=owner_of_all,
     unique=(owner == np.arange(num)).sum(axis=1),
     components=(parent == np.arange(num)).sum(axis=1),
     isolated=(nearest >= limits[:, None]).sum(axis=1),
-    nearest=whole_nearest,
+    nearest=nearest_of_all,
   )
 
 
 def largest_groups(owner: np.ndarray, most: int) -> list[np.ndarray]:
-  """The `most` largest groups of a row of `Uniqueness.owner`, int [K], with more than one member.
+  """Finds the largest groups of copies of a row of `Uniqueness.owner`, int [K].
+
+  Args:
+    owner: a representative for each prototype.
+    most: groups at most; one with a single member is none.
 
   Returns:
     Indices of the members, ascending; the largest group first, of two alike the earlier.
@@ -180,24 +184,28 @@ class Null(NamedTuple):
 
 
 def near_pairs(num: int, dim: int, threshold: float) -> float:
-  """Pairs of K random unit rows of D > 1, uniform on the sphere, expected nearer than `threshold`.
+  """Expected number of pairs of K random prototypes that are nearer than `threshold`.
 
-  Half of a cosine distance is distributed as Beta((D - 1) / 2, (D - 1) / 2).
+  Rows of D > 1 are uniform on the sphere; half of a cosine distance is distributed as
+  Beta((D - 1) / 2, (D - 1) / 2).
   """
   return num * (num - 1) / 2 * stats.beta.cdf(threshold / 2, (dim - 1) / 2, (dim - 1) / 2)
 
 
 def null(num: int, dim: int, thresholds: Sequence[float] = collapse.THRESHOLDS) -> Null:
-  """The counts of `measure` for random rows, where there is doubt on the rows of `collapse`."""
+  """Counts as `measure` does, for random prototypes of the same K and D: what could be reached.
+
+  Those of `collapse.random_prototypes`, drawn only where near pairs are to be expected.
+  """
   if near_pairs(num, dim, max(thresholds)) < _NEGLIGIBLE:
     counts = np.full(len(thresholds), num)
     return Null(counts, counts, counts, False)
-  seen = measure(np.asarray(collapse.random_prototypes(num, dim)), thresholds)
-  return Null(seen.unique, seen.components, seen.isolated, True)
+  drawn = measure(np.asarray(collapse.random_prototypes(num, dim)), thresholds)
+  return Null(drawn.unique, drawn.components, drawn.isolated, True)
 
 
 def null_nearest(num: int, dim: int, quantiles: Sequence[float]) -> np.ndarray:
-  """Quantiles of the distance of a random row, D > 1, to its nearest among K: float64, exact."""
+  """Quantiles of the distance of a random row, D > 1, to its nearest of K: float64, exact."""
   if num == 1:
     return np.full(len(quantiles), np.inf)
   # No row is nearer than d with probability (1 - P(pair nearer than d)) ** (K - 1).

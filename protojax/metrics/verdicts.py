@@ -67,7 +67,8 @@ def _prototypes(measures: Mapping[str, float | None]) -> str:
     f"unique {_show(get(f'collapse/unique_{HEADLINE}'), '.0%')} "
     f"(random ones {_show(get(f'collapse/unique_{HEADLINE}_random'), '.0%')}, "
     f"moved to cosine {_show(get('collapse/drift'), '.2f')}), "
-    f"used {_show(table.BY_NAME['used'].value(measures), '.0%')}, perplexity {_show(get('collapse/perplexity'), '.0f')}"
+    f"used {_show(table.BY_NAME['used'].value(measures), '.0%')}, "
+    f"perplexity {_show(get('collapse/perplexity'), '.0f')}"
   )
 
 
@@ -263,7 +264,7 @@ def _findings(measures, num_prototypes, step, late, prototypes, advise):
 
 
 def _copies(measures, num_prototypes, prototypes, unique, null) -> Verdict:
-  seen = (
+  copies = (
     f"{1 - unique:.0%} of {num_prototypes} prototypes are copies (random ones: "
     f"{_show(None if null is None else 1 - null, '.0%')}; {_prototypes(measures)})"
   )
@@ -271,7 +272,7 @@ def _copies(measures, num_prototypes, prototypes, unique, null) -> Verdict:
   if relative is not None and relative >= LIMITS["relative_uniqueness"]:
     return Verdict(
       "narrow cone",
-      f"{seen}, but they stand {relative:.1f} times as far apart as features from theirs: the "
+      f"{copies}, but they stand {relative:.1f} times as far apart as features from theirs: the "
       "features are near one another, not the prototypes redundant"
       + ("; set mixture.center_features=True" if prototypes == "mixture" else ""),
       False,
@@ -281,7 +282,7 @@ def _copies(measures, num_prototypes, prototypes, unique, null) -> Verdict:
     "dictionary": "raise head.bottleneck or lower method.num_prototypes",
     "mixture": "raise mixture.horizon_steps or set mixture.center_features=True",
   }.get(prototypes, "set method.prototypes=mixture, or lower method.num_prototypes")
-  return Verdict("partial prototype collapse", f"{seen}: {advice}", True)
+  return Verdict("partial prototype collapse", f"{copies}: {advice}", True)
 
 
 def verdict(measures: Mapping[str, float | None]) -> Verdict:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from protojax.metrics import measures as table
 from protojax.reports import charts
 from protojax.reports import record as records
 
@@ -49,52 +50,25 @@ def training(runs: Sequence[records.Record]) -> list[str]:
       "on the test images; classifier trained beside the encoder",
       **share,
     ),
-    _over_steps(
-      runs,
-      "RankMe",
-      _lines(runs, "collapse/rankme"),
-      "effective rank of the features of a fixed sample",
-    ),
-    _over_steps(
-      runs,
-      "Feature spread",
-      _lines(runs, "collapse/feature_std"),
-      "standard deviation of unit features times √D: 1 on the whole sphere, 0 collapsed",
-    ),
+    *(_measure(runs, row, "") for row in table.MEASURES if row.title and not row.of_sets),
   ]
 
 
 def prototypes(runs: Sequence[records.Record], tag: str) -> list[str]:
   """Draws uniqueness, use and drift of a prototype set over the steps: <figure> elements."""
-  share = {"scale": charts.PERCENT, "y_range": (0.0, 1.03)}
-  figures = []
-  for limit in ("0.025", "0.25", "0.5"):
-    key = f"collapse/{tag}unique_{limit}"
-    lines = _lines(runs, key)
-    figures.append(
-      _over_steps(
-        runs,
-        f"Unique at cosine distance {limit}",
-        [*lines, *_reference(runs, f"{key}_random", "random")] if lines else [],
-        "share of K, greedy cover; dashed: random prototypes, same K and D",
-        **share,
-      )
-    )
-  # Of the sample at every monitor.every; versions before that wrote only the one of the bank.
-  of_sample = any(f"collapse/{tag}perplexity_sample" in run.curves for run in runs)
-  for name, title, told, options in (
-    ("used_sample", "Used", "share of K that is nearest to some image of a sample", share),
-    (
-      "perplexity_sample" if of_sample else "perplexity",
-      "Perplexity of use",
-      f"by the {'sample' if of_sample else 'bank'}; 1: all images have the same prototype",
-      {},
-    ),
-    ("drift", "Drift", "mean cosine to where each started; 1: never moved", {}),
-  ):
-    lines = _lines(runs, f"collapse/{tag}{name}")
-    figures.append(_over_steps(runs, title, lines, told, **options))
-  return figures
+  return [_measure(runs, row, tag) for row in table.MEASURES if row.title and row.of_sets]
+
+
+def _measure(runs: Sequence[records.Record], row: table.Measure, tag: str) -> str:
+  """The curves of a measure: of a sample of the images where there are any, else of the bank."""
+  key, told = f"collapse/{tag}{row.name}", row.meaning
+  if any(f"{key}_sample" in run.curves for run in runs):
+    key, told = f"{key}_sample", f"{told}; of a fixed sample of images"
+  lines = _lines(runs, key)
+  random = _reference(runs, f"{key}_random", "random") if lines else []
+  told += "; dashed: random prototypes, same K and D" * row.has_random
+  options = {"scale": charts.PERCENT, "y_range": (0.0, 1.03)} if row.is_share else {}
+  return _over_steps(runs, row.title, [*lines, *random], told, **options)
 
 
 def ends(runs: Sequence[records.Record]) -> list[str]:

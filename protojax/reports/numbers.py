@@ -9,13 +9,16 @@ import re
 from collections.abc import Sequence
 
 from protojax import trees
+from protojax.metrics import measures as table
 from protojax.metrics import verdicts
 from protojax.reports import charts, curves
 from protojax.reports import record as records
 
 _SAMPLE = "at most {images} evenly spread images of the bank"
+
+
 # key in result.json, label, form, how it is obtained. {tag} is that of a prototype set.
-_KEYS = (
+_ACCURACIES = (
   (
     "probe/knn",
     "k-NN accuracy",
@@ -35,50 +38,8 @@ _KEYS = (
     "%",
     "softmax classifier trained by Adam beside the encoder on {bank}, tested on {test}",
   ),
-  (
-    "collapse/{tag}unique_0.025",
-    "Unique at .025",
-    "%",
-    "greedy cover in index order, cosine distance below .025; random ones: {random_25}",
-  ),
-  (
-    "collapse/{tag}unique_0.25",
-    "Unique at .25",
-    "%",
-    "as above, cosine distance below .25; random ones: {random_250}",
-  ),
-  (
-    "collapse/{tag}unique_0.5",
-    "Unique at .5",
-    "%",
-    "as above, cosine distance below .5; random ones: {random_500}",
-  ),
-  ("collapse/{tag}used", "Used", "%", "{usage}; bank {bank}"),
-  (
-    "collapse/{tag}perplexity",
-    "Perplexity of use",
-    "",
-    "exp of the entropy of the histogram of nearest prototypes; bank {bank}",
-  ),
-  (
-    "collapse/{tag}drift",
-    "Drift",
-    "",
-    "mean cosine of each prototype to where it started; 1: never moved",
-  ),
-  (
-    "collapse/{tag}relative_uniqueness",
-    "Relative spacing",
-    "",
-    "median distance between nearest prototypes over that between features and theirs; " + _SAMPLE,
-  ),
-  ("collapse/rankme", "RankMe", "", "effective rank of the features of " + _SAMPLE),
-  (
-    "collapse/feature_std",
-    "Feature spread",
-    "",
-    "standard deviation of unit features times √D, 0 is collapse; " + _SAMPLE,
-  ),
+)
+_TRAINING = (
   ("train/loss", "Loss", "", "training, mean of the last {log_every} steps"),
   ("train/ln_k", "ln K", "", "loss of uniform predictions, and the largest entropy of a target"),
   (
@@ -99,6 +60,21 @@ class _Facts(dict):
 
   def __missing__(self, key):
     return "n/a"
+
+
+def _collapse() -> list[tuple[str, str, str, str]]:
+  """The same of the measures of collapse."""
+  found = []
+  for row in table.MEASURES:
+    how = row.meaning + "; random ones: {random}" * row.has_random
+    if "codes" in row.inputs:
+      how += "; bank {bank}"
+    elif {"features", "embeddings"} & set(row.inputs):
+      how += f"; {_SAMPLE}"
+    if row.title:
+      key = f"collapse/{'{tag}' * row.of_sets}{row.name}"
+      found.append((key, row.title, "%" * row.is_share, how))
+  return found
 
 
 def verdict(run: records.Record) -> tuple[str, str, str]:
@@ -165,12 +141,12 @@ def key_numbers(runs: Sequence[records.Record]) -> str:
   parts = []
   for tag in ["", *(tag for tag in curves.sets(runs) if tag)]:
     body = []
-    for key, label, form, how in _KEYS:
+    for key, label, form, how in (*_ACCURACIES, *_collapse(), *_TRAINING):
       if not tag or "{tag}" in key:
         key = key.replace("{tag}", tag)
         values = [_value(run, key) for run in runs]
         told = [
-          how.format_map(_facts(run, tag))
+          how.format_map(_facts(run, key))
           for run, (value, _) in zip(runs, values, strict=True)
           if value is not None
         ]
@@ -188,7 +164,8 @@ def _value(run: records.Record, key: str) -> tuple[float | None, str]:
   return run.latest().get(key), records.METRICS
 
 
-def _facts(run: records.Record, tag: str) -> _Facts:
+def _facts(run: records.Record, key: str) -> _Facts:
+  """What the texts of the number at `key` have in braces."""
   facts = _Facts()
   try:
     config = run.config
@@ -204,9 +181,8 @@ def _facts(run: records.Record, tag: str) -> _Facts:
   facts |= protocol if isinstance(protocol, dict) else {}
   if facts.get("limit"):
     facts["bank"] = f"{facts['bank']}, {facts['limit']} of them, evenly spread"
-  for name, limit in (("25", "0.025"), ("250", "0.25"), ("500", "0.5")):
-    value, _ = _value(run, f"collapse/{tag}unique_{limit}_random")
-    facts[f"random_{name}"] = "n/a" if value is None else written(value, "%")
+  random, _ = _value(run, f"{key}_random")
+  facts["random"] = "n/a" if random is None else written(random, "%")
   return facts
 
 

@@ -10,8 +10,8 @@ from absl import logging
 
 from protojax import errors
 from protojax.data import pipeline
+from protojax.metrics import measures as table
 from protojax.metrics import verdicts
-from protojax.metrics.measures import MEASURES
 from protojax.training import metric_writer, workdir
 
 
@@ -173,7 +173,7 @@ def log_line(
     ("loss", measures.get("train/loss"), ".2f"),
     ("CE", cross_entropy, ".2f"),
     ("H", measures.get("train/target_entropy"), ".2f"),
-    *((row.short, row.value(measures), row.form) for row in MEASURES if row.short),
+    *((row.short, row.value(measures), row.form) for row in table.MEASURES if row.short),
     ("knn", measures.get("probe/knn"), ".1%"),
     ("img/s", speed, ".0f"),
     ("wait", measures.get("time/data_wait"), ".0%"),

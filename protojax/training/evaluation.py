@@ -1,7 +1,7 @@
 """What a training state looks like: collapse measures, k-NN and linear accuracy.
 
-`Snapshot.monitor` is cheap and sees a fixed sample; `Snapshot.evaluate` runs the whole labelled bank
-through the encoder. Features come from the teacher's backbone (the encoder's where there is no
+`Snapshot.monitor` is cheap and sees a fixed sample; `Snapshot.evaluate` runs the whole labelled
+bank through the encoder. Features come from the teacher's backbone (the encoder's where there is no
 teacher) under the evaluation transform, detached: nothing here has a gradient.
 """
 
@@ -89,7 +89,7 @@ class Snapshot:
     )
 
   def embeddings(self, state, source) -> tuple[np.ndarray, np.ndarray]:
-    """(embeddings [N, D], index int32 [N]) of all images of `source` that can be read."""
+    """Embeds all images of `source` that can be read: (embeddings [N, D], index int32 [N])."""
     encoded = self._run(state, source, parts=("embeddings", "index"))
     return encoded["embeddings"]["prototypes"], encoded["index"]
 

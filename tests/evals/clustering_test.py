@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn import datasets, metrics
 
-from protojax.evals import clustering
+from protojax.evals import clustering, purity
 
 
 def _codes(num=300, num_codes=6, num_classes=6):
@@ -52,7 +52,7 @@ def test_hungarian_accuracy_is_the_best_of_all_matchings():
 
 def test_more_codes_than_classes_are_judged_by_majority_vote():
   codes, labels = np.array([0, 0, 0, 7, 7, 3]), np.array([1, 1, 0, 2, 2, 0])
-  assert clustering.purity(codes, labels) == pytest.approx(5 / 6)
+  assert purity.purity(codes, labels) == pytest.approx(5 / 6)
   got = clustering.evaluate(codes, labels, num_codes=8, num_classes=3)
   assert got["purity"] == pytest.approx(5 / 6) and "hungarian" not in got and got["used"] == 3
   assert got["purity_permuted"] < 1.0

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 
+from protojax import errors
 from protojax.metrics import collapse, diagnosis
 
 _RNG = np.random.default_rng(0)
@@ -19,7 +20,7 @@ def _unit(x):
 def _words(weights, *, cosine=False, prototypes="learned", **named):
   result = diagnosis.examine(weights, cosine=cosine, **named)
   json.dumps(result, allow_nan=False)
-  return result, diagnosis.words(result, cosine=cosine, prototypes=prototypes)
+  return result, diagnosis.words(result, cosine=cosine, prototypes=prototypes)[1]
 
 
 def test_random_prototypes_are_ok_and_not_called_good():
@@ -148,3 +149,48 @@ def test_few_directions_are_said():
 def test_advice_is_for_how_the_prototypes_were_made(prototypes, advice):
   _, said = _words(np.tile(_rows(50, 64), (8, 1)), prototypes=prototypes)
   assert advice in said[0]
+
+
+def test_a_diagnosis_is_printed_as_a_page_and_read_as_fields():
+  weights = np.tile(_rows(50, 64), (8, 1))
+  found = diagnosis.diagnose(weights, embeddings=_rows(90, 64), name="head")
+  assert found.verdict.label == "partial prototype collapse" and found.verdict.collapsed
+  assert found.measures["collapse/unique_0.025"] == 50 / 400
+  assert found.measures == found.result["measures"] and found.sets == {}
+  page = str(found)
+  assert page.startswith("head: 400 prototypes of 64 dimensions\n")
+  assert "\n  usage by 90 embeddings" in page and "\n  RankMe " in page
+  assert "\n  - partial prototype collapse: 88% of 400" in page
+  assert found.sentences[0].startswith("partial prototype collapse: 88%")
+  assert json.loads(json.dumps(found.result, allow_nan=False)) == found.result
+
+
+def test_tensors_of_torch_are_diagnosed_as_arrays_are():
+  torch = pytest.importorskip("torch")
+  weights, embeddings = _rows(60, 16), _rows(90, 16)
+  found = diagnosis.diagnose(torch.from_numpy(weights), embeddings=torch.from_numpy(embeddings))
+  assert found == diagnosis.diagnose(weights, embeddings=embeddings)
+
+
+@pytest.mark.parametrize(
+  "weights, embeddings, said",
+  [
+    (np.ones(4), None, r"shape \[4\]: give \[K, D\]"),
+    (np.ones((1, 4)), None, "two rows and columns"),
+    (np.eye(4), np.ones((9, 3)), "3 dimensions and prototypes 4"),
+    (np.eye(4), np.full((9, 4), np.nan), "rows of finite numbers"),
+  ],
+)
+def test_arrays_that_cannot_be_diagnosed_are_one_line(weights, embeddings, said):
+  with pytest.raises(errors.UserError, match=said) as caught:
+    diagnosis.diagnose(weights, embeddings=embeddings)
+  assert "\n" not in str(caught.value)
+
+
+def test_of_several_sets_the_first_that_is_ill_has_the_verdict():
+  sets = {"a": diagnosis.diagnose(_rows(40, 32)), "b": diagnosis.diagnose(np.ones((9, 4)))}
+  found = diagnosis.joined(sets, lines=["file"], result={"kind": "file"})
+  assert found.verdict == sets["b"].verdict and found.verdict.collapsed
+  assert found.measures == sets["b"].measures and found.sets is sets
+  assert str(found) == f"file\n\n{sets['a']}\n\n{sets['b']}"
+  assert list(found.result["sets"]) == ["a", "b"] and found.result["kind"] == "file"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from protojax import config as configs
-from protojax import trees
+from protojax import metrics, trees
 from protojax.methods import carp, self_classifier, swav
 from protojax.metrics import collapse, verdicts
 
@@ -273,6 +273,33 @@ def test_measures_of_collapsed_arrays_reach_the_right_verdict():
   assert label(features=np.ones((400, 32)) + 1e-4 * good) == "representation collapse"
   assert label(features=good[:, :3] @ rows[:3]) == "dimensional collapse"
   assert label(teacher_scale=1.0) == "aliased teacher"
+
+
+def test_a_verdict_needs_neither_step_nor_k():
+  rng = np.random.default_rng(0)
+  copies = np.repeat(rng.normal(size=(16, 32)), 4, axis=0)
+  measures = metrics.summary(prototypes=copies, features=rng.normal(size=(100, 32)))
+  verdict = metrics.verdict(measures)
+  assert verdict.label == "partial prototype collapse" and "75% of 64" in verdict.sentence
+  assert verdict == verdicts.judge(measures, num_prototypes=64, step=10**6)
+  one = {"collapse/perplexity_sample": 1.2, "train/ln_k": math.log(512), "collapse/drift": None}
+  assert metrics.verdict(one).sentence.startswith("1.2 of 512 prototypes")
+  aliased = metrics.verdict({**measures, "collapse/teacher_distance": 0.0})
+  assert "the teacher equals the student: set" in aliased.sentence
+
+
+def test_a_verdict_on_features_alone_says_nothing_of_prototypes():
+  features = np.random.default_rng(0).normal(size=(100, 32))
+  verdict = metrics.verdict({**metrics.summary(features=features), "train/loss": 2.0})
+  assert verdict.label == "ok" and "prototypes" not in verdict.sentence
+  assert metrics.verdict(metrics.summary(features=np.ones((9, 4)))).collapsed
+
+
+@pytest.mark.parametrize("measures", [{}, {"train/loss": 3.0}, {"collapse/used": 0.5}])
+def test_measures_without_k_are_refused_in_one_line(measures):
+  with pytest.raises(ValueError, match="how many prototypes.*collapse/num_prototypes") as caught:
+    metrics.verdict(measures)
+  assert "\n" not in str(caught.value)
 
 
 def _config(name="dino", **method):

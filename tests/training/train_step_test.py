@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import re
+from collections.abc import Callable
+from typing import NamedTuple
 
 import chex
 import jax
@@ -24,24 +26,60 @@ every_method = pytest.mark.parametrize(
   [pytest.param(r, marks=pytest.mark.xdist_group(f"row{i}")) for i, r in enumerate(METHODS)],
   ids=[f"{r.name}-{r.prototypes}" for r in METHODS],
 )
+# Of each method the first: two devices, where eight say nearly all there is to say.
+FIRST_ROWS = {r.name: r for r in reversed(METHODS)}.values()
+
+
+class Run(NamedTuple):
+  """Three steps of a row on one batch.
+
+  Attributes:
+    program: of the row.
+    step: its step as the loop compiles it, the only time here.
+    start: state 0 on the host.
+    state: state 3.
+    metrics: of the three steps.
+    traces: how often the step was traced.
+    same_types: whether state 3 has the types of state 0, so that a step takes what another returns.
+  """
+
+  program: programs.Program
+  step: Callable
+  start: train_step.TrainState
+  state: train_step.TrainState
+  metrics: list[dict[str, float]]
+  traces: int
+  same_types: bool
 
 
 @functools.cache
 def _three_steps(row, devices):
-  """(program, state 0 on the host, state 3, [metrics of three steps], traces of the step)."""
   traces, original = [], train_step.train_step
 
   def counted(*args, **kwargs):
     traces.append(1)
     return original(*args, **kwargs)
 
+  # Not Adam: of a gradient that is zero but for rounding, a bias before a norm, it makes a step.
+  config = row.config(optim__name="sgd")
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(train_step, "train_step", counted)
-    # Not Adam: of a gradient that is zero but for rounding, a bias before a norm, it makes a step.
-    config = row.config(optim__name="sgd")
-    program, state, metrics = tiny.run_steps(config, 3, jax.devices()[:devices])
-  start = _on_host(program.init(program.config.seed))
-  return program, start, state, metrics, len(traces)
+    program = programs.Program(config, devices=jax.devices()[:devices])
+    step = program.lower().compile()
+  with jax.set_mesh(program.mesh):
+    batch = sharding.put_batch(tiny.batch(config), program.mesh)
+    state, metrics = program.init(config.seed), []
+    types = _types(state)
+    for _ in range(3):
+      state, out = step(state, batch, None)
+      metrics.append({k: float(v) for k, v in out.items()})
+  start = _on_host(program.init(config.seed))
+  return Run(program, step, start, state, metrics, len(traces), _types(state) == types)
+
+
+def _types(state):
+  """What a jitted function is traced anew for: structure, shapes, dtypes, weak types."""
+  return jax.tree.map(jax.typeof, state)
 
 
 def _on_host(state):
@@ -64,8 +102,8 @@ def _size(shape: str) -> int:
 
 @every_method
 def test_loss_gradients_and_update_are_finite_and_move(row):
-  _, start, state, metrics, _ = _three_steps(row, 8)
-  state = _on_host(state)
+  run = _three_steps(row, 8)
+  start, state, metrics = run.start, _on_host(run.state), run.metrics
   chex.assert_tree_all_finite(state)
   assert all(np.isfinite(v) for m in metrics for v in m.values())
   assert metrics[0]["train/grad_norm"] > 0
@@ -83,7 +121,7 @@ def test_loss_gradients_and_update_are_finite_and_move(row):
 
 @every_method
 def test_no_gradient_reaches_what_is_not_trained(row):
-  program = programs.Program(row.config())
+  program = _three_steps(row, 1).program
   variables = train_step.variables_of(program.init(program.config.seed))
   trained, frozen = train_step.split(variables, program.method.learns_prototypes)
   views = jax.tree.map(
@@ -108,15 +146,17 @@ def test_no_gradient_reaches_what_is_not_trained(row):
 
 @every_method
 def test_one_two_and_eight_devices_agree(row):
-  _, start, one, metrics, _ = _three_steps(row, 1)
+  first = _three_steps(row, 1)
   # Without the optimizer's traces: those of a bias before a norm are rounding and nothing else.
-  start, one = (jax.tree.leaves(_on_host(s.replace(opt_state=()))) for s in (start, one))
-  for devices in (2, 8):
-    _, _, state, other, _ = _three_steps(row, devices)
+  start, one = (
+    jax.tree.leaves(_on_host(s.replace(opt_state=()))) for s in (first.start, first.state)
+  )
+  for devices in (2, 8) if row in FIRST_ROWS else (8,):
+    run = _three_steps(row, devices)
     for key, later in (("train/loss", 1e-4), ("train/grad_norm", 1e-3)):
-      np.testing.assert_allclose(other[0][key], metrics[0][key], rtol=1e-5)
-      np.testing.assert_allclose(other[2][key], metrics[2][key], rtol=later)
-    paths = jax.tree_util.tree_leaves_with_path(_on_host(state.replace(opt_state=())))
+      np.testing.assert_allclose(run.metrics[0][key], first.metrics[0][key], rtol=1e-5)
+      np.testing.assert_allclose(run.metrics[2][key], first.metrics[2][key], rtol=later)
+    paths = jax.tree_util.tree_leaves_with_path(_on_host(run.state.replace(opt_state=())))
     for (path, a), b, begun in zip(paths, one, start, strict=True):
       name = jax.tree_util.keystr(path)
       if not jnp.issubdtype(a.dtype, jnp.floating):
@@ -129,7 +169,7 @@ def test_one_two_and_eight_devices_agree(row):
 
 @every_method
 def test_data_parallel_step_only_all_reduces(row):
-  text = _three_steps(row, 8)[0].lower().compile().as_text()
+  text = _three_steps(row, 8).step.as_text()
   assert "all-reduce" in text
   ops = "all-gather|all-to-all|collective-permute|reduce-scatter"
   allowed = {op: most for op, most, _ in row.collectives}
@@ -139,18 +179,20 @@ def test_data_parallel_step_only_all_reduces(row):
 
 @every_method
 def test_three_steps_trace_once(row):
-  assert _three_steps(row, 8)[-1] == 1
+  run = _three_steps(row, 8)
+  assert run.traces == 1 and run.same_types
 
 
 @every_method
 def test_restart_is_the_same_to_the_bit(row, tmp_path):
   """Two steps, a checkpoint, a third from what is read back: state 3 of the run in one go."""
-  program, _, expected, metrics, _ = _three_steps(row, 8)
+  run = _three_steps(row, 8)
+  program = run.program
   with jax.set_mesh(program.mesh):
     batch = sharding.put_batch(tiny.batch(program.config), program.mesh)
     state = program.init(program.config.seed)
     for _ in range(2):
-      state, _ = program.step(state, batch, None)
+      state, _ = run.step(state, batch, None)
     with contextlib.closing(checkpoint.Checkpoints(tmp_path)) as saved:
       saved.save(2, state, {})
       target = jax.tree.map(
@@ -160,9 +202,9 @@ def test_restart_is_the_same_to_the_bit(row, tmp_path):
       )
       step, restored, _ = saved.restore_latest(target)
     assert step == 2
-    state, out = program.step(restored, batch, None)
-  chex.assert_trees_all_equal(_on_host(state), _on_host(expected))
-  assert float(out["train/loss"]) == metrics[2]["train/loss"]
+    state, out = run.step(restored, batch, None)
+  chex.assert_trees_all_equal(_on_host(state), _on_host(run.state))
+  assert float(out["train/loss"]) == run.metrics[2]["train/loss"]
 
 
 @every_method
@@ -181,8 +223,8 @@ def test_loss_falls_on_real_images_whose_features_stay_apart(row):
   program, state, metrics = tiny.run_steps(config, 60, jax.devices()[:1], draw=tiny.digits)
   losses = [m["train/loss"] for m in metrics]
   assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.01
-  images = program.evaluation(tiny.digits(config, 0))
-  features = program.method.features(train_step.variables_of(state), images)
+  encode = jax.jit(lambda v, batch: program.method.features(v, program.evaluation(batch)))
+  features = encode(train_step.variables_of(state), tiny.digits(config, 0))
   assert collapse.feature_std(features) > verdicts.LIMITS["feature_std"]
 
 
@@ -196,8 +238,8 @@ def test_sizes_of_hlo_shapes(text, size):
 
 def test_every_step_draws_new_views():
   """Nothing is learned and the batch is the same: only the views can change the loss."""
-  still = {"optim__lr": 0.0, "optim__final_lr": 0.0, "method__targets": "sinkhorn"}
-  c = tiny.config("dino", "frozen", teacher__momentum=1.0, **still)
+  fixed = {"optim__lr": 0.0, "optim__final_lr": 0.0, "method__targets": "sinkhorn"}
+  c = tiny.config("dino", "frozen", teacher__momentum=1.0, **fixed)
   _, _, metrics = tiny.run_steps(c, 2, jax.devices()[:1])
   assert abs(metrics[0]["train/loss"] - metrics[1]["train/loss"]) > 1e-4
 
@@ -215,45 +257,64 @@ def test_teacher_does_not_share_buffers_with_the_student():
   assert len(students) == len(jax.tree.leaves(state.encoder)) + len(jax.tree.leaves(state.teacher))
 
 
+@functools.cache
+def _mixture_steps():
+  """([state 1, 2, 3], [metrics]) of `tiny.config()` on eight devices, states on the host."""
+  program = programs.Program(tiny.config())
+  states, metrics = [], []
+  with jax.set_mesh(program.mesh):
+    batch = sharding.put_batch(tiny.batch(program.config), program.mesh)
+    state = program.init(program.config.seed)
+    for _ in range(3):
+      state, out = program.step(state, batch, None)
+      states.append(jax.tree.map(np.array, _on_host(state)))  # copies: the next step takes these
+      metrics.append({k: float(v) for k, v in out.items()})
+  return states, metrics
+
+
+@pytest.mark.xdist_group("mixture_steps")
 def test_gradient_accumulation_is_the_same_step():
-  whole = tiny.run_steps(tiny.config(), 2)
-  parts = tiny.run_steps(tiny.config(accum_steps=2), 2)
-  for a, b in zip(whole[2], parts[2], strict=True):
+  _, one_part = _mixture_steps()
+  _, _, parts = tiny.run_steps(tiny.config(accum_steps=2), 2)
+  for a, b in zip(one_part[:2], parts, strict=True):
     np.testing.assert_allclose(a["train/loss"], b["train/loss"], rtol=1e-5)
     np.testing.assert_allclose(a["train/grad_norm"], b["train/grad_norm"], rtol=1e-4)
 
 
+@pytest.mark.xdist_group("mixture_steps")
 def test_em_before_the_loss_uses_the_moved_mixture():
   """After one step the mixture is the same in both orders; only the first loss differs."""
-  after = tiny.run_steps(tiny.config("dino", "mixture"), 1)
+  states, metrics = _mixture_steps()
   before = tiny.run_steps(tiny.config("dino", "mixture", method__em_order="before_loss"), 1)
-  chex.assert_trees_all_close(after[1].prototypes, before[1].prototypes, atol=1e-6)
-  assert abs(after[2][0]["train/loss"] - before[2][0]["train/loss"]) > 1e-5
+  chex.assert_trees_all_close(states[0].prototypes, before[1].prototypes, atol=1e-6)
+  assert abs(metrics[0]["train/loss"] - before[2][0]["train/loss"]) > 1e-5
 
 
+@pytest.mark.xdist_group("mixture_steps")
 def test_prototypes_split_over_the_model_axis_agree_with_one_device():
-  c = tiny.config("dino", "mixture")
-  split = tiny.config("dino", "mixture", mesh__model=4)
-  _, one, a = tiny.run_steps(c, 3, jax.devices()[:1])
-  program, many, b = tiny.run_steps(split, 3)
+  """With eight that do not split them, which `test_one_two_and_eight_devices_agree` compares."""
+  states, a = _mixture_steps()
+  program, split, b = tiny.run_steps(tiny.config("dino", "mixture", mesh__model=4), 3)
   assert program.shardings.prototypes.means.spec == jax.sharding.PartitionSpec("model")
   np.testing.assert_allclose(a[0]["train/loss"], b[0]["train/loss"], rtol=1e-5)
   np.testing.assert_allclose(a[2]["train/loss"], b[2]["train/loss"], rtol=1e-4)
-  np.testing.assert_allclose(one.prototypes.means, many.prototypes.means, atol=1e-4)
+  np.testing.assert_allclose(states[2].prototypes.means, split.prototypes.means, atol=1e-4)
 
 
+@pytest.mark.xdist_group("mixture_steps")
 def test_bfloat16_encoder_stays_close_and_keeps_float32_state():
   _, state, low = tiny.run_steps(tiny.config(precision="bfloat16"), 1)
-  _, _, full = tiny.run_steps(tiny.config(), 1)
+  _, full = _mixture_steps()
   np.testing.assert_allclose(low[0]["train/loss"], full[0]["train/loss"], rtol=0.02)
   assert {leaf.dtype for leaf in jax.tree.leaves(state.teacher)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.xdist_group("mixture_steps")
 def test_online_probe_gets_no_hold_of_the_encoder():
   """The encoder after three steps is the same to the bit with the probe and without."""
-  _, without, _ = tiny.run_steps(tiny.config(), 3)
+  states, _ = _mixture_steps()
   _, with_probe, metrics = tiny.run_steps(tiny.config(), 3, num_classes=10)
-  chex.assert_trees_all_equal(without.encoder, with_probe.encoder)
+  chex.assert_trees_all_equal(states[2].encoder, _on_host(with_probe.encoder))
   assert "probe" in with_probe.carry
   assert any(k.startswith("probe/") for k in metrics[0])
 

@@ -1,0 +1,138 @@
+"""One table of measures: what it computes, under which names, and who shows it."""
+
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from protojax import errors, metrics
+from protojax.metrics import collapse, diagnosis, measures, verdicts
+from protojax.reports import curves, numbers, record
+from protojax.training import console
+
+_RNG = np.random.default_rng(0)
+_K, _D, _N = 48, 8, 60
+_ARRAYS = {
+  "prototypes": _RNG.normal(size=(_K, _D)).astype(np.float32),
+  "initial_prototypes": _RNG.normal(size=(_K, _D)).astype(np.float32),
+  "features": _RNG.normal(size=(_N, 12)).astype(np.float32),
+  "embeddings": _RNG.normal(size=(_N, _D)).astype(np.float32),
+  "codes": _RNG.integers(_K, size=_N).astype(np.int32),
+}
+
+
+def test_every_name_is_what_its_function_gives():
+  encoder, teacher = {"w": jnp.ones(3)}, {"w": jnp.full(3, 1.5)}
+  got = metrics.summary(**_ARRAYS, encoder=encoder, teacher=teacher)
+  a, expected = _ARRAYS, {"num_prototypes": _K}
+  counts = collapse.unique_counts(a["prototypes"])
+  for i, threshold in enumerate((0.025, 0.05, 0.1, 0.25, 0.5)):
+    expected[f"unique_{threshold}"] = counts[i] / _K
+    expected[f"unique_{threshold}_random"] = collapse.random_unique(_K, _D)[i] / _K
+  expected |= {
+    "used": len(set(a["codes"].tolist())) / _K,
+    "perplexity": collapse.usage_perplexity(a["codes"], _K),
+    "drift": collapse.drift(a["prototypes"], a["initial_prototypes"]),
+    "relative_uniqueness": collapse.relative_uniqueness(a["prototypes"], a["embeddings"]),
+    "embedding_cosine": collapse.mean_pairwise_cosine(a["embeddings"]),
+    "rankme": collapse.rankme(a["features"]),
+    "feature_std": collapse.feature_std(a["features"]),
+    "mean_cosine": collapse.mean_pairwise_cosine(a["features"]),
+    "teacher_distance": 0.5,
+  }
+  assert got == {f"collapse/{k}": pytest.approx(float(v), rel=1e-6) for k, v in expected.items()}
+  assert all(type(value) is float for value in got.values())
+
+
+def test_what_is_not_given_is_not_measured():
+  assert metrics.summary() == {}
+  got = metrics.summary(features=_ARRAYS["features"])
+  assert set(got) == {f"collapse/{k}" for k in ("rankme", "feature_std", "mean_cosine")}
+  got = metrics.summary(codes=_ARRAYS["codes"], num_prototypes=_K)
+  assert set(got) == {f"collapse/{k}" for k in ("num_prototypes", "used", "perplexity")}
+
+
+def test_sets_carry_their_name_and_samples_say_so():
+  both = {"prototypes": _ARRAYS["prototypes"], "patch": _ARRAYS["prototypes"][:10]}
+  codes = {"prototypes": _ARRAYS["codes"], "patch": _ARRAYS["codes"] % 10}
+  got = metrics.summary(prototypes=both, codes=codes, sample=True)
+  alone = metrics.summary(prototypes=both["patch"], codes=codes["patch"], sample=True)
+  assert "collapse/used_sample" in alone and "collapse/used" not in alone
+  for name, value in alone.items():
+    assert got[name.replace("collapse/", "collapse/patch_")] == value
+  assert got["collapse/num_prototypes"] == _K and got["collapse/patch_num_prototypes"] == 10
+
+
+@pytest.mark.parametrize("to", [jnp.asarray, np.ndarray.tolist, "torch"], ids=str)
+def test_arrays_of_other_libraries_give_the_same_numbers(to):
+  if to == "torch":
+    to = pytest.importorskip("torch").from_numpy
+  got = metrics.summary(**{name: to(array) for name, array in _ARRAYS.items()})
+  assert got == pytest.approx(metrics.summary(**_ARRAYS), rel=1e-6)
+
+
+def test_torch_tensors_of_bfloat16_are_read_and_those_with_a_gradient_refused():
+  torch = pytest.importorskip("torch")
+  tensor = torch.from_numpy(_ARRAYS["prototypes"]).bfloat16()
+  got = metrics.summary(prototypes=tensor)
+  assert got == metrics.summary(prototypes=tensor.float().numpy())
+  with pytest.raises(errors.UserError, match="without gradient") as caught:
+    metrics.summary(prototypes=torch.ones(3, 2, requires_grad=True))
+  assert "\n" not in str(caught.value)
+
+
+def test_what_is_known_is_not_computed_again(monkeypatch):
+  refused = measures.Measure("rankme", ("features",), lambda features: 1 / 0)
+  monkeypatch.setattr(measures, "MEASURES", (refused,))
+  known = {"collapse/rankme": 3.0}
+  assert metrics.summary(features=_ARRAYS["features"], known=known) == known
+
+
+@pytest.mark.parametrize(
+  ("arrays", "said"),
+  [
+    ({"prototypes": np.ones(3)}, r"prototypes of 'prototypes' has shape \[3\]: give \[K, D\]"),
+    ({"prototypes": np.ones((3, 2)), "embeddings": np.ones((5, 4))}, "4 dimensions and prototypes"),
+    ({"prototypes": np.ones((3, 2)), "initial_prototypes": np.ones((4, 2))}, "of step 0"),
+    ({"codes": np.zeros(4, int)}, "give num_prototypes"),
+    ({"features": np.ones(4)}, r"give \[N, F\]"),
+  ],
+)
+def test_shapes_that_do_not_fit_are_one_line(arrays, said):
+  with pytest.raises(errors.UserError, match=said) as caught:
+    metrics.summary(**arrays)
+  assert "\n" not in str(caught.value)
+
+
+def test_a_new_row_is_shown_by_log_line_report_and_doctor(monkeypatch, tmp_path):
+  row = measures.Measure(
+    "widest",
+    ("prototypes",),
+    lambda prototypes: jnp.linalg.norm(prototypes, axis=1).max(),
+    form=".3f",
+    short="wide",
+    title="Widest prototype",
+    meaning="largest norm",
+  )
+  monkeypatch.setattr(measures, "MEASURES", (*measures.MEASURES, row))
+  weights = np.eye(6, 4, dtype=np.float32)[[0, 1, 2, 3, 0, 1]]
+  values = metrics.summary(prototypes=weights)
+  assert values["collapse/widest"] == 1.0
+  config = ml_collections.ConfigDict({"num_steps": 9, "batch_size": 4})
+  line = console.log_line(3, values, verdicts.Verdict("ok", "", False), config=config)
+  assert "  wide 1.000  [ok]" in line
+  assert "\n  Widest prototype    1\n" in str(diagnosis.diagnose(weights))
+  curve = {"collapse/widest": (np.array([1, 2]), np.array([1.0, 1.5]))}
+  run = record.Record("a", tmp_path, ml_collections.ConfigDict(), curve, {}, {}, ())
+  assert any("Widest prototype" in figure for figure in curves.prototypes([run], ""))
+  table = numbers.key_numbers([run])
+  assert (
+    "Widest prototype" in table and "largest norm" in table and 'data-key="collapse/widest' in table
+  )
+
+
+def test_the_report_explains_every_measure_that_has_a_title():
+  rows = [row for row in measures.MEASURES if row.title]
+  assert {"rankme", "used", "unique_0.025"} <= {row.name for row in rows}
+  assert all(row.meaning and "{" not in row.meaning for row in rows)
+  assert len({row.title for row in rows}) == len(rows)
