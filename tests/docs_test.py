@@ -134,6 +134,8 @@ def run(command: str, cwd: pathlib.Path, capsys, processes: bool = True) -> None
       _quickstart(cwd)
     case ["ruff", *rest]:
       _python(["-m", "ruff", *rest], ROOT)
+    case ["python", "-m", "mypy"]:
+      assert '" -m mypy ' in (ROOT / "launch" / "test.sh").read_text()  # which runs it
     case ["python", "-m", "pytest", *rest]:
       _python(["-m", "pytest", "-q", "--collect-only", *rest], ROOT)
     case ["python", "-m", "protojax.main", *rest]:

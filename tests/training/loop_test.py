@@ -1,5 +1,6 @@
 """Resuming to the bit: with other workers, after SIGTERM and kill -9; one process and two."""
 
+import functools
 import json
 import os
 import pathlib
@@ -62,17 +63,18 @@ def _config(recipe="quickstart", changes=CHANGES, **more):
   return config
 
 
-def _final(folder, config):
-  """The last checkpoint's leaves as NumPy."""
+@functools.cache
+def _target(recipe):
+  """What a checkpoint of a run of `recipe` with its changes is restored into."""
+  config = _config(recipe, PCL if recipe == "pcl_cifar10" else CHANGES)
   resolved = loop.configs.resolve(config, len(loop.build_sources(config)[0]))
-  program = programs.Program(resolved, 10)
-  target = jax.tree.map(
-    lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-    program.abstract,
-    program.shardings,
-  )
+  return programs.Program(resolved, 10).restore_target()
+
+
+def _final(folder, recipe="quickstart"):
+  """The last checkpoint's leaves as NumPy."""
   saved = checkpoint.Checkpoints(folder)
-  step, state, _ = saved.restore_latest(target)
+  step, state, _ = saved.restore_latest(_target(recipe))
   saved.close()
   return step, jax.device_get(state.replace(key=jax.random.key_data(state.key)))
 
@@ -108,8 +110,8 @@ def test_stopped_and_resumed_run_equals_the_whole_one_to_the_bit(whole, tmp_path
     with pytest.raises(errors.Interrupted, match="stopped at step 3"):
       loop.run(_config(), str(folder))
   loop.run(_config(**{"data.num_workers": 2}), str(folder))
-  step, state = _final(folder, _config())
-  expected_step, expected = _final(whole, _config())
+  step, state = _final(folder)
+  expected_step, expected = _final(whole)
   assert step == expected_step == 6
   chex.assert_trees_all_equal(state, expected)
   assert _losses(folder) == _losses(whole)
@@ -127,7 +129,7 @@ def test_images_that_lie_on_the_devices_change_nothing_in_the_middle_of_an_epoch
   result = loop.run(_config(**{"data.cache": "device"}), str(folder))
   assert "digits/train lies on the devices: 1442 images" in caplog.text
   assert _config().data.cache == "auto"  # which on CPUs takes the host's
-  chex.assert_trees_all_equal(_final(folder, _config())[1], _final(whole, _config())[1])
+  chex.assert_trees_all_equal(_final(folder)[1], _final(whole)[1])
   assert _losses(folder) == _losses(whole)
   known = json.loads((whole / "eval" / "final" / "result.json").read_text())["measures"]
   same = {k for k in known if k.startswith(("probe/", "collapse/"))}
@@ -165,7 +167,7 @@ def test_every_file_of_a_run_is_there(whole):
 
 
 def test_exported_encoder_is_the_teacher_and_starts_another_run(whole):
-  _, state = _final(whole, _config())
+  _, state = _final(whole)
   saved = safetensors.numpy.load_file(whole / "exported" / "encoder.safetensors")
   leaves = jax.tree.leaves(state.teacher["encoder"])
   assert sum(leaf.size for leaf in leaves) == sum(v.size for v in saved.values())
@@ -217,7 +219,7 @@ def test_killed_run_resumes_to_the_bit(whole, tmp_path):
   folder = tmp_path / "run"
   _kill_after_a_checkpoint(folder, 2)
   loop.run(_config(), str(folder))
-  chex.assert_trees_all_equal(_final(folder, _config())[1], _final(whole, _config())[1])
+  chex.assert_trees_all_equal(_final(folder)[1], _final(whole)[1])
   assert _losses(folder) == _losses(whole)
 
 
@@ -226,7 +228,7 @@ def test_run_with_clusters_stopped_and_killed_around_a_refresh_resumes_to_the_bi
 ):
   config, whole = _config("pcl_cifar10", PCL), tmp_path / "whole"
   loop.run(config, str(whole))
-  _, expected = _final(whole, config)
+  _, expected = _final(whole, "pcl_cifar10")
   # Both refreshes happened: the first prototypes are gone, images have clusters.
   assert set(expected.prototypes) == {"clusters8", "prototypes"}
   assert len(np.unique(expected.carry["clusters"][1])) > 16
@@ -241,7 +243,7 @@ def test_run_with_clusters_stopped_and_killed_around_a_refresh_resumes_to_the_bi
   _kill_after_a_checkpoint(killed, 4, recipe="pcl_cifar10", changes=PCL)
   for folder in (stopped, killed):
     loop.run(config, str(folder))
-    step, state = _final(folder, config)
+    step, state = _final(folder, "pcl_cifar10")
     assert step == 6
     chex.assert_trees_all_equal(state, expected)
     assert _losses(folder) == _losses(whole)
