@@ -94,6 +94,16 @@ def test_kmeans_codes_are_fitted_to_the_bank_and_find_separate_clusters():
   assert [matched[c] for c in found] == other.tolist()
 
 
+def test_queries_take_the_nearest_centroid_not_that_of_the_largest_product():
+  x, _ = datasets.load_digits(return_X_y=True)
+  codes, found = clustering.kmeans_codes(x[:400], x[400:900], num_clusters=20)
+  unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+  centroids = np.stack([unit[:400][codes == c].mean(axis=0) for c in range(20)])
+  distances = np.square(unit[400:900, None] - centroids[None]).sum(axis=-1)
+  assert np.mean(found == distances.argmin(axis=1)) > 0.99
+  assert np.mean(found == (unit[400:900] @ centroids.T).argmax(axis=1)) < 0.98
+
+
 def test_kmeans_does_not_depend_on_an_order_by_class():
   x, y = datasets.load_digits(return_X_y=True)
   order = np.argsort(y, kind="stable")

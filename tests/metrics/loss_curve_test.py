@@ -102,6 +102,11 @@ def test_dinov2_is_judged_by_its_parts(tmp_path):
   assert "1/4 ln 8192" in said[1]
 
 
+def test_a_rise_within_the_noise_is_not_the_published_one(tmp_path):
+  losses = [7.29, 7.35, *_HEALTHY[2:]]
+  assert not any("is normal" in sentence for sentence in _words(_dino(tmp_path, losses)))
+
+
 def test_any_text_with_losses_is_read(tmp_path):
   lines = [
     f"Epoch: [0/100]  [{i}/2502]  eta: 1:00:00  loss: {x:.4f} (9.9)  lr: 0.1"
