@@ -158,7 +158,7 @@ def of_state(
     step=step,
     weights=weights,
     **tree,
-    encoder=encoders.build(_evaluation_config(program.config)),
+    encoder=encoders.build(encoders.for_evaluation(program.config)),
     prototypes=jax.device_get(matrices),
     method=program.method,
     variables=variables,
@@ -187,7 +187,7 @@ def _exported(path: str | os.PathLike, folder: pathlib.Path) -> Trained:
       f"the description of the weights at {path} is not one of protojax ({error}): export or "
       "convert them again"
     ) from None
-  encoder = encoders.build(_evaluation_config(config))
+  encoder = encoders.build(encoders.for_evaluation(config))
   tree = {"params": {}, "batch_stats": {}} | trees.nested(tensors)
   _require_fit(path, encoder, tree["params"], config.augment.global_size)
   mesh = sharding.make_mesh()
@@ -227,13 +227,6 @@ def _require_fit(
       f"shape {there.get(wrong[0], 'none')}, the model {here.get(wrong[0], 'none')} "
       f"({len(wrong)} differences): export or convert them again"
     )
-
-
-def _evaluation_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-  """For modules that only evaluate: nothing is dropped, and every block's output can be read."""
-  config = config.copy_and_resolve_references()
-  config.model.update({"drop_path": 0.0, "remat": False, "attention": "xla"})
-  return config
 
 
 def layers(model: Trained) -> tuple[str, ...]:
