@@ -82,6 +82,7 @@ def test_a_name_given_after_the_recipe_brings_its_options(package):
   package("lab_named", {"agree": METHOD})
   config = configs.default("vicreg")
   config.method.name, config.num_steps, config.batch_size = "lab_named.agree", 1, 8
+  config.augment.num_local, config.head.l2 = 0, False
   assert "weight" not in config.method
   config = configs.resolve(config, 64)
   assert config.method.weight == 2.0
