@@ -63,7 +63,9 @@ def test_sets_carry_their_name_and_samples_say_so():
   assert got["collapse/num_prototypes"] == _K and got["collapse/patch_num_prototypes"] == 10
 
 
-@pytest.mark.parametrize("to", [jnp.asarray, np.ndarray.tolist, "torch"], ids=str)
+@pytest.mark.parametrize(
+  "to", [jnp.asarray, np.ndarray.tolist, "torch"], ids=["jax", "lists", "torch"]
+)
 def test_arrays_of_other_libraries_give_the_same_numbers(to):
   if to == "torch":
     to = pytest.importorskip("torch").from_numpy
