@@ -1,6 +1,7 @@
 """Losses and entropies: arrays in, float32 out, nothing else.
 
-Arrays may be those of JAX, of NumPy or of a library that speaks DLPack; gradients are JAX's.
+Arrays may be those of JAX, of NumPy or of a library whose arrays have `__array__` or `__dlpack__`;
+gradients are JAX's.
 
 Views are [B, V, ...] and view t of a teacher is the same crop as view t of its student, so a pair
 counts only where the two differ. Arithmetic is float32 (float64 stays float64), products are
@@ -12,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 _PAIRS = 2**26  # cosines that `koleo` holds at a time: 256 MiB of float32
@@ -20,8 +20,9 @@ _NEAREST = 1e-4  # distances below it count as it: no infinite logarithm, no gra
 
 
 def as_array(x: Any) -> jax.Array:
-  """An array of JAX from one of JAX, NumPy or a library that speaks DLPack, as PyTorch does."""
-  foreign = hasattr(x, "__dlpack__") and not isinstance(x, jax.Array | np.ndarray)
+  """An array of JAX from one of JAX, NumPy or any library with `__array__` or `__dlpack__`."""
+  # The second only where there is nothing else: JAX takes no strided slice that way.
+  foreign = hasattr(x, "__dlpack__") and not hasattr(x, "__array__")
   return jnp.from_dlpack(x) if foreign else jnp.asarray(x)
 
 

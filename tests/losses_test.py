@@ -222,6 +222,7 @@ class _Foreign:
   """An array as other libraries have it: it speaks DLPack and nothing else."""
 
   def __init__(self, x):
+    x = np.ascontiguousarray(x)
     self.__dlpack__, self.__dlpack_device__ = x.__dlpack__, x.__dlpack_device__
 
 
