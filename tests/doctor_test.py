@@ -13,6 +13,11 @@ import torch_format as made
 from protojax import api, doctor, errors, pretrained
 from protojax.training import checkpoint, programs, workdir
 
+pytestmark = [
+  pytest.mark.xdist_group("doctor"),  # one worker: its tests share a fixture that is costly
+  pytest.mark.usefixtures("compile_fast"),
+]
+
 _RNG = np.random.default_rng(0)
 
 

@@ -11,7 +11,10 @@ from protojax import config as configs
 from protojax import embed, errors, pretrained
 from protojax.training import loop
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
+pytestmark = [
+  pytest.mark.xdist_group("embed"),  # one worker: its tests share a fixture that is costly
+  pytest.mark.usefixtures("compile_fast"),
+]
 
 
 @pytest.fixture(scope="module")

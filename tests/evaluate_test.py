@@ -19,7 +19,10 @@ from protojax.data import sources
 from protojax.evals import clustering, knn, long_tail, protocols, result_files
 from protojax.training import checkpoint, loop, programs, workdir
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
+pytestmark = [
+  pytest.mark.xdist_group("evaluate"),  # one worker: its tests share a fixture that is costly
+  pytest.mark.usefixtures("compile_fast"),
+]
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -20,7 +20,10 @@ from protojax.reports import gallery, of_run
 from protojax.reports import record as records
 from protojax.training import loop, workdir
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
+pytestmark = [
+  pytest.mark.xdist_group("gallery"),  # one worker: its tests share a fixture that is costly
+  pytest.mark.usefixtures("compile_fast"),
+]
 
 ROOT = pathlib.Path(__file__).parents[2]
 CHANGES = {
