@@ -17,10 +17,10 @@ import torch_format
 import protojax
 from protojax import config as configs
 from protojax import errors, pretrained
-from protojax.data import augment, sources
+from protojax.data import augment, pipeline, sources
 from protojax.models import encoder as encoders
 from protojax.models import features as backbone_layers
-from protojax.training import export, loop, sharding
+from protojax.training import export, loop, programs, sharding
 
 pytestmark = [
   pytest.mark.xdist_group("pretrained"),  # one worker: its tests share a fixture that is costly
@@ -74,6 +74,29 @@ def test_arrays_of_images_are_seen_as_the_pipeline_sees_them(run):
       codes = model.codes(given)["prototypes"]
       np.testing.assert_array_equal(codes, want["codes"]["prototypes"])
     assert codes.dtype == np.int32
+
+
+def test_an_image_that_is_not_square_keeps_its_aspect(run):
+  """As in training, whose evaluation transform takes the size that the image had on the disk."""
+  model = pretrained.load(run)
+  images = np.random.default_rng(0).integers(0, 256, (4, 20, 40, 3), np.uint8)
+  source = sources.Source(
+    "wide", np.arange(4), functools.partial(sources.read_items, images, np.zeros(4))
+  )
+  got = pretrained.encoded(model, source)["features"]["last"]
+  host = next(pipeline.sequential(source, batch_size=4, image_size=model.config.data.image_size))
+  np.testing.assert_array_equal(host["size"], [[20, 40]] * 4)
+  batch = {name: jnp.asarray(host[name]) for name in ("image", "size")}
+  program = programs.Program(model.config, devices=jax.devices()[:1])
+
+  def features(images):
+    return backbone_layers.features(
+      model.encoder, model.params, model.batch_stats, images, ("last",)
+    )["last"]
+
+  np.testing.assert_allclose(got, features(program.evaluation(batch)), atol=1e-5)
+  squashed = program.evaluation({**batch, "size": jnp.full((4, 2), 32)})
+  assert np.abs(got - features(squashed)).max() > 1e-2
 
 
 def test_batches_of_one_size_are_compiled_once(run, monkeypatch):

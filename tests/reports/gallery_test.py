@@ -10,12 +10,11 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from sklearn import metrics, neighbors
+from sklearn import neighbors
 
 from protojax import api, errors, main, pretrained, report
 from protojax import config as configs
 from protojax.data import augment, sources
-from protojax.evals import purity
 from protojax.reports import gallery, of_run
 from protojax.reports import record as records
 from protojax.training import loop, workdir
@@ -223,16 +222,3 @@ def test_pictures_are_small_webp_that_show_the_image():
   shown = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
   assert shown.shape == (96, 64, 3) and not picture.tiny and len(data) < 4000
   assert shown[:40, :, 0].min() > 200 and shown[60:, :, 0].max() < 60
-
-
-def test_purity_is_that_of_the_contingency_table():
-  rng = np.random.default_rng(0)
-  codes, labels = rng.integers(0, 20, 300), rng.integers(0, 7, 300)
-  codes[codes == 5] = 6
-  most, share = purity.majority(codes, labels, 25)
-  table = np.zeros((25, 7), int)
-  table[np.unique(codes)] = metrics.cluster.contingency_matrix(codes, labels)
-  used = table.sum(axis=1) > 0
-  np.testing.assert_array_equal(most[used], table.argmax(axis=1)[used])
-  np.testing.assert_allclose(share[used], (table.max(axis=1) / table.sum(axis=1).clip(1))[used])
-  assert (most[~used] == -1).all() and np.isnan(share[~used]).all() and (~used).sum() == 6
