@@ -196,7 +196,7 @@ def _diagnose_run(
     lines += diagnosis.bullets(["there is no checkpoint yet whose prototypes could be examined"])
     return diagnosis.joined({}, lines=lines, result=result, verdict=verdict)
   model = pretrained.load(str(folder), step=step)
-  embeddings, told = _embeddings_of_run(model, **images)
+  embeddings, features, told = _arrays_of_run(model, **images)
   lines += [
     *told,
     f"checkpoint of step {model.step:,}" + ", no prototypes" * (not model.prototypes),
@@ -206,6 +206,7 @@ def _diagnose_run(
     sets[name] = diagnosis.diagnose(
       matrix,
       embeddings=embeddings.get(name),
+      features=features,
       name=name,
       cosine=True,
       made=model.config.method.prototypes,
@@ -220,7 +221,7 @@ def _by_metrics(judged: record.RunVerdict) -> list[str]:
   return [first, *diagnosis.bullets([judged.verdict.sentence])]
 
 
-def _embeddings_of_run(
+def _arrays_of_run(
   model: pretrained.Trained,
   *,
   embeddings: Any = None,
@@ -228,18 +229,18 @@ def _embeddings_of_run(
   data_dir: str | None = None,
   split: str | None = None,
   limit: int = 0,
-) -> tuple[dict[str, Any], list[str]]:
-  """({set: [N, D]}, the lines that say of which images)."""
+) -> tuple[dict[str, Any], Any, list[str]]:
+  """(embeddings {set: [N, D]}, features [N, F] or None, lines that say of which images)."""
   if embeddings is not None:
-    return dict.fromkeys(model.prototypes, embeddings), []
+    return dict.fromkeys(model.prototypes, embeddings), None, []
   if data is None or not model.prototypes:
-    return {}, []
+    return {}, None, []
   name = None if data == "run" else data
   default = None if name == "folder" else "train"
   source = pretrained.source(model, split or default, name=name, data_dir=data_dir)
-  found = pretrained.encoded(model, source, parts=("embeddings",), limit=limit)["embeddings"]
-  images = len(next(iter(found.values())))
-  return found, [f"  images: {source.name}, {images:,} of {len(source):,}"]
+  found = pretrained.encoded(model, source, parts=("features", "embeddings"), limit=limit)
+  images = f"  images: {source.name}, {len(found['index']):,} of {len(source):,}"
+  return found["embeddings"], found["features"]["last"], [images]
 
 
 def _diagnose_log(path: pathlib.Path) -> diagnosis.Diagnosis:

@@ -210,6 +210,30 @@ def restored(plain: dict[str, Any]) -> ml_collections.ConfigDict:
   return config
 
 
+def switch_method(config: ml_collections.ConfigDict, name: str, chosen: Sequence[str] = ()) -> None:
+  """Makes a recipe one of another method, in place, with that method's settings at their defaults.
+
+  Settings of its own that the method before had go; those that every method has stay, unless the
+  new method's OPTIONS name them.
+
+  Args:
+    config: of a recipe.
+    name: as `methods.load` takes it.
+    chosen: settings of `config.method` that are not to be touched, because the user gave them.
+
+  Raises:
+    UserError: if there is no such method.
+  """
+  before, fresh = methods.load(config.method.name).OPTIONS, default(name).method
+  after = methods.load(name).OPTIONS
+  with config.unlocked(), config.ignore_type():
+    for key in set(config.method) - set(fresh):
+      del config.method[key]
+    for key in (before.keys() | after.keys() | {"name"}) - set(chosen):
+      if key in fresh:
+        config.method[key] = fresh[key]
+
+
 def check_keys(overrides: Sequence[str], config: ml_collections.ConfigDict) -> None:
   """Refuses an override of a key that does not exist, naming the nearest one.
 

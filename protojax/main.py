@@ -53,11 +53,7 @@ def parse(argv: list[str]) -> list[str]:
   """
   if any(a in ("--help", "--helpfull", "-h", "--helpshort") for a in argv):
     return flags.FLAGS(argv)
-  given = {}
-  for i, argument in enumerate(argv[1:], 1):
-    if argument.startswith("-"):
-      key, separator, value = argument.lstrip("-").partition("=")
-      given[key] = value if separator else (argv[i + 1] if i + 1 < len(argv) else "")
+  given = _given(argv)
   for name in ("config", "workdir"):
     if not given.get(name):
       raise errors.UserError(
@@ -65,14 +61,69 @@ def parse(argv: list[str]) -> list[str]:
         "--workdir=runs/quickstart"
       )
   config = load(given["config"])
-  prefix = "config."
-  configs.check_keys([k[len(prefix) :] for k in given if k.startswith(prefix)], config)
+  overrides = [k.removeprefix("config.") for k in given if k.startswith("config.")]
+  before, name = config.method.name, given.get("config.method.name", config.method.name)
+  chosen = [k.removeprefix("method.") for k in overrides if k.startswith("method.")]
+  if name != before:
+    configs.switch_method(config, name)
+  configs.check_keys(overrides, config)
   try:
-    return flags.FLAGS(argv)
+    if name == before:
+      return flags.FLAGS(argv)
+    return _parse_switched(argv, given, before, chosen)
   except errors.UserError:
     raise
   except (flags.Error, TypeError, ValueError, AttributeError, KeyError) as error:
     raise errors.UserError(" ".join(str(error).split())) from None
+
+
+def _parse_switched(
+  argv: list[str], given: dict[str, str], before: str, chosen: list[str]
+) -> list[str]:
+  """Parses a command line that names another method than the recipe's, `before`.
+
+  The recipe's config has no flags for settings that only the new method has: they are set on their
+  own, after the switch.
+  """
+  of_recipe = load(given["config"]).method
+  new = [k for k in chosen if k not in of_recipe]
+  command, sys.argv = sys.argv, _without(argv, [f"config.method.{k}" for k in new])
+  try:  # config_flags looks there for the flags of a config
+    rest = flags.FLAGS(sys.argv)
+  finally:
+    sys.argv = command
+  config = _CONFIG.value
+  name, config.method.name = config.method.name, before
+  configs.switch_method(config, name, chosen=[k for k in chosen if k not in (*new, "name")])
+  own = ["main", *(f"--method.{k}={given[f'config.method.{k}']}" for k in new)]
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_dict("method", config.method, flag_values=values, sys_argv=own)
+  values(own)
+  return rest
+
+
+def _given(argv: list[str]) -> dict[str, str]:
+  """{name: value} of the flags --name=value and --name value."""
+  given = {}
+  for i, argument in enumerate(argv[1:], 1):
+    if argument.startswith("-"):
+      key, separator, value = argument.lstrip("-").partition("=")
+      given[key] = value if separator else (argv[i + 1] if i + 1 < len(argv) else "")
+  return given
+
+
+def _without(argv: list[str], names: list[str]) -> list[str]:
+  """The command line without some flags and their values."""
+  kept, skip = argv[:1], False
+  for argument in argv[1:]:
+    name, separator, _ = argument.lstrip("-").partition("=")
+    if skip:
+      skip = False
+    elif argument.startswith("-") and name in names:
+      skip = not separator
+    else:
+      kept.append(argument)
+  return kept
 
 
 def _connect() -> None:

@@ -11,6 +11,7 @@ import tiny
 import torch_format as made
 
 from protojax import api, doctor, errors, pretrained
+from protojax.metrics import collapse
 from protojax.training import checkpoint, programs, workdir
 
 pytestmark = [
@@ -159,7 +160,8 @@ def test_a_run_is_judged_by_its_metrics_its_prototypes_and_its_images(run, tmp_p
   one = result["sets"]["prototypes"]
   model = pretrained.load(str(run))
   images = pretrained.source(model, "train")
-  seen = pretrained.encoded(model, images, parts=("embeddings", "codes"), limit=100)
+  parts = ("features", "embeddings", "codes")
+  seen = pretrained.encoded(model, images, parts=parts, limit=100)
   codes = seen["codes"]["prototypes"]
   assert one["usage"]["images"] == 100
   assert one["usage"]["used"] == pytest.approx(len(set(codes)) / 32)
@@ -167,7 +169,14 @@ def test_a_run_is_judged_by_its_metrics_its_prototypes_and_its_images(run, tmp_p
   assert "run: " in shown and "checkpoint of step 1" in shown and "100 of " in shown
   np.save(tmp_path / "z.npy", seen["embeddings"]["prototypes"])
   again = _examined(tmp_path, run, f"--embeddings={tmp_path / 'z.npy'}")
-  assert again["sets"]["prototypes"]["usage"] == one["usage"]
+  alone = again["sets"]["prototypes"]["usage"]
+  of_features = {"features", "rankme", "feature_std", "mean_cosine"}
+  assert all(alone[key] == value for key, value in one["usage"].items() if key not in of_features)
+  # As in training: of the backbone, where the run is at hand to make them.
+  assert one["usage"]["rankme"] == pytest.approx(float(collapse.rankme(seen["features"]["last"])))
+  assert alone["rankme"] == pytest.approx(float(collapse.rankme(seen["embeddings"]["prototypes"])))
+  assert "are of the backbone's features" in shown
+  assert "are of the head's embeddings" in capsys.readouterr().out
 
 
 def test_a_run_that_died_before_its_first_checkpoint_still_has_a_verdict(run, tmp_path, capsys):

@@ -143,6 +143,19 @@ def _nearest(queries: jax.Array, rows: jax.Array, skip_self: bool) -> jax.Array:
   return jax.lax.map(one, jnp.arange(queries.shape[0]), batch_size=_ROWS)
 
 
+@jax.jit
+def nearest_prototypes(prototypes: jax.Array, embeddings: jax.Array) -> jax.Array:
+  """int32 [N]: row of [K, D] with the largest cosine to each of [N, D]; of equal ones the first."""
+  rows, queries = unit_rows(prototypes), unit_rows(embeddings)
+
+  def one(query):
+    return jnp.argmax(jnp.matmul(rows, query, precision=jax.lax.Precision.HIGHEST)).astype(
+      jnp.int32
+    )
+
+  return jax.lax.map(one, queries, batch_size=_ROWS)
+
+
 def nearest_distances(prototypes: jax.Array) -> jax.Array:
   """Measures how far each prototype is from its nearest other one: [K, D] -> float32 [K].
 

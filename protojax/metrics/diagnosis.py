@@ -95,6 +95,7 @@ def examine(
   gain: np.ndarray | None = None,
   cosine: bool = False,
   embeddings: np.ndarray | None = None,
+  features: np.ndarray | None = None,
 ) -> dict[str, Any]:
   """Everything about one set of prototypes that can be seen without its run.
 
@@ -103,6 +104,8 @@ def examine(
     gain: [K], factors of a weight-normalised layer, if it is one.
     cosine: whether features are compared with directions only.
     embeddings: float32 [N, D], N > 1, to see which prototypes are used.
+    features: float32 [N, F] of the backbone, what a run measures RankMe and spread of; without
+      them those are of the embeddings. Only with embeddings.
 
   Returns:
     What can be written as JSON: "measures" by the names of metrics.jsonl; and, beside them, counts
@@ -157,13 +160,18 @@ def examine(
   # All pairs of prototypes have been compared: not once more.
   known["relative_uniqueness"] = float(np.median(near)) / max(float(np.median(distances)), 1e-7)
   result["measures"] = _measures(
-    known, prototypes=unit, features=embeddings, embeddings=embeddings, codes=codes
+    known,
+    prototypes=unit,
+    features=embeddings if features is None else features,
+    embeddings=embeddings,
+    codes=codes,
   )
   counts = np.bincount(codes, minlength=num)
   of_embeddings = {"features", "embeddings", "codes"}
   named = [row for row in measures.MEASURES if of_embeddings & set(row.inputs)]
   result["usage"] = {
     "images": len(embeddings),
+    "features": "the head's embeddings" if features is None else "the backbone's features",
     "unused": int(np.sum(counts == 0)),
     "largest_share": float(counts.max() / len(embeddings)),
   } | {row.name: row.value(result["measures"]) for row in named}
@@ -310,7 +318,8 @@ def _page(name: str, result: Mapping[str, Any]) -> list[str]:
     usage = result["usage"]
     lines.append(
       f"  usage by {usage['images']:,} embeddings (largest product): {usage['unused']:,} by none, "
-      f"the most used takes {usage['largest_share']:.1%}"
+      f"the most used takes {usage['largest_share']:.1%}; RankMe and spread are of "
+      f"{usage['features']}"
     )
   counted = {f"unique_{t}" for t in result["thresholds"]} | {"num_prototypes"}  # shown above
   shown = [row for row in measures.MEASURES if row.name not in counted]
@@ -361,6 +370,7 @@ def diagnose(
   prototypes: Any,
   *,
   embeddings: Any = None,
+  features: Any = None,
   name: str = "prototypes",
   gain: np.ndarray | None = None,
   cosine: bool = False,
@@ -380,6 +390,7 @@ def diagnose(
   Args:
     prototypes: [K, D], K and D above 1, rows of any norm as features meet them.
     embeddings: [N, D], N > 1, finite: what is compared with the prototypes.
+    features: [N, F] of the backbone, for RankMe and spread, which are of the embeddings without.
     name: of the set.
     gain: [K], factors of a weight-normalised layer, if it is one.
     cosine: whether features are compared with directions only.
@@ -405,7 +416,9 @@ def diagnose(
       raise errors.UserError("the embeddings must be at least two rows of finite numbers")
   if len(weights) > _MANY:
     logging.warning("comparing %d prototypes pair by pair: minutes", len(weights))
-  result = examine(weights, gain=gain, cosine=cosine, embeddings=embeddings)
+  if features is not None:
+    features = np.asarray(measures.as_array(features), np.float32)
+  result = examine(weights, gain=gain, cosine=cosine, embeddings=embeddings, features=features)
   verdict, sentences = words(result, cosine=cosine, prototypes=made)
   result |= {"aliases": list(aliases), "diagnosis": sentences}
   lines = _page(name, result)

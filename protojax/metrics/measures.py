@@ -258,7 +258,8 @@ def summary(
     prototypes: [K, D], any norm and float dtype.
     features: [N, F], N > 1, of the backbone.
     embeddings: [N, D], N > 1, what is compared with the prototypes.
-    codes: int [N], the prototype of each image, 0 to K - 1.
+    codes: int [N], the prototype of each image, 0 to K - 1; without them, of each embedding the
+      prototype with the largest cosine.
     initial_prototypes: [K, D], those of step 0.
     num_prototypes: K, where there are codes without prototypes.
     encoder, teacher: pytrees of one structure, the student's weights and the teacher's.
@@ -301,5 +302,7 @@ def summary(
     if name in sizes:
       arrays["num_prototypes"] = sizes[name]
     _check(name, arrays)
+    if "codes" not in arrays and {"prototypes", "embeddings"} <= arrays.keys():
+      arrays["codes"] = collapse.nearest_prototypes(arrays["prototypes"], arrays["embeddings"])
     add((row for row in MEASURES if row.of_sets), shared | arrays, f"collapse/{tag(name)}")
   return {name: float(value) for name, value in jax.device_get(out).items()}

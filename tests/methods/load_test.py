@@ -1,7 +1,11 @@
 """Methods by name: those that come along, and a user's own module, from training to export."""
 
 import json
+import os
+import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -10,10 +14,12 @@ import tiny
 
 from protojax import config as configs
 from protojax import errors, main, methods, pretrained
-from protojax.methods import base
+from protojax.methods import base, swav
 from protojax.training import loop
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
+
+_ROOT = pathlib.Path(__file__).parents[2]
 
 # Two views agree; a name of its own for each test, since Python imports a module once.
 METHOD = """
@@ -135,3 +141,36 @@ def test_what_is_no_method_is_refused_in_one_line(package, name, text, words):
   with pytest.raises(errors.UserError, match=pattern) as caught:
     methods.load(name)
   assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ("flags", "method"),
+  [
+    (
+      ["--config.method.name=lab_flags.agree", "--config.method.weight=0.5"],
+      {"name": "lab_flags.agree", "prototypes": "none", "num_prototypes": 0, "weight": 0.5},
+    ),
+    (
+      ["--config.method.name", "swav", "--config.method.num_prototypes=40"],
+      {"name": "swav", "prototypes": "mixture", "num_prototypes": 40, **swav.OPTIONS},
+    ),
+  ],
+)
+def test_another_method_than_the_recipe_s_brings_its_own_settings_and_flags(
+  package, tmp_path, flags, method
+):
+  package("lab_flags", {"agree": METHOD})
+  code = (
+    "import json, sys; from protojax import main; main.parse(sys.argv); "
+    "print(json.dumps(main._CONFIG.value.method.to_dict()))"
+  )
+  recipe = str(_ROOT / "configs" / "quickstart.py:debug")  # of dino
+  done = subprocess.run(
+    [sys.executable, "-c", code, f"--config={recipe}", f"--workdir={tmp_path}", *flags],
+    env={**os.environ, "PYTHONPATH": f"{_ROOT}:{tmp_path}"},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  common = {"train_prototype_norm": False, "em_order": "after_step"}
+  assert json.loads(done.stdout) == {**common, **method}

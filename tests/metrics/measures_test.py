@@ -67,6 +67,16 @@ def test_what_is_not_given_is_not_measured():
   assert set(got) == {f"collapse/{k}" for k in ("num_prototypes", "used", "perplexity")}
 
 
+def test_embeddings_without_codes_are_coded_by_the_largest_cosine():
+  scales = _RNG.uniform(0.1, 9, (_K, 1)).astype(np.float32)  # which a cosine does not see
+  prototypes, embeddings = scales * _ARRAYS["prototypes"], _ARRAYS["embeddings"]
+  unit = prototypes / np.linalg.norm(prototypes, axis=1, keepdims=True)
+  codes = (embeddings @ unit.T).argmax(axis=1)
+  got = metrics.summary(prototypes=prototypes, embeddings=embeddings)
+  assert got == metrics.summary(prototypes=prototypes, embeddings=embeddings, codes=codes)
+  assert 0 < got["collapse/used"] < 1
+
+
 def test_sets_carry_their_name_and_samples_say_so():
   both = {"prototypes": _ARRAYS["prototypes"], "patch": _ARRAYS["prototypes"][:10]}
   codes = {"prototypes": _ARRAYS["codes"], "patch": _ARRAYS["codes"] % 10}

@@ -291,8 +291,8 @@ def test_em_before_the_loss_uses_the_moved_mixture():
 
 
 @pytest.mark.xdist_group("mixture_steps")
-def test_prototypes_split_over_the_model_axis_agree_with_one_device():
-  """With eight that do not split them, which `test_one_two_and_eight_devices_agree` compares."""
+def test_prototypes_split_over_the_model_axis_agree_with_those_that_are_not():
+  """Both on eight devices; `test_one_two_and_eight_devices_agree` compares these with one."""
   states, a = _mixture_steps()
   program, split, b = tiny.run_steps(tiny.config("dino", "mixture", mesh__model=4), 3)
   assert program.shardings.prototypes.means.spec == jax.sharding.PartitionSpec("model")
