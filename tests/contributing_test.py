@@ -5,6 +5,7 @@ import re
 
 import config_test
 import jax
+import jax.numpy as jnp
 import method_table
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import tiny
 
 from protojax import config as configs
 from protojax import errors, main, methods
+from protojax.methods.networks import student, student_teacher
 from protojax.training import programs
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
@@ -57,6 +59,30 @@ def test_the_recipe_of_the_example_says_its_command_and_traces(blocks, monkeypat
   monkeypatch.syspath_prepend(ROOT)  # `from configs import common`
   config = configs.resolve(main.load(f"{recipe}:debug"), 64)
   assert "stablehlo" in programs.Program(config).lower().as_text()
+
+
+def test_parameters_of_ones_own_join_the_encoder_and_are_updated_with_it():
+  """The block with a predictor in CONTRIBUTING.md, of a student, and of a teacher with a copy."""
+  text = (ROOT / "CONTRIBUTING.md").read_text()
+  (block,) = (b for b in re.findall(r"```py\n(.*?)```", text, re.DOTALL) if "predictor" in b)
+  names = {"jax": jax, "networks": student.build(tiny.config("vicreg", "none"))}
+  exec(block.partition("\n\n\n")[0], names)
+  variables = jax.eval_shape(names["init"], jax.random.key(0))
+  assert variables.encoder["predictor"]["kernel"].shape == (256, 256)
+  assert set(variables.encoder) == {"backbone", "head", "predictor"}
+
+  networks = student_teacher.build(tiny.config("pcl", "kmeans"))
+  names["networks"] = networks
+
+  def one_update(key):
+    variables = names["init"](key)
+    copy = jax.tree.map(jnp.copy, variables.encoder["predictor"])
+    teacher = {"encoder": {**variables.teacher["encoder"], "predictor": copy}}
+    variables = variables.replace(teacher=teacher)
+    return variables, networks.method.update(variables, variables.carry["batch_stats"], 0)
+
+  before, after = jax.eval_shape(one_update, jax.random.key(0))
+  assert before == after
 
 
 def test_without_its_file_the_example_is_no_method():

@@ -135,7 +135,7 @@ def test_splits_with_different_classes(tmp_path):
   root = _folder(tmp_path / "two", names + [f"test/{c}/{i}.png" for c in "ac" for i in range(4)])
   _refused(
     tmp_path,
-    "different classes .3 and 2.",
+    "different classes .3 and 2.: give both the same class_names .of a folder",
     data__name="folder",
     data__data_dir=str(root),
   )

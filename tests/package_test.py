@@ -170,9 +170,14 @@ def test_imports_go_from_a_room_to_those_before_it():
 def test_the_list_of_modules_in_the_architecture_is_whole_and_in_the_order_of_imports():
   text = (_ROOT / "docs" / "architecture.md").read_text().partition("## Every module")[2]
   listed = re.findall(r"`([\w/]+\.py)`", text)
-  assert sorted(listed) == sorted(f.relative_to(_ROOT / "protojax").as_posix() for f in _PACKAGE)
+  modules = [f.relative_to(_ROOT / "protojax").as_posix() for f in _PACKAGE]
+  edit = 'edit docs/architecture.md, "Every module"'
+  lacks, gone = set(modules) - set(listed), set(listed) - set(modules)
+  assert not lacks and not gone, f"{edit}: add {sorted(lacks)}, take out {sorted(gone)}"
+  assert sorted(listed) == sorted(modules), f"{edit}: a module is there twice"
   rooms = dict.fromkeys(name.removesuffix(".py").split("/")[0] for name in listed[1:])
-  assert list(rooms) == [*_ROOMS, *_VERBS]
+  order = [*_ROOMS, *_VERBS]
+  assert list(rooms) == order, f"{edit}: its order is not that of the imports, {order}"
 
 
 def test_importing_every_module_loads_no_tensorflow_and_starts_no_backend():

@@ -15,7 +15,7 @@ class Variables:
   """What a method owns: the training state without step, optimizer state and key.
 
   Attributes:
-    encoder: parameters trained by optax, {"backbone": ..., "head": ...}.
+    encoder: parameters trained by optax, {"backbone": ..., "head": ...} and further ones of yours.
     prototypes: a pytree of its own, never inside `encoder`: trained by optax when
       `Method.learns_prototypes`, else moved (mixture) or left alone (frozen) by `Method.update`.
     teacher: moving average of what is trained, float32; () without a teacher.

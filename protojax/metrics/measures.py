@@ -1,8 +1,8 @@
 """The table of measures: what each is called, computed from and shown as; nobody else names them.
 
-A new measure is a function in a module of its own and one row of `MEASURES`. `summary` then
-computes it, training writes it to metrics.jsonl, and the log line, the report and the doctor show
-it as its row says. What the values mean together: `verdicts`.
+A new measure is a function in `collapse` and one row of `MEASURES`; an import only if the function
+lies elsewhere. `summary` then computes it, training writes it to metrics.jsonl, and the log line,
+the report and the doctor show it as its row says. What the values mean together: `verdicts`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +28,7 @@ class Measure(NamedTuple):
       share.
     short: its name in the log line; "" leaves it out there.
     title: its name in the report, where it has a row and a curve, and in the doctor; "" leaves it
-      out of the report.
+      out of the report, while the doctor shows it by `name`.
     meaning: what the report says about it, half a sentence.
     has_random: whether its function also gives "NAME_random", the same of random prototypes.
   """

@@ -179,7 +179,7 @@ def _facts(run: records.Record, key: str) -> _Facts:
     pass
   protocol = run.results.get(records.FINAL, {}).get("protocol", {})
   facts |= protocol if isinstance(protocol, dict) else {}
-  if facts.get("limit"):
+  if facts.get("limit") and f"({facts['limit']} of " not in str(facts["bank"]):  # older runs
     facts["bank"] = f"{facts['bank']}, {facts['limit']} of them, evenly spread"
   random, _ = _value(run, f"{key}_random")
   facts["random"] = "n/a" if random is None else written(random, "%")

@@ -9,7 +9,7 @@ import jax
 from absl import logging
 
 from protojax import errors
-from protojax.data import pipeline
+from protojax.data import pipeline, sources
 from protojax.metrics import measures as table
 from protojax.metrics import verdicts
 from protojax.training import metric_writer, workdir
@@ -120,16 +120,22 @@ class RunLog:
     if full and verdict.label != "ok":
       self._writer.line(f"  {verdict.label}: {verdict.sentence}")
 
-  def summary(self, result: dict[str, float]) -> None:
-    """The last words: verdict, accuracies, where the report lies or how to have it written."""
+  def summary(self, result: dict[str, float], *, bank: sources.Source) -> None:
+    """The last words: verdict, accuracies, where the report lies or how to have it written.
+
+    Args:
+      result: the measures of the final state.
+      bank: what k-NN searched.
+    """
     self.result |= result
     verdict = self.verdict(int(result["step"]))
     lines = [f"verdict   {verdict.label}: {verdict.sentence}"]
     if "probe/knn" in result:
+      probe, size = self._config.probe, workdir.bank_size(self._config, bank)
       lines.append(
-        f"k-NN      {result['probe/knn']:.1%} (k={self._config.probe.k}, "
-        f"T={self._config.probe.temperature}, cosine, {self._config.probe.train_split} -> "
-        f"{self._config.probe.test_split})"
+        f"k-NN      {result['probe/knn']:.1%} (k={probe.k}, T={probe.temperature}, cosine, "
+        + (f"bank {size}, " if " of " in size else "")
+        + f"{probe.train_split} -> {probe.test_split})"
       )
     if "probe/linear_fitted" in result:
       lines.append(f"linear    {result['probe/linear_fitted']:.1%} (fitted on frozen features)")

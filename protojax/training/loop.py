@@ -49,7 +49,7 @@ def build_sources(config) -> tuple[sources.Source, sources.Source, sources.Sourc
   if bank.class_names != test.class_names:
     raise errors.UserError(
       f"{bank.name} and {test.name} have different classes ({bank.num_classes} and "
-      f"{test.num_classes}): give both the same sub-folders"
+      f"{test.num_classes}): give both the same class_names (of a folder: the same sub-folders)"
     )
   return train, bank, test
 
@@ -131,7 +131,7 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
     stack.enter_context(contextlib.closing(checkpoints))
     log = stack.enter_context(log)
     if start == config.num_steps and (result := workdirs.read_result(folder)):
-      log.summary(result)
+      log.summary(result, bank=bank)
       return result
     cached = {data: program.load(data) for data in to_cache}
     view = evaluation.Snapshot(program, bank=bank, test=test, cached=cached)
@@ -193,5 +193,5 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
       workdirs.write_result(folder, result, arrays, config, bank=bank, test=test)
     if report is not None:
       report(folder, program, state, arrays, bank=bank, train=train_source)
-    log.summary(result)
+    log.summary(result, bank=bank)
   return result

@@ -144,11 +144,12 @@ def describe(config) -> str:
   """Describes the optimizer in one line for the log: rule, rates, decay, clipping, freezing."""
   o = config.optim
   clip = f"clip {o.clip:g} {'per tensor' if o.clip_mode == 'tensor' else 'global'}"
+  learned = config.method.prototypes == "learned"
+  frozen = f", learned prototypes frozen for {o.freeze_prototypes_steps} steps" if learned else ""
   return (
     f"{o.name}: lr {o.lr:g} x {config.batch_size}/256 = {_peak(config, config.batch_size):g} -> "
     f"{o.final_lr:g}, {o.warmup_steps} warm-up steps, weight decay {o.weight_decay:g} -> "
-    f"{o.final_weight_decay:g}, {clip if o.clip else 'no clipping'}, learned prototypes frozen for "
-    f"{o.freeze_prototypes_steps} steps"
+    f"{o.final_weight_decay:g}, {clip if o.clip else 'no clipping'}{frozen}"
   )
 
 

@@ -206,10 +206,16 @@ def export_encoder(folder: pathlib.Path, step: int, state, config, mesh) -> None
     export.write(folder / "exported", tree, info)
 
 
+def bank_size(config, bank) -> str:
+  """How many images of the bank `probe.limit` leaves: "1442", or "512 of 1442"."""
+  limit = config.probe.limit
+  return f"{limit} of {len(bank)}" if 0 < limit < len(bank) else f"{len(bank)}"
+
+
 def protocol(config, bank, test) -> dict[str, object]:
   """How the accuracies and the usage at the end of a run are measured, for result.json."""
   return {
-    "bank": f"{bank.name} ({len(bank)} images)",
+    "bank": f"{bank.name} ({bank_size(config, bank)} images)",
     "test": None if test is None else f"{test.name} ({len(test)} images)",
     "limit": config.probe.limit,
     "k": config.probe.k,

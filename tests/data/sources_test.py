@@ -20,8 +20,10 @@ from sklearn import datasets
 from tensorflow_datasets.proto import tf_example_pb2
 
 import protojax
+from protojax import config as configs
 from protojax import errors
 from protojax.data import pipeline, sources
+from protojax.training import loop
 
 _REPO = pathlib.Path(__file__).parents[2]
 
@@ -384,13 +386,16 @@ def test_a_module_of_the_users_is_a_source_without_a_fork(own_package):
 
 def test_the_source_in_the_architecture_is_one(own_package):
   (text,) = re.findall(r"```python\n(.*?)```", (_REPO / "docs/architecture.md").read_text(), re.S)
-  (own_package / "noise.py").write_text(text)
-  source = sources.build("own_package.noise", split="train")
-  assert len(source) == 1000 and source.labels.tolist() == [0, 1] * 500
-  records = list(source.read(range(4)))
-  for i in range(4):
-    np.testing.assert_array_equal(records[i]["image"], source[i]["image"])
-    assert records[i]["image"].dtype == np.uint8 and records[i]["label"] == i % 2
+  (own_package / "cells.py").write_text(text)
+  images = np.random.default_rng(0).integers(0, 256, (6, 5, 4, 3), np.uint8)
+  np.savez(own_package / "train.npz", images=images, labels=np.arange(6) % 2)
+  arguments = {"name": "own_package.cells", "data_dir": str(own_package)}
+  source = sources.build(split="train", **arguments)
+  assert len(source) == 6 and source.labels.tolist() == [0, 1] * 3 and source.num_classes == 2
+  for i, record in enumerate(pickle.loads(pickle.dumps(source)).read(range(6))):
+    np.testing.assert_array_equal(record["image"], images[i])
+    assert record["image"].dtype == np.uint8 and record["label"] == i % 2
+  refuse("no file", "test.npz", "config.data.data_dir", split="test", **arguments)
 
 
 def test_a_module_that_is_no_source_is_refused_in_one_line(own_package):
@@ -407,6 +412,76 @@ def test_a_module_that_is_no_source_is_refused_in_one_line(own_package):
     sys.modules.pop(name, None)
     importlib.invalidate_caches()
     refuse(words, name=name, split="dev")
+
+
+_READ = """
+import functools
+import numpy as np
+from protojax import data
+
+def build(split, data_dir):
+  read = functools.partial(data.sources.read_items, {images}, {labels})
+  return data.Source("mine", np.arange({count}), read, class_names=("a", "b"))
+"""
+
+
+@pytest.mark.parametrize(
+  ("text", "words"),
+  [
+    (
+      "def build(split, data_dir):\n  return helper(\n    data_dir)\n\n"
+      "def helper(path):\n  return open(path + '/gone')\n",
+      r"its build\('train', '/nowhere'\) failed with FileNotFoundError: .*wrong.py:6\)$",
+    ),
+    (
+      "import json\ndef build(split, data_dir):\n  json.loads('{')",
+      r"JSONDecodeError.*wrong.py:3\)$",
+    ),
+    ("def build(split): pass", r"failed with TypeError: .*wrong.py\)$"),
+    ("def build(split, data_dir):\n  raise ValueError('two\\nlines')", "ValueError: two lines"),
+    (
+      _READ.format(images="np.zeros((9, 4, 4, 3))", labels="np.zeros(9)", count=9),
+      r"no image of mine can be read: mine\[0\] .*uint8 \[H, W, 3\], not float64 \[4, 4, 3\]",
+    ),
+    (
+      _READ.format(images="np.zeros((9, 4, 4), np.uint8)", labels="np.zeros(9)", count=9),
+      r"uint8 \[H, W, 3\], not uint8 \[4, 4\]",
+    ),
+    (
+      _READ.format(images="np.zeros((9, 4, 4, 3), np.uint8)", labels="'abcdefghi'", count=9),
+      r"mine\[0\] .ValueError: .*'a'",
+    ),
+    (_READ.format(images="()", labels="()", count=0), "no image of mine is there"),
+  ],
+  ids=["own_line", "library", "signature", "two_lines", "dtype", "shape", "label", "empty"],
+)
+def test_a_mistake_in_a_source_of_ones_own_is_one_line_before_anything_is_made(
+  own_package, tmp_path, text, words
+):
+  (own_package / "wrong.py").write_text(text)
+  importlib.invalidate_caches()
+  config = configs.default()
+  config.data.update({"name": "own_package.wrong", "data_dir": "/nowhere"})
+  with pytest.raises(errors.UserError, match=words) as caught:
+    loop.run(config, str(tmp_path / "run"))
+  assert "\n" not in str(caught.value) and "data.name='own_package.wrong'" in str(caught.value)
+  assert not (tmp_path / "run").exists()
+
+
+def test_one_damaged_image_is_no_mistake_in_a_source_of_ones_own(own_package):
+  images = "[b'damaged', *np.zeros((8, 4, 4, 3), np.uint8)]"
+  text = _READ.format(images=images, labels="np.arange(9) % 2", count=9)
+  (own_package / "nearly.py").write_text(text)
+  importlib.invalidate_caches()
+  source = sources.build("own_package.nearly", split="train")
+  assert isinstance(next(source.read([0])), sources.CorruptImage) and source[1]["label"] == 1
+
+
+def test_a_label_that_is_no_number_takes_no_neighbour_along():
+  read = functools.partial(sources.source.read_items, np.zeros((3, 4, 4, 3), np.uint8), [0, "x", 1])
+  source = sources.Source("own", np.arange(3), read, class_names=("a", "b"))
+  records = list(source.read(range(3)))
+  assert [isinstance(record, sources.CorruptImage) for record in records] == [False, True, False]
 
 
 def test_an_array_that_is_no_image_is_corrupt_and_says_why():

@@ -76,5 +76,19 @@ def test_log_line_leaves_out_what_was_not_measured():
   assert line == "step 3/5000  loss 1.50  used 25%  [warming up]"
 
 
+@pytest.mark.parametrize(
+  ("limit", "said"),
+  [(0, "cosine, train -> test"), (64, "cosine, train -> test"), (12, "bank 12 of 64")],
+)
+def test_summary_says_how_much_of_the_bank_was_searched(tmp_path, limit, said):
+  config = tiny.config(probe__limit=limit)
+  with console.RunLog(tmp_path, config, start=0, describe=str) as log:
+    log.summary({"step": 6, "probe/knn": 0.5}, bank=range(64))
+  (line,) = [x for x in (tmp_path / "train.log").read_text().splitlines() if "k-NN" in x]
+  assert (
+    "50.0% (k=20, T=0.07, cosine" in line and said in line and ("bank" in line) == (limit == 12)
+  )
+
+
 def test_long_runs_have_hours():
   assert "eta 2:16:40" in _line(0, {"time/img_per_s": 50.0})

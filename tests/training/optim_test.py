@@ -29,7 +29,8 @@ def _config(**changes):
     "decay_embeddings": True,
     "decay_prototypes": True,
   } | changes
-  return ml_collections.ConfigDict({"optim": values, "batch_size": 512})
+  method = {"prototypes": "learned"}
+  return ml_collections.ConfigDict({"optim": values, "batch_size": 512, "method": method})
 
 
 def _params(seed=0, learned=True):
@@ -279,6 +280,14 @@ def test_description_is_one_line_with_the_scaled_rate():
   line = optim.describe(_config(lr=5e-4, freeze_prototypes_steps=7))
   assert "\n" not in line and "0.0005 x 512/256 = 0.001" in line and "frozen for 7 steps" in line
   assert "per tensor" in line and "no clipping" in optim.describe(_config(clip=0.0))
+
+
+@pytest.mark.parametrize("prototypes", ["mixture", "frozen", "none"])
+def test_description_has_no_freeze_where_no_prototypes_are_learned(prototypes):
+  config = _config(freeze_prototypes_steps=7)
+  learned = optim.describe(config)
+  config.method.prototypes = prototypes
+  assert optim.describe(config) + ", learned prototypes frozen for 7 steps" == learned
 
 
 @pytest.mark.parametrize("change", [{"name": "adamax"}, {"clip_mode": "leaf"}])

@@ -2,10 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from protojax import config as configs
-from protojax import errors
+from protojax import data, errors
 from protojax.training import workdir
 
 
@@ -83,6 +84,13 @@ def test_settings_that_do_not_change_the_numbers_may_change():
     model__remat=True,
   )
   workdir.refuse_mismatch(before, free)
+
+
+@pytest.mark.parametrize(("limit", "count"), [(0, "5"), (5, "5"), (9, "5"), (3, "3 of 5")])
+def test_the_protocol_says_how_much_of_the_bank_was_used(limit, count):
+  bank = data.Source("own/train", np.arange(5), list)
+  told = workdir.protocol(_config(probe__limit=limit), bank, None)
+  assert told["bank"] == f"own/train ({count} images)" and told["test"] is None
 
 
 def test_settings_that_only_another_version_knows_are_not_compared():

@@ -1,12 +1,15 @@
 """Where images come from: one file a kind of source, and `build`, which finds them by name.
 
-A new kind is a file with a function like `folder.build`, and its name in `_KINDS` below. Without a
-fork, `data.name=my_package.my_source` takes any module that is on the path and has such a function.
+A new kind is a file with a function like `folder.build`, its import and its entry of `_KINDS`
+below. Without a fork, `data.name=my_package.my_source` takes any module that is on the path and has
+such a function.
 """
 
 import importlib
 import os
 import re
+import traceback
+import types
 
 from protojax import errors
 from protojax.data.sources import digits, folder, tfds
@@ -24,7 +27,11 @@ __all__ = [
   "require_labels",
 ]
 
-_KINDS = {"digits": digits.build, "folder": folder.build}  # (split, data_dir) -> Source
+_KINDS = {  # (split, data_dir) -> Source
+  "digits": digits.build,
+  "folder": folder.build,
+}
+_FIRST = 8  # images of a user's source that are read at once: one damaged file is no mistake in it
 
 
 def build(
@@ -54,7 +61,9 @@ def build(
     seed: draws the images that an imbalanced source keeps.
 
   Raises:
-    UserError: if there is no such data, split or image, or no labels for `imbalance`.
+    UserError: if there is no such data, split or image, no labels for `imbalance`, or a mistake in
+      the user's module: it cannot be imported, its `build` fails, or none of its first 8 images is
+      one.
   """
   if name in _KINDS:
     source = _KINDS[name](split, data_dir)
@@ -85,9 +94,29 @@ def _of_module(name: str, split: str | None, data_dir: str | os.PathLike | None)
     raise errors.UserError(
       f"data.name={name!r}: {module.__file__ or name} defines no build(split, data_dir) -> Source"
     )
-  built = module.build(split, data_dir)
+  try:
+    built = module.build(split, data_dir)
+  except errors.UserError:
+    raise
+  except Exception as error:
+    said = " ".join(str(error).split())
+    raise errors.UserError(
+      f"data.name={name!r}: its build({split!r}, {data_dir!r}) failed with "
+      f"{type(error).__name__}: {said} ({_place(error, module)})"
+    ) from error
   if not isinstance(built, Source):
     raise errors.UserError(
       f"data.name={name!r}: its build returned {type(built).__name__}: return a data.Source"
     )
+  first = list(built.read(range(min(len(built), _FIRST))))
+  if not any(isinstance(record, dict) for record in first):
+    said = f"can be read: {first[0]}" if first else "is there"
+    raise errors.UserError(f"data.name={name!r}: no image of {built.name} {said}")
   return built
+
+
+def _place(error: Exception, module: types.ModuleType) -> str:
+  """The last line of the user's module that an exception came through, as "file:line"."""
+  frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is the call
+  own = [frame for frame in frames if frame.filename == module.__file__] or frames
+  return f"{own[-1].filename}:{own[-1].lineno}" if own else str(module.__file__)

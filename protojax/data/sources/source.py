@@ -85,14 +85,14 @@ class Source:
         yield self._corrupt(records[0], error)
 
   def _finish(self, record: int, pair: tuple[Any, int]) -> dict[str, Any] | CorruptImage:
-    image, label = pair
     try:
+      image, label = pair
       image = image if isinstance(image, np.ndarray) else decode(image)
       if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise TypeError(f"an image is uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
+      return {"image": image, "label": int(label) if self.num_classes else -1}
     except Exception as error:  # Pillow's plugins raise almost anything on a damaged file
       return self._corrupt(record, error)
-    return {"image": image, "label": int(label) if self.num_classes else -1}
 
   def _corrupt(self, record: int, error: Exception) -> CorruptImage:
     reason = " ".join(f"{type(error).__name__}: {error}".split())
