@@ -207,7 +207,7 @@ def test_restart_is_the_same_to_the_bit(row, tmp_path):
   assert float(out["train/loss"]) == run.metrics[2]["train/loss"]
 
 
-@every_method
+@pytest.mark.parametrize("row", FIRST_ROWS, ids=lambda row: row.name)
 def test_two_images_a_batch_in_bfloat16_stay_finite(row):
   config = row.config(batch_size=2, precision="bfloat16")
   _, state, metrics = tiny.run_steps(config, 2, jax.devices()[:1])
