@@ -128,6 +128,7 @@ def test_one_command_holds_every_program(monkeypatch, capsys):
   for verb in __main__.VERBS:
     assert f"\n  {verb} " in described
     assert importlib.util.find_spec(f"protojax.{verb}")
+  monkeypatch.delitem(sys.modules, "protojax.doctor", raising=False)  # runpy would warn
   with pytest.raises(SystemExit) as stopped:
     _together(monkeypatch, "doctor", "nowhere.pth")
   assert stopped.value.code == 2

@@ -86,6 +86,8 @@ def _check_extras(words):
 def _check_flags(start, program, words, capsys):
   """What takes hours is asked for its --help only, in this process."""
   with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+    for name in (program, f"{program}.__main__"):  # another test has imported it: runpy would warn
+      patch.delitem(sys.modules, name, raising=False)
     patch.setattr(sys, "argv", [program, "--help"])
     start(program, run_name="__main__")
   said = capsys.readouterr().out

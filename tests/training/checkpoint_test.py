@@ -231,11 +231,12 @@ def test_state_of_another_program_is_one_line(tmp_path, other, words):
 
 _CHILD = """
 import sys, time
-sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+sys.path[:0] = [{root!r}, {root!r} + "/tests", {root!r} + "/tests/training"]
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
 import checkpoint_test as t
-from protojax import checkpoint, errors
+from protojax import errors
+from protojax.training import checkpoint
 """
 _KILLED = """
 t._write({folder!r}, [1])
