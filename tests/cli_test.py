@@ -133,6 +133,13 @@ def test_one_command_holds_every_program(monkeypatch, capsys):
     _together(monkeypatch, "doctor", "nowhere.pth")
   assert stopped.value.code == 2
   assert capsys.readouterr().err.startswith("protojax: there is no nowhere.pth: ")
+  for verb in ("evaluate", "doctor", "report", "convert", "embed"):
+    monkeypatch.delitem(sys.modules, f"protojax.{verb}", raising=False)
+    with pytest.raises(SystemExit) as stopped:
+      _together(monkeypatch, verb, "--nonsense")
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("protojax: ") and f"protojax.{verb} --help" in line
   with pytest.raises(SystemExit) as stopped:
     _together(monkeypatch, "docter")
   assert stopped.value.code == 2

@@ -1,11 +1,12 @@
 import pathlib
 import re
 
+import jax
 import pytest
 
 from protojax import api, errors, main, methods, trees
 from protojax import config as configs
-from protojax.training import loop, programs
+from protojax.training import loop, programs, sharding
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 RECIPES = sorted(p for p in CONFIGS.glob("*.py") if p.stem != "common")
@@ -33,8 +34,11 @@ def test_debug_step_of_a_recipe_traces(path):
 
 @pytest.mark.usefixtures("compile_fast")
 @pytest.mark.parametrize("name", methods.names())
-def test_debug_run_of_a_method_ends_with_measures_and_files(name, tmp_path):
+def test_debug_run_of_a_method_ends_with_measures_and_files(name, tmp_path, monkeypatch):
   """Twenty steps cannot do better than pixels, but a broken feature is at chance, a tenth."""
+  # One device, as a reader's CPU is: less to compile.
+  make_mesh, one = sharding.make_mesh, jax.devices()[:1]
+  monkeypatch.setattr(sharding, "make_mesh", lambda data, model, *_: make_mesh(data, model, one))
   config = main.load(str(CONFIGS / f"{name}_cifar10.py:debug"))
   assert config.method.name == name
   with_report = name in ("dino", "vicreg")  # with prototypes and without

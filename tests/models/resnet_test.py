@@ -8,6 +8,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from protojax.models import batch_norm, resnet
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 
 def random(*shape, seed=0):
   return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)

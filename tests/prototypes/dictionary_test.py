@@ -12,6 +12,8 @@ from sklearn import metrics
 
 from protojax.prototypes import dictionary
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 _EPS = 1e-8
 compare = jax.jit(dictionary.compare, static_argnames="chunk_size")
 

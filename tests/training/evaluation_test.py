@@ -6,6 +6,8 @@ import tiny
 from protojax.data import pipeline, sources
 from protojax.training import evaluation, programs, train_step
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 
 @pytest.fixture(scope="module")
 def setting():
