@@ -429,9 +429,10 @@ def test_features_may_be_those_of_numpy_and_of_other_libraries():
   start, rows = em.init(jax.random.key(0)), batches(1)[0]
   expected, _ = em.update(start, jnp.asarray(rows))
   for features in (rows, Foreign(rows)):
-    chex.assert_trees_all_equal(em.update(start, features)[0], expected)
-    np.testing.assert_array_equal(
-      mixture.center(expected, features), mixture.center(expected, jnp.asarray(rows))
+    # Not to the bit: memory that is taken over as it lies may be aligned otherwise.
+    chex.assert_trees_all_close(em.update(start, features)[0], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+      mixture.center(expected, features), mixture.center(expected, jnp.asarray(rows)), atol=1e-6
     )
 
 
