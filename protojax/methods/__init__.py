@@ -4,7 +4,7 @@ import importlib
 import pkgutil
 import types
 
-from protojax import errors
+from protojax import errors, own_modules
 from protojax.methods import base
 
 LossOut, Method, Variables = base.LossOut, base.Method, base.Variables
@@ -44,20 +44,7 @@ def load(name: str) -> types.ModuleType:
 
 def _load_own(name: str) -> types.ModuleType:
   """`load` of a module from outside."""
-  try:
-    module = importlib.import_module(name)
-  except Exception as error:
-    missing = error.name if isinstance(error, ModuleNotFoundError) else None
-    if missing and f"{name}.".startswith(f"{missing}."):
-      raise errors.UserError(
-        f"method.name={name!r}: Python finds no module {missing!r}: start in the folder that holds "
-        f"{name.partition('.')[0]}, or add that folder to PYTHONPATH"
-      ) from None
-    said = " ".join(str(error).split())
-    raise errors.UserError(
-      f"method.name={name!r}: importing it failed with {type(error).__name__}: {said}; "
-      f"python -c 'import {name}' shows where"
-    ) from error
+  module = own_modules.load(name, "method.name")
   if not callable(getattr(module, "make", None)):
     raise errors.UserError(
       f"method.name={name!r}: {module.__file__ or name} defines no make(config) -> Method"

@@ -5,13 +5,12 @@ below. Without a fork, `data.name=my_package.my_source` takes any module that is
 such a function.
 """
 
-import importlib
 import os
 import re
 import traceback
 import types
 
-from protojax import errors
+from protojax import errors, own_modules
 from protojax.data.sources import digits, folder, tfds
 from protojax.data.sources.folder import EXTENSIONS
 from protojax.data.sources.imbalance import long_tail
@@ -76,20 +75,7 @@ def build(
 
 def _of_module(name: str, split: str | None, data_dir: str | os.PathLike | None) -> Source:
   """What `build(split, data_dir)` of the user's own module `name` returns."""
-  try:
-    module = importlib.import_module(name)
-  except Exception as error:
-    missing = error.name if isinstance(error, ModuleNotFoundError) else None
-    if missing and f"{name}.".startswith(f"{missing}."):
-      raise errors.UserError(
-        f"data.name={name!r}: Python finds no module {missing!r}: start in the folder that holds "
-        f"{name.partition('.')[0]}, or add that folder to PYTHONPATH"
-      ) from None
-    said = " ".join(str(error).split())
-    raise errors.UserError(
-      f"data.name={name!r}: importing it failed with {type(error).__name__}: {said}; "
-      f"python -c 'import {name}' shows where"
-    ) from error
+  module = own_modules.load(name, "data.name")
   if not callable(getattr(module, "build", None)):
     raise errors.UserError(
       f"data.name={name!r}: {module.__file__ or name} defines no build(split, data_dir) -> Source"
