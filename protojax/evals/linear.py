@@ -4,8 +4,8 @@ Both standardise every feature dimension: how fast a linear classifier learns, a
 means, depend on the scale of its inputs, and features of a pretrained encoder may have any.
 
 `fit` takes SciPy's L-BFGS and gradients from the default device. Of 50,000 images x 384 features x
-10 classes (two CPU cores that did other work too, once each at commit 1f10363, jax 0.10.0; penalties
-1, .01 and 1e-4, at most 100 steps) it took 6, 3 and 13 s;
+10 classes (penalties 1, .01 and 1e-4, at most 100 steps; once each at commit 1f10363 on two CPU
+cores that did other work too, jax 0.10.0) it took 6, 3 and 13 s;
 `optax.lbfgs` took 9, 9 and 19 s to the same loss and accuracy, compiling and searching along the
 line more. `sklearn.linear_model.LogisticRegression` took 13, 11 and 61 s to a slightly higher loss,
 on the host, where the accelerator is of no use; its accuracy is the same within .001.

@@ -4,8 +4,9 @@ A chart is readable without scripts; the values that a script may show on hover 
 data-lines. Every text is escaped.
 
 Matplotlib's SVG was tried for axes and lines (3.10.8): 16 lines of this file less, since scales,
-hover values and the line in words stay, but three times the markup (108 kB, not 36, for eight charts),
-fonts and colours within the elements instead of the CSS, and ids that charts of one page share.
+hover values and the line in words stay, but three times the markup (108 kB, not 36, for eight
+charts), fonts and colours within the elements instead of the CSS, and ids that charts of one page
+share.
 """
 
 import html
