@@ -3,9 +3,10 @@
 Each page has a folder of its own, with the recipes, IMAGES, checkpoint.pth (DINO's) and
 vit.safetensors (timm's) in it, where its commands find what the ones before have left. Training is
 cut to a recipe's `:debug` form and two steps. Training starts a process, as for a reader; the other
-verbs are called in this one. Only looked at are launch/test.sh (which continuous integration runs) and benchmarks, which take hours. Installing
-is left out but with PROTOJAX_TEST_ALL: launch/quickstart.sh finds this environment made before. A
-command that this file does not know is an error.
+verbs are called in this one. Only looked at are launch/test.sh (which continuous integration runs)
+and benchmarks, which take hours. Installing is left out but with PROTOJAX_TEST_ALL:
+launch/quickstart.sh finds this environment made before. A command that this file does not know is
+an error.
 """
 
 import importlib
