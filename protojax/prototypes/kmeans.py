@@ -111,10 +111,18 @@ def fit(
   return jax.tree.map(lambda x: x[best], runs)
 
 
-def fit_slowly(
+def fit_by_starts(
   rows: jax.Array, key: jax.Array, *, num_clusters: int, num_steps: int = 20, num_restarts: int = 1
 ) -> Clusters:
-  """`fit`, same arguments and starts, that says how many starts are done; not within a jit."""
+  """`fit`, start by start from the host, which says how many are done; not for inside of a jit.
+
+  Args:
+    rows: [N, D], any float dtype.
+    key: as of `fit`, with the same starts.
+    num_clusters: K, at most N.
+    num_steps: Lloyd's iterations.
+    num_restarts: starts; of equally good ones the first is taken.
+  """
   once = jax.jit(_once, static_argnums=(2, 3))
   rows, best = rows.astype(jnp.float32), None
   for start in progress.over(jax.random.split(key, num_restarts), "k-means, start"):

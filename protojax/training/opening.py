@@ -56,7 +56,7 @@ def lines(
     "optimizer": optim.describe(config),
     "devices": f"{len(devices)} x {devices[0].device_kind}"
     + f" of {len(processes)} processes" * (len(processes) > 1)
-    + f", data {mesh.shape['data']} x model {mesh.shape['model']}",
+    + f", mesh data {mesh.shape['data']} x model {mesh.shape['model']}",
     "workdir": str(folder),
   }
   return [line for name, text in rows.items() for line in _wrapped(name, text)]
