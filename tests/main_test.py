@@ -56,7 +56,7 @@ def test_mistake_found_after_the_flags_is_one_line_too(tmp_path):
   status, _, stderr = _run(
     f"--config={QUICKSTART}", f"--workdir={tmp_path / 'run'}", "--config.method.num_prototypes=1"
   )
-  assert status == 2 and len(_lines(stderr)) == 1
+  assert status == 2 and len(_lines(stderr)) == len(stderr.splitlines()) == 1
   assert "num_prototypes=1" in stderr and "at least 2" in stderr
   assert "Traceback" not in stderr and not (tmp_path / "run").exists()
 
