@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 
-from protojax import __version__, cli, errors, files, pretrained
+from protojax import __version__, cli, errors, files, pretrained, progress
 
 _DESCRIPTION = """\
 Writes features (and codes) of images, one row an image.
@@ -115,21 +115,19 @@ def main(argv: list[str]) -> None:
   source = pretrained.source(model, split, name=args.data, data_dir=args.data_dir)
   columns = embed(model, source, layer=args.layer, limit=args.limit)
   config = model.config
-  write(
-    out,
-    columns,
-    {
-      "model": str(args.path),
-      "step": model.step,
-      "weights": model.weights,
-      "layer": args.layer,
-      "source": source.name,
-      "images": len(source),
-      "limit": args.limit,
-      "transform": f"{config.augment.global_size} px, centre crop {config.probe.crop:g}",
-      "protojax": __version__,
-    },
-  )
+  protocol = {
+    "model": str(args.path),
+    "step": model.step,
+    "weights": model.weights,
+    "layer": args.layer,
+    "source": source.name,
+    "images": len(source),
+    "limit": args.limit,
+    "transform": f"{config.augment.global_size} px, centre crop {config.probe.crop:g}",
+    "protojax": __version__,
+  }
+  with progress.during(f"writing {out}"):
+    write(out, columns, protocol)
   count, wanted = len(columns["index"]), min(args.limit or len(source), len(source))
   print(
     f"{out}: {count} images of {source.name}, {columns['features'].shape[1]} features of layer "

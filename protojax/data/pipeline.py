@@ -5,10 +5,14 @@ and process h of H owns the contiguous rows r in [h B / H, (h + 1) B / H) and de
 batches are equal for any number of worker processes and hosts, and a run resumes by its step alone.
 """
 
+import atexit
+import contextlib
+import gc
 import itertools
 import math
 import os
 import signal
+import weakref
 from collections.abc import Callable, Iterator
 
 import grain
@@ -226,8 +230,39 @@ def _record(image, row, shape, label, skipped) -> dict[str, np.ndarray]:
   return {"image": image} | {key: np.array(value, np.int32) for key, value in numbers.items()}
 
 
+_open = weakref.WeakSet()  # streams of worker processes
+
+
 def _stream(chunks: _Chunks, step: int, num_workers: int) -> Iterator[dict[str, np.ndarray]]:
   """Whole batches from pieces that threads or processes load ahead."""
+  stream = _pieced(chunks, step, num_workers)
+  if num_workers:
+    _open.add(stream)
+  return stream
+
+
+@atexit.register
+def _close_all() -> None:
+  """Closes what nobody has closed, as after Ctrl-C, while Python can still free shared memory."""
+  for stream in list(_open):
+    with contextlib.suppress(ValueError):  # a thread reads from it
+      stream.close()
+
+
+def _free_shared_memory() -> None:
+  """Frees what grain would leave to the end of the program, which Python reports as leaked.
+
+  The last piece of every worker hangs in a cycle with the worker's StopIteration, and all others
+  are freed by a thread that may not come to the last ones.
+  """
+  gc.collect()
+  pool = getattr(grain.multiprocessing.SharedMemoryArray, "_del_thread_pool", None)
+  if pool is not None:
+    with contextlib.suppress(ValueError):  # it has ended
+      pool.apply(int)
+
+
+def _pieced(chunks: _Chunks, step: int, num_workers: int) -> Iterator[dict[str, np.ndarray]]:
   data = grain.MapDataset.source(chunks)[step * chunks.per_batch :]
   if num_workers:
     _let_grain_read_its_flags()
@@ -249,6 +284,9 @@ def _stream(chunks: _Chunks, step: int, num_workers: int) -> Iterator[dict[str, 
     raise errors.UserError(line.removeprefix("protojax.errors.UserError: ")) from None
   finally:
     iterator.close()
+    pieces = iterator = None
+    if num_workers:
+      _free_shared_memory()
 
 
 def _masked(stream: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:

@@ -9,9 +9,17 @@ import jax
 from absl import logging
 
 from protojax import config as configs
-from protojax import errors
+from protojax import errors, progress
 from protojax.data import cache, sources
-from protojax.training import checkpoint, console, evaluation, export, optim, programs, sharding
+from protojax.training import (
+  checkpoint,
+  console,
+  evaluation,
+  export,
+  opening,
+  programs,
+  sharding,
+)
 from protojax.training import workdir as workdirs
 
 
@@ -133,6 +141,7 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
     if start == config.num_steps and (result := workdirs.read_result(folder)):
       log.summary(result, bank=bank)
       return result
+    log.lines(opening.lines(program, train=train_source, bank=bank, test=test, folder=folder))
     cached = {data: program.load(data) for data in to_cache}
     view = evaluation.Snapshot(program, bank=bank, test=test, cached=cached)
     batches = program.batches(
@@ -155,8 +164,9 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
       )
     for stream in (batches, probe_batches):
       stack.callback(stream.close)
-    logging.info("compiling the step (%s)", optim.describe(config))
-    step_fn = lowered.compile()
+    with progress.during("compiling the step"):
+      step_fn = lowered.compile()
+    log.lines(opening.memory(step_fn, mesh))
     stop = stack.enter_context(workdirs.Stop())
     for step in range(start, config.num_steps):
       if step > start and step % config.save_every == 0:
@@ -166,7 +176,9 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
         raise errors.Interrupted(step)
       if program.refresh and step >= program.method.refresh_from:
         if step % config.steps_per_epoch == 0:
-          state = program.refresh(state, *view.embeddings(state, train_source))
+          embeddings = view.embeddings(state, train_source)
+          with progress.during("clustering the embeddings"):
+            state = jax.block_until_ready(program.refresh(state, *embeddings))
       with jax.transfer_guard("disallow"):
         batch, skipped, waited = next(batches)
         probe_batch, _, waited_too = next(probe_batches)

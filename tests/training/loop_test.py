@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -146,6 +147,24 @@ def test_run_that_is_done_reports_again_and_changes_nothing(whole):
   result_file.rename(whole / "eval" / "away.json")  # as if stopped right after the last checkpoint
   again = loop.run(_config(), str(whole))
   assert again["probe/knn"] == result["probe/knn"] and result_file.exists()
+
+
+def test_a_run_says_what_it_is_before_it_starts(whole):
+  lines = [line[20:] for line in (whole / "train.log").read_text().splitlines()]
+  lines = lines[: next(i for i, line in enumerate(lines) if line.startswith("step 1/6"))]
+  assert all(len(line) <= 80 for line in lines if str(whole) not in line)
+  said = " ".join(" ".join(lines).split())
+  names = ("method", "prototypes", "encoder", "images", "length", "optimizer", "devices")
+  starts = [line.split()[0] for line in lines if not line.startswith(" ")]
+  assert starts == [*names, "workdir", "memory"]
+  assert "method dino, with a teacher prototypes mixture, 32 of 16 dimensions" in said
+  tensors, _ = export.read(whole / "exported")
+  backbone = sum(x.size for name, x in tensors.items() if name.startswith("params.backbone"))
+  assert f"vit_tiny; backbone {backbone / 1e6:.3g} M, head " in said
+  assert "1,442 of digits/train; tested on 355 of digits/test, 10 classes" in said
+  assert "6 steps of 16 images, 0.0667 epochs" in said and "frozen" not in said
+  assert "8 x cpu, mesh data 8 x model 1" in said
+  assert re.search(r"memory [\d.]+ [MG]iB for the step, of [\d.]+ GiB a device", said)
 
 
 def test_every_file_of_a_run_is_there(whole):
