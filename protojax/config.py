@@ -46,7 +46,8 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
 
   config.data = ml_collections.ConfigDict(
     {
-      "name": "digits",  # digits, folder, a prepared TFDS data set, or a module, my_package.cells
+      # digits, folder, parquet, tar, a prepared TFDS data set, or a module, my_package.cells
+      "name": "digits",
       "data_dir": config_dict.placeholder(str),
       "split": "train",
       "image_size": 32,  # storage size of the host pipeline, pixels

@@ -38,6 +38,17 @@ def build_sources(config) -> tuple[sources.Source, sources.Source, sources.Sourc
       probe.test_split,
     )
     return train, train, None
+  if name in sources.SHARDS and own:
+    splits = sorted(sources.shards.found(data_dir, f".{name}"))
+    if probe.test_split not in splits:
+      logging.info(
+        "k-NN and linear probe are off: the shards in %s are of the splits %s, not %r; choose with "
+        "config.probe.test_split",
+        data_dir,
+        ", ".join(splits),
+        probe.test_split,
+      )
+      return train, train, None
   same = own and probe.train_split == data.split and data.imbalance is None
   bank = train if same else sources.build(name, split=probe.train_split, data_dir=data_dir)
   if own and not bank.num_classes:

@@ -11,24 +11,30 @@ import traceback
 import types
 
 from protojax import errors, own_modules
-from protojax.data.sources import digits, folder, tfds
+from protojax.data.sources import digits, folder, parquet, shards, tar, tfds
 from protojax.data.sources.folder import EXTENSIONS
 from protojax.data.sources.imbalance import long_tail
 from protojax.data.sources.source import CorruptImage, Source, decode, read_items, require_labels
 
 __all__ = [
   "EXTENSIONS",
+  "SHARDS",
   "CorruptImage",
   "Source",
   "build",
   "decode",
   "read_items",
   "require_labels",
+  "shards",
 ]
+
+SHARDS = ("parquet", "tar")  # kinds whose files say by their names which split they are
 
 _KINDS = {  # (split, data_dir) -> Source
   "digits": digits.build,
   "folder": folder.build,
+  "parquet": parquet.build,
+  "tar": tar.build,
 }
 _FIRST = 8  # images of a user's source that are read at once: one damaged file is no mistake in it
 
@@ -50,7 +56,8 @@ def build(
   Args:
     name: "digits" (shipped inside scikit-learn); "folder", images (jpg, jpeg, png, webp, bmp) at
       any depth of `data_dir/split`, or of `data_dir` where it is not divided, labelled by their
-      first-level folder unless there is only one or images lie beside them; a name with a dot,
+      first-level folder unless there is only one or images lie beside them; "parquet", files as
+      Hugging Face writes them; "tar", WebDataset shards; a name with a dot,
       "my_package.my_source", a module of the user's with `build(split, data_dir) -> Source`; else a
       TFDS data set prepared in `data_dir` as array_record, "name[/config][:version]".
     split: "train", "test"; for TFDS also "train[:1000]"; for a folder a sub-folder, or None.
