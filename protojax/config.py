@@ -53,7 +53,9 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
       "image_size": 32,  # storage size of the host pipeline, pixels
       "imbalance": config_dict.placeholder(float),  # largest class over smallest
       "num_records": 0,  # 0: found out at the start; a run goes on only with as many
-      "num_workers": 0,
+      # Processes that decode, for each stream of images; 0: threads; None: chosen by what is there
+      # (data/decoding.py).
+      "num_workers": config_dict.placeholder(int),
       # Keep the decoded images on the devices: device; off; or auto, where the devices say how much
       # memory they have and an eighth of it is enough (data/cache.py).
       "cache": "auto",

@@ -71,6 +71,14 @@ def _no_batches():
     yield None, (), 0.0
 
 
+def _timed(step_fn, state, batch, probe_batch):
+  """(state, metrics, seconds) of a step that nothing else is waited for with."""
+  jax.block_until_ready((state, batch, probe_batch))
+  begun = time.perf_counter()
+  state, metrics = jax.block_until_ready(step_fn(state, batch, probe_batch))
+  return state, metrics, time.perf_counter() - begun
+
+
 def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, float]:
   """Trains to `config.num_steps`, resuming what the workdir holds.
 
@@ -168,6 +176,10 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
       stack.callback(stream.close)
     logging.info("compiling the step (%s)", optim.describe(config))
     step_fn = lowered.compile()
+    plan = None
+    if train_source not in cached and not train_source.in_memory:
+      plan = program.decoders(train_source, batch_size=config.batch_size)
+      logging.info("%s", plan)
     stop = stack.enter_context(workdirs.Stop())
     for step in range(start, config.num_steps):
       if step > start and step % config.save_every == 0:
@@ -181,7 +193,11 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
       with jax.transfer_guard("disallow"):
         batch, skipped, waited = next(batches)
         probe_batch, _, waited_too = next(probe_batches)
-        state, metrics = step_fn(state, batch, probe_batch)
+        if plan and step == start + 2:  # the first ones may still be preparing something
+          state, metrics, seconds = _timed(step_fn, state, batch, probe_batch)
+          logging.info("%s", plan.beside(config.batch_size / seconds))
+        else:
+          state, metrics = step_fn(state, batch, probe_batch)
         log.step(step, metrics, skipped=skipped, waited=waited + waited_too)
       done = step + 1
       watch, evaluate = done % config.monitor.every == 0, done % config.eval_every == 0

@@ -1,6 +1,6 @@
 """Where images come from: one file a kind of source, and `build`, which finds them by name.
 
-A new kind is a file with a function like `folder.build`, its import and its entry of `_KINDS`
+A new kind is a file with a function like `folder.build`, its import and its entry of `KINDS`
 below. Without a fork, `data.name=my_package.my_source` takes any module that is on the path and has
 such a function.
 """
@@ -30,7 +30,7 @@ __all__ = [
 
 SHARDS = ("parquet", "tar")  # kinds whose files say by their names which split they are
 
-_KINDS = {  # (split, data_dir) -> Source
+KINDS = {  # (split, data_dir) -> Source
   "digits": digits.build,
   "folder": folder.build,
   "parquet": parquet.build,
@@ -71,8 +71,8 @@ def build(
       the user's module: it cannot be imported, its `build` fails, or none of its first 8 images is
       one.
   """
-  if name in _KINDS:
-    source = _KINDS[name](split, data_dir)
+  if name in KINDS:
+    source = KINDS[name](split, data_dir)
   elif re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", name):
     source = _of_module(name, split, data_dir)
   else:
