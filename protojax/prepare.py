@@ -6,7 +6,7 @@ python -m protojax.prepare cifar10 DATA
 import pathlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from protojax import cli, errors
 from protojax.data import cifar, prepared, sources
@@ -59,10 +59,9 @@ def _of_images(
         f"{one.num_classes}): one data set has the same in all splits"
       )
   skipped: list[str] = []
+  options = {"root": data_dir, "size": size, "num_workers": num_workers, "skipped": skipped}
   splits = {
-    split: _shown(
-      prepared.smaller(one, size=size, num_workers=num_workers, skipped=skipped), split, len(one)
-    )
+    split: _shown(prepared.smaller(one, **options), split, len(one))
     for split, one in chosen.items()
   }
   counts = prepared.write(out, name, "1.0.0", prepared.features_of(first), splits)
@@ -77,13 +76,13 @@ def _splits(kind: str, data_dir: str) -> list[str | None]:
   """The splits that there are; [None] where the images are not divided."""
   if kind == "folder":
     root = sources.source.folder_of(data_dir, kind)
-    found = sorted(path.name for path in root.iterdir() if path.is_dir())
+    found = [path.name for path in root.iterdir() if path.is_dir()]
   else:
-    found = sorted(sources.shards.found(data_dir, f".{kind}"))
-  return [split for split in found if split in sources.shards.SPLITS] or [None]
+    found = list(sources.shards.found(data_dir, f".{kind}"))
+  return [split for split in sources.shards.SPLITS if split in found] or [None]
 
 
-def _shown(examples, split: str, total: int | None = None):
+def _shown(examples: Iterable, split: str, total: int | None = None) -> Iterable:
   import tqdm
 
   return tqdm.tqdm(examples, desc=split, total=total, unit=" images", disable=None)
@@ -103,6 +102,8 @@ def main(argv: Sequence[str]) -> None:
   if len(args.paths) != (1 if of_archive else 2):
     places = "OUT" if of_archive else "IN OUT"
     raise errors.UserError(f"{args.kind} takes {places}; python -m protojax.prepare --help")
+  if args.size < 1:
+    raise errors.UserError(f"--size={args.size} must be at least 1 pixel")
   out = args.paths[-1]
   if of_archive:
     name, version, counts = _of_archive(args.kind, out, args.archive)

@@ -130,11 +130,11 @@ def features_of(source: sources.Source) -> dict[str, Any]:
   found = {"id": tfds.features.Text(), "image": tfds.features.Image(shape=(None, None, 3))}
   if source.num_classes:
     found["label"] = tfds.features.ClassLabel(names=list(source.class_names))
-  return found | dict.fromkeys(sources.tfds.ORIGINAL, tfds.features.Scalar("int64"))
+  return found | dict.fromkeys(sources.tfds.ORIGINAL, tfds.features.Scalar(np.int64))
 
 
 def smaller(
-  source: sources.Source, *, size: int, num_workers: int | None, skipped: list[str]
+  source: sources.Source, *, root: str, size: int, num_workers: int | None, skipped: list[str]
 ) -> Iterator[dict[str, int | bytes]]:
   """Every readable image of a source as a JPEG of the size that training stores, in its order.
 
@@ -144,6 +144,7 @@ def smaller(
 
   Args:
     source: from `sources.build`.
+    root: folder of the source; the "id" of an image is its name below that.
     size: pixels.
     num_workers: processes that decode; 0 uses threads, None chooses.
     skipped: takes the names of images that cannot be read.
@@ -151,6 +152,7 @@ def smaller(
   Raises:
     UserError: if 100 images in a row cannot be read.
   """
+  above = pathlib.Path(root).expanduser()
   if num_workers is None:  # nothing else needs the cores
     num_workers = decoding.cores() if len(source) > _MANY else 0
   batches = pipeline.sequential(source, batch_size=256, image_size=size, num_workers=num_workers)
@@ -160,7 +162,7 @@ def smaller(
       skipped += log.update(batch["skipped"])
       rows = batch["mask"].nonzero()[0]
       for row, jpeg in zip(rows, pool.map(_jpeg, batch["image"][rows]), strict=True):
-        name = source.describe(int(batch["index"][row]))
+        name = source.describe(int(batch["index"][row])).removeprefix(f"{above}/")
         example: dict[str, int | bytes] = {"id": name.encode(), "image": jpeg}
         if source.num_classes:
           example["label"] = int(batch["label"][row])
