@@ -116,9 +116,9 @@ class Source:
   @property
   def in_memory(self) -> bool:
     """Whether the images lie in memory, decoded."""
-    read = self._read
-    plain = isinstance(read, functools.partial) and read.func is read_items and read.args
-    return bool(plain) and isinstance(read.args[0], np.ndarray)
+    read: Any = self._read
+    plain = isinstance(read, functools.partial) and read.func is read_items and bool(read.args)
+    return plain and isinstance(read.args[0], np.ndarray)
 
   def describe(self, index: int) -> str:
     """A short name of record `index`: the path of a file, or "cifar10/train[17]"."""
