@@ -227,11 +227,14 @@ def test_an_interrupted_prepare_leaves_nothing_and_starts_over(tmp_path, monkeyp
     (["folder", "IN", "OUT", "--name=Mine"], "'Mine'.*--name"),
     (["folder", "IN", "OUT", "--name=tar"], "'tar'.*--name"),
     (["folder", "IN", "OUT", "--size=0"], "--size=0 must"),
+    (["cifar10", "FILE"], "cannot write to .*00.jpg"),
+    (["folder", "IN", "FILE"], "cannot write to .*00.jpg"),
     (["cifar100", "OUT", "--archive=/nowhere"], "cannot read the archive"),
   ],
 )
 def test_wrong_arguments_are_refused_in_one_line(arguments, words, photos, tmp_path):
-  places = {"IN": str(photos), "OUT": str(tmp_path / "out")}
+  file = photos / "train" / "a" / "00.jpg"
+  places = {"IN": str(photos), "OUT": str(tmp_path / "out"), "FILE": str(file)}
   with pytest.raises(errors.UserError, match=words) as caught:
     prepare.main([places.get(word, word) for word in arguments])
   assert "\n" not in str(caught.value) and not list(tmp_path.rglob("*"))

@@ -5,6 +5,7 @@ records of one or two labels and 3,072 bytes, the red, green and blue plane. The
 holds the same in pickles, which are programs.
 """
 
+import errno
 import hashlib
 import http.client
 import io
@@ -68,10 +69,14 @@ def download(archive: Archive, folder: pathlib.Path) -> pathlib.Path:
   if path.exists() and path.stat().st_size == archive.size:
     return check(archive, path)
   part = path.with_name(path.name + ".part")
-  folder.mkdir(parents=True, exist_ok=True)
-  have = part.stat().st_size if part.exists() else 0
-  if have > archive.size:
-    part.unlink()
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    part.touch()
+  except OSError as error:
+    raise errors.UserError(f"cannot write to {folder}: {error.strerror}") from None
+  have = part.stat().st_size
+  if have > archive.size:  # of something else: from the start
+    os.truncate(part, 0)
     have = 0
   if have < archive.size:
     request = urllib.request.Request(archive.url, headers={"Range": f"bytes={have}-"})
@@ -86,8 +91,8 @@ def download(archive: Archive, folder: pathlib.Path) -> pathlib.Path:
             file.write(block)
             bar.update(len(block))
     except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-      if isinstance(error, OSError) and error.filename:
-        raise  # of the disk
+      if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        raise
       raise errors.UserError(
         f"cannot download {archive.url} ({getattr(error, 'reason', None) or error}): run the "
         "same command again, it goes on where it stopped; or download it elsewhere and give "

@@ -1,5 +1,6 @@
 """Writes data sets as TFDS prepares them, array_record in a folder, without TensorFlow."""
 
+import errno
 import io
 import json
 import os
@@ -75,8 +76,10 @@ def write(
     (unfinished / "dataset_info.json").write_text(json.dumps(info, indent=2))
     place.parent.mkdir(exist_ok=True)
     os.replace(unfinished, place)
-  except PermissionError as error:
-    raise errors.UserError(f"cannot write to {root}: {error.strerror}") from None
+  except OSError as error:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+      raise
+    raise errors.UserError(f"cannot write to {root}: {error.strerror or error}") from None
   finally:
     shutil.rmtree(unfinished, ignore_errors=True)
   return {info["name"]: sum(map(int, info["shardLengths"])) for info in infos}
