@@ -18,6 +18,7 @@ from protojax.data import decoding, pipeline, sources
 
 QUALITY = 95  # of JPEG, without chroma subsampling
 _SHARD = 2**30  # bytes after which a new file begins
+_BATCH = 256  # images encoded at a time
 _MANY = 10_000  # images for which processes are worth their start
 
 
@@ -157,8 +158,9 @@ def smaller(
   """
   above = pathlib.Path(root).expanduser()
   if num_workers is None:  # nothing else needs the cores
-    num_workers = decoding.cores() if len(source) > _MANY else 0
-  batches = pipeline.sequential(source, batch_size=256, image_size=size, num_workers=num_workers)
+    wanted = decoding.cores() if len(source) > _MANY else 0
+    num_workers = decoding.fit(wanted, asked=False, batch_size=_BATCH, image_size=size)
+  batches = pipeline.sequential(source, batch_size=_BATCH, image_size=size, num_workers=num_workers)
   log = pipeline.SkippedLog(source.describe)
   with futures.ThreadPoolExecutor() as pool:
     for batch in batches:
