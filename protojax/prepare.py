@@ -40,29 +40,31 @@ def _of_archive(kind: str, out: str, file: str | None) -> tuple[str, str, dict[s
 
 
 def _of_images(
-  kind: str, data_dir: str, out: str, name: str, size: int, num_workers: int | None
+  kind: str,
+  data_dir: str,
+  out: str,
+  name: str,
+  splits_asked: str | None,
+  size: int,
+  num_workers: int | None,
 ) -> tuple[str, str, dict[str, int]]:
   prepared.folder(out, name, "1.0.0")
+  chosen = splits_asked.split(",") if splits_asked else _splits(kind, data_dir)
   found = {
-    split or "train": sources.build(kind, split=split, data_dir=data_dir)
-    for split in _splits(kind, data_dir)
+    split or "train": sources.build(kind, split=split, data_dir=data_dir) for split in chosen
   }
-  labelled = {split: one for split, one in found.items() if one.num_classes}
-  for split in found.keys() - labelled.keys() if labelled else ():
-    print(f"{split} is left out: it has no labels, the others have")
-  chosen = labelled or found
-  first = next(iter(chosen.values()))
-  for one in chosen.values():
+  first = next(iter(found.values()))
+  for one in found.values():
     if one.class_names != first.class_names:
       raise errors.UserError(
         f"{first.name} and {one.name} have different classes ({first.num_classes} and "
-        f"{one.num_classes}): one data set has the same in all splits"
+        f"{one.num_classes}): a data set has the same in all its splits; choose some with --splits "
+        "and prepare the others under another --name"
       )
   skipped: list[str] = []
   options = {"root": data_dir, "size": size, "num_workers": num_workers, "skipped": skipped}
   splits = {
-    split: _shown(prepared.smaller(one, **options), split, len(one))
-    for split, one in chosen.items()
+    split: _shown(prepared.smaller(one, **options), split, len(one)) for split, one in found.items()
   }
   counts = prepared.write(out, name, "1.0.0", prepared.features_of(first), splits)
   if skipped:
@@ -96,6 +98,7 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument("--archive", help="of cifar10 or cifar100, downloaded before")
   parser.add_argument("--size", type=int, default=256, help="pixels, data.image_size (256)")
   parser.add_argument("--name", help="of the data set, data.name; else as IN is called")
+  parser.add_argument("--splits", help="train,test: which to take; else all there are")
   parser.add_argument("--num_workers", type=int, help="processes that decode; 0: threads")
   args = parser.parse_args(argv)
   of_archive = args.kind in cifar.ARCHIVES
@@ -116,7 +119,7 @@ def main(argv: Sequence[str]) -> None:
         "and _, none of " + ", ".join(sources.KINDS)
       )
     name, version, counts = _of_images(
-      args.kind, args.paths[0], out, name, args.size, args.num_workers
+      args.kind, args.paths[0], out, name, args.splits, args.size, args.num_workers
     )
   place = pathlib.Path(out).expanduser() / name / version
   said = ", ".join(f"{split} {count:,}" for split, count in counts.items())

@@ -244,6 +244,9 @@ def test_splits_of_different_classes_are_refused(tmp_path):
   for path in ("train/a/1.png", "train/b/1.png", "test/a/1.png", "test/c/1.png"):
     (tmp_path / "in" / path).parent.mkdir(parents=True)
     Image.new("RGB", (4, 4)).save(tmp_path / "in" / path)
-  with pytest.raises(errors.UserError, match="different classes"):
-    prepare.main(["folder", str(tmp_path / "in"), str(tmp_path / "out")])
+  command = ["folder", str(tmp_path / "in"), str(tmp_path / "out"), "--size=4"]
+  with pytest.raises(errors.UserError, match="different classes.*--splits"):
+    prepare.main(command)
   assert not (tmp_path / "out").exists()
+  prepare.main([*command, "--splits=test"])
+  assert sources.build("in", split="test", data_dir=tmp_path / "out").class_names == ("a", "c")
