@@ -306,5 +306,5 @@ def _check(image_size: int, num_workers: int | None) -> None:
     raise errors.UserError(f"data.image_size={image_size} must be at least 1 pixel")
   if num_workers is not None and num_workers < 0:
     raise errors.UserError(
-      f"data.num_workers={num_workers} must not be negative (0: threads, None: chosen)"
+      f"data.num_workers={num_workers} must not be negative (0: threads; left out: chosen)"
     )

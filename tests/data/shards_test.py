@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from pyarrow import parquet
 
 from protojax import config as configs
-from protojax import errors
+from protojax import errors, prepare
 from protojax.data import pipeline, sources
 from protojax.data.sources import tar
 from protojax.training import loop
@@ -138,6 +138,19 @@ def test_batches_of_shards_are_equal_for_any_workers_and_hosts_and_resume_exactl
   ]
   joined = [{key: np.concatenate([p[n][key] for p in parts]) for key in whole[0]} for n in range(2)]
   assert_same(joined, whole[6:])
+
+
+def test_prepared_shards_give_the_same_batches_but_for_the_loss_of_jpeg(kind, shards, tmp_path):
+  prepare.main([kind, str(shards), str(tmp_path), "--size=16", "--name=odd", "--splits=train"])
+  before = sources.build(kind, split="train", data_dir=shards)
+  after = sources.build("odd", split="train", data_dir=tmp_path)
+  assert after.class_names == before.class_names and len(after) == _COUNT
+  options = {"seed": 1, "step": 3, "batch_size": 320, "image_size": 16}
+  wants, gots = (take(pipeline.batches(data, **options), 2) for data in (before, after))
+  for want, got in zip(wants, gots, strict=True):
+    for key in ("index", "label", "size", "skipped"):
+      np.testing.assert_array_equal(got[key], want[key])
+    assert np.abs(got["image"].astype(int) - want["image"]).mean() < 4  # of noise; 0 to 255
 
 
 def test_what_is_no_image_is_corrupt_and_its_neighbours_are_read(kind, tmp_path, images):
