@@ -96,7 +96,9 @@ def main(argv: list[str]) -> None:
   parser = cli.parser("embed", _DESCRIPTION)
   parser.add_argument("path", help="workdir of a run, or exported weights")
   parser.add_argument("--out", required=True, help="file to write, .npz or .parquet")
-  parser.add_argument("--data", help="digits, folder or a TFDS data set; default: the run's own")
+  parser.add_argument(
+    "--data", help="digits, folder, parquet, tar or a TFDS data set; default: the run's own"
+  )
   parser.add_argument("--data_dir", help="where the data is")
   parser.add_argument("--split", help="default: train; of a folder, all of it")
   parser.add_argument("--step", type=int, help="checkpoint; default: the newest")
@@ -111,7 +113,7 @@ def main(argv: list[str]) -> None:
   if args.limit < 0:
     raise errors.UserError(f"--limit={args.limit} must not be negative (0: all images)")
   model = pretrained.load(args.path, step=args.step)
-  split = args.split or (None if args.data == "folder" else "train")
+  split = args.split or (None if args.data in ("folder", "parquet", "tar") else "train")
   source = pretrained.source(model, split, name=args.data, data_dir=args.data_dir)
   columns = embed(model, source, layer=args.layer, limit=args.limit)
   config = model.config

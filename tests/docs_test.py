@@ -120,7 +120,8 @@ def _quickstart(folder):
 
 def run(command: str, cwd: pathlib.Path, capsys) -> None:
   """Runs one command of a page in the page's folder."""
-  words = shlex.split(command.replace("$PROTOJAX_DATA_DIR", str(_DATA)))
+  command = command.replace("$PROTOJAX_DATA_DIR", str(_DATA))
+  words = shlex.split(command.replace("data_dir=DATA", f"data_dir={_DATA}"))
   match words:
     case ["git", "clone", "<this", "repository>"] | ["cd", "protojax"]:
       pass  # where the reader is now
@@ -147,6 +148,8 @@ def run(command: str, cwd: pathlib.Path, capsys) -> None:
       prepared = f"--config.data.data_dir={_DATA}" in rest  # CIFAR-10: 10,000 test images
       few = ["--config.data.name=cifar10", "--config.probe.test_split=test[:40]"] * prepared
       _python(["-m", "protojax.main", *debug, *_SHORT, *few], cwd)
+    case ["python", "-m", "protojax.prepare", "cifar10" | "cifar100", *_]:
+      pass  # downloads; the training that follows finds the set prepared before
     case ["python", "-m", module, *rest] if module.startswith("protojax."):
       with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
@@ -182,7 +185,8 @@ def test_every_command_of_the_page_runs(page, folder, capsys):
   found = commands(page)
   assert found
   for command in found:
-    if "$PROTOJAX_DATA_DIR" in command and not (_DATA / "cifar10").is_dir():
+    needs = "$PROTOJAX_DATA_DIR" in command or "data_dir=DATA" in command
+    if needs and not (_DATA / "cifar10").is_dir():
       pytest.skip("needs the prepared CIFAR-10")
     run(command, folder, capsys)
 

@@ -104,7 +104,7 @@ def load(
   *,
   image_size: int,
   mesh,
-  num_workers: int = 0,
+  num_workers: int | None = 0,
   part: int = 0,
   parts: int = 1,
 ) -> Cache:
@@ -114,7 +114,7 @@ def load(
     data: from `sources.build`.
     image_size: S, storage size in pixels.
     mesh: ("data", "model").
-    num_workers: processes that decode; 0 uses threads.
+    num_workers: processes that decode; 0 uses threads, None chooses.
     part: which of `parts` contiguous runs of rows lie on the devices of this process.
     parts: how many there are.
 

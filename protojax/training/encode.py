@@ -22,7 +22,7 @@ def rows(
   mesh: jax.sharding.Mesh,
   batch_size: int,
   image_size: int,
-  num_workers: int = 0,
+  num_workers: int | None = 0,
   limit: int = 0,
   cached: cache.Cache | None = None,
 ) -> PyTree:
@@ -35,7 +35,7 @@ def rows(
     mesh: from `sharding.make_mesh`.
     batch_size: B at least; rounded up to a multiple of the mesh's "data".
     image_size: S, storage size in pixels.
-    num_workers: processes that decode; 0 uses threads.
+    num_workers: processes that decode; 0 uses threads, None chooses.
     limit: at most so many images, evenly spread; 0 takes all.
     cached: `data` on the devices, which takes the host's place.
 

@@ -46,6 +46,17 @@ def build_sources(config) -> tuple[sources.Source, sources.Source, sources.Sourc
       probe.test_split,
     )
     return train, train, None
+  if name in sources.SHARDS and own:
+    splits = sorted(sources.shards.found(data_dir, f".{name}"))
+    if probe.test_split not in splits:
+      logging.info(
+        "k-NN and linear probe are off: the shards in %s are of the splits %s, not %r; choose with "
+        "config.probe.test_split",
+        data_dir,
+        ", ".join(splits),
+        probe.test_split,
+      )
+      return train, train, None
   same = own and probe.train_split == data.split and data.imbalance is None
   bank = train if same else sources.build(name, split=probe.train_split, data_dir=data_dir)
   if own and not bank.num_classes:
@@ -66,6 +77,14 @@ def _no_batches():
   """What `Program.batches` gives where there is no probe."""
   while True:
     yield None, (), 0.0
+
+
+def _timed(step_fn, state, batch, probe_batch):
+  """(state, metrics, seconds) of a step that nothing else is waited for with."""
+  jax.block_until_ready((state, batch, probe_batch))
+  begun = time.perf_counter()
+  state, metrics = jax.block_until_ready(step_fn(state, batch, probe_batch))
+  return state, metrics, time.perf_counter() - begun
 
 
 def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, float]:
@@ -167,6 +186,10 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
     with progress.during("compiling the step"):
       step_fn = lowered.compile()
     log.lines(opening.memory(step_fn, mesh))
+    plan = None
+    if train_source not in cached and not train_source.in_memory:
+      plan = program.decoders(train_source, batch_size=config.batch_size)
+      log.lines([str(plan)])
     stop = stack.enter_context(workdirs.Stop())
     for step in range(start, config.num_steps):
       if step > start and step % config.save_every == 0:
@@ -182,7 +205,11 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
       with jax.transfer_guard("disallow"):
         batch, skipped, waited = next(batches)
         probe_batch, _, waited_too = next(probe_batches)
-        state, metrics = step_fn(state, batch, probe_batch)
+        if plan and step == start + 2:  # the first ones may still be preparing something
+          state, metrics, alone = _timed(step_fn, state, batch, probe_batch)
+          logging.info("%s", plan.beside(config.batch_size / alone))
+        else:
+          state, metrics = step_fn(state, batch, probe_batch)
         log.step(step, metrics, skipped=skipped, waited=waited + waited_too)
       done = step + 1
       watch, evaluate = done % config.monitor.every == 0, done % config.eval_every == 0
