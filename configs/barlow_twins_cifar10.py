@@ -10,7 +10,7 @@ Cost: 2,000 steps, 9 minutes on two CPU cores at 569 img/s. CIFAR-10 (JPEG copy)
 507166e: loss 345, k-NN 43.2 %, linear 44.8 %.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

@@ -9,7 +9,7 @@ times .024: LARS sees the loss's scale in the weight decay only, the others do.
 Cost: not measured here. The authors report 73.5 % linear for their PyTorch code.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

@@ -13,7 +13,7 @@ copy), seed 0, commit 44e5ee4: used 95.0 %, unique 100 / 100 / 100 / 100 / 96.3 
 93.7 %, k-NN 40.8 %, linear 44.5 %.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

@@ -8,7 +8,7 @@ copy), seed 0, commit cdca7fe: unique 100 % at every threshold, used 51.5 %, k-N
 41.2 %.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

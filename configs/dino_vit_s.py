@@ -6,7 +6,7 @@ r"""DINO (arXiv 2104.14294), ViT-S/16, ImageNet-1k, 100 epochs: the published "v
 Cost: not measured here. The authors report 69.3 % k-NN and 74.0 % linear for their PyTorch code.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

@@ -9,7 +9,7 @@ probability space.
 Cost and result: not measured yet.
 """
 
-from configs import common, dino_vit_s
+from protojax.recipes import common, dino_vit_s
 
 
 def get_config(mode: str = ""):

@@ -11,7 +11,7 @@ copy), seed 0, commit 44e5ee4: loss 8.08, used 4.5 %, unique 100 % at every thre
 linear 43.4 %.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

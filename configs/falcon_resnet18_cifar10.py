@@ -12,7 +12,7 @@ cosines, as the paper's first version has them, "debug" a minute's run.
 Cost and result: not measured yet. The authors name 8 hours on an A100 for their PyTorch code.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

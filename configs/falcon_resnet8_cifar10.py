@@ -13,7 +13,7 @@ Cost and result: not measured yet. The authors report NMI .35 over test images a
 with 16,384 clusters of 10,000 images chance alone has an NMI of .353.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

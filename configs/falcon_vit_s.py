@@ -13,7 +13,7 @@ Cost and result: not measured yet. The authors report 73.9 % linear for 50,000 c
 500,000, on ImageNet-100.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

@@ -8,7 +8,7 @@ copy), seed 0, commit 44e5ee4: used 20.4 %, unique 100 % at every threshold, k-N
 42.5 %.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

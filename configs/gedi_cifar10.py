@@ -23,7 +23,7 @@ Mode "gen", 9 minutes beside other work, commit 884b383: used 63.3 %, but perple
 it fell to one cluster.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

@@ -11,8 +11,8 @@ encoder computes in bfloat16.
 Cost and result: not measured yet.
 """
 
-from configs import common
 from protojax import config as configs
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

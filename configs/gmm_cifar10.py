@@ -9,7 +9,7 @@ copy), seed 0, commit cdca7fe: used 64.7 %, unique 100 / 100 / 100 / 100 / 98.5 
 unique 100 % at every threshold, k-NN 36.6 %, linear 42.6 %.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

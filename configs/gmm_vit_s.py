@@ -8,7 +8,7 @@ constants are not public; those of the mixture are our reading of it: per-compon
 both views of the teacher, moved before the loss, weights in the posterior, unit means.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

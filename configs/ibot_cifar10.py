@@ -12,7 +12,7 @@ CIFAR-10 (JPEG copy), seed 0, commit 884b383: used 49.7 %, unique 100 % at every
 34.2 %, linear 40.6 %. Mode "gmm": not measured yet.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

@@ -9,7 +9,7 @@ trained. The learning rate's end, its warm-up and clipping are the defaults of D
 Cost: not measured here. The authors report 75.2 % k-NN and 77.9 % linear for their PyTorch code.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

@@ -11,7 +11,7 @@ CIFAR-10 (JPEG copy), seed 0, commit 884b383: used 52.1 %, unique 100 % at every
 35.5 %, linear 41.2 %.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

@@ -12,7 +12,7 @@ CIFAR-10 (JPEG copy), seed 0, commit 884b383: used 85.4 %, unique 100 % at .25, 
 39.5 %, linear 43.9 %. Mode "gmm": not measured yet.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

@@ -8,7 +8,7 @@ What differs is in protojax/methods/msn.py; the warm-up starts at 0, there at a 
 Cost and result: not measured here.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

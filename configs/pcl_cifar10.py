@@ -11,7 +11,7 @@ CIFAR-10 (JPEG copy), seed 0, commit 884b383: used 100 %, unique 99.7 % at .025,
 38.0 %, linear 42.3 %.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

@@ -7,7 +7,7 @@ The augmentation is the usual one of contrastive learning, not checked against t
 Cost: not measured here. The authors report 67.6 % linear for their PyTorch code.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

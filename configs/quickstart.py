@@ -6,7 +6,7 @@ Cost: 2 min 8 s on two CPU cores at 460 img/s, 2 min 50 s with the installation.
 92.4 %, 18 % of the prototypes used, verdict ok; seed 0, commit 507166e.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

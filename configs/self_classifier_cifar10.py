@@ -16,7 +16,7 @@ Cost: 2,000 steps, 10 minutes on two CPU cores at 452 img/s. CIFAR-10 (JPEG copy
 46.4 %. Mode "gmm": not measured yet.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

@@ -11,7 +11,7 @@ starts at .2.
 Cost: not measured here. The authors report 72.4 % linear for their PyTorch code (800 epochs: 74.1).
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

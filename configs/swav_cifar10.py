@@ -16,7 +16,7 @@ CIFAR-10 (JPEG copy), seed 0, commit 507166e: used 85.5 %, unique 100 % at every
 every threshold, k-NN 39.4 %, linear 43.5 %.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

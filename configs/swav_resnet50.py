@@ -10,7 +10,7 @@ of 4,096 differs in: optim.lr=.3 (per 256), optim.final_lr=.0048, optim.warmup_e
 Cost and result: not measured yet.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

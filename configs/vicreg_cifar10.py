@@ -9,7 +9,7 @@ Cost: 2,000 steps, 15 minutes on two CPU cores that did other work too; 522 img/
 CIFAR-10 (JPEG copy), seed 0, commit 507166e: loss 33.5, k-NN 48.1 %, linear 48.0 %.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

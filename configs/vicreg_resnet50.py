@@ -9,7 +9,7 @@ a batch of 512 and .5 for 256.
 Cost: not measured here. The authors report 73.2 % linear for their PyTorch code.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

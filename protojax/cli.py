@@ -1,6 +1,7 @@
-"""What the programs `python -m protojax.<verb>` share: one line for a mistake, no traceback."""
+"""What the programs `protojax <verb>` share: one line for a mistake, no traceback."""
 
 import argparse
+import difflib
 import errno
 import re
 import sys
@@ -11,22 +12,38 @@ from protojax import errors
 
 
 class _Parser(argparse.ArgumentParser):
-  """argparse prints its usage before an error and ends the process; here an error is one line."""
+  """argparse prints its usage before an error and ends the process; here an error is one line.
+
+  A flag that does not exist is named with the nearest one, before any that is missing.
+  """
+
+  def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    known = [name for name in self._option_string_actions if name.startswith("--")]
+    for argument in sys.argv[1:] if args is None else args:
+      name = argument.partition("=")[0]
+      if name == "--":
+        break
+      if name.startswith("--") and name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        self.error(f"unknown flag {name}" + (f": did you mean {near[0]}" if near else ""))
+    return super().parse_known_args(args, namespace)
 
   def error(self, message: str) -> NoReturn:
     raise errors.UserError(f"{message}; {self.prog} --help shows what there is")
 
 
-def parser(verb: str, description: str) -> argparse.ArgumentParser:
-  """A parser for `python -m protojax.<verb>` that raises UserError for a mistake.
+def parser(verb: str, description: str, *, epilog: str = "") -> argparse.ArgumentParser:
+  """A parser for `protojax <verb>` that raises UserError for a mistake.
 
   Args:
-    verb: name of the module.
+    verb: as in `protojax.__main__.VERBS`.
     description: what --help says first, kept as it is written.
+    epilog: what --help says last, likewise.
   """
   return _Parser(
-    prog=f"python -m protojax.{verb}",
+    prog=f"protojax {verb}",
     description=description,
+    epilog=epilog,
     allow_abbrev=False,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )

@@ -114,6 +114,7 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
     before = metadata.get("seconds", 0.0)
     logging.info("resumed at step %d", start)
 
+  extended = workdirs.extend(folder, config, start)
   log = console.RunLog(folder, config, start=start, describe=train_source.describe)
 
   def seconds():
@@ -130,6 +131,8 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
   with contextlib.ExitStack() as stack:
     stack.enter_context(contextlib.closing(checkpoints))
     log = stack.enter_context(log)
+    if extended:
+      log.note(extended)
     if start == config.num_steps and (result := workdirs.read_result(folder)):
       log.summary(result, bank=bank)
       return result
