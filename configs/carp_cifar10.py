@@ -2,9 +2,9 @@ r"""CARP (Silva, Ramírez Rivera, NeurIPS 2023) on CIFAR-10, small ViT.
 
 Prototypes are learned or, in mode "gmm", decoupled.
 
-  python -m protojax.main --config=configs/carp_cifar10.py --workdir=runs/carp_cifar10 \
+  protojax train --config=carp_cifar10 --workdir=runs/carp_cifar10 \
     --config.data.data_dir=$PROTOJAX_DATA_DIR
-  python -m protojax.main --config=configs/carp_cifar10.py:gmm --workdir=runs/carp_gmm_cifar10 \
+  protojax train --config=carp_cifar10:gmm --workdir=runs/carp_gmm_cifar10 \
     --config.data.data_dir=$PROTOJAX_DATA_DIR
 
 Cost: 2,000 steps, 13 minutes on two CPU cores that did other work too (394 img/s). CIFAR-10 (JPEG

@@ -1,6 +1,6 @@
 r"""FALCON / CPLearn (arXiv 2410.04959) on CIFAR-10, small ViT, the budget of its neighbours.
 
-  python -m protojax.main --config=configs/falcon_cifar10.py --workdir=runs/falcon_cifar10 \
+  protojax train --config=falcon_cifar10 --workdir=runs/falcon_cifar10 \
     --config.data.data_dir=$PROTOJAX_DATA_DIR
 
 4,096 frozen codes of 128 dimensions, 32 times the batch: the loss cannot fall below ln 32 = 3.47.

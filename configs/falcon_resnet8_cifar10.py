@@ -1,6 +1,6 @@
 r"""FALCON (arXiv 2410.04959), CIFAR-10, ResNet-8: the small experiments of the paper.
 
-  python -m protojax.main --config=configs/falcon_resnet8_cifar10.py \
+  protojax train --config=falcon_resnet8_cifar10 \
     --workdir=runs/falcon_resnet8_cifar10 --config.data.data_dir=$PROTOJAX_DATA_DIR
 
 16,384 codes of 128 dimensions, compared by cosines; the backbone has no batch norm, the projector

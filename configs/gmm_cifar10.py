@@ -1,6 +1,6 @@
 r"""Decoupled prototypes (arXiv 2510.20108) on CIFAR-10, small ViT, DINO's loss.
 
-  python -m protojax.main --config=configs/gmm_cifar10.py --workdir=runs/gmm_cifar10 \
+  protojax train --config=gmm_cifar10 --workdir=runs/gmm_cifar10 \
     --config.data.data_dir=$PROTOJAX_DATA_DIR
 
 Cost: 2,000 steps, 13 minutes on two CPU cores that did other work too (338 img/s). CIFAR-10 (JPEG

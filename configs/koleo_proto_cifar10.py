@@ -3,7 +3,7 @@ r"""The remedy to compare with: DINO with learned prototypes that KoLeo spreads 
 CIFAR-10, small ViT. The authors' weight is not known to us; .1 is what arXiv 2304.07193 gives KoLeo
 on features. Others to try: .01 and 1, with --config.method.koleo_proto.
 
-  python -m protojax.main --config=configs/koleo_proto_cifar10.py \
+  protojax train --config=koleo_proto_cifar10 \
     --workdir=runs/koleo_proto_cifar10 --config.data.data_dir=$PROTOJAX_DATA_DIR
 
 Cost: 2,000 steps, 13 minutes on two CPU cores that did other work too; 353 img/s at the end.

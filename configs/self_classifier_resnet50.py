@@ -1,6 +1,6 @@
 r"""Self-Classifier (arXiv 2103.10994), ResNet-50, ImageNet-1k, 100 epochs: the published recipe.
 
-  python -m protojax.main --config=configs/self_classifier_resnet50.py \
+  protojax train --config=self_classifier_resnet50 \
     --workdir=runs/self_classifier_resnet50 --config.data.data_dir=$PROTOJAX_DATA_DIR
 
 Four classifiers; two global and six local views. What differs: a batch of 4,096, where the authors

@@ -1,6 +1,6 @@
 r"""VICReg (arXiv 2105.04906) on CIFAR-10, small ViT.
 
-  python -m protojax.main --config=configs/vicreg_cifar10.py --workdir=runs/vicreg_cifar10 \
+  protojax train --config=vicreg_cifar10 --workdir=runs/vicreg_cifar10 \
     --config.data.data_dir=$PROTOJAX_DATA_DIR
 
 Views, head and optimizer are those of common.redundancy_cifar10; the weights are solo-learn's.

@@ -107,8 +107,12 @@ def _split(argv: Sequence[str]) -> tuple[list[tuple[str, str | None]], list[str]
 
 
 def _change(config: ml_collections.ConfigDict, typed: list[tuple[str, str | None]]) -> None:
-  """Sets what was typed, in place, each value as the type that is there."""
-  own = ["train", *(f"--config.{k}" + (f"={v}" if v is not None else "") for k, v in typed)]
+  """Sets what was typed, in place, as the type that is there; None where that is the default."""
+  usual = trees.flat(configs.default(config.method.name))
+  none = [k for k, value in typed if value == "None" and usual.get(k, "") is None]
+  config.update_from_flattened_dict(dict.fromkeys(none))
+  rest = [(k, value) for k, value in typed if k not in none]
+  own = ["train", *(f"--config.{k}" + (f"={v}" if v is not None else "") for k, v in rest)]
   values = flags.FlagValues()
   config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=own)
   try:
@@ -183,6 +187,10 @@ def _connect(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str]) -> None:
   """The program; see --help."""
   config, args = parse(argv)
+  faulthandler.enable(sys.__stderr__)
+  flags.FLAGS(["protojax"])  # absl's own, at their defaults: its log waits for them
+  logging.use_absl_handler()
+  logging.set_verbosity(logging.INFO)
   _connect(args)
   from protojax import api
 
@@ -190,8 +198,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  faulthandler.enable()
-  flags.FLAGS(sys.argv[:1])  # absl's own, at their defaults: its log waits for them
-  logging.use_absl_handler()
-  logging.set_verbosity(logging.INFO)
   cli.guarded(main, sys.argv[1:])

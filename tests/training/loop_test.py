@@ -148,6 +148,23 @@ def test_run_that_is_done_reports_again_and_changes_nothing(whole):
   assert again["probe/knn"] == result["probe/knn"] and result_file.exists()
 
 
+def test_a_longer_run_goes_on_from_the_last_step_when_it_is_asked_for(whole, tmp_path):
+  folder = tmp_path / "run"
+  shutil.copytree(whole, folder)
+  longer = {"num_steps": 8, "eval_every": 8, "monitor.every": 8}
+  result = loop.run(_config(**longer, resume="extend"), str(folder))
+  losses = _losses(folder)
+  assert list(losses) == list(range(1, 9))
+  assert {k: v for k, v in losses.items() if k <= 6} == _losses(whole)
+  assert result["step"] == 8 and workdir.read_result(folder)["step"] == 8
+  before = json.loads((folder / "eval" / "step_6" / "result.json").read_text())["measures"]
+  assert before == workdir.read_result(whole)
+  assert "extended at step 6, from here on with the schedules of 8" in (
+    (folder / "train.log").read_text()
+  )
+  assert json.loads((folder / "config.json").read_text())["num_steps"] == 8
+
+
 def test_every_file_of_a_run_is_there(whole):
   for name in (
     "config.json",
