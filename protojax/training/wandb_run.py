@@ -55,11 +55,13 @@ class WandbRun:
         self._run = wandb.init(**options)
       except Exception as error:
         self._warn("cannot be reached, kept in the workdir for `wandb sync`", error)
+        wandb.teardown()  # it still holds the id
         self._run = wandb.init(**options, mode="offline")
       # Not wandb's own count, which refuses the steps that a resumed run does again.
       self._run.define_metric("step")
       self._run.define_metric("*", step_metric="step")
-      logging.info("Weights & Biases: %s", self._run.url or f"offline, {folder / 'wandb'}")
+      where = f"offline, {folder / 'wandb'}" if self._run.offline else self._run.url
+      logging.info("Weights & Biases: %s", where)
     except Exception as error:
       self._give_up(error)
 

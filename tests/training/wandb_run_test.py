@@ -12,8 +12,9 @@ from protojax.training import console, metric_writer, wandb_run, workdir
 class _Run:
   url = "https://wandb.test/run"
 
-  def __init__(self, fails=()):
-    self.fails, self.rows, self.axes, self.finished = fails, [], [], False
+  def __init__(self, offline, fails):
+    self.offline, self.fails = offline, fails
+    self.rows, self.axes, self.finished = [], [], False
 
   def define_metric(self, name, step_metric=None):
     self.axes.append((name, step_metric))
@@ -35,15 +36,20 @@ def wandb(monkeypatch):
   module = types.ModuleType("wandb")
   module.calls, module.runs, module.fails = [], [], set()
   module.Settings = dict
+  held = set()  # ids, also by an init that failed
 
   def init(**options):
     module.calls.append(options)
-    if "init" in module.fails and options.get("mode") != "offline":
+    offline = options.get("mode") == "offline"
+    if options["id"] in held:
+      raise RuntimeError("run ID is in use")
+    if "init" in module.fails and not offline:
+      held.add(options["id"])
       raise RuntimeError("No API key configured.")
-    module.runs.append(_Run(module.fails))
+    module.runs.append(_Run(offline, module.fails))
     return module.runs[-1]
 
-  module.init = init
+  module.init, module.teardown = init, held.clear
   monkeypatch.setitem(sys.modules, "wandb", module)
   return module
 
