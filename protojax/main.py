@@ -35,10 +35,10 @@ _EXAMPLE = "protojax train --config=quickstart --workdir=runs/quickstart"
 load = recipes.load  # what programs called it before it had a module
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(list_recipes: bool) -> argparse.ArgumentParser:
   listed = [
     textwrap.fill(f"  {name:<25}{recipes.title(name)}", 100, subsequent_indent=" " * 27)
-    for name in recipes.names()
+    for name in (recipes.names() if list_recipes else ())
   ]
   parser = cli.parser("train", _DESCRIPTION, epilog="\n".join(["recipes:", *listed]))
   parser.usage = "protojax train --config=RECIPE --workdir=FOLDER [--config.KEY=VALUE ...]"
@@ -69,7 +69,7 @@ def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, argparse.Name
   of_recipe = help_wanted and any(a.startswith("--config") for a in others)
   if of_recipe:
     others = [a for a in others if a not in ("--help", "-h")]
-  args = _parser().parse_args(others)
+  args = _parser(list_recipes=help_wanted).parse_args(others)
   for name in ("config", *["workdir"] * (not of_recipe)):
     if not getattr(args, name):
       raise errors.UserError(

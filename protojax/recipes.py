@@ -26,9 +26,12 @@ def names() -> list[str]:
 
 
 def title(name: str) -> str:
-  """What the recipe `name`, one of `names()`, says of itself in its first line."""
-  text = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
-  return (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+  """What the recipe `name`, one of `names()`, says of itself in its first line, if anything."""
+  try:
+    module = ast.parse((FOLDER / f"{name}.py").read_text(encoding="utf-8"))
+  except SyntaxError:  # one that is being written is no reason to hide the others
+    return ""
+  return (ast.get_docstring(module) or "").partition("\n")[0]
 
 
 def load(recipe: str) -> ml_collections.ConfigDict:

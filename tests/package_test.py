@@ -208,7 +208,9 @@ def test_every_folder_of_modules_is_a_package_that_gets_installed():
   built = tomllib.loads((_ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
   packages = {_name(folder).replace("/", ".") for folder in folders}
   # And the recipes, where protojax/recipes.py looks for them.
-  assert set(built["packages"]) == packages | {"protojax.configs"}
+  assert set(built["packages"]) == packages | {"protojax.configs"}, (
+    "edit packages in pyproject.toml"
+  )
   assert built["package-dir"] == {"protojax.configs": "configs"}
 
 

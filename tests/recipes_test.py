@@ -24,8 +24,11 @@ def test_a_recipe_is_found_by_its_name_from_anywhere(tmp_path, monkeypatch):
   assert recipes.load("quickstart:debug").num_steps == 20
 
 
-def test_every_recipe_has_a_first_line():
+def test_every_recipe_has_a_first_line(tmp_path, monkeypatch):
   assert all(recipes.title(name).endswith(".") for name in recipes.names())
+  monkeypatch.setattr(recipes, "FOLDER", tmp_path)
+  (tmp_path / "half_written.py").write_text("def get_config(")
+  assert recipes.title("half_written") == ""
 
 
 def test_a_recipe_of_one_s_own_shares_the_frame_and_finds_the_modules_beside_it(
