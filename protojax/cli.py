@@ -5,27 +5,24 @@ import difflib
 import errno
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from protojax import errors
 
 
 class _Parser(argparse.ArgumentParser):
-  """argparse prints its usage before an error and ends the process; here an error is one line.
-
-  A flag that does not exist is named with the nearest one, before any that is missing.
-  """
+  """argparse prints its usage before an error and ends the process; here an error is one line."""
 
   def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-    known = [name for name in self._option_string_actions if name.startswith("--")]
+    # Before argparse does: a mistyped flag would be called a missing one.
+    flags = [option for action in self._actions for option in action.option_strings]
     for argument in sys.argv[1:] if args is None else args:
-      name = argument.partition("=")[0]
-      if name == "--":
+      if argument == "--":
         break
-      if name.startswith("--") and name not in known:
-        near = difflib.get_close_matches(name, known, 1)
-        self.error(f"unknown flag {name}" + (f": did you mean {near[0]}" if near else ""))
+      name = argument.partition("=")[0]
+      if name.startswith("--") and name not in flags and (near := nearest(name, flags)):
+        self.error(f"there is no flag {argument}: did you mean {near}?")
     return super().parse_known_args(args, namespace)
 
   def error(self, message: str) -> NoReturn:
@@ -47,6 +44,15 @@ def parser(verb: str, description: str, *, epilog: str = "") -> argparse.Argumen
     allow_abbrev=False,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
+
+
+def nearest(word: str, words: Iterable[str]) -> str | None:
+  """The one of `words` that `word` was probably meant to be.
+
+  >>> nearest("workdr", ["config", "workdir"])
+  'workdir'
+  """
+  return next(iter(difflib.get_close_matches(word, words, 1)), None)
 
 
 # Arguments of the library for which there is a flag of the same name, as messages have them.

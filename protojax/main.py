@@ -174,14 +174,15 @@ def _connect(args: argparse.Namespace) -> None:
       jax.distributed.initialize()
     except ValueError:  # no cluster: a single process
       pass
-  logging.info(
-    "process %d of %d, %d local of %d devices (%s)",
-    jax.process_index(),
-    jax.process_count(),
-    jax.local_device_count(),
-    jax.device_count(),
-    jax.devices()[0].device_kind,
-  )
+  if jax.process_count() > 1:
+    logging.info(
+      "process %d of %d, %d local of %d devices (%s)",
+      jax.process_index(),
+      jax.process_count(),
+      jax.local_device_count(),
+      jax.device_count(),
+      jax.devices()[0].device_kind,
+    )
 
 
 def main(argv: Sequence[str]) -> None:

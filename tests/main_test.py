@@ -70,7 +70,10 @@ def test_mistake_found_after_the_flags_is_one_line_too(tmp_path):
     (["--config=configs/nothing.py", "--workdir=w"], "no file 'configs/nothing.py'"),
     ([f"--config={QUICKSTART}", "--workdir=w", "--config.num_steps=many"], "num_steps"),
     ([f"--config={QUICKSTART}", "--workdir=w", "--config.num_steps"], "num_steps"),
-    (["--config=quickstart", "--wrokdir=x"], "unknown flag --wrokdir: did you mean --workdir"),
+    (["--config=quickstart", "--wrokdir=x"], "no flag --wrokdir=x: did you mean --workdir"),
+    (["--confg=x", "--workdir=w"], "no flag --confg=x: did you mean --config"),
+    (["--config.seed=1", "--workdir=w"], "--config is missing"),
+    (["--config=quickstart", "--workdir=w", "--zzzz=x"], "unrecognized arguments: --zzzz=x"),
     (["--config=quickstart", "--workdir=w", "stray"], "unrecognized arguments: stray"),
   ],
 )

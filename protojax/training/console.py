@@ -4,7 +4,7 @@ import functools
 import math
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 from absl import logging
@@ -68,14 +68,15 @@ class RunLog:
     if self._since is None:  # the first step waits for the compiler, not for the machine
       self._since, self._timed, self._waited = time.perf_counter(), 0, 0.0
 
-  def note(self, text: str) -> None:
-    """One line for people, into train.log and onto the terminal."""
-    self._writer.line(text)
-
   def sync(self) -> None:
     """`flush`, and everything written so far is on the disk."""
     self.flush()
     self._writer.flush()
+
+  def lines(self, lines: Sequence[str]) -> None:
+    """Says lines for people."""
+    for line in lines:
+      self._writer.line(line)
 
   def flush(self) -> None:
     """Handles the metrics that are still on the device."""

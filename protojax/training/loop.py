@@ -131,8 +131,7 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
   with contextlib.ExitStack() as stack:
     stack.enter_context(contextlib.closing(checkpoints))
     log = stack.enter_context(log)
-    if extended:
-      log.note(extended)
+    log.lines(extended)
     if start == config.num_steps and (result := workdirs.read_result(folder)):
       log.summary(result, bank=bank)
       return result

@@ -154,7 +154,7 @@ def refuse_mismatch(before: dict, config) -> None:
     )
 
 
-def extend(folder: pathlib.Path, config, step: int) -> str | None:
+def extend(folder: pathlib.Path, config, step: int) -> list[str]:
   """Makes the run in the folder one of `config.num_steps`, where it was shorter.
 
   The result of the shorter run, eval/final, becomes eval/step_N.
@@ -165,15 +165,15 @@ def extend(folder: pathlib.Path, config, step: int) -> str | None:
     step: updates done.
 
   Returns:
-    What changes, in one line; None where nothing does, and in processes that do not write.
+    The line that says what changes; none where nothing does, and in processes that do not write.
   """
   known = folder / "config.json"
   if jax.process_index() != 0:
-    return None
+    return []
   plain = json.loads(known.read_text())
   differing = _differing(plain, config)
   if not differing:
-    return None
+    return []
   before = configs.restored(plain)
   final = folder / "eval" / "final"
   if final.exists():
@@ -185,11 +185,11 @@ def extend(folder: pathlib.Path, config, step: int) -> str | None:
     return float(rate(step)), float(optim.weight_decay(c, num_steps=c.num_steps)(step))
 
   (lr, decay), (new_lr, new_decay) = rates(before), rates(config)
-  return (
+  return [
     f"extended at step {step}, from here on with the schedules of {config.num_steps} steps: "
     f"learning rate {lr:.3g} -> {new_lr:.3g}, weight decay {decay:.3g} -> {new_decay:.3g}, "
     f"{_listed(differing)}"
-  )
+  ]
 
 
 def claim(workdir: str, config) -> pathlib.Path:

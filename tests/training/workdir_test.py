@@ -112,10 +112,10 @@ def test_a_longer_run_is_refused_with_its_ways_out_unless_it_is_asked_for():
 def test_extending_keeps_the_shorter_run_s_result_and_says_how_the_schedules_jump(tmp_path):
   files.write_json(tmp_path / "config.json", _resolved().to_dict())
   files.write(tmp_path / "eval" / "final" / "result.json", '{"measures": {}}')
-  assert workdir.extend(tmp_path, _resolved(), 100) is None
+  assert workdir.extend(tmp_path, _resolved(), 100) == []
   assert workdir.read_result(tmp_path) is not None
   longer = _resolved(num_steps=200, resume="extend", optim__lr=5e-4)
-  line = workdir.extend(tmp_path, longer, 100)
+  (line,) = workdir.extend(tmp_path, longer, 100)
   # Peak .0005 * 50 / 256; at 100 of 200 steps, 20 of them warm-up, the cosine is at 80 of 180.
   lr = 1e-6 + (5e-4 * 50 / 256 - 1e-6) * (1 + np.cos(np.pi * 80 / 180)) / 2
   assert line == (
@@ -127,7 +127,7 @@ def test_extending_keeps_the_shorter_run_s_result_and_says_how_the_schedules_jum
   assert json.loads((tmp_path / "config.json").read_text())["num_steps"] == 200
   assert workdir.read_result(tmp_path) is None  # or the longer run would count as done
   assert (tmp_path / "eval" / "step_100" / "result.json").exists()
-  assert workdir.extend(tmp_path, longer, 150) is None
+  assert workdir.extend(tmp_path, longer, 150) == []
 
 
 @pytest.mark.parametrize(("limit", "count"), [(0, "5"), (5, "5"), (9, "5"), (3, "3 of 5")])
