@@ -188,7 +188,7 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
   )
   config.teacher = ml_collections.ConfigDict(
     {
-      "momentum": 0.996,  # at the start; a cosine takes it to 1
+      "momentum": 0.996,  # at the start; a cosine takes it to 1, but for PCL
     }
   )
   config.mesh = ml_collections.ConfigDict(
