@@ -1,6 +1,6 @@
 r"""Barlow Twins (arXiv 2103.03230), ResNet-50, ImageNet-1k, 1,000 epochs: the published recipe.
 
-  python -m protojax.main --config=configs/barlow_twins_resnet50.py \
+  protojax train --config=barlow_twins_resnet50 \
     --workdir=runs/barlow_twins_resnet50 --config.data.data_dir=$PROTOJAX_DATA_DIR
 
 The published learning rate of biases and norms, .0048 where that of weights is .2, is here a loss
@@ -9,7 +9,7 @@ times .024: LARS sees the loss's scale in the weight decay only, the others do.
 Cost: not measured here. The authors report 73.5 % linear for their PyTorch code.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

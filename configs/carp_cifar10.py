@@ -2,9 +2,9 @@ r"""CARP (Silva, Ramírez Rivera, NeurIPS 2023) on CIFAR-10, small ViT.
 
 Prototypes are learned or, in mode "gmm", decoupled.
 
-  python -m protojax.main --config=configs/carp_cifar10.py --workdir=runs/carp_cifar10 \
+  protojax train --config=carp_cifar10 --workdir=runs/carp_cifar10 \
     --config.data.data_dir=$PROTOJAX_DATA_DIR
-  python -m protojax.main --config=configs/carp_cifar10.py:gmm --workdir=runs/carp_gmm_cifar10 \
+  protojax train --config=carp_cifar10:gmm --workdir=runs/carp_gmm_cifar10 \
     --config.data.data_dir=$PROTOJAX_DATA_DIR
 
 Cost: 2,000 steps, 13 minutes on two CPU cores that did other work too (394 img/s). CIFAR-10 (JPEG
@@ -13,7 +13,7 @@ copy), seed 0, commit 44e5ee4: used 95.0 %, unique 100 / 100 / 100 / 100 / 96.3 
 93.7 %, k-NN 40.8 %, linear 44.5 %.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

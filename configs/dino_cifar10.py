@@ -1,6 +1,6 @@
 r"""The joint baseline: DINO with learned prototypes on CIFAR-10, small ViT.
 
-  python -m protojax.main --config=configs/dino_cifar10.py --workdir=runs/dino_cifar10 \
+  protojax train --config=dino_cifar10 --workdir=runs/dino_cifar10 \
     --config.data.data_dir=$PROTOJAX_DATA_DIR
 
 Cost: 2,000 steps, 14 minutes on two CPU cores that did other work too (326 img/s). CIFAR-10 (JPEG
@@ -8,7 +8,7 @@ copy), seed 0, commit cdca7fe: unique 100 % at every threshold, used 51.5 %, k-N
 41.2 %.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

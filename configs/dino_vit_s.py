@@ -1,12 +1,12 @@
 r"""DINO (arXiv 2104.14294), ViT-S/16, ImageNet-1k, 100 epochs: the published "vanilla" recipe.
 
-  python -m protojax.main --config=configs/dino_vit_s.py --workdir=runs/dino_vit_s \
+  protojax train --config=dino_vit_s --workdir=runs/dino_vit_s \
     --config.data.data_dir=$PROTOJAX_DATA_DIR
 
 Cost: not measured here. The authors report 69.3 % k-NN and 74.0 % linear for their PyTorch code.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

@@ -3,13 +3,13 @@ r"""DINO-vMF (arXiv 2405.10939), ViT-S/16, ImageNet-1k, 100 epochs: configs/dino
 Prototypes of any norm, read as a mixture of von Mises-Fisher distributions and centred in
 probability space.
 
-  python -m protojax.main --config=configs/dino_vmf_vit_s.py --workdir=runs/dino_vmf_vit_s \
+  protojax train --config=dino_vmf_vit_s --workdir=runs/dino_vmf_vit_s \
     --config.data.data_dir=$PROTOJAX_DATA_DIR
 
 Cost and result: not measured yet.
 """
 
-from configs import common, dino_vit_s
+from protojax.recipes import common, dino_vit_s
 
 
 def get_config(mode: str = ""):

@@ -1,6 +1,6 @@
 r"""FALCON / CPLearn (arXiv 2410.04959) on CIFAR-10, small ViT, the budget of its neighbours.
 
-  python -m protojax.main --config=configs/falcon_cifar10.py --workdir=runs/falcon_cifar10 \
+  protojax train --config=falcon_cifar10 --workdir=runs/falcon_cifar10 \
     --config.data.data_dir=$PROTOJAX_DATA_DIR
 
 4,096 frozen codes of 128 dimensions, 32 times the batch: the loss cannot fall below ln 32 = 3.47.
@@ -11,7 +11,7 @@ copy), seed 0, commit 44e5ee4: loss 8.08, used 4.5 %, unique 100 % at every thre
 linear 43.4 %.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

@@ -1,6 +1,6 @@
 r"""FALCON / CPLearn (arXiv 2410.04959), CIFAR-10, ResNet-18: the recipe of the published code.
 
-  python -m protojax.main --config=configs/falcon_resnet18_cifar10.py \
+  protojax train --config=falcon_resnet18_cifar10 \
     --workdir=runs/falcon_resnet18_cifar10 --config.data.data_dir=$PROTOJAX_DATA_DIR
 
 16,384 codes of 2,048 dimensions behind a tanh, Adam with L2, batches of 64. Ours differs in four
@@ -12,7 +12,7 @@ cosines, as the paper's first version has them, "debug" a minute's run.
 Cost and result: not measured yet. The authors name 8 hours on an A100 for their PyTorch code.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

@@ -1,6 +1,6 @@
 r"""FALCON (arXiv 2410.04959), CIFAR-10, ResNet-8: the small experiments of the paper.
 
-  python -m protojax.main --config=configs/falcon_resnet8_cifar10.py \
+  protojax train --config=falcon_resnet8_cifar10 \
     --workdir=runs/falcon_resnet8_cifar10 --config.data.data_dir=$PROTOJAX_DATA_DIR
 
 16,384 codes of 128 dimensions, compared by cosines; the backbone has no batch norm, the projector
@@ -13,7 +13,7 @@ Cost and result: not measured yet. The authors report NMI .35 over test images a
 with 16,384 clusters of 10,000 images chance alone has an NMI of .353.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

@@ -1,6 +1,6 @@
 r"""FALCON (arXiv 2410.04959), ViT-S/16, ImageNet-1k, 100 epochs.
 
-  python -m protojax.main --config=configs/falcon_vit_s.py --workdir=runs/falcon_vit_s \
+  protojax train --config=falcon_vit_s --workdir=runs/falcon_vit_s \
     --config.data.data_dir=$PROTOJAX_DATA_DIR
 
 65,536 codes of 384 dimensions. More of them cost time and little memory, since they are compared
@@ -13,7 +13,7 @@ Cost and result: not measured yet. The authors report 73.9 % linear for 50,000 c
 500,000, on ImageNet-100.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

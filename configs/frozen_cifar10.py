@@ -1,6 +1,6 @@
 r"""The control: DINO's loss against random prototypes that never move, CIFAR-10, small ViT.
 
-  python -m protojax.main --config=configs/frozen_cifar10.py --workdir=runs/frozen_cifar10 \
+  protojax train --config=frozen_cifar10 --workdir=runs/frozen_cifar10 \
     --config.data.data_dir=$PROTOJAX_DATA_DIR
 
 Cost: 2,000 steps, 12 minutes on two CPU cores that did other work too (363 img/s). CIFAR-10 (JPEG
@@ -8,7 +8,7 @@ copy), seed 0, commit 44e5ee4: used 20.4 %, unique 100 % at every threshold, k-N
 42.5 %.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

@@ -2,9 +2,9 @@ r"""GEDI on CIFAR-10, small ViT; its equations are in protojax/methods/gedi.py.
 
 Mode "" is the form without the generative term; "gen" is the full one.
 
-  python -m protojax.main --config=configs/gedi_cifar10.py --workdir=runs/gedi_cifar10 \
+  protojax train --config=gedi_cifar10 --workdir=runs/gedi_cifar10 \
     --config.data.data_dir=$PROTOJAX_DATA_DIR
-  python -m protojax.main --config=configs/gedi_cifar10.py:gen --workdir=runs/gedi_gen_cifar10 \
+  protojax train --config=gedi_cifar10:gen --workdir=runs/gedi_gen_cifar10 \
     --config.data.data_dir=$PROTOJAX_DATA_DIR
 
 A step of "gen" also runs 20 steps of sampling, forward and backward each, so that mode takes a
@@ -23,7 +23,7 @@ Mode "gen", 9 minutes beside other work, commit 884b383: used 63.3 %, but perple
 it fell to one cluster.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

@@ -1,6 +1,6 @@
 r"""GEDI without the generative term on CIFAR-10, ResNet-18, 1,000 epochs: the released constants.
 
-  python -m protojax.main --config=configs/gedi_resnet18_cifar10.py \
+  protojax train --config=gedi_resnet18_cifar10 \
     --workdir=runs/gedi_resnet18_cifar10 --config.data.data_dir=$PROTOJAX_DATA_DIR
 
 What differs: the loss is the mean over clusters, of both views (--config.method.legacy=True takes
@@ -11,8 +11,8 @@ encoder computes in bfloat16.
 Cost and result: not measured yet.
 """
 
-from configs import common
 from protojax import config as configs
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

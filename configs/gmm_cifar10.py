@@ -1,6 +1,6 @@
 r"""Decoupled prototypes (arXiv 2510.20108) on CIFAR-10, small ViT, DINO's loss.
 
-  python -m protojax.main --config=configs/gmm_cifar10.py --workdir=runs/gmm_cifar10 \
+  protojax train --config=gmm_cifar10 --workdir=runs/gmm_cifar10 \
     --config.data.data_dir=$PROTOJAX_DATA_DIR
 
 Cost: 2,000 steps, 13 minutes on two CPU cores that did other work too (338 img/s). CIFAR-10 (JPEG
@@ -9,7 +9,7 @@ copy), seed 0, commit cdca7fe: used 64.7 %, unique 100 / 100 / 100 / 100 / 98.5 
 unique 100 % at every threshold, k-NN 36.6 %, linear 42.6 %.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

@@ -1,6 +1,6 @@
 r"""Decoupled prototypes (arXiv 2510.20108), ViT-S/16, ImageNet-1k, 100 epochs.
 
-  python -m protojax.main --config=configs/gmm_vit_s.py --workdir=runs/gmm_vit_s \
+  protojax train --config=gmm_vit_s --workdir=runs/gmm_vit_s \
     --config.data.data_dir=$PROTOJAX_DATA_DIR
 
 Cost and result: not measured here (no accelerator at hand when this was written). The paper's
@@ -8,7 +8,7 @@ constants are not public; those of the mixture are our reading of it: per-compon
 both views of the teacher, moved before the loss, weights in the posterior, unit means.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

@@ -2,9 +2,9 @@ r"""iBOT (arXiv 2111.07832) on CIFAR-10, small ViT: DINO plus masked patches, 4 
 
 Prototypes of both kinds of token are learned or, in mode "gmm", decoupled.
 
-  python -m protojax.main --config=configs/ibot_cifar10.py --workdir=runs/ibot_cifar10 \
+  protojax train --config=ibot_cifar10 --workdir=runs/ibot_cifar10 \
     --config.data.data_dir=$PROTOJAX_DATA_DIR
-  python -m protojax.main --config=configs/ibot_cifar10.py:gmm --workdir=runs/ibot_gmm_cifar10 \
+  protojax train --config=ibot_cifar10:gmm --workdir=runs/ibot_gmm_cifar10 \
     --config.data.data_dir=$PROTOJAX_DATA_DIR
 
 Cost: 2,000 steps, 18 minutes on two CPU cores that did other work too; 247 img/s at the end.
@@ -12,7 +12,7 @@ CIFAR-10 (JPEG copy), seed 0, commit 884b383: used 49.7 %, unique 100 % at every
 34.2 %, linear 40.6 %. Mode "gmm": not measured yet.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

@@ -3,13 +3,13 @@ r"""iBOT (arXiv 2111.07832), ViT-S/16, ImageNet-1k, 800 epochs: the published re
 One set of 8,192 prototypes for class and patch tokens, as in the released models, whose norms are
 trained. The learning rate's end, its warm-up and clipping are the defaults of DINO's code.
 
-  python -m protojax.main --config=configs/ibot_vit_s.py --workdir=runs/ibot_vit_s \
+  protojax train --config=ibot_vit_s --workdir=runs/ibot_vit_s \
     --config.data.data_dir=$PROTOJAX_DATA_DIR
 
 Cost: not measured here. The authors report 75.2 % k-NN and 77.9 % linear for their PyTorch code.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

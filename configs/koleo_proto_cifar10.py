@@ -3,7 +3,7 @@ r"""The remedy to compare with: DINO with learned prototypes that KoLeo spreads 
 CIFAR-10, small ViT. The authors' weight is not known to us; .1 is what arXiv 2304.07193 gives KoLeo
 on features. Others to try: .01 and 1, with --config.method.koleo_proto.
 
-  python -m protojax.main --config=configs/koleo_proto_cifar10.py \
+  protojax train --config=koleo_proto_cifar10 \
     --workdir=runs/koleo_proto_cifar10 --config.data.data_dir=$PROTOJAX_DATA_DIR
 
 Cost: 2,000 steps, 13 minutes on two CPU cores that did other work too; 353 img/s at the end.
@@ -11,7 +11,7 @@ CIFAR-10 (JPEG copy), seed 0, commit 884b383: used 52.1 %, unique 100 % at every
 35.5 %, linear 41.2 %.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

@@ -2,9 +2,9 @@ r"""MSN (arXiv 2204.07141) on CIFAR-10, small ViT: two of sixteen patches are le
 
 Prototypes are learned or, in mode "gmm", decoupled.
 
-  python -m protojax.main --config=configs/msn_cifar10.py --workdir=runs/msn_cifar10 \
+  protojax train --config=msn_cifar10 --workdir=runs/msn_cifar10 \
     --config.data.data_dir=$PROTOJAX_DATA_DIR
-  python -m protojax.main --config=configs/msn_cifar10.py:gmm --workdir=runs/msn_gmm_cifar10 \
+  protojax train --config=msn_cifar10:gmm --workdir=runs/msn_gmm_cifar10 \
     --config.data.data_dir=$PROTOJAX_DATA_DIR
 
 Cost: 2,000 steps, 13 minutes on two CPU cores that did other work too; 245 img/s at the end.
@@ -12,7 +12,7 @@ CIFAR-10 (JPEG copy), seed 0, commit 884b383: used 85.4 %, unique 100 % at .25, 
 39.5 %, linear 43.9 %. Mode "gmm": not measured yet.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

@@ -1,6 +1,6 @@
 r"""MSN (arXiv 2204.07141), ViT-S/16, ImageNet-1k, 800 epochs: the constants of the published code.
 
-  python -m protojax.main --config=configs/msn_vit_s.py --workdir=runs/msn_vit_s \
+  protojax train --config=msn_vit_s --workdir=runs/msn_vit_s \
     --config.data.data_dir=$PROTOJAX_DATA_DIR
 
 What differs is in protojax/methods/msn.py; the warm-up starts at 0, there at a fifth of the peak.
@@ -8,7 +8,7 @@ What differs is in protojax/methods/msn.py; the warm-up starts at 0, there at a 
 Cost and result: not measured here.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

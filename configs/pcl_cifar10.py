@@ -1,6 +1,6 @@
 r"""PCL (arXiv 2005.04966) on CIFAR-10, small ViT, clusters of 250, 500 and 1,000.
 
-  python -m protojax.main --config=configs/pcl_cifar10.py --workdir=runs/pcl_cifar10 \
+  protojax train --config=pcl_cifar10 --workdir=runs/pcl_cifar10 \
     --config.data.data_dir=$PROTOJAX_DATA_DIR
 
 Two views instead of four: the method has no small crops. Five epochs, of which the first has no
@@ -11,7 +11,7 @@ CIFAR-10 (JPEG copy), seed 0, commit 884b383: used 100 %, unique 99.7 % at .025,
 38.0 %, linear 42.3 %.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

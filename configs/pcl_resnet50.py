@@ -1,13 +1,13 @@
 r"""PCL v2 (arXiv 2005.04966), ResNet-50, ImageNet-1k, 200 epochs: the published constants.
 
-  python -m protojax.main --config=configs/pcl_resnet50.py --workdir=runs/pcl_resnet50 \
+  protojax train --config=pcl_resnet50 --workdir=runs/pcl_resnet50 \
     --config.data.data_dir=$PROTOJAX_DATA_DIR
 
 The augmentation is the usual one of contrastive learning, not checked against the authors' code.
 Cost: not measured here. The authors report 67.6 % linear for their PyTorch code.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

@@ -1,12 +1,12 @@
 r"""Two minutes on a laptop: decoupled prototypes on the handwritten digits of scikit-learn.
 
-  python -m protojax.main --config=configs/quickstart.py --workdir=runs/quickstart
+  protojax train --config=quickstart --workdir=runs/quickstart
 
 Cost: 2 min 8 s on two CPU cores at 460 img/s, 2 min 50 s with the installation. k-NN 62.0 %, linear
 92.4 %, 18 % of the prototypes used, verdict ok; seed 0, commit 507166e.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

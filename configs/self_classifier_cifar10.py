@@ -2,9 +2,9 @@ r"""Self-Classifier (arXiv 2103.10994) on CIFAR-10, small ViT.
 
 The classifier is learned or, in mode "gmm", a decoupled mixture.
 
-  python -m protojax.main --config=configs/self_classifier_cifar10.py \
+  protojax train --config=self_classifier_cifar10 \
     --workdir=runs/self_classifier_cifar10 --config.data.data_dir=$PROTOJAX_DATA_DIR
-  python -m protojax.main --config=configs/self_classifier_cifar10.py:gmm \
+  protojax train --config=self_classifier_cifar10:gmm \
     --workdir=runs/self_classifier_gmm_cifar10 --config.data.data_dir=$PROTOJAX_DATA_DIR
 
 Two global and two local views and the form of the head as published for ImageNet (no recipe for
@@ -16,7 +16,7 @@ Cost: 2,000 steps, 10 minutes on two CPU cores at 452 img/s. CIFAR-10 (JPEG copy
 46.4 %. Mode "gmm": not measured yet.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

@@ -1,6 +1,6 @@
 r"""Self-Classifier (arXiv 2103.10994), ResNet-50, ImageNet-1k, 100 epochs: the published recipe.
 
-  python -m protojax.main --config=configs/self_classifier_resnet50.py \
+  protojax train --config=self_classifier_resnet50 \
     --workdir=runs/self_classifier_resnet50 --config.data.data_dir=$PROTOJAX_DATA_DIR
 
 Four classifiers; two global and six local views. What differs: a batch of 4,096, where the authors
@@ -11,7 +11,7 @@ starts at .2.
 Cost: not measured here. The authors report 72.4 % linear for their PyTorch code (800 epochs: 74.1).
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

@@ -2,9 +2,9 @@ r"""SwAV (arXiv 2006.09882) on CIFAR-10, small ViT.
 
 Prototypes are learned or, in mode "gmm", decoupled.
 
-  python -m protojax.main --config=configs/swav_cifar10.py --workdir=runs/swav_cifar10 \
+  protojax train --config=swav_cifar10 --workdir=runs/swav_cifar10 \
     --config.data.data_dir=$PROTOJAX_DATA_DIR
-  python -m protojax.main --config=configs/swav_cifar10.py:gmm --workdir=runs/swav_gmm_cifar10 \
+  protojax train --config=swav_cifar10:gmm --workdir=runs/swav_gmm_cifar10 \
     --config.data.data_dir=$PROTOJAX_DATA_DIR
 
 With the published queue (30 batches, from the second epoch) and epsilon .05 a run at commit 71baab8
@@ -16,7 +16,7 @@ CIFAR-10 (JPEG copy), seed 0, commit 507166e: used 85.5 %, unique 100 % at every
 every threshold, k-NN 39.4 %, linear 43.5 %.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

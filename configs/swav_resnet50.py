@@ -1,6 +1,6 @@
 r"""SwAV (arXiv 2006.09882), ResNet-50, ImageNet-1k: the published recipe for a batch of 256.
 
-  python -m protojax.main --config=configs/swav_resnet50.py --workdir=runs/swav_resnet50 \
+  protojax train --config=swav_resnet50 --workdir=runs/swav_resnet50 \
     --config.data.data_dir=$PROTOJAX_DATA_DIR
 
 The length, 200 epochs, is a choice, not a constant of the method. The published recipe for a batch
@@ -10,7 +10,7 @@ of 4,096 differs in: optim.lr=.3 (per 256), optim.final_lr=.0048, optim.warmup_e
 Cost and result: not measured yet.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

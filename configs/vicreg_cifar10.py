@@ -1,6 +1,6 @@
 r"""VICReg (arXiv 2105.04906) on CIFAR-10, small ViT.
 
-  python -m protojax.main --config=configs/vicreg_cifar10.py --workdir=runs/vicreg_cifar10 \
+  protojax train --config=vicreg_cifar10 --workdir=runs/vicreg_cifar10 \
     --config.data.data_dir=$PROTOJAX_DATA_DIR
 
 Views, head and optimizer are those of common.redundancy_cifar10; the weights are solo-learn's.
@@ -9,7 +9,7 @@ Cost: 2,000 steps, 15 minutes on two CPU cores that did other work too; 522 img/
 CIFAR-10 (JPEG copy), seed 0, commit 507166e: loss 33.5, k-NN 48.1 %, linear 48.0 %.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

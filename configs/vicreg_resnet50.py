@@ -1,6 +1,6 @@
 r"""VICReg (arXiv 2105.04906), ResNet-50, ImageNet-1k, 1,000 epochs: the published recipe.
 
-  python -m protojax.main --config=configs/vicreg_resnet50.py --workdir=runs/vicreg_resnet50 \
+  protojax train --config=vicreg_resnet50 --workdir=runs/vicreg_resnet50 \
     --config.data.data_dir=$PROTOJAX_DATA_DIR
 
 The variance terms are averaged over the views, as in the authors' code. They advise optim.lr=.3 for
@@ -9,7 +9,7 @@ a batch of 512 and .5 for 256.
 Cost: not measured here. The authors report 73.2 % linear for their PyTorch code.
 """
 
-from configs import common
+from protojax.recipes import common
 
 
 def get_config(mode: str = ""):

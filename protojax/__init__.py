@@ -8,7 +8,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-  from protojax import config, data, errors, losses, methods, metrics, prototypes, schedules
+  from protojax import (
+    config,
+    data,
+    errors,
+    losses,
+    methods,
+    metrics,
+    prototypes,
+    recipes,
+    schedules,
+  )
   from protojax.api import diagnose, train
   from protojax.pretrained import load
   from protojax.prototypes import mixture
@@ -27,6 +37,7 @@ __all__ = [
   "mixture",
   "online_em",
   "prototypes",
+  "recipes",
   "schedules",
   "train",
 ]

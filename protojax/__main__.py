@@ -1,31 +1,38 @@
 """`protojax VERB ...` and `python -m protojax VERB ...`: the programs under one name."""
 
+import difflib
+import os
 import runpy
 import sys
 
 VERBS = {
-  "prepare": "CIFAR, or images of yours at the size that training stores",
-  "main": "train a run, or go on with one",
+  "train": "train a run, or go on with one",
   "evaluate": "accuracy of a run's features, with the protocol beside it",
   "doctor": "are prototypes copies, and are they used; also what a log says",
   "report": "one HTML page about a run or several",
   "convert": "weights from other libraries and to them",
   "embed": "features of every image of a folder or data set",
+  "prepare": "CIFAR, or images of yours at the size that training stores",
 }
+MODULES = {verb: verb for verb in VERBS} | {"train": "main"}  # in protojax/
 
 
 def run() -> None:
-  """Runs the program that the first argument names, as `python -m protojax.VERB` would."""
+  """Runs the program that the first argument names, as `python -m protojax.MODULE` would."""
   verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
-  if verb in VERBS:
+  if verb in (*VERBS, "main"):
+    if os.getcwd() not in sys.path:  # as under `python -m`: for modules of the user's own
+      sys.path.append(os.getcwd())
     del sys.argv[1]
-    runpy.run_module(f"protojax.{verb}", run_name="__main__", alter_sys=True)
+    runpy.run_module(f"protojax.{MODULES.get(verb, verb)}", run_name="__main__", alter_sys=True)
     return
   lines = "\n".join(f"  {name:<9} {what}" for name, what in VERBS.items())
   if verb in ("--help", "-h"):
     print(f"protojax VERB ..., each with --help\n\n{lines}")
     return
-  print(f"protojax: there is no {verb!r}: choose {', '.join(VERBS)}", file=sys.stderr)
+  near = difflib.get_close_matches(verb, VERBS, 1)
+  hint = f"did you mean {near[0]}?" if near else f"choose {', '.join(VERBS)}"
+  print(f"protojax: there is no {verb!r}: {hint}", file=sys.stderr)
   sys.exit(2)
 
 

@@ -1,4 +1,4 @@
-"""What the programs `python -m protojax.<verb>` share: one line for a mistake, no traceback."""
+"""What the programs `protojax <verb>` share: one line for a mistake, no traceback."""
 
 import argparse
 import difflib
@@ -30,16 +30,18 @@ class _Parser(argparse.ArgumentParser):
     raise errors.UserError(f"{message}; {self.prog} --help shows what there is")
 
 
-def parser(verb: str, description: str) -> argparse.ArgumentParser:
-  """A parser for `python -m protojax.<verb>` that raises UserError for a mistake.
+def parser(verb: str, description: str, *, epilog: str = "") -> argparse.ArgumentParser:
+  """A parser for `protojax <verb>` that raises UserError for a mistake.
 
   Args:
-    verb: name of the module.
+    verb: as in `protojax.__main__.VERBS`.
     description: what --help says first, kept as it is written.
+    epilog: what --help says last, likewise.
   """
   return _Parser(
-    prog=f"python -m protojax.{verb}",
+    prog=f"protojax {verb}",
     description=description,
+    epilog=epilog,
     allow_abbrev=False,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )

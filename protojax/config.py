@@ -36,13 +36,17 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
   # Microbatches of the encoder's forward inside one exact loss; another number on resume redraws
   # drop path.
   config.accum_steps = 1
-  config.resume = "auto"  # or "never": refuse a workdir that holds a run
+  # auto; never: refuse a workdir that holds a run; extend: go on with a larger num_steps or
+  # num_epochs, and from there on with the schedules of a run of that length.
+  config.resume = "auto"
   config.overwrite = False  # delete the run in the workdir first
   config.init_from = config_dict.placeholder(str)  # exported/encoder.safetensors of another run
   config.log_every = 50
   config.save_every = 1000
   config.eval_every = 5000
   config.keep_checkpoints = 2
+  # Project at Weights & Biases that gets the numbers too: pip install "protojax[wandb]"; None: off.
+  config.wandb = config_dict.placeholder(str)
 
   config.data = ml_collections.ConfigDict(
     {
@@ -185,10 +189,20 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
       "beta2": 0.999,
     }
   )
-  config.teacher = ml_collections.ConfigDict({"momentum": 0.996})
-  # rules: ((regular expression, "replicate" | "fsdp" | "prototypes" | "dictionary" | "rows"), ...)
-  # over the state's paths, first match wins; () takes sharding.DEFAULT_RULES.
-  config.mesh = ml_collections.ConfigDict({"data": -1, "model": 1, "rules": ()})
+  config.teacher = ml_collections.ConfigDict(
+    {
+      "momentum": 0.996,  # at the start; a cosine takes it to 1, but for PCL
+    }
+  )
+  config.mesh = ml_collections.ConfigDict(
+    {
+      "data": -1,
+      "model": 1,
+      # ((regular expression, "replicate" | "fsdp" | "prototypes" | "dictionary" | "rows"), ...)
+      # over the state's paths, first match wins; () takes sharding.DEFAULT_RULES.
+      "rules": (),
+    }
+  )
   return config
 
 
@@ -213,7 +227,7 @@ def restored(plain: dict[str, Any]) -> ml_collections.ConfigDict:
   return config
 
 
-def switch_method(config: ml_collections.ConfigDict, name: str, chosen: Sequence[str] = ()) -> None:
+def switch_method(config: ml_collections.ConfigDict, name: str) -> None:
   """Makes a recipe one of another method, in place, with that method's settings at their defaults.
 
   Settings of its own that the method before had go; those that every method has stay, unless the
@@ -222,7 +236,6 @@ def switch_method(config: ml_collections.ConfigDict, name: str, chosen: Sequence
   Args:
     config: of a recipe.
     name: as `methods.load` takes it.
-    chosen: settings of `config.method` that are not to be touched, because the user gave them.
 
   Raises:
     UserError: if there is no such method.
@@ -232,7 +245,7 @@ def switch_method(config: ml_collections.ConfigDict, name: str, chosen: Sequence
   with config.unlocked(), config.ignore_type():
     for key in set(config.method) - set(fresh):
       del config.method[key]
-    for key in (before.keys() | after.keys() | {"name"}) - set(chosen):
+    for key in before.keys() | after.keys() | {"name"}:
       if key in fresh:
         config.method[key] = fresh[key]
 

@@ -1,147 +1,174 @@
-"""python -m protojax.main --config=configs/NAME.py --workdir=FOLDER [--config.KEY=VALUE ...]"""
+"""Trains: protojax train --config=RECIPE --workdir=FOLDER [--config.KEY=VALUE ...]"""
 
-import importlib.util
+import argparse
+import faulthandler
 import pathlib
+import re
+import shlex
 import sys
+import textwrap
+from collections.abc import Sequence
 
 import ml_collections
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 
-from protojax import cli, errors
+from protojax import cli, errors, methods, recipes, trees
 from protojax import config as configs
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, NAME.py or NAME.py:debug.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; resumed if it holds one.")
-_COORDINATOR = flags.DEFINE_string(
-  "coordinator_address", None, "host:port of process 0, where no cluster is detected."
-)
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator_address.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator_address.")
+_DESCRIPTION = """\
+Trains a run, or goes on with the one that the workdir holds.
+
+  protojax train --config=quickstart --workdir=runs/quickstart
+  protojax train --config=gmm_vit_s --workdir=runs/own --config.data.name=folder \\
+    --config.data.data_dir=IMAGES --config.optim.lr=1e-3 --config.augment.mean='(.5, .5, .5)'
+
+Every setting of a recipe can be changed by --config.KEY=VALUE. All of them, with the values that a
+run would have:
+
+  protojax train --config=gmm_vit_s --help
+
+NAME:debug is the recipe NAME as a minute's run on a CPU, on the digits of scikit-learn. A recipe of
+your own is a file: --config=path/to/file.py. `python -m protojax.main` is the same program."""
+_EXAMPLE = "protojax train --config=quickstart --workdir=runs/quickstart"
+
+load = recipes.load  # what programs called it before it had a module
 
 
-def load(path: str) -> ml_collections.ConfigDict:
-  """The config of "file.py" or "file.py:argument".
-
-  Raises:
-    UserError: if there is no such file or no `get_config` in it.
-  """
-  name, _, argument = path.partition(":")
-  if not pathlib.Path(name).is_file():
-    near = ", ".join(sorted(str(p) for p in pathlib.Path("configs").glob("*.py")))
-    raise errors.UserError(
-      f"--config={path}: no file {name!r} here" + (f"; there are {near}" if near else "")
-    )
-  # Recipes share code as `from configs import common`, from wherever the program is started.
-  clone = str(pathlib.Path(name).resolve().parent.parent)
-  if clone not in sys.path:
-    sys.path.append(clone)
-  spec = importlib.util.spec_from_file_location("protojax_recipe", name)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  if not hasattr(module, "get_config"):
-    raise errors.UserError(f"--config={path}: {name} defines no get_config(mode)")
-  return module.get_config(argument) if argument else module.get_config()
+def _parser(list_recipes: bool) -> argparse.ArgumentParser:
+  listed = [
+    textwrap.fill(f"  {name:<25}{recipes.title(name)}", 100, subsequent_indent=" " * 27)
+    for name in (recipes.names() if list_recipes else ())
+  ]
+  parser = cli.parser("train", _DESCRIPTION, epilog="\n".join(["recipes:", *listed]))
+  parser.usage = "protojax train --config=RECIPE --workdir=FOLDER [--config.KEY=VALUE ...]"
+  parser.add_argument("--config", metavar="RECIPE", help="NAME, FILE.py, NAME:debug")
+  parser.add_argument("--workdir", help="folder of this run; resumed if it holds one")
+  parser.add_argument("--config.KEY", metavar="VALUE", help="changes a setting of the recipe")
+  parser.add_argument(
+    "--coordinator_address", help="host:port of process 0, where no cluster is detected"
+  )
+  parser.add_argument("--num_processes", type=int, help="with --coordinator_address")
+  parser.add_argument("--process_id", type=int, help="with --coordinator_address")
+  return parser
 
 
-def parse(argv: list[str]) -> list[str]:
-  """absl's parser, with one line for a mistake instead of its traceback.
+def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, argparse.Namespace]:
+  """(the recipe with the settings that were typed, the other flags).
+
+  Args:
+    argv: the command line after the name of the program.
 
   Raises:
     UserError: for a missing or unknown flag, an unknown config key (with the nearest one) or a
       value of the wrong type.
+    SystemExit: after --help.
   """
-  if any(a in ("--help", "--helpfull", "-h", "--helpshort") for a in argv):
-    return flags.FLAGS(argv)
-  given = _given(argv)
-  for name in ("config", "workdir"):
-    if not given.get(name):
-      unknown = (key for key in given if key not in flags.FLAGS and not key.startswith("config."))
-      near = cli.nearest(name, unknown)
-      if near:
-        raise errors.UserError(f"there is no flag --{near}: did you mean --{name}?")
+  typed, others = _split(argv)
+  help_wanted = any(a in ("--help", "-h") for a in others)
+  of_recipe = help_wanted and any(a.startswith("--config") for a in others)
+  if of_recipe:
+    others = [a for a in others if a not in ("--help", "-h")]
+  args = _parser(list_recipes=help_wanted).parse_args(others)
+  for name in ("config", *["workdir"] * (not of_recipe)):
+    if not getattr(args, name):
       raise errors.UserError(
-        f"--{name} is missing: python -m protojax.main --config=configs/quickstart.py "
-        "--workdir=runs/quickstart"
+        f"--{name} is missing: {_EXAMPLE}; protojax train --help lists recipes and settings"
       )
-  config = load(given["config"])
-  overrides = [k.removeprefix("config.") for k in given if k.startswith("config.")]
-  before, name = config.method.name, given.get("config.method.name", config.method.name)
-  chosen = [k.removeprefix("method.") for k in overrides if k.startswith("method.")]
-  if name != before:
+  config = load(args.config)
+  given = dict(typed)
+  if (name := given.get("method.name") or config.method.name) != config.method.name:
     configs.switch_method(config, name)
-  configs.check_keys(overrides, config)
+  configs.check_keys(list(given), config)
+  _change(config, typed)
+  # A length that is typed takes the place of the recipe's; two typed ones contradict each other.
+  for one, other in (("num_steps", "num_epochs"), ("num_epochs", "num_steps")):
+    if one in given and other not in given and config[one]:
+      config[other] = 0
+  if of_recipe:
+    print(settings(config))
+    raise SystemExit(0)
+  return config, args
+
+
+def _split(argv: Sequence[str]) -> tuple[list[tuple[str, str | None]], list[str]]:
+  """([(key, value)] of the --config.KEY=VALUE and --config.KEY VALUE, all other arguments)."""
+  typed, others, rest = [], [], list(argv)
+  while rest:
+    argument = rest.pop(0)
+    if not argument.startswith("--config."):
+      others.append(argument)
+      continue
+    key, separator, value = argument.removeprefix("--config.").partition("=")
+    if not separator:  # a switch that is turned on may stand alone
+      value = rest.pop(0) if rest and not rest[0].startswith("--") else None
+    typed.append((key, value))
+  return typed, others
+
+
+def _change(config: ml_collections.ConfigDict, typed: list[tuple[str, str | None]]) -> None:
+  """Sets what was typed, in place, as the type that is there; None where that is the default."""
+  usual = trees.flat(configs.default(config.method.name))
+  none = [k for k, value in typed if value == "None" and usual.get(k, "") is None]
+  config.update_from_flattened_dict(dict.fromkeys(none))
+  rest = [(k, value) for k, value in typed if k not in none]
+  own = ["train", *(f"--config.{k}" + (f"={v}" if v is not None else "") for k, v in rest)]
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=own)
   try:
-    if name == before:
-      return flags.FLAGS(argv)
-    return _parse_switched(argv, given, before, chosen)
-  except errors.UserError:
-    raise
-  except flags.UnrecognizedFlagError as error:
-    near = cli.nearest(error.flagname, flags.FLAGS)
-    hint = f"did you mean --{near}?" if near else "--help shows what there is"
-    raise errors.UserError(f"there is no flag --{error.flagname}: {hint}") from None
+    values(own)
   except (flags.Error, TypeError, ValueError, AttributeError, KeyError) as error:
     raise errors.UserError(" ".join(str(error).split())) from None
 
 
-def _parse_switched(
-  argv: list[str], given: dict[str, str], before: str, chosen: list[str]
-) -> list[str]:
-  """Parses a command line that names another method than the recipe's, `before`.
-
-  The recipe's config has no flags for settings that only the new method has: they are set on their
-  own, after the switch.
-  """
-  of_recipe = load(given["config"]).method
-  new = [k for k in chosen if k not in of_recipe]
-  command, sys.argv = sys.argv, _without(argv, [f"config.method.{k}" for k in new])
-  try:  # config_flags looks there for the flags of a config
-    rest = flags.FLAGS(sys.argv)
-  finally:
-    sys.argv = command
-  config = _CONFIG.value
-  name, config.method.name = config.method.name, before
-  configs.switch_method(config, name, chosen=[k for k in chosen if k not in (*new, "name")])
-  own = ["main", *(f"--method.{k}={given[f'config.method.{k}']}" for k in new)]
-  values = flags.FlagValues()
-  config_flags.DEFINE_config_dict("method", config.method, flag_values=values, sys_argv=own)
-  values(own)
-  return rest
+def settings(config: ml_collections.ConfigDict) -> str:
+  """Every setting of a config as the flag that would set it, with what its source says of it."""
+  known = trees.flat(config)
+  usual = trees.flat(configs.default(config.method.name))
+  said = _remarks(pathlib.Path(configs.__file__).read_text(encoding="utf-8"))
+  options = pathlib.Path(methods.load(config.method.name).__file__).read_text(encoding="utf-8")
+  said |= _remarks(options.partition("\nOPTIONS = {")[2].partition("\n}")[0], "method.")
+  lines = []
+  for key, value in sorted(known.items(), key=lambda item: "." in item[0]):
+    section = key.rpartition(".")[0]
+    if section and not (lines and lines[-1].startswith(f"  --config.{section}.")):
+      lines += ["", *textwrap.wrap(said.get(section, ""), 96, initial_indent="  # ")]
+    remark = said.get(key, "")
+    if key in usual and value != usual[key]:
+      remark = (remark.rstrip(".") + "; " if remark else "") + f"default: {usual[key]}"
+    line = f"  --config.{key}={shlex.quote(str(value))}"
+    if len(line) + len(remark) + 4 > 100:
+      lines += textwrap.wrap(remark, 96, initial_indent="  # ", subsequent_indent="  # ")
+      remark = ""
+    lines.append(f"{line}  # {remark}" if remark else line)
+  return "\n".join(lines)
 
 
-def _given(argv: list[str]) -> dict[str, str]:
-  """{name: value} of the flags --name=value and --name value."""
-  given = {}
-  for i, argument in enumerate(argv[1:], 1):
-    if argument.startswith("-"):
-      key, separator, value = argument.lstrip("-").partition("=")
-      given[key] = value if separator else (argv[i + 1] if i + 1 < len(argv) else "")
-  return given
+def _remarks(source: str, section: str = "") -> dict[str, str]:
+  """{"optim.lr": "per 256 images"} of the comments beside and above the keys in `config.py`."""
+  found, above = {}, []
+  for line in source.splitlines():
+    code, _, remark = (part.strip() for part in line.partition("# "))
+    opened = re.match(r"config\.(\w+) = ml_collections\.ConfigDict\(", code)
+    key = re.match(r'config\.(\w+) = |"(\w+)": ', code)
+    if opened:
+      section = f"{opened[1]}."
+    elif key and (text := " ".join([*above, remark]).strip()):
+      found[section + (key[1] or key[2])] = text
+    elif code == "{" and remark:
+      found[section.rstrip(".")] = remark
+    above = [*above, remark] if remark and not code else []
+  return found
 
 
-def _without(argv: list[str], names: list[str]) -> list[str]:
-  """The command line without some flags and their values."""
-  kept, skip = argv[:1], False
-  for argument in argv[1:]:
-    name, separator, _ = argument.lstrip("-").partition("=")
-    if skip:
-      skip = False
-    elif argument.startswith("-") and name in names:
-      skip = not separator
-    else:
-      kept.append(argument)
-  return kept
-
-
-def _connect() -> None:
+def _connect(args: argparse.Namespace) -> None:
   """Joins the cluster that the flags or the environment name; one process is fine too."""
   import jax
 
-  if _COORDINATOR.value:
-    if _NUM_PROCESSES.value is None or _PROCESS_ID.value is None:
+  if args.coordinator_address:
+    if args.num_processes is None or args.process_id is None:
       raise errors.UserError("--coordinator_address needs --num_processes and --process_id too")
-    jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    jax.distributed.initialize(args.coordinator_address, args.num_processes, args.process_id)
   else:
     try:
       jax.distributed.initialize()
@@ -158,15 +185,18 @@ def _connect() -> None:
     )
 
 
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise errors.UserError(f"unexpected argument {argv[1]!r}: flags start with --")
-  _connect()
+def main(argv: Sequence[str]) -> None:
+  """The program; see --help."""
+  config, args = parse(argv)
+  faulthandler.enable(sys.__stderr__)
+  flags.FLAGS(["protojax"])  # absl's own, at their defaults: its log waits for them
+  logging.use_absl_handler()
+  logging.set_verbosity(logging.INFO)
+  _connect(args)
   from protojax import api
 
-  api.train(_CONFIG.value, _WORKDIR.value)
+  api.train(config, args.workdir)
 
 
 if __name__ == "__main__":
-  logging.set_verbosity(logging.INFO)
-  app.run(lambda argv: cli.guarded(main, argv), flags_parser=lambda argv: cli.guarded(parse, argv))
+  cli.guarded(main, sys.argv[1:])

@@ -116,7 +116,7 @@ def test_flags_that_do_not_parse_are_one_line():
   for argv, words in ((["--limit=x"], "invalid int value: 'x'"), (["--lim=1"], "--lim=1")):
     with pytest.raises(errors.UserError, match=words) as caught:
       parser.parse_args(argv)
-    assert str(caught.value).endswith("; python -m protojax.embed --help shows what there is")
+    assert str(caught.value).endswith("; protojax embed --help shows what there is")
 
 
 @pytest.mark.parametrize(
@@ -188,27 +188,36 @@ def _together(monkeypatch, *arguments):
   __main__.run()
 
 
-def test_one_command_holds_every_program(monkeypatch, capsys):
+def _refused(monkeypatch, capsys, *arguments):
+  """The one line of `protojax` with these arguments."""
+  for module in __main__.MODULES.values():  # runpy would warn
+    monkeypatch.delitem(sys.modules, f"protojax.{module}", raising=False)
+  with pytest.raises(SystemExit) as stopped:
+    _together(monkeypatch, *arguments)
+  assert stopped.value.code == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  return line
+
+
+def test_one_command_holds_every_program(monkeypatch, capsys, tmp_path):
   _together(monkeypatch)
   described = capsys.readouterr().out
+  assert described.splitlines()[2:] == [f"  {v:<9} {what}" for v, what in __main__.VERBS.items()]
+  for module in __main__.MODULES.values():
+    assert importlib.util.find_spec(f"protojax.{module}")
+  monkeypatch.setattr(sys, "path", list(sys.path))
+  monkeypatch.chdir(tmp_path)
+  line = _refused(monkeypatch, capsys, "doctor", "nowhere.pth")
+  assert line.startswith("protojax: there is no nowhere.pth: ")
+  assert str(tmp_path) in sys.path  # as under `python -m`: what the user's own modules lie in
   for verb in __main__.VERBS:
-    assert f"\n  {verb} " in described
-    assert importlib.util.find_spec(f"protojax.{verb}")
-  monkeypatch.delitem(sys.modules, "protojax.doctor", raising=False)  # runpy would warn
-  with pytest.raises(SystemExit) as stopped:
-    _together(monkeypatch, "doctor", "nowhere.pth")
-  assert stopped.value.code == 2
-  assert capsys.readouterr().err.startswith("protojax: there is no nowhere.pth: ")
-  for verb in ("evaluate", "doctor", "report", "convert", "embed"):
-    monkeypatch.delitem(sys.modules, f"protojax.{verb}", raising=False)
-    with pytest.raises(SystemExit) as stopped:
-      _together(monkeypatch, verb, "--nonsense")
-    assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("protojax: ") and f"protojax.{verb} --help" in line
-  with pytest.raises(SystemExit) as stopped:
-    _together(monkeypatch, "docter")
-  assert stopped.value.code == 2
-  assert capsys.readouterr().err.splitlines() == [
-    f"protojax: there is no 'docter': choose {', '.join(__main__.VERBS)}"
-  ]
+    line = _refused(monkeypatch, capsys, verb, "--nonsense")
+    assert line.startswith("protojax: ") and f"protojax {verb} --help" in line
+
+
+def test_a_verb_that_does_not_exist_is_named_with_the_nearest(monkeypatch, capsys):
+  for typed, hint in (
+    ("docter", "did you mean doctor?"),
+    ("xyz", f"choose {', '.join(__main__.VERBS)}"),
+  ):
+    assert _refused(monkeypatch, capsys, typed) == f"protojax: there is no {typed!r}: {hint}"

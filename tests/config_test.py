@@ -77,7 +77,7 @@ def test_unknown_mode_of_a_recipe_names_those_it_has():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_recipe_says_its_command(path):
   text = path.read_text()
-  assert f"--config=configs/{path.name}" in text.split('"""')[1]
+  assert f"protojax train --config={path.stem}" in text.split('"""')[1]
 
 
 def test_unknown_key_names_the_nearest():

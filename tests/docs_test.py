@@ -28,6 +28,7 @@ from PIL import Image
 
 from benchmarks import cifar10, collapse_zoo
 from benchmarks.accelerator import collect
+from protojax import __main__, main
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
@@ -50,7 +51,7 @@ def commands(page: pathlib.Path) -> list[str]:
   blocks = re.findall(r"^```(?:bash|sh|shell)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
   without = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
   blocks += re.findall(r"(?<=\n\n)(?:    \S.*\n)+", without)
-  blocks += re.findall(r"`((?:python|pip|bash) [^`]+)`", without)
+  blocks += re.findall(r"`((?:python|pip|bash|protojax) [^`A-Z][^`]*)`", without)
   lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
   lines = [" ".join(shlex.split(line, comments=True, posix=False)) for line in lines]
   return [part.strip() for line in lines for part in line.split("&&") if part.strip()]
@@ -143,11 +144,19 @@ def run(command: str, cwd: pathlib.Path, capsys) -> None:
       assert '" -m mypy ' in (ROOT / "launch" / "test.sh").read_text()  # which runs it
     case ["python", "-m", "pytest", *rest]:
       _python(["-m", "pytest", "-q", "--collect-only", *rest], ROOT)
+    case ["protojax", verb, *rest] if verb in __main__.MODULES:
+      run(shlex.join(["python", "-m", f"protojax.{__main__.MODULES[verb]}", *rest]), cwd, capsys)
+    case ["python", "-m", "protojax.main", *_, "--help"]:
+      with pytest.raises(SystemExit):
+        main.main(words[3:])
     case ["python", "-m", "protojax.main", *rest]:
-      debug = [w + ":debug" if re.fullmatch(r"--config=[^:]*\.py", w) else w for w in rest]
+      debug = [w + ":debug" if re.fullmatch(r"--config=[^:]*", w) else w for w in rest]
       prepared = f"--config.data.data_dir={_DATA}" in rest  # CIFAR-10: 10,000 test images
       few = ["--config.data.name=cifar10", "--config.probe.test_split=test[:40]"] * prepared
-      _python(["-m", "protojax.main", *debug, *_SHORT, *few], cwd)
+      with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        patch.setattr(main, "_connect", lambda args: None)  # to a cluster, before JAX has started
+        main.main([*debug, *_SHORT, *few])
     case ["python", "-m", "protojax.prepare", "cifar10" | "cifar100", *_]:
       pass  # downloads; the training that follows finds the set prepared before
     case ["python", "-m", module, *rest] if module.startswith("protojax."):

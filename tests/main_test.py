@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from protojax import config as configs
-from protojax import errors, main
+from protojax import errors, main, recipes, trees
 from protojax.training import loop
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
@@ -56,34 +57,96 @@ def test_mistake_found_after_the_flags_is_one_line_too(tmp_path):
   status, _, stderr = _run(
     f"--config={QUICKSTART}", f"--workdir={tmp_path / 'run'}", "--config.method.num_prototypes=1"
   )
-  assert status == 2 and len(_lines(stderr)) == len(stderr.splitlines()) == 1
+  assert status == 2 and len(_lines(stderr)) == 1
   assert "num_prototypes=1" in stderr and "at least 2" in stderr
   assert "Traceback" not in stderr and not (tmp_path / "run").exists()
 
 
-# ml_collections 1.1 loads config files with a call that Python 3.12 has deprecated.
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 @pytest.mark.parametrize(
   ("arguments", "words"),
   [
-    (["--workdir=w"], "--config is missing"),
+    (["--workdir=w"], "--config is missing: protojax train --config=quickstart .* --help lists"),
     ([f"--config={QUICKSTART}"], "--workdir is missing"),
     (["--config=configs/nothing.py", "--workdir=w"], "no file 'configs/nothing.py'"),
     ([f"--config={QUICKSTART}", "--workdir=w", "--config.num_steps=many"], "num_steps"),
-    (
-      [f"--config={QUICKSTART}", "--workdir=w", "--wrokdir=x"],
-      "no flag --wrokdir: did you mean --workdir",
-    ),
-    ([f"--config={QUICKSTART}", "--workdr=w"], "no flag --workdr: did you mean --workdir"),
-    (["--confg=x", "--workdir=w"], "no flag --confg: did you mean --config"),
+    ([f"--config={QUICKSTART}", "--workdir=w", "--config.num_steps"], "num_steps"),
+    (["--config=quickstart", "--wrokdir=x"], "no flag --wrokdir=x: did you mean --workdir"),
+    (["--confg=x", "--workdir=w"], "no flag --confg=x: did you mean --config"),
     (["--config.seed=1", "--workdir=w"], "--config is missing"),
-    ([f"--config={QUICKSTART}", "--workdir=w", "--zzzz=x"], "no flag --zzzz: --help shows"),
+    (["--config=quickstart", "--workdir=w", "--zzzz=x"], "unrecognized arguments: --zzzz=x"),
+    (["--config=quickstart", "--workdir=w", "stray"], "unrecognized arguments: stray"),
   ],
 )
 def test_flags_that_do_not_parse_are_one_line(arguments, words):
   with pytest.raises(errors.UserError, match=words) as caught:
-    main.parse(["main", *arguments])
+    main.parse(arguments)
   assert "\n" not in str(caught.value)
+
+
+def _parsed(*arguments):
+  return main.parse(["--workdir=w", *arguments])[0]
+
+
+def test_a_setting_is_typed_with_its_value_beside_it_or_after_it():
+  config = _parsed(
+    "--config=gmm_vit_s",
+    *("--config.mesh.data", "-1", "--config.overwrite", "--config.seed", "7"),
+    *("--config.augment.mean=(.5, .5, .5)", "--config.data.name", "folder"),
+    *("--config.data.data_dir=x", "--config.mixture.horizon_final=9", "--config.probe.name=None"),
+  )
+  assert config.overwrite is True and config.mesh.data == -1 and config.seed == 7
+  assert config.augment.mean == (0.5, 0.5, 0.5) and config.mixture.horizon_final == 9.0
+  assert (config.data.name, config.data.data_dir, config.probe.name) == ("folder", "x", None)
+
+
+def test_a_typed_length_takes_the_place_of_the_recipe_s():
+  assert recipes.load("gmm_vit_s").num_epochs == 100.0
+  short = _parsed("--config=gmm_vit_s", "--config.num_steps=100")
+  assert (short.num_steps, short.num_epochs) == (100, 0.0)
+  assert configs.resolve(short, 1_281_167).optim.warmup_steps == 10
+  epochs = _parsed("--config=quickstart", "--config.num_epochs", "2")
+  assert (epochs.num_steps, epochs.num_epochs) == (0, 2.0)
+  assert configs.resolve(epochs, 1442).num_steps == 44
+  both = _parsed("--config=quickstart", "--config.num_epochs=2", "--config.num_steps=9")
+  with pytest.raises(errors.UserError, match="exactly one"):
+    configs.resolve(both, 1442)
+
+
+def _help(capsys, *arguments):
+  with pytest.raises(SystemExit) as stopped:
+    main.parse([*arguments, "--help"])
+  assert not stopped.value.code
+  return capsys.readouterr().out
+
+
+def test_help_lists_the_recipes_and_says_how_to_set_a_key(capsys):
+  said = _help(capsys)
+  together = " ".join(said.split())
+  assert all(f" {name} {recipes.title(name)}" in together for name in recipes.names())
+  assert "--config.KEY=VALUE" in said and "protojax train --config=gmm_vit_s --help" in said
+  assert max(map(len, said.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("recipe", ["gmm_vit_s", "falcon_cifar10:debug"])
+def test_help_of_a_recipe_is_the_command_line_that_would_make_it(capsys, recipe):
+  said = _help(capsys, f"--config={recipe}")
+  typed = [shlex.split(line, comments=True) for line in said.splitlines()]
+  again = _parsed("--config=quickstart", *sum(typed, []))
+  assert again.to_dict() == recipes.load(recipe).to_dict()
+  assert {f"--config.{key}" for key in trees.flat(recipes.load(recipe))} == {
+    flag.partition("=")[0] for flag in sum(typed, [])
+  }
+
+
+def test_help_of_a_recipe_tells_units_choices_and_what_it_changes(capsys):
+  said = _help(capsys, "--config=gmm_vit_s", "--config.optim.lr=1")
+  assert "  --config.optim.lr=1.0  # per 256 images; default: 0.0005\n" in said
+  assert '  --config.method.targets=center  # or "sinkhorn"\n' in said
+  assert "  # labelled images for k-NN, linear probe, monitor\n  --config.probe." in said
+  assert (
+    "  # Microbatches of the encoder's forward inside one exact loss; another number on resume\n"
+    "  # redraws drop path.\n  --config.accum_steps=1\n"
+  ) in said
 
 
 def _folder(root, names, corrupt=()):

@@ -20,10 +20,10 @@ _SCRIPTS = [*sorted((_ROOT / "launch").glob("*.sh")), _ROOT / ".ci" / "run"]
 # Imports go from a room to those before it; modules beside the rooms are rooms of one.
 _ROOMS = (
   *("errors", "environment", "files", "trees", "own_modules", "progress", "schedules", "losses"),
-  *("prototypes", "models", "data", "metrics", "evals", "methods", "config"),
+  *("prototypes", "models", "data", "metrics", "evals", "methods", "config", "recipes"),
   *("training", "pretrained", "interop", "reports", "api", "cli"),
 )
-_VERBS = (*__main__.VERBS, "__main__")
+_VERBS = (*__main__.MODULES.values(), "__main__")
 # Only checkpoint.py knows orbax, only these know flax, so that either can be exchanged.
 _LAYERS = {
   "orbax": ("protojax/training/checkpoint.py",),
@@ -110,7 +110,7 @@ def test_the_suite_runs_with_exactly_the_floors():
 @pytest.mark.parametrize(
   "folder, extras",
   [
-    ("protojax", ("onnx",)),
+    ("protojax", ("onnx", "wandb")),
     ("configs", ()),
     ("tests", ("test", "peers", "onnx")),
     ("benchmarks", ("test", "peers")),
@@ -205,6 +205,13 @@ def test_tensorflow_datasets_comes_up_without_tensorflow():
 def test_every_folder_of_modules_is_a_package_that_gets_installed():
   folders = {file.parent for file in _files("protojax")}
   assert not [_name(folder) for folder in folders if not (folder / "__init__.py").exists()]
+  built = tomllib.loads((_ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+  packages = {_name(folder).replace("/", ".") for folder in folders}
+  # And the recipes, where protojax/recipes.py looks for them.
+  assert set(built["packages"]) == packages | {"protojax.configs"}, (
+    "edit packages in pyproject.toml"
+  )
+  assert built["package-dir"] == {"protojax.configs": "configs"}
 
 
 def test_public_functions_say_what_they_return():

@@ -1,5 +1,6 @@
 """What a run says: metrics one step late, one verdict a line, a summary at the end."""
 
+import functools
 import math
 import pathlib
 import time
@@ -12,7 +13,7 @@ from protojax import errors, progress
 from protojax.data import pipeline, sources
 from protojax.metrics import measures as table
 from protojax.metrics import verdicts
-from protojax.training import metric_writer, workdir
+from protojax.training import metric_writer, wandb_run, workdir
 
 
 class RunLog:
@@ -38,7 +39,14 @@ class RunLog:
     self._sums, self._count = {}, 0  # since the last line
     self._since, self._timed, self._waited = None, 0, 0.0  # since the clock was last set
     self._skipped = pipeline.SkippedLog(describe)
-    self._writer = metric_writer.Writer(folder, total_steps=config.num_steps, start_step=start)
+    online = None
+    if config.wandb:
+      online = functools.partial(
+        wandb_run.WandbRun, config.wandb, self._folder, settings=config.to_dict()
+      )
+    self._writer = metric_writer.Writer(
+      folder, total_steps=config.num_steps, start_step=start, online=online
+    )
 
   def __enter__(self):
     return self

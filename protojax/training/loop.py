@@ -141,6 +141,7 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
     before = metadata.get("seconds", 0.0)
     logging.info("resumed at step %d", start)
 
+  extended = workdirs.extend(folder, config, start)
   log = console.RunLog(folder, config, start=start, describe=train_source.describe)
 
   def seconds():
@@ -157,6 +158,7 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
   with contextlib.ExitStack() as stack:
     stack.enter_context(contextlib.closing(checkpoints))
     log = stack.enter_context(log)
+    log.lines(extended)
     if start == config.num_steps and (result := workdirs.read_result(folder)):
       log.summary(result, bank=bank)
       return result
@@ -207,7 +209,7 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
         probe_batch, _, waited_too = next(probe_batches)
         if plan and step == start + 2:  # the first ones may still be preparing something
           state, metrics, alone = _timed(step_fn, state, batch, probe_batch)
-          logging.info("%s", plan.beside(config.batch_size / alone))
+          log.lines([plan.beside(config.batch_size / alone)])
         else:
           state, metrics = step_fn(state, batch, probe_batch)
         log.step(step, metrics, skipped=skipped, waited=waited + waited_too)

@@ -10,12 +10,13 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 from absl import logging
 
 from protojax import files, progress
+from protojax.training import wandb_run
 
 
 def _until(path: pathlib.Path, step: int) -> None:
@@ -29,7 +30,7 @@ def _until(path: pathlib.Path, step: int) -> None:
 
 
 class Writer:
-  """The four outputs of a run; a context manager.
+  """The outputs of a run; a context manager.
 
   On resuming, metrics.jsonl loses what an interrupted run wrote beyond the checkpoint, so that it
   ends up as an uninterrupted run would have written it; TensorBoard is told to forget the same.
@@ -41,16 +42,25 @@ class Writer:
     start_step: step of the restored state, 0 for a new run.
     stream: text stream of the terminal; None takes stderr.
     lead: whether this process writes; None asks whether it is process 0.
+    online: makes, where this process writes, what gets every record too and is closed at the end;
+      see `wandb_run.WandbRun`.
 
   Raises:
     OSError: here and in every method, if the disk is full or the folder not writable.
   """
 
   def __init__(
-    self, workdir, *, total_steps: int, start_step: int = 0, stream=None, lead: bool | None = None
+    self,
+    workdir,
+    *,
+    total_steps: int,
+    start_step: int = 0,
+    stream=None,
+    lead: bool | None = None,
+    online: Callable[[], wandb_run.WandbRun] | None = None,
   ):
     self._lead = jax.process_index() == 0 if lead is None else lead
-    self._stream, self._events = stream, None
+    self._stream, self._events, self._online = stream, None, None
     self._progress = progress.Line(
       "step", total_steps, done=start_step, stream=stream, lead=self._lead
     )
@@ -71,6 +81,9 @@ class Writer:
       self._metrics = opened(metrics, "a" if resumed else "w")
       self._text = opened(workdir / "train.log", "a")
       self._open_events(workdir, start_step)
+      if online is not None:
+        self._online = online()
+        self._files.callback(self._online.close)
       undo.pop_all()
     self._files.enter_context(self._progress)
 
@@ -120,12 +133,13 @@ class Writer:
       record["non_finite"] = bad
     self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
     self._metrics.flush()
-    now = time.time()
-    for name, value in numbers.items():
-      if name not in bad:
-        event = self._event(wall_time=now, step=int(step), summary=self._scalar(name, value))
-        self._events.write_event(event)
+    now, finite = time.time(), {k: v for k, v in numbers.items() if k not in bad}
+    for name, value in finite.items():
+      event = self._event(wall_time=now, step=int(step), summary=self._scalar(name, value))
+      self._events.write_event(event)
     self._events.flush()
+    if self._online is not None:
+      self._online.write(int(step), finite)
 
   def line(self, text: str) -> None:
     """One line for people: to train.log with the time of day, and to the terminal."""

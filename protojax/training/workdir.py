@@ -13,7 +13,8 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from protojax import __version__, environment, errors, files, trees
-from protojax.training import export, sharding
+from protojax import config as configs
+from protojax.training import export, optim, sharding, wandb_run
 
 REPORT = "report.html"  # the page about a run
 _OURS = (
@@ -27,6 +28,7 @@ _OURS = (
   "report.png",
   REPORT,
   "comparison.html",
+  wandb_run.RUN_ID,
 )
 
 
@@ -77,6 +79,7 @@ _FREE = (
   "save_every",
   "eval_every",
   "keep_checkpoints",
+  "wandb",
   "monitor.",
   "accum_steps",
   "model.remat",
@@ -96,8 +99,37 @@ _FREE = (
 )
 
 
+# What follows from the length of a run, see `config.resolve`: differs when a run is extended.
+_OF_LENGTH = (
+  "num_steps",
+  "optim.warmup_steps",
+  "optim.freeze_prototypes_steps",
+  "mixture.horizon_steps",
+  "mixture.horizon_final",
+)
+
+
+def _differing(before: dict, config) -> dict[str, tuple]:
+  """{key: (before, now)} of the settings that make another run; what only one side knows is not."""
+  old, new = (json.loads(json.dumps(trees.flat(c))) for c in (before, config))
+  return {
+    key: (old[key], value)
+    for key, value in new.items()
+    if key in old
+    and old[key] != value
+    and not any(key == free or (free[-1] == "." and key.startswith(free)) for free in _FREE)
+  }
+
+
+def _listed(differing: dict[str, tuple]) -> str:
+  return ", ".join(f"{key} {old} -> {new}" for key, (old, new) in differing.items())
+
+
 def refuse_mismatch(before: dict, config) -> None:
   """Refuses to go on with a run under settings that would make it another run.
+
+  A larger `num_steps` alone, with what follows from it, is allowed where `config.resume` is
+  "extend".
 
   Args:
     before: config of the run that is there, nested dict.
@@ -106,19 +138,58 @@ def refuse_mismatch(before: dict, config) -> None:
   Raises:
     UserError: one line that names every setting that differs, with both values.
   """
-  old, new = (json.loads(json.dumps(trees.flat(c))) for c in (before, config))
-  differing = [
-    f"{key} {old[key]} -> {value}"
-    for key, value in new.items()
-    if key in old
-    and old[key] != value
-    and not any(key == free or (free[-1] == "." and key.startswith(free)) for free in _FREE)
-  ]
-  if differing:
+  differing = _differing(before, config)
+  old, new = differing.get("num_steps", (0, 0))
+  longer = old < new and differing.keys() <= set(_OF_LENGTH)
+  if longer and config.resume != "extend":
     raise errors.UserError(
-      f"the workdir holds a run with other settings: {', '.join(differing)}: choose another "
+      f"the workdir holds a run of {old} steps; with {new} its learning rate and other schedules "
+      "would jump: set config.resume=extend to go on like that, or train a new run from its "
+      "weights, another workdir with config.init_from=WORKDIR/exported"
+    )
+  if differing and not longer:
+    raise errors.UserError(
+      f"the workdir holds a run with other settings: {_listed(differing)}: choose another "
       "workdir or set config.overwrite=True"
     )
+
+
+def extend(folder: pathlib.Path, config, step: int) -> list[str]:
+  """Makes the run in the folder one of `config.num_steps`, where it was shorter.
+
+  The result of the shorter run, eval/final, becomes eval/step_N.
+
+  Args:
+    folder: from `claim`, which has compared the settings.
+    config: resolved.
+    step: updates done.
+
+  Returns:
+    The line that says what changes; none where nothing does, and in processes that do not write.
+  """
+  known = folder / "config.json"
+  if jax.process_index() != 0:
+    return []
+  plain = json.loads(known.read_text())
+  differing = _differing(plain, config)
+  if not differing:
+    return []
+  before = configs.restored(plain)
+  final = folder / "eval" / "final"
+  if final.exists():
+    final.rename(final.with_name(f"step_{before.num_steps}"))
+  files.write_json(known, config.to_dict())
+
+  def rates(c):
+    rate = optim.learning_rate(c, num_steps=c.num_steps, batch_size=c.batch_size)
+    return float(rate(step)), float(optim.weight_decay(c, num_steps=c.num_steps)(step))
+
+  (lr, decay), (new_lr, new_decay) = rates(before), rates(config)
+  return [
+    f"extended at step {step}, from here on with the schedules of {config.num_steps} steps: "
+    f"learning rate {lr:.3g} -> {new_lr:.3g}, weight decay {decay:.3g} -> {new_decay:.3g}, "
+    f"{_listed(differing)}"
+  ]
 
 
 def claim(workdir: str, config) -> pathlib.Path:
@@ -133,8 +204,8 @@ def claim(workdir: str, config) -> pathlib.Path:
   Raises:
     UserError: if the folder holds another run, or a run while `config.resume` is "never".
   """
-  if config.resume not in ("auto", "never"):
-    raise errors.UserError(f"resume={config.resume!r} is unknown: choose auto or never")
+  if config.resume not in ("auto", "never", "extend"):
+    raise errors.UserError(f"resume={config.resume!r} is unknown: choose auto, never or extend")
   if "://" in workdir:
     raise errors.UserError(
       f"workdir={workdir} is an address: give a folder; a bucket can be mounted (gcsfuse)"

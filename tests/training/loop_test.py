@@ -104,19 +104,17 @@ def _losses(folder):
   return {r["step"]: r["train/loss"] for r in lines if "train/loss" in r}
 
 
-def test_stopped_and_resumed_run_equals_the_whole_one_to_the_bit(
-  whole, tmp_path, monkeypatch, caplog
-):
+def test_stopped_and_resumed_run_equals_the_whole_one_to_the_bit(whole, tmp_path, monkeypatch):
   folder = tmp_path / "run"
   with monkeypatch.context() as patch:
     _stop_after(patch, 3)
     with pytest.raises(errors.Interrupted, match="stopped at step 3"):
       loop.run(_config(), str(folder))
   monkeypatch.setattr(loop.sources.Source, "in_memory", False)  # so that decoding is told
-  caplog.set_level("INFO")
   loop.run(_config(**{"data.num_workers": 2}), str(folder))
-  assert re.search(r"2 workers decode about [\d,]+ img/s\n", caplog.text)
-  assert re.search(r"2 workers decode about [\d,]+ img/s; this step takes [\d,]+", caplog.text)
+  said = (folder / "train.log").read_text()
+  assert re.search(r"2 workers decode about [\d,]+ img/s\n", said)
+  assert re.search(r"2 workers decode about [\d,]+ img/s; this step takes [\d,]+", said)
   step, state = _final(folder)
   expected_step, expected = _final(whole)
   assert step == expected_step == 6
@@ -171,6 +169,23 @@ def test_a_run_says_what_it_is_before_it_starts(whole):
   assert "6 steps of 16 images, 0.0667 epochs" in said and "frozen" not in said
   assert "8 x cpu, mesh data 8 x model 1" in said
   assert re.search(r"memory [\d.]+ [MG]iB for the step, of [\d.]+ GiB a device", said)
+
+
+def test_a_longer_run_goes_on_from_the_last_step_when_it_is_asked_for(whole, tmp_path):
+  folder = tmp_path / "run"
+  shutil.copytree(whole, folder)
+  longer = {"num_steps": 8, "eval_every": 8, "monitor.every": 8}
+  result = loop.run(_config(**longer, resume="extend"), str(folder))
+  losses = _losses(folder)
+  assert list(losses) == list(range(1, 9))
+  assert {k: v for k, v in losses.items() if k <= 6} == _losses(whole)
+  assert result["step"] == 8 and workdir.read_result(folder)["step"] == 8
+  before = json.loads((folder / "eval" / "step_6" / "result.json").read_text())["measures"]
+  assert before == workdir.read_result(whole)
+  assert "extended at step 6, from here on with the schedules of 8" in (
+    (folder / "train.log").read_text()
+  )
+  assert json.loads((folder / "config.json").read_text())["num_steps"] == 8
 
 
 def test_every_file_of_a_run_is_there(whole):

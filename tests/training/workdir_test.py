@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from protojax import config as configs
-from protojax import data, errors
+from protojax import data, errors, files
 from protojax.training import workdir
 
 
@@ -23,7 +23,12 @@ def _config(**changes):
   ("changes", "words"),
   [
     ({"seed": 1}, ["seed 0 -> 1"]),
-    ({"num_steps": 200}, ["num_steps 100 -> 200"]),
+    ({"num_steps": 50}, ["num_steps 100 -> 50"]),
+    ({"num_steps": 50, "resume": "extend"}, ["num_steps 100 -> 50"]),
+    (
+      {"num_steps": 200, "seed": 1, "resume": "extend"},
+      ["num_steps 100 -> 200", "seed 0 -> 1"],
+    ),
     (
       {"batch_size": 512, "method__num_prototypes": 2048},
       ["batch_size 1024 -> 512", "method.num_prototypes 65536 -> 2048"],
@@ -82,8 +87,47 @@ def test_settings_that_do_not_change_the_numbers_may_change():
     probe__k=5,
     probe__limit=9,
     model__remat=True,
+    wandb="project",
   )
   workdir.refuse_mismatch(before, free)
+
+
+def _resolved(**changes):
+  return configs.resolve(_config(batch_size=50, **changes), 1000)
+
+
+def test_a_longer_run_is_refused_with_its_ways_out_unless_it_is_asked_for():
+  before = json.loads(json.dumps(_resolved().to_dict()))
+  with pytest.raises(errors.UserError) as caught:
+    workdir.refuse_mismatch(before, _resolved(num_steps=200))
+  line = str(caught.value)
+  assert "a run of 100 steps; with 200" in line and "\n" not in line
+  for way in ("config.resume=extend", "another workdir with config.init_from=WORKDIR/exported"):
+    assert way in line
+  workdir.refuse_mismatch(before, _resolved(num_steps=200, resume="extend"))
+  epochs = _config(batch_size=50, num_steps=0, num_epochs=10.0, resume="extend")
+  workdir.refuse_mismatch(before, configs.resolve(epochs, 1000))
+
+
+def test_extending_keeps_the_shorter_run_s_result_and_says_how_the_schedules_jump(tmp_path):
+  files.write_json(tmp_path / "config.json", _resolved().to_dict())
+  files.write(tmp_path / "eval" / "final" / "result.json", '{"measures": {}}')
+  assert workdir.extend(tmp_path, _resolved(), 100) == []
+  assert workdir.read_result(tmp_path) is not None
+  longer = _resolved(num_steps=200, resume="extend", optim__lr=5e-4)
+  (line,) = workdir.extend(tmp_path, longer, 100)
+  # Peak .0005 * 50 / 256; at 100 of 200 steps, 20 of them warm-up, the cosine is at 80 of 180.
+  lr = 1e-6 + (5e-4 * 50 / 256 - 1e-6) * (1 + np.cos(np.pi * 80 / 180)) / 2
+  assert line == (
+    "extended at step 100, from here on with the schedules of 200 steps: learning rate 1.03e-06 -> "
+    f"{lr:.3g}, weight decay 0.4 -> 0.22, mixture.horizon_final 200.0 -> 400.0, "
+    "mixture.horizon_steps 200.0 -> 400.0, num_steps 100 -> 200, "
+    "optim.freeze_prototypes_steps 10 -> 20, optim.warmup_steps 10 -> 20"
+  )
+  assert json.loads((tmp_path / "config.json").read_text())["num_steps"] == 200
+  assert workdir.read_result(tmp_path) is None  # or the longer run would count as done
+  assert (tmp_path / "eval" / "step_100" / "result.json").exists()
+  assert workdir.extend(tmp_path, longer, 150) == []
 
 
 @pytest.mark.parametrize(("limit", "count"), [(0, "5"), (5, "5"), (9, "5"), (3, "3 of 5")])

@@ -1,0 +1,77 @@
+"""The recipes that come with protojax, by name, and how any recipe is read.
+
+They are the folder configs/ of the clone, which an installed protojax holds inside the package.
+A recipe of your own shares their frame, wherever it lies: `from protojax.recipes import common`.
+"""
+
+import ast
+import difflib
+import importlib.util
+import pathlib
+import sys
+from typing import Any
+
+import ml_collections
+
+from protojax import errors
+
+_INSTALLED = pathlib.Path(__file__).resolve().parent / "configs"
+FOLDER = _INSTALLED if _INSTALLED.is_dir() else _INSTALLED.parents[1] / "configs"
+__path__ = [str(FOLDER)]  # where Python finds `protojax.recipes.common`
+
+
+def names() -> list[str]:
+  """The recipes that come with protojax, sorted: "barlow_twins_cifar10", ..."""
+  return sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "common")
+
+
+def title(name: str) -> str:
+  """What the recipe `name`, one of `names()`, says of itself in its first line, if anything."""
+  try:
+    module = ast.parse((FOLDER / f"{name}.py").read_text(encoding="utf-8"))
+  except SyntaxError:  # one that is being written is no reason to hide the others
+    return ""
+  return (ast.get_docstring(module) or "").partition("\n")[0]
+
+
+def load(recipe: str) -> ml_collections.ConfigDict:
+  """Reads a recipe: one that comes with protojax, by its name, or a file of your own.
+
+  >>> load("quickstart:debug").num_steps
+  20
+
+  Args:
+    recipe: "NAME" or "path/to/file.py"; what follows a colon, as in "NAME:debug", is the mode that
+      the recipe's `get_config(mode)` is called with.
+
+  Raises:
+    UserError: if there is no such recipe, or no `get_config` in it.
+  """
+  name, _, mode = recipe.partition(":")
+  path = _file(name)
+  # A file may import what lies in folders beside its own: a method in a package of its author's.
+  beside = str(path.parent.parent)
+  if path.parent != _INSTALLED and beside not in sys.path:
+    sys.path.append(beside)
+  spec: Any = importlib.util.spec_from_file_location("protojax_recipe", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  if not hasattr(module, "get_config"):
+    raise errors.UserError(f"--config={recipe}: {name} defines no get_config(mode)")
+  return module.get_config(mode) if mode else module.get_config()
+
+
+def _file(name: str) -> pathlib.Path:
+  """The file of a recipe, absolute."""
+  known = names()
+  if name in known:
+    return FOLDER / f"{name}.py"
+  path = pathlib.Path(name).expanduser()
+  if path.suffix == ".py" and path.is_file():
+    return path.resolve()
+  near = difflib.get_close_matches(path.stem, known, 1)
+  hint = f"did you mean --config={near[0]}, which comes with protojax?" if near else ""
+  if not hint:
+    hint = "give one of those that come with protojax (protojax train --help) or a file, NAME.py"
+  what = "no file" if path.suffix == ".py" else "no recipe"
+  raise errors.UserError(f"--config={name}: {what} {name!r}: {hint}")
