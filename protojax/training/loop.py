@@ -135,6 +135,8 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
       return result
     cached = {data: program.load(data) for data in to_cache}
     view = evaluation.Snapshot(program, bank=bank, test=test, cached=cached)
+    if start == 0:
+      log.floors(view.floors(state))
     batches = program.batches(
       train_source,
       seed=config.seed,

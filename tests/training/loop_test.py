@@ -19,7 +19,7 @@ import safetensors.numpy
 import tiny
 
 from protojax import api, errors, main
-from protojax.training import checkpoint, console, export, loop, programs, workdir
+from protojax.training import checkpoint, console, evaluation, export, loop, programs, workdir
 
 pytestmark = [
   pytest.mark.xdist_group("train"),  # one worker: they share the run `whole`
@@ -103,13 +103,26 @@ def _losses(folder):
   return {r["step"]: r["train/loss"] for r in lines if "train/loss" in r}
 
 
+def _floors(folder):
+  """The floors in metrics.jsonl, each written once, and in result.json."""
+  lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+  written = [(k, v) for line in lines for k, v in line.items() if k.startswith("floor/")]
+  assert len(dict(written)) == len(written) == 6 and lines[0]["step"] == 0
+  measures = json.loads((folder / "eval" / "final" / "result.json").read_text())["measures"]
+  assert {k: measures[k] for k in dict(written)} == dict(written)
+  return dict(written)
+
+
 def test_stopped_and_resumed_run_equals_the_whole_one_to_the_bit(whole, tmp_path, monkeypatch):
   folder = tmp_path / "run"
   with monkeypatch.context() as patch:
     _stop_after(patch, 3)
     with pytest.raises(errors.Interrupted, match="stopped at step 3"):
       loop.run(_config(), str(folder))
-  loop.run(_config(**{"data.num_workers": 2}), str(folder))
+  with monkeypatch.context() as patch:  # its floors are read back
+    patch.setattr(evaluation.Snapshot, "floors", lambda *_: pytest.fail("measured again"))
+    loop.run(_config(**{"data.num_workers": 2}), str(folder))
+  assert _floors(folder) == _floors(whole)
   step, state = _final(folder)
   expected_step, expected = _final(whole)
   assert step == expected_step == 6
