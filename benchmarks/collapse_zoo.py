@@ -2,11 +2,12 @@
 
   python benchmarks/collapse_zoo.py --workdir=runs/zoo [--cases ...]
 
-Trains small nets on scikit-learn's digits, 400 or 600 steps of 64 images each. Each healthy
-recipe must come to its end without an alarm, which is any verdict but "ok" and those that say that
-too little was seen; each deliberate fault must be named, and runs with a fault have
-monitor.stop_on_collapse. The monitor looks every 20 steps and says nothing before step 100. Faults
-are settings where a setting can do it; the others (`tamper`) are bugs as they happen in one's own
+Trains small nets on scikit-learn's digits, 400 steps of 64 images if nothing else is said. Each
+healthy recipe must come to its end without an alarm, which is any verdict but "ok" and those that
+say that too little was seen; each slow one must be called "little learned yet" at its end; each
+deliberate fault must be named, and runs with a fault have monitor.stop_on_collapse. The monitor
+looks every 20 steps and says nothing before step 100; k-NN is measured at the end. Faults are
+settings where a setting can do it; the others (`tamper`) are bugs as they happen in one's own
 training code. Every line of metrics.jsonl is judged, by what was known then; --judge does it again
 without training. Writes docs/results/collapse_zoo.json and prints the tables.
 """
@@ -101,23 +102,24 @@ _CENTRED = {
   "method__teacher_temp": 0.04,
   "optim__lr": 1e-3,
 }
-# A net of a tenth of the size: each of these has learned after less than a minute of a quiet core.
-_SMALL = {"model__width": 48, "model__depth": 2, "head__hidden": 128}
-_SMALL_NORMED = {**_NORMED, **_SMALL}
-_WIDE = {**_SMALL, "head__hidden": 256, "head__bottleneck": 256}  # without prototypes
+_SMALL = {"model__width": 48, "model__depth": 2, "head__hidden": 256, "head__bottleneck": 256}
 HEALTHY = {
-  "dino, mixture": Case("gmm_cifar10", _SMALL_NORMED, 800),
-  "dino, joint": Case("dino_cifar10", _SMALL_NORMED, 800),
-  "dino, joint, centred": Case("dino_cifar10", {**_CENTRED, **_SMALL}, 800),
-  "dino, frozen": Case("frozen_cifar10", _SMALL_NORMED, 800),
-  "ibot, mixture": Case("ibot_cifar10", {"method__prototypes": "mixture", **_SMALL_NORMED}, 800),
-  "msn": Case("msn_cifar10", _SMALL_NORMED, 800),
-  "carp": Case("carp_cifar10", _SMALL, 800),
-  "swav, mixture": Case("swav_cifar10", {"method__prototypes": "mixture", **_SMALL}, 800),
-  "self-classifier": Case("self_classifier_cifar10", _SMALL, 800),
-  "falcon": Case("falcon_cifar10", _SMALL, 800),
-  "barlow twins": Case("barlow_twins_cifar10", _WIDE),
-  "vicreg": Case("vicreg_cifar10", _WIDE),
+  "dino, mixture, 1,000 steps": Case("gmm_cifar10", _NORMED, 1000),
+  "self-classifier": Case("self_classifier_cifar10"),
+  "falcon": Case("falcon_cifar10"),
+  "vicreg": Case("vicreg_cifar10"),
+  "vicreg, small net": Case("vicreg_cifar10", _SMALL),
+}
+# They do not collapse, and 400 steps are too few for them.
+SLOW = {
+  "dino, mixture": Case("gmm_cifar10"),
+  "dino, joint": Case("dino_cifar10", _NORMED),
+  "dino, joint, centred": Case("dino_cifar10", _CENTRED),
+  "dino, frozen": Case("frozen_cifar10", _NORMED),
+  "ibot, mixture": Case("ibot_cifar10", {"method__prototypes": "mixture"}),
+  "msn": Case("msn_cifar10"),
+  "carp": Case("carp_cifar10"),
+  "swav, mixture": Case("swav_cifar10", {"method__prototypes": "mixture"}),
 }
 FAULTS = {
   "teacher aliased": Case("gmm_cifar10", tamper=_aliased),
@@ -155,6 +157,9 @@ FAULTS = {
 }
 
 
+CASES = HEALTHY | SLOW | FAULTS
+
+
 def on_digits(recipe: str, changes: dict, steps: int, stop: bool):
   """A CIFAR-10 recipe on digits: steps of 64, K = 256, the quickstart's views and pace."""
   config = main.load(f"configs/{recipe}.py")
@@ -185,7 +190,7 @@ def on_digits(recipe: str, changes: dict, steps: int, stop: bool):
 
 def train(name: str, folder: pathlib.Path) -> None:
   """Trains one case; its last words, if it was stopped, go into stopped.txt."""
-  case = (HEALTHY | FAULTS)[name]
+  case = CASES[name]
   config = on_digits(case.recipe, case.changes, case.steps, stop=name in FAULTS)
   module = methods.load(config.method.name)
   make, tamper = module.make, case.tamper or (lambda method: method)
@@ -198,7 +203,7 @@ def train(name: str, folder: pathlib.Path) -> None:
 
 def judged(name: str, folder: pathlib.Path) -> dict:
   """What is said of a case that was trained, when, and what its result says."""
-  case, fault = (HEALTHY | FAULTS)[name], name in FAULTS
+  case, fault = CASES[name], name in FAULTS
   said = dict(records.history(folder))  # of two lines of a step the later one counts
   alarms = {step: found.label for step, found in said.items() if verdicts.is_alarm(found)}
   words = folder / "stopped.txt"
@@ -228,11 +233,11 @@ def judged(name: str, folder: pathlib.Path) -> dict:
 def published() -> dict[str, dict]:
   """{case: what `judged` returned} of docs/results/collapse_zoo.json, in the order of this file."""
   found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-  return {name: found[name] for name in (*HEALTHY, *FAULTS) if name in found}
+  return {name: found[name] for name in CASES if name in found}
 
 
 def tables() -> list[str]:
-  """Markdown: the faults, then the healthy runs."""
+  """Markdown: the faults, then the healthy runs and the slow ones."""
   faults = ["| fault | what was done | named at step | as | and |", "|---" * 5 + "|"]
   heads = ["run", "steps", "alarms", "at the end", "used %", "of the sample", "random ones"]
   heads += ["perplexity", "k-NN %", "untrained", "loss", "at the end", "ln K"]
@@ -271,7 +276,7 @@ def tables() -> list[str]:
 if __name__ == "__main__":
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--workdir", default="runs/zoo")
-  parser.add_argument("--cases", nargs="*", default=[*HEALTHY, *FAULTS], metavar="CASE")
+  parser.add_argument("--cases", nargs="*", default=list(CASES), metavar="CASE")
   parser.add_argument("--judge", action="store_true", help="what was trained before, again")
   arguments = parser.parse_args()
   for name in arguments.cases:
