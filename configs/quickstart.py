@@ -3,7 +3,8 @@ r"""Two minutes on a laptop: decoupled prototypes on the handwritten digits of s
   protojax train --config=quickstart --workdir=runs/quickstart
 
 Cost: 2 min 8 s on two CPU cores at 460 img/s, 2 min 50 s with the installation. k-NN 62.0 %, linear
-92.4 %, 18 % of the prototypes used, verdict ok; seed 0, commit 507166e.
+92.4 %, 18 % of the prototypes used; seed 0, commit 507166e. The verdict on that is "little learned
+yet": raw pixels have 97.7 %, the untrained net 43.4 %.
 """
 
 from protojax.recipes import common

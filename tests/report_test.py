@@ -316,7 +316,25 @@ def test_collapse_is_said_in_words_not_by_colour_alone(tmp_path):
   parsed, text = _page(_run(tmp_path / "run", measures=ill))
   assert "representation collapse" in parsed.text and 'class="run bad"' in text
   assert "✕" in parsed.text
-  assert numbers.verdict(records.read([_run(tmp_path / "well")])[0])[:2] == ("ok", "ok")
+  early = records.read([_run(tmp_path / "early")])[0]
+  assert numbers.verdict(early)[:2] == ("open", "too early")
+  late = _run(
+    tmp_path / "well", measures=_FINAL | {"step": 500}, config=_CONFIG | {"num_steps": 500}
+  )
+  assert numbers.verdict(records.read([late])[0])[:2] == ("ok", "ok")
+
+
+def test_the_tick_is_not_given_to_a_net_that_raw_pixels_beat_and_floors_are_dashed(tmp_path):
+  floors = {"floor/knn_pixels": 0.977, "floor/knn_untrained": 0.434, "floor/bank_images": 1442.0}
+  measures = _FINAL | floors | {"step": 500}
+  lines = [{"step": 0, **floors}, *_lines()]
+  folder = _run(tmp_path / "run", lines, measures, _CONFIG | {"num_steps": 500})
+  parsed, text = _page(folder)
+  assert "little learned yet" in parsed.text and 'class="run warn"' in text and "✓" not in text
+  assert "97.7 %" in parsed.text and "43.4 %" in parsed.text and "1,442 bank" in parsed.text
+  drawn = {line["n"]: line for line in parsed.chart("k-NN accuracy")}
+  assert drawn["raw pixels"]["y"] == ["97.7 %"] * 2 and drawn["raw pixels"]["x"] == [0.0, 50.0]
+  assert drawn["untrained net"]["y"] == ["43.4 %"] * 2
 
 
 def test_further_prototype_sets_have_tables_and_charts_of_their_own(tmp_path):
@@ -394,8 +412,8 @@ def test_a_comparison_leaves_the_pages_of_its_runs_alone(tmp_path, capsys):
   one, two = (_run(tmp_path / name) for name in ("one", "two"))
   report.main([f"--workdir={one}"])
   report.main([f"--workdir={one}", f"--workdir={two}"])
-  assert (one / "report.html").read_text().count('class="run ok"') == 1
-  assert (one / "comparison.html").read_text().count('class="run ok"') == 2
+  assert (one / "report.html").read_text().count('class="run open"') == 1
+  assert (one / "comparison.html").read_text().count('class="run open"') == 2
   assert not list(two.glob("*.html"))
   first, second = capsys.readouterr().out.splitlines()
   assert "report.html: 1 run, 0." in first and "comparison.html: 2 runs, 0." in second

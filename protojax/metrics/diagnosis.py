@@ -197,8 +197,13 @@ def words(
   unique, random = result["unique"]["unique"], result["random"]["unique"]
   headline = result["thresholds"].index(verdicts.HEADLINE)
   count = unique[headline]
-  if verdict.label == "ok":
-    out = [f"ok: {count:,} of {num:,} prototypes are unique, random ones {random[headline]:,}"]
+  well = not verdicts.is_alarm(verdict)
+  if well:
+    used = result["measures"].get("collapse/used")
+    out = [
+      f"{verdict.label}: {count:,} of {num:,} prototypes are unique, random ones "
+      f"{random[headline]:,}" + ("" if used is None else f"; {used:.1%} are used")
+    ]
   else:
     out = [f"{verdict.label}: {verdict.sentence}"]
   lost = result["without_direction"]
@@ -220,7 +225,7 @@ def words(
       "2410.14060; in protojax: method.koleo_proto) may" * (prototypes == "learned")
     )
   for threshold, one, other in zip(result["thresholds"], unique, random, strict=True):
-    if verdict.label == "ok" and other - one > verdicts.LIMITS["copies"] * num:
+    if well and other - one > verdicts.LIMITS["copies"] * num:
       out.append(
         f"at a distance of {threshold:g} only {one:,} are unique (random ones: {other:,}): they "
         "bunch, without being copies"
@@ -237,7 +242,7 @@ def words(
       f"prototypes point the same way (mean cosine {spectrum['mean_cosine']:.2f}): if the features "
       "do too, they are near without being redundant; embeddings tell"
     )
-  if spectrum["rankme"] < _FLAT * spectrum["largest_possible"] and verdict.label == "ok":
+  if spectrum["rankme"] < _FLAT * spectrum["largest_possible"] and well:
     out.append(
       f"they span about {spectrum['rankme']:.0f} of {spectrum['largest_possible']} directions "
       "(RankMe)"
@@ -345,13 +350,14 @@ def joined(
     sets: {name: its own}, may be empty.
     lines: what the page says before them.
     result: what the result holds beside them.
-    verdict: on the run; None takes that of the first set that is not well.
+    verdict: on the run; None, or one without an alarm, gives way to that of a set that is not well.
   """
-  ill = [one for one in sets.values() if one.verdict.label != "ok"]
+  ill = [one for one in sets.values() if verdicts.is_alarm(one.verdict)]
   first = next(iter([*ill, *sets.values()]), None)
+  gives_way = bool(verdict and ill and not verdicts.is_alarm(verdict))
   sentences = [*([verdict.sentence] if verdict else []), *(first.sentences if first else [])]
   return Diagnosis(
-    verdict=verdict or (first and first.verdict),
+    verdict=first.verdict if first and (gives_way or verdict is None) else verdict,
     measures=first.measures if first else {},
     sentences=sentences,
     result={**result, "sets": {name: one.result for name, one in sets.items()}},

@@ -76,6 +76,19 @@ def _uniqueness(prototypes) -> dict[str, float]:
   return uniqueness(*counts, prototypes.shape[0])
 
 
+def _usage(codes, num_prototypes) -> dict[str, float]:
+  used = collapse.used_fraction(codes, num_prototypes)
+  return {"used": used, "used_most": min(len(codes), num_prototypes) / num_prototypes}
+
+
+def _usage_of_random(codes, num_prototypes, embeddings) -> dict[str, float]:
+  """What would be used if the prototypes were random: the codes only say how many there are."""
+  del codes
+  rows = collapse.random_prototypes(num_prototypes, embeddings.shape[1])
+  nearest = collapse.nearest_prototypes(rows, embeddings)
+  return {"used_random": collapse.used_fraction(nearest, num_prototypes)}
+
+
 _PROTOTYPES, _CODES = ("prototypes",), ("codes", "num_prototypes")
 _GREEDY = "share of K, greedy cover in index order, cosine distance below"
 
@@ -105,12 +118,14 @@ MEASURES = (
   Measure(
     "used",
     _CODES,
-    collapse.used_fraction,
+    _usage,
     form=".0%",
     short="used",
     title="Used",
     meaning="share of K that is nearest to some image",
   ),
+  Measure("used_most", _CODES, form=".0%"),  # what so many images could use at most
+  Measure("used_random", (*_CODES, "embeddings"), _usage_of_random, form=".0%"),
   Measure(
     "perplexity",
     _CODES,
@@ -224,8 +239,17 @@ def _computed(row: Measure, arrays: Mapping[str, Any], sample: bool) -> dict[str
     return {}
   found = row.function(*(arrays[key] for key in row.inputs))
   several = found if isinstance(found, dict) else {row.name: found}
-  ending = "_sample" * (sample and "codes" in row.inputs)
-  return {f"{name}{ending}": value for name, value in several.items()}
+  if sample and "codes" in row.inputs:
+    return {_of_sample(name): value for name, value in several.items()}
+  return several
+
+
+def _of_sample(name: str) -> str:
+  """ "used_sample" of "used", "used_sample_random" of "used_random"."""
+  for ending in ("_random", "_most"):
+    if name.endswith(ending):
+      return f"{name.removesuffix(ending)}_sample{ending}"
+  return f"{name}_sample"
 
 
 def summary(

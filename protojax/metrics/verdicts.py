@@ -40,13 +40,26 @@ LIMITS = {
   "copies": 0.1,
   # Prototype spacing over feature spread: copies give 0, equal spacing about 1.
   "relative_uniqueness": 0.5,
+  # Used, over what random prototypes would be of the same embeddings (docs/collapse.md has both).
+  "used_of_random": 0.5,
+  # Share of K in use that is too few whatever random ones get, if the images could use four times
+  # as many.
+  "used": 0.05,
+  # Nats by which a loss is above ln K, where predicting nothing would get ln K, and above that of
+  # the first update: no noise, and no entropy of targets that only warms up.
+  "rise": 0.1,
+  # Of the way from the untrained net's k-NN to that of raw pixels.
+  "learned": 0.5,
+  "updates": 100,  # before which nothing is called well, however short the run
 }
+# Nothing ill was seen, and too little for an "ok".
+OPEN = ("warming up", "too early", "not judged", "no collapse", "unique, use unknown")
 HEADLINE = collapse.THRESHOLDS[0]  # cosine distance of the one uniqueness that is always shown
 
 
 class Verdict(NamedTuple):
   """Attributes:
-  label: a few words, "ok" if all is well.
+  label: a few words, "ok" if all is well; one of `OPEN` if too little was seen to say so.
   sentence: what was seen and what to try, one line.
   collapsed: whether `verdicts.stop_on_collapse` should end the run.
   """
@@ -54,6 +67,11 @@ class Verdict(NamedTuple):
   label: str
   sentence: str
   collapsed: bool
+
+
+def is_alarm(verdict: Verdict) -> bool:
+  """Whether something is wrong: neither "ok" nor one of `OPEN`."""
+  return verdict.label not in ("ok", *OPEN)
 
 
 def _show(value: float | None, form: str) -> str:
@@ -91,6 +109,7 @@ def judge(
   num_prototypes: int,
   step: int | None = None,
   grace_steps: int = 100,
+  num_steps: int | None = None,
   settings: Mapping[str, object] | None = None,
   prototypes: str = "learned",
 ) -> Verdict:
@@ -98,21 +117,25 @@ def judge(
 
   non-finite, warming up, aliased teacher, dead projector, uniform collapse, one-hot collapse,
   representation collapse, cluster collapse, dimensional collapse, partial prototype collapse (or
-  narrow cone: many near prototypes because the features are near), ok.
+  narrow cone: many near prototypes because the features are near); then what is no collapse: worse
+  than at the start, unique but unused, nothing learned yet, little learned yet. Where none holds it
+  is one of `OPEN`, or ok.
 
   An untrained net looks collapsed: its features are bunched, its centred targets uniform, its
   teacher equal to the student. So before `grace_steps` only values that are not finite count.
 
   Args:
     measures: {name in metrics.jsonl: value or None}; read are train/{loss, cross_entropy, ln_k,
-      target_entropy} and collapse/{unique_0.025, unique_0.025_random, drift, used, used_sample,
-      perplexity, perplexity_sample, feature_std, mean_cosine, embedding_cosine, rankme,
-      teacher_distance, relative_uniqueness}.
+      target_entropy}, collapse/{unique_0.025, unique_0.025_random, drift, used, perplexity (both
+      also of the sample), used_random, used_most, feature_std, mean_cosine, embedding_cosine,
+      rankme, teacher_distance, relative_uniqueness}, probe/knn and floor/{knn, knn_pixels,
+      knn_untrained, knn_start, test_images, loss_start}.
       train/ln_k is both the loss of uniform predictions (the cross entropy, where that is one term
       of several) and the largest entropy of a target; without it uniform collapse is not seen.
     num_prototypes: K; 0 where a method has none.
     step: updates done; None where nobody knows: then there is no grace.
     grace_steps: steps without a verdict.
+    num_steps: of the run; None where nobody knows. At its end every measure counts.
     settings: {"method.teacher_temp": value, ...} of the run; advice names no others, and does not
       tell to set what is set. None allows any.
     prototypes: `method.prototypes`, what the advice is for.
@@ -134,9 +157,12 @@ def judge(
     return " or ".join([*([", ".join(known[:-1])] if known[:-1] else []), *known[-1:]])
 
   late = step is None or step >= LIMITS["sample_grace"] * grace_steps
+  ended = step is not None and step == num_steps
   found = list(_findings(measures, num_prototypes, step, late, prototypes, advise))
+  found += _idle(measures, num_prototypes, late or ended, advise)
   if not found:
-    return Verdict("ok", _well(measures, num_prototypes, prototypes), False)
+    label, why = _unseen(measures, num_prototypes, step)
+    return Verdict(label, why + _well(measures, num_prototypes, prototypes), False)
   also = f" (also: {', '.join(v.label for v in found[1:])})" if found[1:] else ""
   return Verdict(found[0].label, found[0].sentence + also, any(v.collapsed for v in found))
 
@@ -145,6 +171,98 @@ def _can(change: str, settings: Mapping[str, object]) -> bool:
   """Whether "lower a" or "set a=b" is something to do where these are the settings."""
   key, _, value = change.split()[1].partition("=")
   return key in settings and str(settings[key]) != value
+
+
+def _unseen(measures, num_prototypes, step) -> tuple[str, str]:
+  """("ok", ""), or one of `OPEN` and what was not seen, where nothing ill was."""
+  get = measures.get
+  if step is not None and step < LIMITS["updates"]:
+    return "too early", f"{step} updates are too few to call anything well; "
+  seen = [get(f"collapse/{name}") for name in ("rankme", "feature_std")]
+  codes, unique = _codes(measures, num_prototypes, sample=True), get(f"collapse/unique_{HEADLINE}")
+  if num_prototypes and codes is None and unique is not None:
+    return "unique, use unknown", "whether they are used was not measured; "
+  if not any(v is not None for v in (*seen, codes, unique)):
+    return "not judged", "nothing was measured yet that shows a collapse; "
+  if _start(measures) is not None and _knn(measures) is None:
+    return "no collapse", "whether it learns is seen at the first k-NN; "
+  return "ok", ""
+
+
+def _start(measures) -> float | None:
+  """k-NN accuracy of the net of step 0."""
+  untrained = measures.get("floor/knn_untrained")
+  return measures.get("floor/knn_start") if untrained is None else untrained
+
+
+def _knn(measures) -> float | None:
+  """k-NN accuracy on the images of the floors."""
+  same = measures.get("floor/knn")
+  return measures.get("probe/knn") if same is None else same
+
+
+def _idle(measures, num_prototypes, late, advise):
+  """The verdicts on a run that did not collapse and is not well, in the order of `judge`."""
+  get, limit = measures.get, LIMITS
+  knn, start, pixels = _knn(measures), _start(measures), get("floor/knn_pixels")
+  name = "the net it started from" if get("floor/knn_untrained") is None else "the untrained net"
+  more = advise("raise num_steps", "raise optim.lr", "set head.norm=batch")
+  # One standard deviation of an accuracy on so many images; of 10,000 where nobody says.
+  noise = 0.0
+  if start is not None:
+    noise = math.sqrt(start * (1.0 - start) / (get("floor/test_images") or 10_000))
+  loss = get("train/loss") if get("train/cross_entropy") is None else get("train/cross_entropy")
+  chance, first = get("train/ln_k"), get("floor/loss_start")
+  worse = knn is not None and start is not None and knn < start - 2.0 * noise
+  rises = None not in (loss, chance, first) and loss - max(chance, first) > limit["rise"]
+  if worse or rises:
+    said = [f"k-NN {knn:.1%}, {name} {start:.1%}"] if worse else []
+    said += [f"loss {loss:.2f}, at the start {first:.2f}, ln K {chance:.2f}"] if rises else []
+    advice = advise("lower optim.lr", "raise optim.warmup_steps", "raise batch_size")
+    yield Verdict("worse than at the start", f"{'; '.join(said)}: {advice}", False)
+  if num_prototypes and late:
+    yield from _unused(measures, num_prototypes, advise)
+  if knn is None or start is None or worse:
+    return
+  if knn <= start + noise:
+    yield Verdict(
+      "nothing learned yet", f"k-NN {knn:.1%} is not above {name}'s {start:.1%}: {more}", False
+    )
+  elif pixels is not None and knn < start + limit["learned"] * (pixels - start):
+    yield Verdict(
+      "little learned yet",
+      f"k-NN {knn:.1%} is nearer to {name}'s {start:.1%} than to the {pixels:.1%} of raw pixels: "
+      + more,
+      False,
+    )
+
+
+def _unused(measures, num_prototypes, advise):
+  """Prototypes that are apart and take no images: of all images if they were looked at."""
+  get = measures.get
+  of = "collapse/used" if get("collapse/used") is not None else "collapse/used_sample"
+  used, most = get(of), get(f"{of}_most")
+  unique, null = (get(f"collapse/unique_{HEADLINE}{end}") for end in ("", "_random"))
+  if used is None or (unique is not None and (null or 1.0) - unique > LIMITS["copies"]):
+    return
+  # Random ones are measured on the sample in training; there both are of the sample.
+  pairs = [(get(f"{k}"), get(f"{k}_random")) for k in ("collapse/used", "collapse/used_sample")]
+  ratio, random = min(((a / b, b) for a, b in pairs if a is not None and b), default=(None, None))
+  few = used < LIMITS["used"] and used < (1.0 if most is None else most) / 4.0
+  if few or (ratio is not None and ratio < LIMITS["used_of_random"]):
+    beside = "" if random is None else f"; random ones on the same embeddings: {random:.1%}"
+    yield Verdict(
+      "unique but unused",
+      f"{_show(unique, '.0%')} of {num_prototypes} prototypes are unique, {used:.1%} are used"
+      f"{beside}: "
+      + advise(
+        "set mixture.balanced=True",
+        "lower method.num_prototypes",
+        "set method.targets=sinkhorn",
+        "raise method.teacher_temp",
+      ),
+      False,
+    )
 
 
 def _most(measures, num_prototypes) -> float:
@@ -285,10 +403,10 @@ def _copies(measures, num_prototypes, prototypes, unique, null) -> Verdict:
   return Verdict("partial prototype collapse", f"{copies}: {advice}", True)
 
 
-def verdict(measures: Mapping[str, float | None]) -> Verdict:
+def verdict(measures: Mapping[str, float | None], *, step: int | None = None) -> Verdict:
   """What these measures mean, and what to try: for any training code, at any time after its start.
 
-  An untrained net looks collapsed, so ask no earlier than some hundred updates.
+  An untrained net looks collapsed, so give the updates done, or ask no earlier than some hundred.
 
   >>> import numpy as np
   >>> from protojax import metrics
@@ -298,14 +416,16 @@ def verdict(measures: Mapping[str, float | None]) -> Verdict:
 
   Args:
     measures: from `metrics.summary`; beside them, if known, "train/loss", "train/ln_k" (ln K) and
-      "train/target_entropy" (mean entropy of the targets, nats).
+      "train/target_entropy" (mean entropy of the targets, nats), "floor/loss_start" (loss of the
+      first update), "probe/knn", "floor/knn_untrained" and "floor/knn_pixels" (accuracies, 0 to 1).
+    step: updates done; None where nobody knows: then all counts.
 
   Raises:
     UserError: if nothing in it says how many prototypes there are.
   """
   known = {name: float(value) for name, value in measures.items() if value is not None}
   num = _num_prototypes(known)
-  return judge(known, num_prototypes=num, prototypes="learned" if num else "none")
+  return judge(known, num_prototypes=num, step=step, prototypes="learned" if num else "none")
 
 
 def _num_prototypes(measures: Mapping[str, float]) -> int:
@@ -339,6 +459,7 @@ def of_run(measures: Mapping[str, float | None], *, config, step: int) -> Verdic
     num_prototypes=config.method.num_prototypes,
     step=step,
     grace_steps=grace,
+    num_steps=config.num_steps,
     settings=trees.flat(config),
     prototypes=config.method.prototypes,
   )

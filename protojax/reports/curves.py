@@ -10,6 +10,8 @@ from protojax.reports import charts
 from protojax.reports import record as records
 
 _BINS = 48
+# {end of "floor/knn_NAME": in words}; see `evaluation.Snapshot.floors`.
+FLOORS = {"pixels": "raw pixels", "untrained": "untrained net", "start": "weights at the start"}
 _FLOOR = 1e-7  # of the largest eigenvalue; below it is the noise of float32
 
 
@@ -39,15 +41,15 @@ def training(runs: Sequence[records.Record]) -> list[str]:
     _over_steps(
       runs,
       "k-NN accuracy",
-      _lines(runs, "probe/knn"),
-      "on the test images, protocol in the table above",
+      _with_floors(runs, "probe/knn", "knn"),
+      "on the test images, protocol in the table above; dashed: without training",
       **share,
     ),
     _over_steps(
       runs,
       "Linear accuracy, online",
-      _lines(runs, "probe/linear"),
-      "on the test images; classifier trained beside the encoder",
+      _with_floors(runs, "probe/linear", "linear"),
+      "on the test images; classifier trained beside the encoder; dashed: without training",
       **share,
     ),
     *(_measure(runs, row, "") for row in table.MEASURES if row.title and not row.of_sets),
@@ -66,7 +68,7 @@ def _measure(runs: Sequence[records.Record], row: table.Measure, tag: str) -> st
     key, told = f"{key}_sample", f"{told}; of a fixed sample of images"
   lines = _lines(runs, key)
   random = _reference(runs, f"{key}_random", "random") if lines else []
-  told += "; dashed: random prototypes, same K and D" * row.has_random
+  told += "; dashed: random prototypes, same K and D" * bool(row.has_random or random)
   options = {"scale": charts.PERCENT, "y_range": (0.0, 1.03)} if row.is_share else {}
   return _over_steps(runs, row.title, [*lines, *random], told, **options)
 
@@ -162,6 +164,21 @@ def _reference(runs, key: str, label: str) -> list[charts.Line]:
   if lines and len({float(y) for line in lines for y in np.unique(line.y)}) == 1:
     ends = np.array([min(li.x[0] for li in lines), max(li.x[-1] for li in lines)], float)
     return [lines[0]._replace(x=ends, y=lines[0].y[[0, -1]], label=label, colour=None)]
+  return lines
+
+
+def _with_floors(runs, key: str, kind: str) -> list[charts.Line]:
+  """The lines of an accuracy, and those of what there is without training, over all steps."""
+  lines = _lines(runs, key)
+  if not lines:
+    return []
+  last = max(float(line.x[-1]) for line in lines)
+  for name, label in FLOORS.items():
+    flat = [
+      line._replace(x=np.array([0.0, last]), y=np.full(2, float(line.y[-1])))
+      for line in _reference(runs, f"floor/{kind}_{name}", label)
+    ]
+    lines += flat
   return lines
 
 

@@ -39,6 +39,14 @@ _ACCURACIES = (
     "softmax classifier trained by Adam beside the encoder on {bank}, tested on {test}",
   ),
 )
+_UNDER = "without training; {floor_bank} bank and {floor_test} test images, k-NN as above"
+_FLOORS = (
+  ("floor/knn", "k-NN accuracy, on the images of the floors", "%", _UNDER.partition("; ")[2]),
+  ("floor/knn_pixels", "k-NN accuracy, raw pixels", "%", f"{_UNDER}, at most 16 px a side"),
+  ("floor/linear_pixels", "Linear accuracy, raw pixels", "%", f"{_UNDER}, at most 16 px a side"),
+  ("floor/knn_untrained", "k-NN accuracy, untrained net", "%", _UNDER),
+  ("floor/knn_start", "k-NN accuracy, weights at the start", "%", _UNDER),
+)
 _TRAINING = (
   ("train/loss", "Loss", "", "training, mean of the last {log_every} steps"),
   ("train/ln_k", "ln K", "", "loss of uniform predictions, and the largest entropy of a target"),
@@ -84,7 +92,7 @@ def verdict(run: records.Record) -> tuple[str, str, str]:
     found = verdicts.of_run(measures, config=run.config, step=run.step)
   except (AttributeError, KeyError, TypeError, ValueError):
     return "open", "no verdict", "config.json is missing or of another version."
-  kinds_of_labels = {"ok": "ok", "warming up": "open"}
+  kinds_of_labels = {"ok": "ok", **dict.fromkeys(verdicts.OPEN, "open")}
   kind = "bad" if found.collapsed else kinds_of_labels.get(found.label, "warn")
   return kind, found.label, found.sentence
 
@@ -141,7 +149,7 @@ def key_numbers(runs: Sequence[records.Record]) -> str:
   parts = []
   for tag in ["", *(tag for tag in curves.sets(runs) if tag)]:
     body = []
-    for key, label, form, how in (*_ACCURACIES, *_collapse(), *_TRAINING):
+    for key, label, form, how in (*_ACCURACIES, *_FLOORS, *_collapse(), *_TRAINING):
       if not tag or "{tag}" in key:
         key = key.replace("{tag}", tag)
         values = [_value(run, key) for run in runs]
@@ -181,6 +189,9 @@ def _facts(run: records.Record, key: str) -> _Facts:
   facts |= protocol if isinstance(protocol, dict) else {}
   if facts.get("limit") and f"({facts['limit']} of " not in str(facts["bank"]):  # older runs
     facts["bank"] = f"{facts['bank']}, {facts['limit']} of them, evenly spread"
+  for name in ("bank", "test"):
+    count, _ = _value(run, f"floor/{name}_images")
+    facts[f"floor_{name}"] = "n/a" if count is None else f"{count:,.0f}"
   random, _ = _value(run, f"{key}_random")
   facts["random"] = "n/a" if random is None else written(random, "%")
   return facts

@@ -59,6 +59,14 @@ def draw(run: record.Record) -> pathlib.Path:
   ):
     step, value = _curve(run, key)
     axis.plot(step, 100 * value, style, color=_INK, label=label)
+  for key, label, style in (
+    ("floor/knn_pixels", "k-NN, raw pixels", "--"),
+    ("floor/knn_untrained", "k-NN, untrained", ":"),
+    ("floor/knn_start", "k-NN, at the start", ":"),
+    ("floor/linear_pixels", "linear, raw pixels", "-."),
+  ):
+    for value in _curve(run, key)[1][-1:]:
+      axis.axhline(100 * value, color=_MUTED, linestyle=style, label=label)
   axis.set(title="Accuracy on the test images, %", xlabel="step")
   axis.set_xlim(left=0)
   axis.legend(frameon=False)

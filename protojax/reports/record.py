@@ -4,7 +4,7 @@ import json
 import math
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import ml_collections
@@ -171,6 +171,25 @@ def verdict(folder: pathlib.Path) -> RunVerdict | None:
   Raises:
     UserError: if its settings or metrics cannot be read.
   """
+  found = None
+  for step, now in history(folder, most=_JUDGED):
+    same = found is not None and found.verdict.label == now.label
+    found = RunVerdict(now, step, found.since if same else step)
+  return found
+
+
+def history(
+  folder: pathlib.Path, most: int | None = None
+) -> Iterator[tuple[int, verdicts.Verdict]]:
+  """Judges a run at every line of its metrics.jsonl, by what was known then: (step, verdict).
+
+  Args:
+    folder: workdir.
+    most: lines that are judged, spread over the run and the last among them; None: all.
+
+  Raises:
+    UserError: if its settings or metrics cannot be read.
+  """
   try:
     config = configs.restored(json.loads((folder / "config.json").read_text()))
     lines, _ = files.json_lines(folder / METRICS)
@@ -182,13 +201,14 @@ def verdict(folder: pathlib.Path) -> RunVerdict | None:
       "workdir of a run"
     ) from None
   lines = [line for line in lines if isinstance(line.get("step"), int)]
-  found, known = None, {}
-  every = max(1, len(lines) // _JUDGED)
+  known, measured = {}, None
+  every = max(1, len(lines) // (most or len(lines) or 1))
   for i, line in enumerate(lines):
     lost = dict.fromkeys(line.get("non_finite", ()), math.nan)
     known |= {k: v for k, v in line.items() if isinstance(v, int | float)} | lost
+    if any(k.startswith("collapse/") for k in line):
+      measured = line["step"]
     if i % every == 0 or i == len(lines) - 1:
-      now = verdicts.of_run(known, config=config, step=line["step"])
-      same = found is not None and found.verdict.label == now.label
-      found = RunVerdict(now, line["step"], found.since if same else line["step"])
-  return found
+      # As of the step that the measures are of: early ones do not age.
+      step = line["step"] if measured is None else measured
+      yield line["step"], verdicts.of_run(known, config=config, step=step)

@@ -3,17 +3,20 @@
 import functools
 import math
 import pathlib
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 
 import jax
 from absl import logging
 
-from protojax import errors, progress
+from protojax import errors, files, progress
 from protojax.data import pipeline, sources
 from protojax.metrics import measures as table
 from protojax.metrics import verdicts
 from protojax.training import metric_writer, wandb_run, workdir
+
+_COLUMNS = 80
 
 
 class RunLog:
@@ -28,13 +31,14 @@ class RunLog:
     describe: (row) -> name of a record, for corrupt images.
 
   Attributes:
-    result: the latest value of every metric.
+    result: the latest value of every metric; of a run that goes on its floors, "floor/NAME".
   """
 
   def __init__(self, folder, config, *, start: int, describe):
-    self.result = {}
     self._folder, self._config = pathlib.Path(folder), config
+    self.result = _floors(self._folder) if start else {}
     self._measured = None  # step of the latest collapse measures
+    self._alarm = ""  # label of the verdict at the latest look
     self._pending = None
     self._sums, self._count = {}, 0  # since the last line
     self._since, self._timed, self._waited = None, 0, 0.0  # since the clock was last set
@@ -101,6 +105,8 @@ class RunLog:
 
   def _line(self, done: int) -> None:
     means = {k: v / self._count for k, v in self._sums.items()}
+    if done == 1:  # of the net before its first update
+      means["floor/loss_start"] = means.get("train/cross_entropy", means["train/loss"])
     now = time.perf_counter()
     if self._timed > 1 and self._since is not None:
       seconds = now - self._since
@@ -114,16 +120,36 @@ class RunLog:
       speed, wait = means["time/img_per_s"], means["time/data_wait"]
       note = f"img/s {speed:.0f}  wait {wait:.0%}"
       self._writer.progress(done, rate=speed / self._config.batch_size, note=note)
-    self._say(done)
+    looked_at = done == self._config.num_steps or not all(
+      done % every for every in (self._config.monitor.every, self._config.eval_every)
+    )
+    # A look at the same step has the verdict in its own line.
+    self._say(done, means, None if looked_at else self.verdict(done))
     self._sums, self._count = {}, 0
     self._since, self._timed, self._waited = time.perf_counter(), 0, 0.0
+
+  def floors(self, values: dict[str, float]) -> None:
+    """Takes accuracies without training, see `evaluation.Snapshot.floors`; before the first step.
+
+    They are part of `result` and written at step 0, where a run that goes on finds them.
+    """
+    if not values:
+      return
+    self.result |= values
+    self._writer.write(0, values)
+    self._writer.line(f"floors    {_beside(values, 'k-NN ', 'knn')}")
 
   def measures(self, done: int, values: dict[str, float]) -> None:
     """Writes collapse measures and accuracies of the state after `done` updates, and says them."""
     self.result |= values
     self._measured = done
     self._writer.write(done, values)
-    self._say(done, full=True)
+    verdict = self.verdict(done)
+    self._say(done, values, verdict)
+    news = verdicts.is_alarm(verdict) and verdict.label != self._alarm
+    if news and done < self._config.num_steps:  # the end has its summary
+      self._paragraph("  ", f"{verdict.label}: {verdict.sentence}")
+    self._alarm = verdict.label
     self._since, self._timed, self._waited = None, 0, 0.0  # evaluating is not training
 
   def verdict(self, done: int) -> verdicts.Verdict:
@@ -131,53 +157,98 @@ class RunLog:
     step = done if self._measured is None else self._measured
     return verdicts.of_run(self.result, config=self._config, step=step)
 
-  def _say(self, done: int, full: bool = False) -> None:
-    verdict = self.verdict(done)
-    self._writer.line(log_line(done, self.result, verdict, config=self._config))
-    if full and verdict.label != "ok":
-      self._writer.line(f"  {verdict.label}: {verdict.sentence}")
+  def _say(self, done: int, values: dict[str, float], verdict: verdicts.Verdict | None) -> None:
+    for line in log_line(done, values, verdict, config=self._config).splitlines():
+      self._writer.line(line)
+
+  def _paragraph(self, head: str, text: str) -> None:
+    for line in textwrap.wrap(
+      text,
+      _COLUMNS,
+      initial_indent=head,
+      subsequent_indent=" " * len(head),
+      break_long_words=False,  # a path is copied
+      break_on_hyphens=False,
+    ):
+      self._writer.line(line)
 
   def summary(self, result: dict[str, float], *, bank: sources.Source) -> None:
-    """The last words: verdict, accuracies, where the report lies or how to have it written.
+    """The last words: verdict, accuracies and floors, where the report lies or how to write it.
 
     Args:
       result: the measures of the final state.
       bank: what k-NN searched.
     """
     self.result |= result
+    get = self.result.get
     verdict = self.verdict(int(result["step"]))
-    lines = [f"verdict   {verdict.label}: {verdict.sentence}"]
+    self._paragraph("verdict   ", f"{verdict.label}: {verdict.sentence}")
     if "probe/knn" in result:
       probe, size = self._config.probe, workdir.bank_size(self._config, bank)
-      lines.append(
-        f"k-NN      {result['probe/knn']:.1%} (k={probe.k}, T={probe.temperature}, cosine, "
+      beside = _beside(self.result, "", "knn")
+      self._paragraph(
+        "k-NN      ",
+        f"{result['probe/knn']:.1%}"
+        + (f" ({beside})" if beside else "")
+        + f"; k={probe.k}, T={probe.temperature}, cosine, "
         + (f"bank {size}, " if " of " in size else "")
-        + f"{probe.train_split} -> {probe.test_split})"
+        + f"{probe.train_split} -> {probe.test_split}",
+      )
+    if get("floor/knn") is not None:
+      self._paragraph(
+        "          ",
+        f"of the {get('floor/bank_images'):.0f} bank and {get('floor/test_images'):.0f} test "
+        f"images of the floors: {get('floor/knn'):.1%}",
       )
     if "probe/linear_fitted" in result:
-      lines.append(f"linear    {result['probe/linear_fitted']:.1%} (fitted on frozen features)")
+      beside = _beside(self.result, "", "linear")
+      self._paragraph(
+        "linear    ",
+        f"{result['probe/linear_fitted']:.1%}"
+        + (f" ({beside})" if beside else "")
+        + "; fitted on frozen features",
+      )
     page = self._folder / workdir.REPORT
     again = f"python -m protojax.report --workdir={self._folder}"
-    lines.append(f"report    {page if page.exists() else again}")
-    for line in lines:
-      self._writer.line(line)
+    self._writer.line(f"report    {page if page.exists() else again}")  # a path is copied: no fold
+
+
+def _floors(folder: pathlib.Path) -> dict[str, float]:
+  """What the first steps of a run wrote about its floors; {} of a run that knew none."""
+  path, found = folder / "metrics.jsonl", {}
+  for line in files.json_lines(path)[0] if path.exists() else ():
+    if line.get("step") in (0, 1):
+      found |= {k: v for k, v in line.items() if k.startswith("floor/") and v is not None}
+  return found
+
+
+def _beside(values: Mapping[str, float], head: str, kind: str) -> str:
+  """ "raw pixels 97.7%, untrained 43.4%", what is known of it."""
+  names = {"pixels": "raw pixels", "untrained": "untrained", "start": "at the start"}
+  known = {word: values.get(f"floor/{kind}_{name}") for name, word in names.items()}
+  return ", ".join(f"{head}{word} {v:.1%}" for word, v in known.items() if v is not None)
 
 
 def log_line(
-  step: int, measures: Mapping[str, float | None], verdict: verdicts.Verdict, *, config
+  step: int,
+  measures: Mapping[str, float | None],
+  verdict: verdicts.Verdict | None = None,
+  *,
+  config,
 ) -> str:
-  """The line of a step; what was not measured is left out.
+  """The line of a step, of what was measured at this step; folded at 80 columns.
 
-  step 1200/5000  eta 3:12  loss 7.91 (ln K 8.32)  H 6.10  unique 100%  used 61%  rank 143
-  knn 71.2%  img/s 1630  wait 1%  [ok]
+  step 1200/5000  eta 3:12  loss 7.91 (ln K 8.32)  H 6.10  img/s 1630  wait 1%
+  step 1200/5000  unique 100%  used 61%  rank 143  knn 71.2%  [ok]
 
-  H is the entropy of the targets in nats; CE is the cross entropy, where the loss has more terms;
-  the measures of collapse are those with a short name in `metrics.measures.MEASURES`.
+  The first is of training, the second of a look at the state. H is the entropy of the targets in
+  nats; CE is the cross entropy, where the loss has more terms; the measures of collapse are those
+  with a short name in `metrics.measures.MEASURES`.
 
   Args:
     step: updates done.
-    measures: the latest value of every metric, by its name in metrics.jsonl.
-    verdict: from `verdicts.of_run`.
+    measures: values of this step, by their names in metrics.jsonl.
+    verdict: from `verdicts.of_run`; None leaves it out.
     config: resolved; reads num_steps and batch_size.
   """
   speed, chance = measures.get("time/img_per_s"), measures.get("train/ln_k")
@@ -198,4 +269,11 @@ def log_line(
     if value is not None:
       known = name == at_chance and chance is not None
       parts.append(f"{name} {value:{form}}" + (f" (ln K {chance:.2f})" if known else ""))
-  return "  ".join([*parts, f"[{verdict.label}]"])
+  parts += [] if verdict is None else [f"[{verdict.label}]"]
+  lines = [parts[0]]
+  for part in parts[1:]:
+    if len(lines[-1]) + 2 + len(part) <= _COLUMNS:
+      lines[-1] += f"  {part}"
+    else:
+      lines.append(f"  {part}")
+  return "\n".join(lines)

@@ -12,9 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from protojax import metrics
+from protojax.data import augment, pipeline
 from protojax.evals import knn, linear, purity
 from protojax.metrics import collapse
 from protojax.training import encode, sharding, train_step
+
+# What a floor costs is bounded: images of the bank and of the test, pixels a side, and what the
+# linear classifier tries.
+FLOOR_IMAGES = 10_000
+FLOOR_SIDE = 16
+_FLOOR_FIT = {"strengths": (1e-1, 1e-2, 1e-3), "max_steps": 30}
+_FLOOR_PRODUCTS = 2e9  # of the linear floor, images x pixels x classes; beyond, it is left out
 
 
 class Snapshot:
@@ -34,6 +42,7 @@ class Snapshot:
     self._bank, self._test, self._cached = bank, test, cached or {}
     replicated = sharding.replicated(self._mesh)
     self._forward = jax.jit(self._forward_fn, out_shardings=replicated)
+    self._pixels = jax.jit(self._pixels_fn, out_shardings=replicated)
     self._matrices = jax.jit(
       lambda s: method.prototype_matrices(train_step.variables_of(s)), out_shardings=replicated
     )
@@ -62,6 +71,19 @@ class Snapshot:
       "label": batch["label"],
     }
 
+  def _pixels_fn(self, batch):
+    """Float32 [B, S * S * 3], 0 to 1: the evaluation transform without its normalisation."""
+    channels = batch["image"].shape[-1]
+    images = augment.evaluate(
+      batch["image"],
+      min(self._config.augment.global_size, FLOOR_SIDE),
+      (0.0,) * channels,
+      (1.0,) * channels,
+      crop=self._config.probe.crop,
+      original=batch["size"],
+    )
+    return {"pixels": images.reshape(len(images), -1), "label": batch["label"]}
+
   def _run(self, state, source, limit=0, parts=("features", "codes", "label")):
     """Rows of all images of `source`, on the host of every process: {part: array or {set: array}}.
 
@@ -71,12 +93,15 @@ class Snapshot:
       limit: evenly spread subset; 0 takes all.
       parts: of what `_forward` returns; embeddings [N, D] are left on the device unless asked for.
     """
-    config = self._config
 
     def forward(batch):
       out = self._forward(state, batch)
       return {name: out[name] for name in parts}
 
+    return self._rows(forward, source, limit)
+
+  def _rows(self, forward, source, limit):
+    config = self._config
     return encode.rows(
       forward,
       source,
@@ -92,6 +117,49 @@ class Snapshot:
     """Embeds all images of `source` that can be read: (embeddings [N, D], index int32 [N])."""
     encoded = self._run(state, source, parts=("embeddings", "index"))
     return encoded["embeddings"]["prototypes"], encoded["index"]
+
+  def floors(self, state) -> dict[str, float]:
+    """What accuracies are without training, to be measured once, of the state of step 0.
+
+    Of at most `FLOOR_IMAGES` images of the bank and as many of the test, evenly spread, and at most
+    `FLOOR_SIDE` pixels a side.
+
+    Returns:
+      {"floor/knn_pixels", "floor/linear_pixels": accuracies of the images themselves, 0 to 1, the
+      latter only if it is cheap; "floor/knn_untrained": that of the net as it is, called
+      "floor/knn_start" where it starts from other weights (config.init_from);
+      "floor/bank_images", "floor/test_images": how many there were}; {} without labels.
+    """
+    if self._test is None:
+      return {}
+    bank, test = (self._rows(self._pixels, *of) for of in self._floor_images())
+    rows = bank["pixels"], bank["label"], test["pixels"], test["label"]
+    out = {"floor/knn_pixels": self._knn(*rows)}
+    num = self._bank.num_classes
+    if len(rows[0]) >= 10 and rows[0].size * num <= _FLOOR_PRODUCTS:
+      out["floor/linear_pixels"] = linear.evaluate(*rows, num_classes=num, **_FLOOR_FIT)["linear"]
+    bank, test = (self._run(state, *of, ("features", "label")) for of in self._floor_images())
+    rows = bank["features"], bank["label"], test["features"], test["label"]
+    which = "start" if self._config.init_from else "untrained"
+    out[f"floor/knn_{which}"] = self._knn(*rows)
+    return out | {"floor/bank_images": len(rows[1]), "floor/test_images": len(rows[3])}
+
+  def _floor_images(self):
+    """(source, how many of its images) of bank and test."""
+    limit = min(self._config.probe.limit or FLOOR_IMAGES, max(FLOOR_IMAGES, self._config.probe.k))
+    return (self._bank, limit), (self._test, FLOOR_IMAGES)
+
+  def _knn(self, bank, bank_labels, queries, labels) -> float:
+    probe = self._config.probe
+    return knn.accuracy(
+      bank,
+      bank_labels,
+      queries,
+      labels,
+      num_classes=self._bank.num_classes,
+      k=probe.k,
+      temperature=probe.temperature,
+    )
 
   def monitor(self, state) -> dict[str, float]:
     """Collapse measures of the prototypes and of a fixed sample of the bank."""
@@ -158,15 +226,12 @@ class Snapshot:
     sizes = {name: len(matrix) for name, matrix in self._start().items()}
     out = metrics.summary(codes=bank["codes"], num_prototypes=sizes)
     if test is not None:
-      out["probe/knn"] = knn.accuracy(
-        bank["features"],
-        bank["label"],
-        test["features"],
-        test["label"],
-        num_classes=self._bank.num_classes,
-        k=self._config.probe.k,
-        temperature=self._config.probe.temperature,
-      )
+      rows = bank["features"], bank["label"], test["features"], test["label"]
+      out["probe/knn"] = self._knn(*rows)
+      (_, few), (_, fewer) = self._floor_images()
+      if few < len(rows[1]) or fewer < len(rows[3]):  # what the floors are compared with
+        few, fewer = (pipeline.spread(len(rows[i]), n) for i, n in ((1, few), (3, fewer)))
+        out["floor/knn"] = self._knn(rows[0][few], rows[1][few], rows[2][fewer], rows[3][fewer])
       if self._probe is not None:
         predicted = self._probe.predict(state.carry["probe"], test["features"])
         out["probe/linear"] = float(np.mean(np.asarray(predicted) == test["label"]))

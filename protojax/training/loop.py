@@ -165,6 +165,8 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
     log.lines(opening.lines(program, train=train_source, bank=bank, test=test, folder=folder))
     cached = {data: program.load(data) for data in to_cache}
     view = evaluation.Snapshot(program, bank=bank, test=test, cached=cached)
+    if start == 0:
+      log.floors(view.floors(state))
     batches = program.batches(
       train_source,
       seed=config.seed,

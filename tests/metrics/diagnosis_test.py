@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from protojax import errors
-from protojax.metrics import collapse, diagnosis
+from protojax.metrics import collapse, diagnosis, verdicts
 
 _RNG = np.random.default_rng(0)
 
@@ -23,9 +23,9 @@ def _words(weights, *, cosine=False, prototypes="learned", **named):
   return result, diagnosis.words(result, cosine=cosine, prototypes=prototypes)[1]
 
 
-def test_random_prototypes_are_ok_and_not_called_good():
+def test_random_prototypes_are_unique_and_not_called_good():
   result, said = _words(_rows(512, 64))
-  assert said[0].startswith("ok: 512 of 512") and "random ones 512" in said[0]
+  assert said[0] == "unique, use unknown: 512 of 512 prototypes are unique, random ones 512"
   assert len(said) == 2 and "whether they are used" in said[1]
   assert result["groups"] == [] and result["copies_to_the_bit"] == 0
 
@@ -125,7 +125,22 @@ def test_bunched_prototypes_are_told_from_copies():
   weights = np.repeat(centres, 5, axis=0) + 0.05 * _rows(300, 64)
   result, said = _words(weights)
   assert result["unique"]["unique"][0] == 300
-  assert said[0].startswith("ok") and "bunch, without being copies" in said[1]
+  assert said[0].startswith("unique") and "bunch, without being copies" in said[1]
+
+
+def test_prototypes_that_few_images_use_are_not_ok():
+  """Of 4,096 that are all unique 196 are used, and 3,900 by none."""
+  weights = _unit(_rows(4096, 32))
+  embeddings = weights[np.arange(1500) % 196] + 0.01 * _rows(1500, 32)
+  found = diagnosis.diagnose(weights, embeddings=embeddings)
+  assert "3,900 by none" in str(found) and "4.8% are used" in str(found)
+  assert found.verdict.label == "unique but unused" and not found.verdict.collapsed
+  joined = diagnosis.joined(
+    {"a": found}, lines=[], result={}, verdict=verdicts.Verdict("ok", "by metrics", False)
+  )
+  assert joined.verdict == found.verdict and joined.sentences[0] == "by metrics"
+  well = diagnosis.diagnose(weights[:196], embeddings=embeddings)
+  assert well.verdict.label == "ok" and well.sentences[0].endswith("; 100.0% are used")
 
 
 def test_a_chain_is_told_from_groups():

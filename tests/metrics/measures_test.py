@@ -21,6 +21,7 @@ _ARRAYS = {
 }
 _NAMES = (
   *("num_prototypes", "unique_0.025", "unique_0.25", "unique_0.5", "used", "perplexity", "drift"),
+  *("used_most", "used_random"),
   *("relative_uniqueness", "embedding_cosine"),
   *("rankme", "feature_std", "mean_cosine", "teacher_distance"),
 )
@@ -43,8 +44,12 @@ def test_every_name_is_what_its_function_gives():
   for i, threshold in enumerate((0.025, 0.05, 0.1, 0.25, 0.5)):
     expected[f"unique_{threshold}"] = counts[i] / _K
     expected[f"unique_{threshold}_random"] = collapse.random_unique(_K, _D)[i] / _K
+  random = np.asarray(collapse.random_prototypes(_K, _D))
+  nearest = (a["embeddings"] @ random.T).argmax(axis=1)
   expected |= {
     "used": len(set(a["codes"].tolist())) / _K,
+    "used_most": 1.0,
+    "used_random": len(set(nearest.tolist())) / _K,
     "perplexity": collapse.usage_perplexity(a["codes"], _K),
     "drift": collapse.drift(a["prototypes"], a["initial_prototypes"]),
     "relative_uniqueness": collapse.relative_uniqueness(a["prototypes"], a["embeddings"]),
@@ -64,7 +69,17 @@ def test_what_is_not_given_is_not_measured():
   got = metrics.summary(features=_ARRAYS["features"])
   assert set(got) == {f"collapse/{k}" for k in ("rankme", "feature_std", "mean_cosine")}
   got = metrics.summary(codes=_ARRAYS["codes"], num_prototypes=_K)
-  assert set(got) == {f"collapse/{k}" for k in ("num_prototypes", "used", "perplexity")}
+  names = ("num_prototypes", "used", "used_most", "perplexity")
+  assert set(got) == {f"collapse/{k}" for k in names}
+
+
+def test_the_names_of_a_sample_say_so():
+  few = {"codes": _ARRAYS["codes"][:12], "embeddings": _ARRAYS["embeddings"][:12]}
+  got = metrics.summary(**few, prototypes=_ARRAYS["prototypes"], sample=True)
+  assert got["collapse/used_sample_most"] == 12 / _K
+  assert 0 < got["collapse/used_sample_random"] <= 12 / _K
+  assert {"collapse/used_sample", "collapse/perplexity_sample"} <= set(got)
+  assert not {"collapse/used", "collapse/used_most", "collapse/used_random"} & set(got)
 
 
 def test_embeddings_without_codes_are_coded_by_the_largest_cosine():

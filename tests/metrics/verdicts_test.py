@@ -198,7 +198,7 @@ def test_first_steps_are_warming_up_unless_something_is_not_finite():
 def test_nothing_measured_is_no_collapse_and_reads_not_available():
   for measures in ({}, dict.fromkeys(WELL)):
     verdict = verdicts.judge(measures, num_prototypes=64, step=500)
-    assert verdict.label == "ok"
+    assert verdict.label == "not judged" and not verdict.collapsed
     assert verdict.sentence.count("n/a") == 9
 
 
@@ -237,6 +237,9 @@ def test_advice_names_settings_that_exist():
       {"collapse/rankme": 1.0},
       {"collapse/unique_0.025": 0.0},
       {"collapse/unique_0.025": 0.0, "collapse/relative_uniqueness": 1.0},
+      {"collapse/used": 0.01},
+      {"floor/knn_untrained": 0.9},
+      {"floor/knn_untrained": 0.71},
     )
   )
   sections = "optim|method|mixture|teacher|augment|model|head|data|monitor"
@@ -245,6 +248,104 @@ def test_advice_names_settings_that_exist():
   options = carp.OPTIONS | swav.OPTIONS | self_classifier.OPTIONS
   assert named <= set(known) | {f"method.{key}" for key in options}
   assert {"batch_size", "precision"} <= set(known)
+
+
+# What a run that learns has beside WELL; the deviation of an accuracy of .3 is .0046 of 10,000.
+LEARNS = {
+  "floor/knn_untrained": 0.30,
+  "floor/knn_pixels": 0.36,
+  "floor/test_images": 10_000.0,
+  "floor/loss_start": 8.5,
+}
+
+
+@pytest.mark.parametrize(
+  ("changes", "label"),
+  [
+    ({}, "ok"),
+    ({"probe/knn": 0.3301}, "ok"),
+    ({"probe/knn": 0.3299}, "little learned yet"),
+    ({"probe/knn": 0.3050}, "little learned yet"),
+    ({"probe/knn": 0.3045}, "nothing learned yet"),
+    ({"probe/knn": 0.3045, "floor/test_images": 30_000.0}, "little learned yet"),
+    ({"probe/knn": 0.2910}, "nothing learned yet"),
+    ({"probe/knn": 0.2905}, "worse than at the start"),
+    ({"probe/knn": 0.305, "floor/knn_pixels": 0.1}, "ok"),
+    ({"probe/knn": 0.60, "floor/knn": 0.3045}, "nothing learned yet"),  # of the floors' images
+    ({"probe/knn": None}, "no collapse"),
+    ({"floor/knn_untrained": None, "floor/knn_start": 0.73}, "worse than at the start"),
+    ({"train/loss": 8.59, "train/target_entropy": None}, "ok"),
+    ({"train/loss": 8.61, "train/target_entropy": None}, "worse than at the start"),
+    ({"train/loss": 9.0, "train/cross_entropy": 7.0}, "ok"),  # of several terms
+    ({"train/loss": 8.61, "floor/loss_start": None}, "ok"),
+    ({"collapse/used": 0.051}, "ok"),
+    ({"collapse/used": 0.049}, "unique but unused"),
+    ({"collapse/used": 0.049, "collapse/unique_0.025": None}, "unique but unused"),
+    ({"collapse/used": 0.049, "collapse/unique_0.025": 0.5}, "partial prototype collapse"),
+    ({"collapse/used": 0.049, "collapse/used_most": 0.20}, "unique but unused"),
+    ({"collapse/used": 0.049, "collapse/used_most": 0.19}, "ok"),  # there were so few images
+    ({"collapse/used": 0.2, "collapse/used_random": 0.39}, "ok"),
+    ({"collapse/used": 0.2, "collapse/used_random": 0.41}, "unique but unused"),
+    ({"collapse/used_sample": 0.2, "collapse/used_sample_random": 0.39}, "ok"),
+    ({"collapse/used_sample": 0.2, "collapse/used_sample_random": 0.41}, "unique but unused"),
+  ],
+)
+def test_ok_needs_a_net_that_learned_and_prototypes_that_are_used(changes, label):
+  verdict = judge({**LEARNS, **changes})
+  assert verdict.label == label
+  assert label == "partial prototype collapse" or not verdict.collapsed
+
+
+def test_what_is_no_collapse_is_told_with_its_numbers():
+  worse = judge({**LEARNS, "probe/knn": 0.2, "train/loss": 9.0, "train/target_entropy": None})
+  assert worse.sentence.startswith(
+    "k-NN 20.0%, the untrained net 30.0%; loss 9.00, at the start 8.50, ln K 8.32: lower optim.lr"
+  )
+  little = judge({**LEARNS, "probe/knn": 0.31}).sentence
+  assert "k-NN 31.0% is nearer to the untrained net's 30.0% than to the 36.0% of raw pixels" in (
+    little
+  )
+  again = judge({"floor/knn_start": 0.72}).sentence
+  assert "is not above the net it started from's 72.0%" in again
+  used = {"collapse/used": 0.049, "collapse/used_random": 0.5}
+  assert "4.9% are used; random ones on the same embeddings: 50.0%" in judge(used).sentence
+
+
+def test_prototypes_have_time_to_be_used():
+  """Self-Classifier and SwAV with a mixture begin with two or three codes."""
+  few = {"collapse/used": 0.04}
+  assert judge(few, step=499).label == "ok"
+  assert judge(few, step=500).label == "unique but unused"
+  assert judge(few, step=400, num_steps=400).label == "unique but unused"
+  assert judge(few, step=None).label == "unique but unused"
+
+
+def test_nothing_is_well_after_one_update():
+  assert metrics.verdict(WELL | {"collapse/num_prototypes": 4096}).label == "ok"
+  one = metrics.verdict(WELL | {"collapse/num_prototypes": 4096}, step=1)
+  assert one.label == "warming up"
+  short = _config()
+  short.num_steps = 1
+  assert verdicts.of_run(WELL, config=short, step=1).label == "too early"
+  for step, label in ((99, "too early"), (100, "ok")):
+    assert judge(step=step, grace_steps=10).label == label
+
+
+def test_a_loss_that_rises_above_chance_is_not_ok():
+  """Four nats and a half at the start, five later, where saying nothing would give 4.34."""
+  rising = {**WELL, "train/loss": 5.07, "train/ln_k": 4.34, "train/target_entropy": 3.0}
+  verdict = judge({**rising, "floor/loss_start": 4.54}, num_prototypes=77)
+  assert verdict.label == "worse than at the start" and "loss 5.07, at the start 4.54" in (
+    verdict.sentence
+  )
+
+
+def test_uniqueness_alone_is_not_ok():
+  rows = np.asarray(collapse.random_prototypes(64, 32))
+  alone = metrics.verdict(metrics.summary(prototypes=rows))
+  assert alone.label == "unique, use unknown" and not verdicts.is_alarm(alone)
+  embeddings = np.random.default_rng(0).normal(size=(500, 32))
+  assert metrics.verdict(metrics.summary(prototypes=rows, embeddings=embeddings)).label == "ok"
 
 
 def test_measures_of_collapsed_arrays_reach_the_right_verdict():
@@ -318,7 +419,7 @@ def test_verdict_reads_the_config():
   sentence = verdicts.of_run(uniform, config=_config("carp"), step=100).sentence
   assert "method.t" not in sentence and "optim.lr" in sentence
   sharp = {**uniform, "train/target_entropy": 7.0}
-  assert verdicts.of_run(sharp, config=_config(), step=100).label == "ok"
+  assert verdicts.of_run(sharp, config=_config(), step=100).label == "not judged"
   certain = {"train/target_entropy": 0.5, "train/ln_k": math.log(512), "collapse/perplexity": 1.0}
   assert verdicts.of_run(certain, config=_config("carp"), step=100).label == "one-hot collapse"
   longer = _config()

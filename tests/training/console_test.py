@@ -66,17 +66,19 @@ def test_measures_from_before_the_first_verdict_are_not_judged_later(tmp_path):
   """At step 100 the line comes before the look: what was seen at step 80 is not held against it."""
   config = tiny.config(num_steps=400, optim__warmup_steps=10)
   with console.RunLog(tmp_path, config, start=0, describe=str) as log:
-    assert log.verdict(100).label == "ok"
+    assert log.verdict(100).label == "not judged"
     log.measures(80, {"collapse/rankme": 1.2})
     assert log.verdict(100).label == "warming up"
     log.measures(100, {"collapse/rankme": 1.2})
     assert log.verdict(110).label == "dimensional collapse"
 
 
-def _line(step, measures, *, name="dino", label="ok"):
-  config = configs.default(name)
-  config.update({"num_steps": 5000, "batch_size": 82})
-  return console.log_line(step, measures, verdicts.Verdict(label, "", False), config=config)
+_CONFIG = configs.default("dino")
+_CONFIG.update({"num_steps": 5000, "batch_size": 82})
+
+
+def _line(step, measures, *, label="ok"):
+  return console.log_line(step, measures, verdicts.Verdict(label, "", False), config=_CONFIG)
 
 
 def test_log_line_is_the_documented_one():
@@ -92,16 +94,81 @@ def test_log_line_is_the_documented_one():
     "time/img_per_s": 1630.4,
     "time/data_wait": 0.013,
   }
-  assert _line(1200, measures) == (
-    "step 1200/5000  eta 3:11  loss 7.91 (ln K 8.32)  H 6.10  unique 100%  used 61%  rank 143  "
-    "knn 71.2%  img/s 1630  wait 1%  [ok]"
-  )
+  looked = {k: v for k, v in measures.items() if k.startswith(("collapse/", "probe/"))}
+  assert [
+    console.log_line(1200, {k: v for k, v in measures.items() if k not in looked}, config=_CONFIG),
+    _line(1200, looked),
+  ] == [
+    "step 1200/5000  eta 3:11  loss 7.91 (ln K 8.32)  H 6.10  img/s 1630  wait 1%",
+    "step 1200/5000  unique 100%  used 61%  rank 143  knn 71.2%  [ok]",
+  ]
+  folded = _line(1200, measures | {"train/cross_entropy": 7.9}).splitlines()
+  assert len(folded) == 2 and all(len(line) <= 80 for line in folded)
 
 
 def test_log_line_leaves_out_what_was_not_measured():
   measures = {"train/loss": 1.5, "probe/knn": None, "collapse/used_sample": 0.25}
-  line = _line(3, measures, name="carp", label="warming up")
+  line = _line(3, measures, label="warming up")
   assert line == "step 3/5000  loss 1.50  used 25%  [warming up]"
+
+
+def _said(folder):
+  """The lines of train.log, without the time of day."""
+  return [line[20:] for line in (folder / "train.log").read_text().splitlines()]
+
+
+_FLOORS = {
+  "floor/knn_pixels": 0.977,
+  "floor/linear_pixels": 0.975,
+  "floor/knn_untrained": 0.434,
+  "floor/bank_images": 1442.0,
+  "floor/test_images": 355.0,
+}
+
+
+def test_summary_sets_accuracies_beside_what_there_is_without_training(tmp_path):
+  result = {"step": 6, "probe/knn": 0.62, "probe/linear_fitted": 0.924, "floor/knn": 0.61}
+  with console.RunLog(tmp_path, tiny.config(), start=0, describe=str) as log:
+    log.floors(_FLOORS)
+    log.summary(result, bank=range(64))
+  text = "\n".join(_said(tmp_path))
+  assert text.startswith("floors    k-NN raw pixels 97.7%, k-NN untrained 43.4%\n")
+  assert "\nk-NN      62.0% (raw pixels 97.7%, untrained 43.4%); k=20" in text
+  assert "of the 1442 bank and 355 test images of the floors: 61.0%" in text
+  assert "\nlinear    92.4% (raw pixels 97.5%); fitted" in text
+  warm = console._beside({"floor/knn_start": 0.5}, "", "knn")
+  assert warm == "at the start 50.0%"
+
+
+def test_a_line_says_nothing_twice_nothing_old_and_fits_80_columns(tmp_path):
+  config = tiny.config(num_steps=400, log_every=50, monitor__every=100, eval_every=200)
+  nothing = np.zeros(config.batch_size, np.int32)
+  train = {"train/loss": 5.07, "train/cross_entropy": 4.9, "train/ln_k": 4.34}
+  train |= {"train/target_entropy": 3.3}
+  look = {"collapse/unique_0.025": 1.0, "collapse/used_sample": 0.5, "collapse/rankme": 143.0}
+  with console.RunLog(tmp_path, config, start=0, describe=str) as log:
+    log.floors(_FLOORS)
+    for step in range(400):
+      values = {k: jnp.float32(v) for k, v in train.items()}
+      log.step(step, values, skipped=nothing, waited=0.0)
+      if step + 1 in (100, 200, 300):
+        log.flush()
+        log.measures(step + 1, look | ({"probe/knn": 0.62} if step == 199 else {}))
+    log.flush()
+    log.measures(400, look | {"probe/knn": 0.62})
+    log.summary({"step": 400, "probe/knn": 0.62}, bank=range(64))
+  said = _said(tmp_path)
+  assert max(len(line) for line in said if not line.startswith("report ")) <= 80  # a path
+  lines = [line for line in said if line.startswith("step ")]
+  assert len(set(lines)) == len(lines) == 1 + 8 + 4  # the first, every 50th, and the looks
+  assert [line.split()[1] for line in lines if "unique" in line] == [
+    f"{step}/400" for step in (100, 200, 300, 400)
+  ]
+  assert [line.split()[1] for line in lines if "knn" in line] == ["200/400", "400/400"]
+  assert not [line for line in lines if "unique" in line and ("loss" in line or "img/s" in line)]
+  # The sentence comes when the verdict changes, and at the end.
+  assert sum(line.startswith("  little learned yet: ") for line in said) == 1
+  assert [line for line in said if line.startswith("verdict   little learned yet: k-NN 62.0%")]
 
 
 @pytest.mark.parametrize(
@@ -112,10 +179,9 @@ def test_summary_says_how_much_of_the_bank_was_searched(tmp_path, limit, said):
   config = tiny.config(probe__limit=limit)
   with console.RunLog(tmp_path, config, start=0, describe=str) as log:
     log.summary({"step": 6, "probe/knn": 0.5}, bank=range(64))
-  (line,) = [x for x in (tmp_path / "train.log").read_text().splitlines() if "k-NN" in x]
-  assert (
-    "50.0% (k=20, T=0.07, cosine" in line and said in line and ("bank" in line) == (limit == 12)
-  )
+  (line,) = [x for x in _said(tmp_path) if "k-NN" in x]
+  assert "50.0%; k=20, T=0.07, cosine" in line and said in line
+  assert ("bank" in line) == (limit == 12)
 
 
 def test_long_runs_have_hours():

@@ -2,6 +2,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from sklearn import neighbors
 
 from protojax import progress
 from protojax.data import pipeline, sources
@@ -82,6 +83,43 @@ def test_accuracy_on_the_bank_itself_sees_the_image(setting):
   config.probe.k = 1
   view = evaluation.Snapshot(programs.Program(config, 10), bank=bank, test=bank)
   assert view.evaluate(state)["probe/knn"] == 1.0
+
+
+def test_floors_are_what_there_is_without_training(setting, monkeypatch):
+  _, state, view, bank = setting
+  floors = view.floors(state)
+  assert floors["floor/knn_untrained"] == view.evaluate(state)["probe/knn"]
+  assert floors["floor/bank_images"] == len(bank) and floors["floor/test_images"] == 355
+  # At 32 px and not at 16: a few may change their class.
+  train, test = (
+    np.stack([row["image"] for row in s.read(range(len(s)))])[..., 0].reshape(len(s), -1)
+    for s in (bank, view._test)
+  )
+  near = neighbors.KNeighborsClassifier(
+    20, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07)
+  )
+  expected = near.fit(train / 255, bank.labels).score(test / 255, view._test.labels)
+  assert floors["floor/knn_pixels"] == pytest.approx(expected, abs=0.01) and expected > 0.9
+  assert floors["floor/linear_pixels"] > 0.9
+  assert "floor/knn" not in view.evaluate(state)
+  assert evaluation.Snapshot(setting[0], bank=bank).floors(state) == {}
+  # Of a bank that is larger than the floors take, the net is compared on their images.
+  monkeypatch.setattr(evaluation, "FLOOR_IMAGES", 100)
+  few = view.floors(state)
+  assert few["floor/bank_images"] == few["floor/test_images"] == 100
+  assert few["floor/knn_untrained"] == view.evaluate(state)["floor/knn"]
+
+
+def test_usage_of_random_prototypes_is_measured_on_the_same_sample(setting):
+  _, state, view, bank = setting
+  measures = view.monitor(state)
+  sample = view._run(state, bank, 32, ("embeddings",))["embeddings"]["prototypes"]
+  rows = np.random.default_rng(0).normal(size=(2000, 32, sample.shape[1]))
+  rows /= np.linalg.norm(rows, axis=-1, keepdims=True)
+  used = [len(set((sample @ r.T).argmax(axis=1))) / 32 for r in rows]
+  assert min(used) <= measures["collapse/used_sample_random"] <= max(used)
+  assert measures["collapse/used_sample_most"] == 1.0
+  assert np.mean(used) < 0.3  # an untrained net's embeddings are near one another
 
 
 def test_final_gives_what_the_picture_draws(setting):

@@ -20,7 +20,7 @@ import safetensors.numpy
 import tiny
 
 from protojax import api, errors, main
-from protojax.training import checkpoint, console, export, loop, programs, workdir
+from protojax.training import checkpoint, console, evaluation, export, loop, programs, workdir
 
 pytestmark = [
   pytest.mark.xdist_group("train"),  # one worker: they share the run `whole`
@@ -104,14 +104,28 @@ def _losses(folder):
   return {r["step"]: r["train/loss"] for r in lines if "train/loss" in r}
 
 
+def _floors(folder):
+  """The floors in metrics.jsonl, each written once, and in result.json."""
+  lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+  written = [(k, v) for line in lines for k, v in line.items() if k.startswith("floor/")]
+  assert len(dict(written)) == len(written) == 6 and lines[0]["step"] == 0
+  measures = json.loads((folder / "eval" / "final" / "result.json").read_text())["measures"]
+  assert {k: measures[k] for k in dict(written)} == dict(written)
+  return dict(written)
+
+
 def test_stopped_and_resumed_run_equals_the_whole_one_to_the_bit(whole, tmp_path, monkeypatch):
   folder = tmp_path / "run"
   with monkeypatch.context() as patch:
     _stop_after(patch, 3)
     with pytest.raises(errors.Interrupted, match="stopped at step 3"):
       loop.run(_config(), str(folder))
-  monkeypatch.setattr(loop.sources.Source, "in_memory", False)  # so that decoding is told
-  loop.run(_config(**{"data.num_workers": 2}), str(folder))
+  with monkeypatch.context() as patch:
+    # Its floors are read back, and how fast it decodes is told.
+    patch.setattr(evaluation.Snapshot, "floors", lambda *_: pytest.fail("measured again"))
+    patch.setattr(loop.sources.Source, "in_memory", False)
+    loop.run(_config(**{"data.num_workers": 2}), str(folder))
+  assert _floors(folder) == _floors(whole)
   said = (folder / "train.log").read_text()
   assert re.search(r"2 workers decode about [\d,]+ img/s\n", said)
   assert re.search(r"2 workers decode about [\d,]+ img/s; this step takes [\d,]+", said)
