@@ -193,7 +193,8 @@ def _diagnose_file(
   if key and sets[0].matrix.shape[0] < sets[0].matrix.shape[1]:
     lines += diagnosis.bullets(["fewer rows than columns: if they are stored [D, K], transpose"])
   told: list[str] = []
-  of_layers, features = {}, None
+  of_layers: dict[str, Any] = {}
+  features = None
   if images:
     of_layers, features, told = _arrays_of_file(path, which, **images)
     lines += told

@@ -1,6 +1,7 @@
 """What is wrong with a checkpoint's prototypes, or with a loss: anybody's, not only protojax's.
 
 python -m protojax.doctor dino_deitsmall16_pretrain_full_checkpoint.pth
+python -m protojax.doctor dino_deitsmall16_pretrain_full_checkpoint.pth --data=folder --data_dir=D
 """
 
 import argparse

@@ -120,7 +120,8 @@ def chunks(
       "index": found["index"],
     }
     for part in what:
-      for name, values in found[part].items():
+      for name in found[part] if part in _OF_SETS else layers:
+        values = found[part][name]
         if part in _OF_SETS:
           column = _OF_SETS[part] if name == "prototypes" else f"{_OF_SETS[part]}_{name}"
         else:

@@ -63,6 +63,19 @@ class Trained(NamedTuple):
   variables: Any
   mesh: jax.sharding.Mesh
 
+  def preprocess(self, images: jax.Array) -> jax.Array:
+    """The evaluation transform, for JAX code of your own; may be traced.
+
+    Args:
+      images: uint8 [B, H, W, 3], 0 to 255.
+
+    Returns:
+      float32 [B, S, S, 3] normalised, what `encoder` and its parameters take. `features` stores
+      images in the size of the run's first, so theirs may differ from these in the last digits.
+    """
+    size = jnp.array(images.shape[1:3], jnp.int32)
+    return _transform(self.config)(images, jnp.broadcast_to(size, (images.shape[0], 2)))
+
   def features(self, images: Any, *, layer: str = "last") -> np.ndarray:
     """Features of images in evaluation mode, those that k-NN and linear probes are measured on.
 
@@ -215,7 +228,9 @@ class Sets(NamedTuple):
     out, _ = encoders.embed(
       self.encoder, params, batch_stats, {"global": images[:, None]}, train=False, patches=patches
     )
-    z = {"class": out.z[:, 0], "patch": out.patches[:, 0] if patches else None}
+    z = {"class": out.z[:, 0]}
+    if out.patches is not None:
+      z["patch"] = out.patches[:, 0]
     return {name: scoring.embeddings(one, z[one.tokens]) for name, one in sets.items()}
 
   def codes(self, variables: Any, images: jax.Array) -> dict[str, jax.Array]:

@@ -162,6 +162,27 @@ def test_the_program_in_the_readme_runs(run, tmp_path, monkeypatch):
   assert names["features"].shape == (3, 96) and names["codes"].shape == (3,)
 
 
+def test_the_programs_on_the_page_about_own_code_run(run, tmp_path, monkeypatch):
+  page = (pathlib.Path(__file__).parents[1] / "docs" / "own_code.md").read_text()
+  blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+  (tmp_path / "runs").mkdir()
+  (tmp_path / "runs" / "gmm").symlink_to(run)
+  monkeypatch.chdir(tmp_path)
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (8, 32, 32, 3), np.uint8)
+  names = {"images": images, "labels": np.arange(8) % 10}
+  for block in blocks:
+    exec(block, names)
+  model = protojax.load(run)
+  np.testing.assert_allclose(names["found"], model.features(images), atol=1e-4)
+  assert names["losses"][-1] < names["losses"][0]  # the classifier and the encoder have learned
+  moved = jax.tree.map(
+    lambda a, b: float(jnp.abs(a - b).max()), names["trained"]["encoder"], model.params["backbone"]
+  )
+  assert max(jax.tree.leaves(moved)) > 0
+  assert names["nearest"].shape == (8, 3) and names["state"].means.shape == (64, 64)
+
+
 def test_patches_and_embeddings_of_images_in_memory(run):
   """The grid is that of the image: a patch changed in one corner moves that corner most."""
   model = protojax.load(run)

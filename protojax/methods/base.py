@@ -66,14 +66,14 @@ class Method(NamedTuple):
     embeddings: (variables, images [B, S, S, 3]) -> {set: [B, D]}, what the codes compare with the
       prototypes, any norm.
     prototype_matrices: (variables) -> {set: [K, D]} unit rows, float32; {} if there are none.
-    scoring: (variables) -> {set: `scoring.Scoring`}, the same scores as arrays, for exported
-      weights: `codes` and `embeddings` up to rounding and a positive factor. A method that replaces
-      one of those replaces it too; None exports no prototypes.
     refresh: (variables, embeddings [N, D], index int32 [N], key) -> Variables, before the first
       step of an epoch, or None: what a method learns from all training images at once. Embeddings
       are those of the set "prototypes" under the evaluation transform, one row for each image that
       can be read; index is that image's number, as in views["index"].
     refresh_from: step of the first refresh.
+    scoring: (variables) -> {set: `scoring.Scoring`}, the same scores as arrays, for exported
+      weights: `codes` and `embeddings` up to rounding and a positive factor. A method that replaces
+      one of those replaces it too; None exports no prototypes.
   """
 
   learns_prototypes: bool
@@ -84,6 +84,6 @@ class Method(NamedTuple):
   codes: Callable[[Variables, jax.Array], dict[str, jax.Array]]
   embeddings: Callable[[Variables, jax.Array], dict[str, jax.Array]]
   prototype_matrices: Callable[[Variables], dict[str, jax.Array]]
-  scoring: Callable[[Variables], dict[str, scorings.Scoring]] | None = None
   refresh: Callable[[Variables, jax.Array, jax.Array, jax.Array], Variables] | None = None
   refresh_from: int = 0
+  scoring: Callable[[Variables], dict[str, scorings.Scoring]] | None = None
