@@ -233,7 +233,8 @@ def _describe(matrix: np.ndarray, *, said: bool) -> diagnosis.Diagnosis:
     "features of images are described only: it is prototypes that are judged"
     if said
     else "nothing in the file says whether its rows are prototypes or features of images, and to "
-    "features the verdict on prototypes does not apply: rows=prototypes judges them"
+    "features the verdict on prototypes does not apply: rows=prototypes, or --rows=prototypes, "
+    "has them judged"
   )
   lines += diagnosis.bullets([sentence])
   return diagnosis.Diagnosis(None, measured, [sentence], result | {"diagnosis": [sentence]}, lines)
@@ -305,7 +306,8 @@ def _diagnose_run(
   embeddings, features, told = _arrays_of_run(model, **images)
   lines += [
     *told,
-    f"{'exported' if exported else 'checkpoint of'} step {model.step or 0:,}"
+    ("exported weights" if exported else "checkpoint")
+    + (f" of step {model.step:,}" if model.step is not None else "")
     + ", no prototypes" * (not model.prototypes),
   ]
   sets = {}

@@ -254,7 +254,7 @@ def _summary(rows: Sequence[protocols.Headline], protocol: dict) -> list[str]:
     )
   return [
     *lines,
-    "held-out bank: a tenth of the train images, never test images; -: nothing was chosen",
+    "held-out bank: a tenth of the train images, no test image; -: nothing was chosen",
   ]
 
 

@@ -125,7 +125,7 @@ def test_all_protocols_end_in_one_table_of_test_scores_that_says_what_was_chosen
   lines = (run / "said.txt").read_text().splitlines()
   start = next(i for i, line in enumerate(lines) if line.startswith("protocol "))
   assert lines[start - 1].endswith("on 355 test images (digits test) at 32 px")
-  assert lines[-1].startswith("held-out bank: a tenth of the train images, never test images")
+  assert lines[-1].startswith("held-out bank: a tenth of the train images, no test image")
   table = [line.split() for line in lines[start + 1 : -1]]
   assert max(map(len, lines[start:])) <= 80
   share = np.bincount(rows[1]["label"]).max() / 355
