@@ -34,7 +34,8 @@ def test_the_tour_trains_judges_shows_and_loops(tmp_path, monkeypatch, capsys):
   assert (names["workdir"] / "report.html").is_file()
   assert names["measures"]["step"] == 30 and 0.1 < names["measures"]["probe/knn"] <= 1
   assert names["codes"].shape == (128,) and names["verdict"].sentence
-  assert names["found"]["collapse/unique_0.025"] == 1.0
+  assert names["found"]["collapse/unique_0.025"] > 0.5
+  assert names["losses"][-1] < names["losses"][0]
 
 
 def test_the_committed_notebook_has_outputs_and_nothing_of_the_machine_that_made_them():
