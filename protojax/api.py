@@ -8,8 +8,8 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from protojax import errors, pretrained
-from protojax.interop import prototype_layouts, tensor_files
+from protojax import errors, metrics, pretrained
+from protojax.interop import importers, prototype_layouts, tensor_files
 from protojax.metrics import diagnosis, loss_curve
 from protojax.reports import of_run, record
 from protojax.training import loop
@@ -49,6 +49,7 @@ def diagnose(
   split: str | None = None,
   limit: int = 0,
   step: int | None = None,
+  rows: str | None = None,
 ) -> diagnosis.Diagnosis:
   """Says what is wrong with prototypes, a run or a log; `print` it to read all of it.
 
@@ -60,18 +61,22 @@ def diagnose(
 
   Args:
     what: prototypes [K, D] (NumPy, JAX, or a tensor of PyTorch in the host's memory); or the path
-      of a run's workdir, of a checkpoint or a file of arrays (.pth, .pt, .ckpt, .safetensors, .npy,
-      .npz), or of a log (metrics.jsonl, DINO's, DINOv2's, any text with losses).
+      of a run's workdir or its exported/, of a checkpoint or a file of arrays (.pth, .pt, .ckpt,
+      .safetensors, .npy, .npz), or of a log (metrics.jsonl, DINO's, DINOv2's, any text with
+      losses).
     embeddings: [N, D], what comes out of the head just before the prototypes, or a file of it, to
       see which prototypes are used.
     key: of a file: the array that holds the prototypes, where its name says nothing.
     transpose: the array at `key` is [D, K].
     which: of a file: "teacher" or "student"; None takes the teacher's where there is one.
-    data: of a run: encodes images for the embeddings, its own ("run") or "digits", "folder", the
-      name of a TFDS data set.
+    data: encodes images for the embeddings, of a run its own ("run") or "digits", "folder", the
+      name of a TFDS data set. Of a file of another library, too, if its backbone, head and
+      prototypes are of a known layout: those of DINO, iBOT (class tokens) and SwAV.
     data_dir, split: of the images; None takes the run's own and "train".
     limit: images at most, evenly spread; 0 takes all.
     step: checkpoint of a run; None takes the newest.
+    rows: what the rows of a file's lone matrix are, where nothing in it says so: "prototypes", or
+      "features" of images, which are described and not judged.
 
   Raises:
     UserError: if there is no such thing, no prototypes are found, or an argument says nothing about
@@ -79,7 +84,7 @@ def diagnose(
   """
   arguments = {"embeddings": embeddings, "key": key, "transpose": transpose or None}
   arguments |= {"which": which, "data": data, "data_dir": data_dir, "split": split}
-  arguments |= {"limit": limit or None, "step": step}
+  arguments |= {"limit": limit or None, "step": step, "rows": rows}
   given: dict[str, Any] = {name: value for name, value in arguments.items() if value is not None}
   idle = next((name for name in ("data_dir", "split", "limit") if name in given), "")
   if idle and data is None:
@@ -96,6 +101,9 @@ def diagnose(
     what = pathlib.Path(what).expanduser()
     if not what.exists():
       raise errors.UserError(f"there is no {what}: give a workdir, a checkpoint or a log")
+    beside = what.parent / "config.json"
+    if what.name in ("encoder.safetensors", "prototypes.safetensors") and beside.is_file():
+      what = what.parent  # of exported weights, which are one thing
     if what.is_dir():
       kind, examine = f"{what}, a workdir", _diagnose_run
       allowed = ("embeddings", "data", "data_dir", "split", "limit", "step")
@@ -103,7 +111,8 @@ def diagnose(
       kind, examine, allowed = f"{what}, a log", _diagnose_log, ()
     else:
       kind, examine = f"{what}, a file of arrays", _diagnose_file
-      allowed = ("embeddings", "key", "transpose", "which")
+      allowed = ("embeddings", "key", "transpose", "which", "data", "data_dir", "split", "limit")
+      allowed += ("rows",)
   for name in given:
     if name not in allowed:
       raise errors.UserError(f"{name} means nothing for {kind}: leave it out")
@@ -140,11 +149,31 @@ def _diagnose_file(
   key: str | None = None,
   transpose: bool = False,
   which: str | None = None,
+  rows: str | None = None,
+  **images: Any,
 ) -> diagnosis.Diagnosis:
   arrays = tensor_files.read(path)
   matrices = prototype_layouts.candidates(arrays)
-  if key is None and matrices and len(arrays) == 1:
-    key = matrices[0][0]  # nothing to choose from
+  if rows not in (None, "prototypes", "features"):
+    raise errors.UserError(f"rows={rows} is unknown: choose prototypes or features")
+  lone = matrices[0][0] if len(arrays) == len(matrices) == 1 else None
+  if rows and lone is None:
+    raise errors.UserError(
+      f"rows={rows} is for a file of one matrix, and {path} holds {len(arrays)} arrays: name the "
+      "one with the prototypes by key=NAME"
+    )
+  if rows == "features" and (key or transpose or images or embeddings is not None):
+    raise errors.UserError("rows=features are described only: leave the other arguments out")
+  if key is None and lone and not images and not prototype_layouts.find(arrays):
+    # Who names embeddings to compare with has said what the rows are.
+    if rows == "features" or (rows is None and not transpose and embeddings is None):
+      return _describe(arrays[lone], said=rows == "features")
+    key = lone
+  if key and images:
+    raise errors.UserError(
+      f"data and key={key}: images need the backbone and the head too, which key does not name: "
+      "leave one of the two out"
+    )
   if key:
     sets = [prototype_layouts.at(arrays, key, transpose)]
     layout = f"prototypes taken from {key}"
@@ -163,11 +192,19 @@ def _diagnose_file(
   lines[0] += "".join(f"; weights of the {w}" for w in whose)
   if key and sets[0].matrix.shape[0] < sets[0].matrix.shape[1]:
     lines += diagnosis.bullets(["fewer rows than columns: if they are stored [D, K], transpose"])
+  told: list[str] = []
+  of_layers: dict[str, Any] = {}
+  features = None
+  if images:
+    of_layers, features, told = _arrays_of_file(path, which, **images)
+    lines += told
   found = {}
   for one in sets:
+    of_set = of_layers.get(one.name, embeddings)
     found[one.name] = diagnosis.diagnose(
       one.weights(),
-      embeddings=embeddings,
+      embeddings=of_set,
+      features=None if of_set is None else features,
       name=one.name,
       gain=one.gain,
       cosine=one.cosine,
@@ -175,6 +212,70 @@ def _diagnose_file(
     )
     found[one.name].result["key"] = one.key
   return diagnosis.joined(found, lines=lines, result={"kind": "file", "layout": layout})
+
+
+def _describe(matrix: np.ndarray, *, said: bool) -> diagnosis.Diagnosis:
+  """A matrix of features, or of what nobody said, in numbers and without a verdict."""
+  rows = np.asarray(matrix, np.float32)
+  norms = np.linalg.norm(rows, axis=1)
+  result: dict[str, Any] = {"kind": "matrix", "rows": len(rows), "dim": rows.shape[1]}
+  result["not_finite"] = int(np.sum(~np.isfinite(norms)))
+  lines = [f"file: one matrix, {len(rows):,} rows of {rows.shape[1]} numbers, not judged"]
+  measured: dict[str, float] = {}
+  if result["not_finite"]:
+    lines.append(f"  rows that are not finite: {result['not_finite']:,}")
+  else:
+    measured = metrics.summary(features=rows)
+    result |= {"norm": [float(norms.min()), float(norms.max())], "measures": measured}
+    lines.append(f"  norm, least / most: {norms.min():.4g} / {norms.max():.4g}")
+    lines += [f"  {name.partition('/')[2]}: {value:.4g}" for name, value in measured.items()]
+  sentence = (
+    "features of images are described only: it is prototypes that are judged"
+    if said
+    else "nothing in the file says whether its rows are prototypes or features of images, and to "
+    "features the verdict on prototypes does not apply: rows=prototypes, or --rows=prototypes, "
+    "has them judged"
+  )
+  lines += diagnosis.bullets([sentence])
+  return diagnosis.Diagnosis(None, measured, [sentence], result | {"diagnosis": [sentence]}, lines)
+
+
+def _arrays_of_file(
+  path: pathlib.Path,
+  which: str | None,
+  *,
+  data: str,
+  data_dir: str | None = None,
+  split: str | None = None,
+  limit: int = 0,
+) -> tuple[dict[str, Any], Any, list[str]]:
+  """What `_arrays_of_run` gives, of another library's checkpoint; sets by the file's names."""
+  if data == "run":
+    raise errors.UserError(f"data=run is for runs of protojax: name a data set for {path}")
+  try:
+    done = importers.convert(path, which=which)
+  except errors.UserError as error:
+    raise errors.UserError(
+      f"data={data} needs a backbone and a head that protojax knows, to run them: {error}; save "
+      "what comes out of the head as .npy and pass it as embeddings=FILE"
+    ) from None
+  lacks = [*done.missing, *done.unexpected]
+  if lacks or not done.prototypes:
+    why = (
+      f"{lacks[0]} does not fit the layout"
+      if lacks
+      else "it holds no projection head of DINO, iBOT or SwAV that ends where its prototypes begin"
+    )
+    raise errors.UserError(
+      f"data={data}: {path} cannot be run up to its prototypes: {why}; save what comes out of the "
+      "head as .npy and pass it as embeddings=FILE"
+    )
+  model = pretrained.of_export(path, done.tensors, done.info, done.prototypes)
+  found, features, told = _arrays_of_run(
+    model, data=data, data_dir=data_dir, split=split, limit=limit
+  )
+  by_layer = {done.layers[name]: rows for name, rows in found.items()}
+  return by_layer, features, [*told, *(f"  note: {note}" for note in done.notes)]
 
 
 def _diagnose_run(
@@ -187,19 +288,27 @@ def _diagnose_run(
     result["run"] = {**judged.verdict._asdict(), "step": judged.step, "since": judged.since}
     lines = _by_metrics(judged)
   verdict = judged and judged.verdict
-  if not any((folder / "checkpoints").glob("[0-9]*")):
+  exported = (folder / "encoder.safetensors").is_file()
+  if not exported and not any((folder / "checkpoints").glob("[0-9]*")):
     if judged is None:
       raise errors.UserError(
         f"{folder} is a folder without checkpoints or metrics of a run of protojax: give a workdir "
-        "or one file (exported weights hold no prototypes)"
+        "or its exported/, or one file"
       )
     lines += diagnosis.bullets(["there is no checkpoint yet whose prototypes could be examined"])
     return diagnosis.joined({}, lines=lines, result=result, verdict=verdict)
   model = pretrained.load(str(folder), step=step)
+  if exported and not model.prototypes:
+    raise errors.UserError(
+      f"{folder} holds an encoder without prototypes: its method has none, or an older version "
+      "exported it; give the workdir of the run"
+    )
   embeddings, features, told = _arrays_of_run(model, **images)
   lines += [
     *told,
-    f"checkpoint of step {model.step:,}" + ", no prototypes" * (not model.prototypes),
+    ("exported weights" if exported else "checkpoint")
+    + (f" of step {model.step:,}" if model.step is not None else "")
+    + ", no prototypes" * (not model.prototypes),
   ]
   sets = {}
   for name, matrix in model.prototypes.items():

@@ -56,8 +56,18 @@ def nearest(word: str, words: Iterable[str]) -> str | None:
   return next(iter(difflib.get_close_matches(word, words, 1)), None)
 
 
+def listed(kind: Callable[[str], Any]) -> Callable[[str], tuple]:
+  """A type of argparse: with int, "10,20" -> (10, 20)."""
+
+  def parse(text: str) -> tuple:
+    return tuple(kind(part) for part in text.split(","))
+
+  parse.__name__ = f"list of {kind.__name__}"
+  return parse
+
+
 # Arguments of the library for which there is a flag of the same name, as messages have them.
-_NAMED = r"(data|embeddings|format|heads|image_size|key|limit|stem|step|which|workdir)="
+_NAMED = r"(data|embeddings|format|heads|image_size|key|limit|rows|stem|step|which|workdir)="
 _KEY = r"config\.(?!json\b|py\b)[a-z]"  # config.json and protojax/config.py are files
 _FLAG = re.compile(rf"(?<![^\s(])(?={_NAMED}|{_KEY})|(?<=another )(?=workdir\b)")
 

@@ -29,8 +29,9 @@ Converts weights, tensor by tensor, and says what became of each.
 
 In: DINO, iBOT, DINOv2 and timm transformers, Hugging Face's ViT and Dinov2, torchvision ResNet-18
 and -50 (SwAV's and DINO's too), as .pth, .pt, .safetensors, .npz or a folder. The folder OUT then
-holds encoder.safetensors and config.json: --config.init_from=OUT trains from it, evaluate and embed
-take it as it is.
+holds encoder.safetensors and config.json, and of a full checkpoint of DINO, iBOT or SwAV
+prototypes.safetensors: --config.init_from=OUT trains from it, evaluate, embed and doctor take it as
+it is.
 
 Out, of a run or of exported weights:
   timm  a folder for timm.create_model("local-dir:OUT", pretrained=True); of a ResNet the names in
@@ -43,6 +44,7 @@ FORMATS = ("protojax", "timm", "hf", "jax", "onnx")
 # All that any format writes: only a folder of these is ever replaced.
 _OURS = {
   "encoder.safetensors",
+  "prototypes.safetensors",
   "model.safetensors",
   "config.json",
   "preprocessor_config.json",
@@ -143,6 +145,10 @@ def bring_in(
       if "head" not in done.info
       else "{layers} layers, hidden {hidden}, output {bottleneck}".format(**done.info["head"])
     ),
+    *(
+      f"{name} {one.rows.shape[0]:,} of {one.rows.shape[1]} dimensions, from {done.layers[name]}"
+      for name, one in done.prototypes.items()
+    ),
     f"matched {len(done.tensors)} of {len(done.tensors) + len(done.missing)} tensors",
     _list(len(done.missing), "missing", done.missing),
     _list(len(done.unexpected), "unexpected", done.unexpected),
@@ -150,13 +156,14 @@ def bring_in(
     *(f"note: {note}" for note in done.notes),
   ]
   if (done.missing or done.unexpected) and not allow_partial:
+    counts = "; ".join(line for line in lines if line.startswith(("missing ", "unexpected ")))
     raise errors.UserError(
-      f"{path} fits only in part: {lines[4]}; {lines[5]}. Nothing was written; --allow_partial "
-      "initialises what is missing and leaves out what is unexpected"
+      f"{path} fits only in part: {counts}. Nothing was written; --allow_partial initialises what "
+      "is missing and leaves out what is unexpected"
     )
   tensors = done.tensors | (importers.fresh(done) if done.missing else {})
   with _atomic_folder(out, overwrite) as folder:
-    export.write(folder, tensors, done.info)
+    export.write(folder, tensors, done.info, done.prototypes)
   return [*lines, _wrote(out)]
 
 

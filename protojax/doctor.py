@@ -1,6 +1,7 @@
 """What is wrong with a checkpoint's prototypes, or with a loss: anybody's, not only protojax's.
 
 python -m protojax.doctor dino_deitsmall16_pretrain_full_checkpoint.pth
+python -m protojax.doctor dino_deitsmall16_pretrain_full_checkpoint.pth --data=folder --data_dir=D
 """
 
 import argparse
@@ -18,9 +19,11 @@ Examines prototypes, or a loss.
   python -m protojax.doctor log.txt                      a log: metrics.jsonl, DINO's, DINOv2's
 
 A run is judged by its metrics, too; --data=run also looks at its images and says which prototypes
-they use. For other checkpoints give embeddings, [N, D] as .npy: what comes out of the head just
-before the prototypes. PyTorch is not needed, and nothing inside a file is run. Distances are cosine
-distances, 1 - cos."""
+they use. So does --data=NAME for a full checkpoint of DINO, iBOT or SwAV: its backbone and head are
+run here. For other checkpoints give embeddings, [N, D] as .npy: what comes out of the head just
+before the prototypes. A file with one matrix that nothing names is described only, until
+--rows=prototypes says what it is. PyTorch is not needed, and no code inside a file is run.
+Distances are cosine distances, 1 - cos."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -28,9 +31,10 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument("path", help="workdir of a run, a checkpoint, or a log")
   parser.add_argument("--key", help="array that holds the prototypes, where its name says nothing")
   parser.add_argument("--transpose", action="store_true", help="the array at --key is [D, K]")
+  parser.add_argument("--rows", help="of a file of one matrix: prototypes, or features of images")
   parser.add_argument("--which", choices=("teacher", "student"), help="default: the teacher's")
   parser.add_argument("--embeddings", help=".npy [N, D]: what the prototypes are compared with")
-  parser.add_argument("--data", help="of a run: its images (run), or digits, folder, a TFDS name")
+  parser.add_argument("--data", help="images: a run's own (run), or digits, folder, a TFDS name")
   parser.add_argument("--data_dir", help="where the data is")
   parser.add_argument("--split", help="default: train")
   parser.add_argument("--limit", type=int, default=0, help="images at most, evenly spread; 0: all")

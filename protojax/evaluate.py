@@ -28,21 +28,12 @@ linear      a grid of linear heads over learning rates and layers; --mode=honest
 low_shot    logistic regression on 1, 2, 5 images a class, 1 % and 10 %, five draws
 clustering  prototype codes and k-means against classes: NMI, AMI, ARI, each beside its chance
 long_tail   accuracy of frequent and rare classes, and which of them the prototypes serve
-all         all of these, from images encoded once
+all         all of these, from images encoded once; ends in a table of the main numbers, all of test
+            images, with what was chosen on which images and what chance gives
 
 Writes WORKDIR/eval/PROTOCOL/result.json: measures, protocol, environment."""
 
 PROTOCOLS = ("knn", "linear", "low_shot", "clustering", "long_tail")
-
-
-def _numbers(kind):
-  """A type of argparse: "10,20" -> (10, 20)."""
-
-  def parse(text: str) -> tuple:
-    return tuple(kind(part) for part in text.split(","))
-
-  parse.__name__ = f"list of {kind.__name__}"
-  return parse
 
 
 class Images(NamedTuple):
@@ -235,7 +226,36 @@ def evaluate(args: argparse.Namespace) -> dict[str, dict]:
     path = root / name / "result.json"
     result_files.write(path, results[name], protocol)
     print("\n".join(_table(results[name], protocol, task.notes, path)), flush=True)
+  if args.protocol == "all":
+    share = np.bincount(test.rows["label"]).max() / test.rows["label"].size
+    rows = [
+      row
+      for name, (_, protocol) in tasks.items()
+      for row in protocols.headlines(name, results[name], protocol, float(share))
+    ]
+    print("\n".join(_summary(rows, tasks["knn"][1])))
   return results
+
+
+def _summary(rows: Sequence[protocols.Headline], protocol: dict) -> list[str]:
+  """The table that ends --protocol=all, at most 80 columns wide."""
+  model, test = protocol["model"], protocol["test"]
+  lines = [
+    "",
+    f"{model['weights']} of {model['path']}, step {model['step']}: on {test['images']} test images "
+    f"({test['data']} {test['split']}) at {protocol['transform']['px']} px",
+    f"{'protocol':<11}{'measure':<31}{'value':>8}  {'chosen on':<14}{'chance':>8}",
+  ]
+  for row in rows:
+    chance = "-" if row.chance is None else result_files.show(row.chance)
+    lines.append(
+      f"{row.protocol:<11}{row.measure:<31}{result_files.show(row.value):>8}  "
+      f"{row.chosen_on:<14}{chance:>8}"
+    )
+  return [
+    *lines,
+    "held-out bank: a tenth of the train images, no test image; -: nothing was chosen",
+  ]
 
 
 def _table(measures, protocol, notes, path) -> list[str]:
@@ -264,12 +284,12 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--data", help="digits, folder or a TFDS data set; default: the run's own")
   parser.add_argument("--data_dir", help="where the data is")
   parser.add_argument(
-    "--k", type=_numbers(int), help="of knn; default: those of 10,20,100,200 the bank allows"
+    "--k", type=cli.listed(int), help="of knn; default: those of 10,20,100,200 the bank allows"
   )
   parser.add_argument(
-    "--temperature", type=_numbers(float), default=(0.07,), help="of knn; default 0.07"
+    "--temperature", type=cli.listed(float), default=(0.07,), help="of knn; default 0.07"
   )
-  parser.add_argument("--layers", type=_numbers(str), help="of linear; default: all there are")
+  parser.add_argument("--layers", type=cli.listed(str), help="of linear; default: all there are")
   parser.add_argument("--epochs", type=int, default=100, help="of linear; default 100")
   parser.add_argument("--overwrite", action="store_true", help="replace results made otherwise")
   parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="workdirs or result.json")

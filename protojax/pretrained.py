@@ -4,7 +4,7 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,11 +13,12 @@ import ml_collections
 import numpy as np
 
 from protojax import config as configs
-from protojax import errors, trees
+from protojax import errors, losses, trees
 from protojax.data import augment, sources
 from protojax.metrics import measures
 from protojax.models import encoder as encoders
 from protojax.models import features as backbone_layers
+from protojax.prototypes import scoring
 from protojax.training import checkpoint, encode, export, programs, sharding, train_step, workdir
 
 PyTree = Any
@@ -29,6 +30,8 @@ class Trained(NamedTuple):
 
       model = protojax.load("runs/gmm")
       model.features(images)  # float32 [N, F]
+      model.patches(images)  # float32 [N, h, w, F]
+      model.embeddings(images)["prototypes"]  # float32 [N, D]
       model.codes(images)["prototypes"]  # int32 [N]
       model.prototypes["prototypes"]  # float32 [K, D]
 
@@ -40,8 +43,10 @@ class Trained(NamedTuple):
     weights: "teacher" or "encoder", whose weights these are.
     encoder: modules of the backbone and the head.
     params, batch_stats: {"backbone": ..., "head": ...}; exported weights may lack the head.
-    prototypes: {set: float32 [K, D]} unit rows; {} for methods without and for exported weights.
-    method, variables: of the run (`methods.base`); None for exported weights.
+    prototypes: {set: float32 [K, D]} unit rows; {} for methods without, and for exported weights
+      without prototypes.safetensors.
+    method, variables: of the run (`methods.base`); of exported weights what takes their place in
+      `codes` and `embeddings`, None without prototypes.
     mesh: all devices along "data".
   """
 
@@ -58,6 +63,19 @@ class Trained(NamedTuple):
   variables: Any
   mesh: jax.sharding.Mesh
 
+  def preprocess(self, images: jax.Array) -> jax.Array:
+    """The evaluation transform, for JAX code of your own; may be traced.
+
+    Args:
+      images: uint8 [B, H, W, 3], 0 to 255.
+
+    Returns:
+      float32 [B, S, S, 3] normalised, what `encoder` and its parameters take. `features` stores
+      images in the size of the run's first, so theirs may differ from these in the last digits.
+    """
+    size = jnp.array(images.shape[1:3], jnp.int32)
+    return _transform(self.config)(images, jnp.broadcast_to(size, (images.shape[0], 2)))
+
   def features(self, images: Any, *, layer: str = "last") -> np.ndarray:
     """Features of images in evaluation mode, those that k-NN and linear probes are measured on.
 
@@ -65,7 +83,8 @@ class Trained(NamedTuple):
       images: uint8 [N, H, W, 3], 0 to 255, of any size: a NumPy or JAX array, or one that speaks
         DLPack (PyTorch's, TensorFlow's). They are resized, cropped and normalised as in training's
         evaluations, so they must not be normalised before.
-      layer: of `layers(self)`.
+      layer: of `layers(self)`; or one block or stage, "block3" of a ViT, "stage3" of a ResNet:
+        see `models.features.features`.
 
     Returns:
       float32 [N, F].
@@ -74,6 +93,35 @@ class Trained(NamedTuple):
       UserError: for images of another type or shape, or an unknown layer.
     """
     return _of_images(self, images, "features", (layer,))[layer]
+
+  def patches(self, images: Any, *, layer: str = "last") -> np.ndarray:
+    """Patch tokens of images, or the maps of a ResNet, for dense tasks.
+
+    Args:
+      images: as for `features`.
+      layer: "last", or one block or stage: see `models.features.patches`.
+
+    Returns:
+      float32 [N, h, w, F], row by row from the top left of the centre crop.
+
+    Raises:
+      UserError: for images of another type or shape, or an unknown layer.
+    """
+    return _of_images(self, images, "patches", (layer,))[layer]
+
+  def embeddings(self, images: Any) -> dict[str, np.ndarray]:
+    """What is compared with the prototypes: the head's output, in the prototypes' coordinates.
+
+    Args:
+      images: as for `features`.
+
+    Returns:
+      {set: float32 [N, D]}, any norm.
+
+    Raises:
+      UserError: for images of another type or shape, or where there are no prototypes.
+    """
+    return _of_images(self, images, "embeddings")
 
   def codes(self, images: Any) -> dict[str, np.ndarray]:
     """The prototype of each image, the one with the largest score.
@@ -166,8 +214,51 @@ def of_state(
   )
 
 
+class Sets(NamedTuple):
+  """In the place of a method, for prototypes that were exported; see `prototypes.scoring`.
+
+  `variables` are (params, batch_stats, {set: Scoring}).
+  """
+
+  encoder: encoders.Encoder
+
+  def embeddings(self, variables: Any, images: jax.Array) -> dict[str, jax.Array]:
+    params, batch_stats, sets = variables
+    patches = any(one.tokens == "patch" for one in sets.values())
+    out, _ = encoders.embed(
+      self.encoder, params, batch_stats, {"global": images[:, None]}, train=False, patches=patches
+    )
+    z = {"class": out.z[:, 0]}
+    if out.patches is not None:
+      z["patch"] = out.patches[:, 0]
+    return {name: scoring.embeddings(one, z[one.tokens]) for name, one in sets.items()}
+
+  def codes(self, variables: Any, images: jax.Array) -> dict[str, jax.Array]:
+    found = self.embeddings(variables, images)
+    return {name: scoring.scores(one, found[name]) for name, one in variables[2].items()}
+
+
 def _exported(path: str | os.PathLike, folder: pathlib.Path) -> Trained:
   tensors, info = export.read(folder)
+  return of_export(path, tensors, info, export.read_prototypes(folder, info))
+
+
+def of_export(
+  path: str | os.PathLike,
+  tensors: Mapping[str, np.ndarray],
+  info: Mapping[str, Any],
+  sets: Mapping[str, scoring.Scoring],
+) -> Trained:
+  """The encoder of exported or converted weights.
+
+  Args:
+    path: what they are called.
+    tensors, info: as `export.read` gives them.
+    sets: {set: its prototypes}; of use only with the head among the tensors.
+
+  Raises:
+    UserError: if `info` describes no encoder, or another than that of the tensors.
+  """
   try:
     image = info["image"]
     config = configs.restored(
@@ -178,6 +269,8 @@ def _exported(path: str | os.PathLike, folder: pathlib.Path) -> Trained:
         "data": {"image_size": image.get("image_size", image["global_size"])},
       }
     )
+    if "method" not in info:
+      config.method.prototypes = "learned"  # as other libraries' are
     config.model.image_size = config.model.image_size or config.augment.global_size
     weights, step = info["weights"], info["step"]
   except errors.UserError:
@@ -190,8 +283,11 @@ def _exported(path: str | os.PathLike, folder: pathlib.Path) -> Trained:
   encoder = encoders.build(encoders.for_evaluation(config))
   tree = {"params": {}, "batch_stats": {}} | trees.nested(tensors)
   _require_fit(path, encoder, tree["params"], config.augment.global_size)
+  if "head" not in tree["params"]:
+    sets = {}
   mesh = sharding.make_mesh()
-  tree = jax.device_put(tree, sharding.replicated(mesh))
+  tree, sets = jax.device_put((tree, dict(sets)), sharding.replicated(mesh))
+  normalized = jax.jit(lambda rows: losses.l2_normalize(rows.astype(jnp.float32)))
   return Trained(
     path=str(path),
     kind="encoder",
@@ -201,9 +297,9 @@ def _exported(path: str | os.PathLike, folder: pathlib.Path) -> Trained:
     encoder=encoder,
     params=tree["params"],
     batch_stats=tree["batch_stats"],
-    prototypes={},
-    method=None,
-    variables=None,
+    prototypes={name: np.asarray(normalized(one.rows)) for name, one in sets.items()},
+    method=Sets(encoder) if sets else None,
+    variables=(tree["params"], tree["batch_stats"], sets) if sets else None,
     mesh=mesh,
   )
 
@@ -230,8 +326,11 @@ def _require_fit(
 
 
 def layers(model: Trained) -> tuple[str, ...]:
-  """Names of the layers that `encoded` can give."""
+  """Names of the layers that a linear probe compares; `encoded` gives single ones beside them."""
   return backbone_layers.available(model.encoder)
+
+
+_OF_LAYERS = {"features": backbone_layers.features, "patches": backbone_layers.patches}
 
 
 class _Transform(NamedTuple):
@@ -273,8 +372,9 @@ def _forward(
   ) -> dict[str, Any]:
     images = transform(batch["image"], batch["size"])
     out: dict[str, Any] = {"label": batch["label"], "index": batch["index"]}
-    if "features" in parts:
-      out["features"] = backbone_layers.features(encoder, params, batch_stats, images, layers)
+    for part, of_layers in _OF_LAYERS.items():
+      if part in parts:
+        out[part] = of_layers(encoder, params, batch_stats, images, layers)
     if "codes" in parts:
       scores = method.codes(variables, images)
       out["codes"] = {k: jnp.argmax(v, axis=-1).astype(jnp.int32) for k, v in scores.items()}
@@ -285,7 +385,7 @@ def _forward(
   return forward
 
 
-def encoded(
+def chunks(
   model: Trained,
   source: sources.Source,
   *,
@@ -294,30 +394,33 @@ def encoded(
   limit: int = 0,
   batch_size: int = _BATCH,
   num_workers: int | None = None,
-) -> dict[str, Any]:
-  """What the encoder makes of every image that can be read, in evaluation mode.
+) -> Iterator[dict[str, Any]]:
+  """What the encoder makes of every image that can be read, in evaluation mode, batch by batch.
 
   Args:
     model: from `load`.
     source: from `data.build`.
-    parts: any of "features"; and, of a run with prototypes, "codes" and "embeddings".
-    layers: of `layers(model)`.
+    parts: any of "features" and "patches"; and, with prototypes, "codes" and "embeddings".
+    layers: of `layers(model)`, or single ones, see `models.features`; of patches "last" or single
+      ones.
     limit: at most so many images, evenly spread; 0 takes all.
     batch_size: images at a time, over all devices.
     num_workers: processes that decode; 0 uses threads, None takes `data.num_workers` of the run.
 
-  Returns:
-    Host arrays: "features" {layer: float32 [N, F]}, "codes" {set: int32 [N], argmax of the
-    scores}, "embeddings" {set: float32 [N, D], what is compared with the prototypes}; always
-    "label" int32 [N], -1 without, and "index" int32 [N], number in the source.
+  Yields:
+    Host arrays: "features" {layer: float32 [n, F]}, "patches" {layer: float32 [n, h, w, F]},
+    "codes" {set: int32 [n], argmax of the scores}, "embeddings" {set: float32 [n, D], what is
+    compared with the prototypes}; always "label" int32 [n], -1 without, and "index" int32 [n],
+    number in the source.
 
   Raises:
     UserError: for an unknown layer, or codes of something without prototypes.
   """
   if {"codes", "embeddings"} & set(parts) and not model.prototypes:
     raise errors.UserError(
-      f"{model.path} has no prototypes: exported weights hold the encoder only, and some methods "
-      "have none; give the workdir of a run that has some"
+      f"{model.path} has no prototypes: some methods have none, and exported weights only with the "
+      "head and prototypes.safetensors beside them (older versions wrote none): give the workdir "
+      "of a run that has some"
     )
   forward = _forward(
     model.encoder,
@@ -327,7 +430,7 @@ def encoded(
     tuple(layers),
     model.mesh,
   )
-  return encode.rows(
+  return encode.chunks(
     functools.partial(forward, model.params, model.batch_stats, model.variables),
     source,
     mesh=model.mesh,
@@ -336,6 +439,12 @@ def encoded(
     num_workers=model.config.data.num_workers if num_workers is None else num_workers,
     limit=limit,
   )
+
+
+def encoded(model: Trained, source: sources.Source, **options: Any) -> dict[str, Any]:
+  """The results of `chunks`, which takes the same arguments, in one: host arrays [N, ...]."""
+  parts = list(chunks(model, source, **options))
+  return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
 
 def _of_images(

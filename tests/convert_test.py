@@ -103,7 +103,9 @@ def test_what_is_set_aside_is_said_with_its_reason(tmp_path):
   lines = convert.bring_in(_save(tmp_path, full), tmp_path / "out", which="student")
   account = "\n".join(lines)
   assert "matched 36 of 36" in account and "missing 0" in account and "unexpected 0" in account
-  assert "(prototypes, no part of an encoder) 2: student.module.head.last_layer" in account
+  assert "\nprototypes 8 of 16 dimensions, from student.module.head.last_layer" in account
+  lines = convert.bring_in(tmp_path / "in.safetensors", tmp_path / "bare", with_head=False)
+  assert "(prototypes, no part of an encoder) 2: teacher.head.last_layer" in "\n".join(lines)
   assert "training with masks starts a fresh one) 1: student.module.backbone.masked" in account
   assert "set aside (other parts of the file (teacher)) 38: teacher.backbone." in account
 

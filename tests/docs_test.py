@@ -134,6 +134,8 @@ def run(command: str, cwd: pathlib.Path, capsys) -> None:
       pass  # no extras
     case ["pip", "install", *rest]:
       _check_extras(rest)
+    case ["mkdocs", "build", "--strict"]:
+      pass  # needs the extra docs; that it knows every page is tested below
     case ["bash", "launch/test.sh", *_]:
       subprocess.run(["bash", "-n", "launch/test.sh"], cwd=ROOT, check=True)
     case ["bash", "launch/quickstart.sh"]:
@@ -198,6 +200,14 @@ def test_every_command_of_the_page_runs(page, folder, capsys):
     if needs and not (_DATA / "cifar10").is_dir():
       pytest.skip("needs the prepared CIFAR-10")
     run(command, folder, capsys)
+
+
+def test_the_site_knows_every_page_and_no_other():
+  text = (ROOT / "mkdocs.yml").read_text()
+  listed = re.findall(r"^  - (\S+\.(?:md|ipynb))$", text, re.MULTILINE)
+  there = {p.name for pattern in ("*.md", "*.ipynb") for p in (ROOT / "docs").glob(pattern)}
+  assert set(listed) == there | {"index.md", "contributing.md"}  # README, CONTRIBUTING
+  assert len(listed) == len(set(listed))
 
 
 def test_a_command_that_nobody_knows_is_an_error(folder, capsys):

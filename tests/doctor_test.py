@@ -4,13 +4,16 @@ import shutil
 import subprocess
 import sys
 
+import foreign_layouts
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 import tiny
 import torch_format as made
 
-from protojax import api, doctor, errors, pretrained
+from protojax import api, convert, doctor, errors, pretrained
+from protojax.interop import tensor_files
 from protojax.metrics import collapse
 from protojax.training import checkpoint, programs, workdir
 
@@ -54,11 +57,85 @@ def _examined(tmp_path, *argv):
 
 def test_a_file_of_one_matrix_needs_no_name(tmp_path, collapsed):
   np.save(tmp_path / "mine.npy", collapsed)
-  result = _examined(tmp_path, tmp_path / "mine.npy")
+  result = _examined(tmp_path, tmp_path / "mine.npy", "--rows=prototypes")
   assert result["sets"]["mine"]["unique"]["unique"][0] == 30
   np.save(tmp_path / "wide.npy", collapsed.T)
   result = _examined(tmp_path, tmp_path / "wide.npy", "--transpose")
   assert result["sets"]["wide"]["unique"]["unique"][0] == 30
+
+
+def test_a_lone_matrix_is_not_judged_before_somebody_says_what_it_is(tmp_path, collapsed, capsys):
+  """Features of images that lie close together are no collapsed prototypes."""
+  np.save(tmp_path / "features.npy", collapsed)
+  safetensors.numpy.save_file({"w": collapsed}, tmp_path / "one.safetensors")
+  for name, flags, said in (
+    ("features.npy", [], "nothing in the file says"),
+    ("one.safetensors", [], "nothing in the file says"),
+    ("features.npy", ["--rows=features"], "features of images are described only"),
+  ):
+    result = _examined(tmp_path, tmp_path / name, *flags)
+    assert result["kind"] == "matrix" and (result["rows"], result["dim"]) == (300, 32)
+    assert result["measures"]["collapse/rankme"] > 1
+    shown = capsys.readouterr().out
+    assert said in shown and "collapse:" not in shown and "unique" not in shown
+  assert api.diagnose(tmp_path / "features.npy").verdict is None
+  # A name that says so, and embeddings to compare with, say enough.
+  np.save(tmp_path / "prototypes.npy", collapsed)
+  assert api.diagnose(tmp_path / "prototypes.npy").verdict.label == "partial prototype collapse"
+  assert api.diagnose(tmp_path / "features.npy", embeddings=collapsed[:9]).verdict is not None
+  for path, flags, words in (
+    ("features.npy", ["--rows=protos"], "rows=protos is unknown"),
+    ("features.npy", ["--rows=features", "--transpose"], "leave the other arguments out"),
+    ("features.npy", ["--data=digits"], "no prototypes found"),
+  ):
+    with pytest.raises(errors.UserError, match=words):
+      doctor.main([str(tmp_path / path), *flags])
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+  """A full checkpoint of DINO as it is published, small, with an average of its own."""
+  path = tmp_path_factory.mktemp("foreign") / "full.pth"
+  parts = {"backbone": foreign_layouts.vit(), "head": foreign_layouts.head(prototypes=24)}
+  teacher = {f"{part}.{k}": v for part, tensors in parts.items() for k, v in tensors.items()}
+  made.save(path, {"teacher": teacher, "student": {f"module.{k}": v for k, v in teacher.items()}})
+  return path
+
+
+def test_images_show_which_prototypes_of_a_foreign_checkpoint_are_used(foreign, tmp_path, capsys):
+  """Usage is by the backbone and head of the file; the same from what convert makes of it."""
+  flags = ["--data=digits", "--limit=100"]
+  usage = _examined(tmp_path, foreign, *flags)["sets"]["teacher.head.last_layer"]["usage"]
+  shown = capsys.readouterr().out
+  assert "images: digits/train, 100 of 1,442" in shown and "usage by 100 embeddings" in shown
+  assert "note: 1 attention heads: width / 64, the file does not say" in shown
+  assert usage["images"] == 100 and "backbone" in usage["features"]
+  convert.bring_in(foreign, tmp_path / "converted")
+  again = _examined(tmp_path, tmp_path / "converted", *flags)
+  assert again["sets"]["prototypes"]["usage"] == pytest.approx(usage, rel=1e-3)
+  model = pretrained.load(tmp_path / "converted")
+  seen = pretrained.encoded(
+    model, pretrained.source(model, "train", name="digits"), parts=("codes",), limit=100
+  )
+  counts = np.bincount(seen["codes"]["prototypes"], minlength=24)
+  assert usage["unused"] == np.sum(counts == 0)
+  assert usage["largest_share"] == pytest.approx(counts.max() / 100)
+
+
+def test_a_checkpoint_that_cannot_be_run_says_why_and_what_to_do(foreign, full, tmp_path):
+  arrays = tensor_files.read(foreign)
+  headless = {k: v for k, v in arrays.items() if ".mlp." not in k or ".blocks." in k}
+  safetensors.numpy.save_file(headless, tmp_path / "headless.safetensors")
+  for path, flags, words in (
+    (full, ["--data=digits"], "data=digits needs a backbone .* holds no network .*embeddings=FILE"),
+    (tmp_path / "headless.safetensors", ["--data=digits"], "no projection head of DINO"),
+    (foreign, ["--data=run"], "data=run is for runs of protojax"),
+    (foreign, ["--data=digits", "--key=teacher.head.last_layer.weight_v"], "data and key="),
+    (foreign, ["--data=nothing"], "nothing"),
+  ):
+    with pytest.raises(errors.UserError, match=words) as caught:
+      doctor.main([str(path), *flags])
+    assert "\n" not in str(caught.value)
 
 
 def test_a_checkpoint_of_dino_is_examined_by_its_teacher(full, tmp_path, capsys):
@@ -149,7 +226,7 @@ def run(tmp_path_factory, compile_fast):
     checkpoints = checkpoint.Checkpoints(folder)
     checkpoints.save(1, state, workdir.metadata(config, 0.0))
     checkpoints.close()
-    workdir.export_encoder(folder, 1, state, config, program.mesh)
+    workdir.export_encoder(folder, 1, state, program)
   (folder / "metrics.jsonl").write_text('{"step": 1, "train/loss": 3.5}\n')
   return folder
 
@@ -189,17 +266,23 @@ def test_a_run_that_died_before_its_first_checkpoint_still_has_a_verdict(run, tm
     assert "non-finite at step 1" in capsys.readouterr().out
 
 
-def test_exported_weights_say_that_they_hold_no_prototypes(run):
-  with pytest.raises(errors.UserError, match="exported weights hold no prototypes"):
-    doctor.main([str(run / "exported")])
-  with pytest.raises(errors.UserError, match="give the workdir of the run"):
-    doctor.main([str(run / "exported" / "encoder.safetensors")])
+def test_exported_weights_are_examined_by_the_prototypes_beside_them(run, tmp_path):
+  flags = ["--data=digits", "--limit=100"]
+  expected = _examined(tmp_path, run, *flags)["sets"]
+  shutil.copytree(run / "exported", tmp_path / "exported")
+  for file in ("", "encoder.safetensors", "prototypes.safetensors"):
+    found = _examined(tmp_path, tmp_path / "exported" / file, *flags)["sets"]
+    assert found["prototypes"]["unique"] == expected["prototypes"]["unique"]
+    assert found["prototypes"]["usage"] == pytest.approx(expected["prototypes"]["usage"], rel=1e-3)
+  (tmp_path / "exported" / "prototypes.safetensors").unlink()
+  with pytest.raises(errors.UserError, match="without prototypes: .* give the workdir of the run"):
+    doctor.main([str(tmp_path / "exported")])
 
 
 @pytest.mark.parametrize(
   "flags, said",
   [
-    (["--data=run"], "data means nothing"),
+    (["--data=run"], "data=run is for runs"),
     (["--step=3"], "step means nothing"),
     (["--which=both"], "invalid choice"),
     (["--kye=x"], "unrecognized"),

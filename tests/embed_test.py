@@ -1,6 +1,8 @@
 """Features of images beside the names of their files."""
 
+import functools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -59,14 +61,57 @@ def test_npz_and_parquet_hold_the_same_rows_with_their_files(run, images, tmp_pa
   protocol = json.loads(str(arrays["protocol"]))
   assert protocol == json.loads(table.schema.metadata[b"protocol"])
   assert protocol["step"] == 1 and protocol["weights"] == "teacher" and protocol["images"] == 5
+  assert protocol["what"] == ["features", "codes"] and protocol["shapes"] == {"features": [96]}
 
 
-def test_exported_weights_give_features_without_codes(run, tmp_path):
-  out = tmp_path / "b.npz"
-  embed.main([str(run / "exported"), "--data=digits", "--split=test", "--limit=7", f"--out={out}"])
-  arrays = np.load(out)
-  assert arrays["features"].shape == (7, 96) and "code" not in arrays
-  assert arrays["filename"][0] == "digits/test[0]"
+def test_exported_weights_give_the_codes_of_their_run(run, tmp_path):
+  rows = ["--data=digits", "--split=test", "--limit=7"]
+  for path in (run, run / "exported"):
+    embed.main([str(path), *rows, f"--out={tmp_path / path.name}.npz"])
+  a, b = (np.load(tmp_path / f"{name}.npz") for name in ("run", "exported"))
+  assert b["features"].shape == (7, 96) and b["filename"][0] == "digits/test[0]"
+  np.testing.assert_allclose(b["features"], a["features"], atol=1e-5)
+  assert np.mean(b["code"] == a["code"]) > 0.7  # but for ties
+
+
+def test_patches_layers_and_embeddings_go_into_both_formats(run, images, tmp_path, monkeypatch):
+  """Parquet is written as it goes, in row groups that hold what fits."""
+  monkeypatch.setattr(embed, "_ROW_GROUP", 1)
+  few = functools.partial(pretrained.chunks, batch_size=8)
+  monkeypatch.setattr(pretrained, "chunks", few)
+  common = [str(run), "--data=digits", "--split=test", "--limit=20", "--layers=last,block1"]
+  common.append("--what=features,patches,embeddings")
+  embed.main([*common, f"--out={tmp_path / 'a.npz'}"])
+  embed.main([*common, f"--out={tmp_path / 'a.parquet'}"])
+  arrays, file = np.load(tmp_path / "a.npz"), parquet.ParquetFile(tmp_path / "a.parquet")
+  assert file.num_row_groups == 3
+  table, shapes = file.read(), json.loads(file.schema_arrow.metadata[b"protocol"])["shapes"]
+  assert list(shapes) == ["features_last", "features_block1", "patches_last", "patches_block1"] + [
+    "embedding"
+  ]
+  assert shapes["patches_last"] == [4, 4, 96] and arrays["patches_last"].shape == (20, 4, 4, 96)
+  for name, shape in shapes.items():
+    values = np.array(table[name].to_pylist(), np.float32).reshape(-1, *shape)
+    np.testing.assert_array_equal(values, arrays[name])
+  model = pretrained.load(str(run))
+  source = pretrained.source(model, "test", name="digits")
+  want = pretrained.encoded(
+    model, source, parts=("patches", "embeddings"), layers=("block1",), limit=20
+  )
+  np.testing.assert_allclose(arrays["patches_block1"], want["patches"]["block1"], atol=1e-5)
+  np.testing.assert_allclose(arrays["embedding"], want["embeddings"]["prototypes"], atol=1e-5)
+
+
+def test_what_would_not_fit_is_refused_before_it_is_written(run, tmp_path, monkeypatch):
+  common = [str(run), "--data=digits", "--what=patches"]  # 1,442 images of 6.2 kB
+  monkeypatch.setattr(embed, "_memory", lambda: 17_000_000)
+  with pytest.raises(errors.UserError, match="1,442 rows take about 0.0 GB, twice that in memory"):
+    embed.main([*common, f"--out={tmp_path / 'new' / 'a.npz'}"])
+  room = shutil.disk_usage(tmp_path)._replace(free=8_000_000)
+  monkeypatch.setattr(shutil, "disk_usage", lambda path: room)
+  with pytest.raises(errors.UserError, match="0.0 GB of the disk are free"):
+    embed.main([*common, f"--out={tmp_path / 'new' / 'a.parquet'}"])
+  assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -76,6 +121,11 @@ def test_exported_weights_give_features_without_codes(run, tmp_path):
     (["--out={}/old.npz"], "is there already: name another or add --overwrite"),
     (["--out={}/c.npz", "--layer=last5"], "layer 'last5' is unknown: this encoder has last,"),
     (["--out={}/c.npz", "--data=folder", "--data_dir={}/none"], "is not a folder"),
+    (["--out={}/c.npz", "--what=patches", "--layers=last4"], "layer of patches 'last4' is unknown"),
+    (
+      ["--out={}/c.npz", "--what=feature"],
+      "--what=feature is unknown: choose of features, patches",
+    ),
     (["--out={}/c.npz", "--limit=-1"], "--limit=-1 must not be negative"),
     (["--out={}/old.npz/c.npz"], "cannot write to"),
     ([], "--out"),

@@ -1,6 +1,7 @@
 """The program on a workdir: results, certificates, comparisons, and mistakes."""
 
 import contextlib
+import io
 import json
 import os
 import pathlib
@@ -44,8 +45,10 @@ def run(tmp_path_factory):
     for step in (1, 2):
       state = program.init(step)
       checkpoints.save(step, state, workdir.metadata(config, 0.0))
-      workdir.export_encoder(folder, step, state, config, program.mesh)
-  evaluate.main([f"--workdir={folder}", "--protocol=all", "--epochs=1"])
+      workdir.export_encoder(folder, step, state, program)
+  with contextlib.redirect_stdout(io.StringIO()) as said:
+    evaluate.main([f"--workdir={folder}", "--protocol=all", "--epochs=1"])
+  (folder / "said.txt").write_text(said.getvalue())
   return folder
 
 
@@ -116,6 +119,33 @@ def test_a_result_says_everything_that_made_it(run, rows):
   assert {"jax", "scikit-learn", "devices"} <= set(protocol["software"])
   assert _result(run, "low_shot")["protocol"]["lambda"] == "0.1 / n"
   assert "arithmetic" in _result(run, "clustering")["protocol"]["nmi"]
+
+
+def test_all_protocols_end_in_one_table_of_test_scores_that_says_what_was_chosen_where(run, rows):
+  lines = (run / "said.txt").read_text().splitlines()
+  start = next(i for i, line in enumerate(lines) if line.startswith("protocol "))
+  assert lines[start - 1].endswith("on 355 test images (digits test) at 32 px")
+  assert lines[-1].startswith("held-out bank: a tenth of the train images, no test image")
+  table = [line.split() for line in lines[start + 1 : -1]]
+  assert max(map(len, lines[start:])) <= 80
+  share = np.bincount(rows[1]["label"]).max() / 355
+  for protocol, measure, value, *chosen, chance in table:
+    measures = _result(run, protocol)["measures"]
+    assert value == result_files.show(measures[measure])
+    assert " ".join(chosen) == ("held-out bank" if "linear" in protocol + measure else "-")
+    expected = "-" if protocol == "long_tail" else f"{share:.4f}"
+    if protocol == "clustering":
+      expected = result_files.show(measures[f"{measure}_uniform"])
+    assert chance == expected
+  measures = [(row[0], row[1]) for row in table]
+  assert ("knn", "top1_k20_T0.07") in measures and ("linear", "accuracy") in measures
+  assert ("clustering", "test_prototypes_nmi") in measures and len(measures) >= 15
+  # Scores of images that chose something are named so, and stand in no table of test scores.
+  held_out = [k for k in _result(run, "linear")["measures"] if "best_of" in k]
+  assert held_out and all(k.startswith("held_out_best_of_") for k in held_out)
+  assert "best_of" not in "\n".join(lines[start:])
+  paper = protocols.headlines("linear", {"accuracy": 0.5}, {"mode": "paper"}, 0.1)
+  assert [row.chosen_on for row in paper] == ["TEST IMAGES"]
 
 
 def test_content_changes_with_an_image_a_label_or_the_order():
@@ -216,6 +246,14 @@ def test_unlike_protocols_are_refused_in_one_line_with_every_difference(run, tmp
   )
 
 
+def test_images_of_another_size_are_never_compared(run, tmp_path):
+  other = tmp_path / "result.json"
+  result = _result(run, "knn")
+  result["protocol"]["transform"]["px"] = 96
+  other.write_text(json.dumps(result))
+  _refused("transform.px 32 -> 96$", "--compare", run, other)
+
+
 def test_compare_needs_results_of_both(run, tmp_path):
   _refused("no eval/.*/result.json", "--compare", run, tmp_path)
   (tmp_path / "result.json").write_text("{}")
@@ -230,11 +268,15 @@ def test_exported_weights_are_judged_beside_themselves_and_say_what_was_left_out
 ):
   exported = shutil.copytree(run / "exported", tmp_path / "exported")
   _evaluate(f"--workdir={exported}", "--protocol=clustering", "--data=digits")
-  assert "left out: codes of prototypes: there are no prototypes" in capsys.readouterr().out
+  assert "left out" not in capsys.readouterr().out
   got, expected = (_result(w, "clustering")["measures"] for w in (exported, run))
-  assert set(got) == {k for k in expected if "_kmeans_" in k}
+  assert got.keys() == expected.keys()
   for k in got:
     assert got[k] == pytest.approx(expected[k], abs=0.02)
+  (exported / "prototypes.safetensors").unlink()
+  _evaluate(f"--workdir={exported}", "--protocol=clustering", "--data=digits", "--overwrite")
+  assert "left out: codes of prototypes: there are no prototypes" in capsys.readouterr().out
+  assert set(_result(exported, "clustering")["measures"]) == {k for k in got if "_kmeans_" in k}
 
 
 def test_what_the_bank_has_no_images_for_is_named():

@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import tiny
 import torch_format
 
 import protojax
 from protojax import config as configs
-from protojax import errors, pretrained
+from protojax import errors, pretrained, trees
 from protojax.data import augment, pipeline, sources
 from protojax.models import encoder as encoders
 from protojax.models import features as backbone_layers
@@ -161,6 +162,43 @@ def test_the_program_in_the_readme_runs(run, tmp_path, monkeypatch):
   assert names["features"].shape == (3, 96) and names["codes"].shape == (3,)
 
 
+def test_the_programs_on_the_page_about_own_code_run(run, tmp_path, monkeypatch):
+  page = (pathlib.Path(__file__).parents[1] / "docs" / "own_code.md").read_text()
+  blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+  (tmp_path / "runs").mkdir()
+  (tmp_path / "runs" / "gmm").symlink_to(run)
+  monkeypatch.chdir(tmp_path)
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (8, 32, 32, 3), np.uint8)
+  names = {"images": images, "labels": np.arange(8) % 10}
+  for block in blocks:
+    exec(block, names)
+  model = protojax.load(run)
+  np.testing.assert_allclose(names["found"], model.features(images), atol=1e-4)
+  assert names["losses"][-1] < names["losses"][0]  # the classifier and the encoder have learned
+  moved = jax.tree.map(
+    lambda a, b: float(jnp.abs(a - b).max()), names["trained"]["encoder"], model.params["backbone"]
+  )
+  assert max(jax.tree.leaves(moved)) > 0
+  assert names["nearest"].shape == (8, 3) and names["state"].means.shape == (64, 64)
+
+
+def test_patches_and_embeddings_of_images_in_memory(run):
+  """The grid is that of the image: a patch changed in one corner moves that corner most."""
+  model = protojax.load(run)
+  images = np.full((1, 32, 32, 3), 128, np.uint8)
+  before = model.patches(images, layer="block1")
+  assert before.shape == (1, 4, 4, 96) and model.patches(images).shape == before.shape
+  images[:, 24:, 10:15] = 255  # lower left; the transform enlarges the middle by 8 / 7
+  moved = np.abs(model.patches(images, layer="block1") - before).sum(axis=-1)[0]
+  row, column = np.unravel_index(moved.argmax(), moved.shape)
+  assert (row, column) == (3, 1)
+  z = model.embeddings(images)["prototypes"]
+  scores = z @ model.prototypes["prototypes"].T
+  np.testing.assert_array_equal(scores.argmax(axis=1), model.codes(images)["prototypes"])
+  assert model.features(images, layer="block4").shape == (1, 96)
+
+
 def test_an_earlier_checkpoint_can_be_chosen(run):
   model = pretrained.load(str(run), step=2)
   assert model.step == 2
@@ -180,12 +218,36 @@ def test_exported_weights_give_the_features_of_their_run(run, file):
   a, b = (pretrained.encoded(m, bank, layers=names, limit=40) for m in (model, exported))
   for name in names:
     np.testing.assert_allclose(b["features"][name], a["features"][name], rtol=1e-5, atol=1e-5)
-  with pytest.raises(errors.UserError, match="has no prototypes: exported weights"):
-    pretrained.encoded(exported, bank, parts=("codes",))
-  with pytest.raises(errors.UserError, match="has no prototypes: exported weights"):
-    exported.codes(np.zeros((1, 8, 8, 3), np.uint8))
+  parts = ("codes", "embeddings")
+  a, b = (pretrained.encoded(m, bank, parts=parts, limit=40) for m in (model, exported))
+  for one, other in ((a["embeddings"], b["embeddings"]), (model.prototypes, exported.prototypes)):
+    np.testing.assert_allclose(other["prototypes"], one["prototypes"], rtol=1e-5, atol=1e-5)
+  assert np.mean(a["codes"]["prototypes"] == b["codes"]["prototypes"]) > 0.95  # but for ties
   with pytest.raises(errors.UserError, match="does not say which images.*data="):
     pretrained.source(exported, "train")
+
+
+def test_prototypes_are_read_from_their_file_if_it_is_of_these_weights(run, tmp_path):
+  images = np.zeros((1, 8, 8, 3), np.uint8)
+  there = json.loads((run / "exported" / "config.json").read_text())["prototypes"]
+  expected = {"num": 32, "dim": 64, "tokens": "class", "place": "as_is", "scale": 1.0}
+  assert there == {"prototypes": expected}
+  plain = safetensors.numpy.load_file(run / "exported" / "prototypes.safetensors")
+  rows = protojax.load(run).prototypes["prototypes"]
+  np.testing.assert_allclose(plain["prototypes"], rows, atol=1e-6)
+  for name in ("older", "other", "damaged"):
+    shutil.copytree(run / "exported", tmp_path / name)
+  (tmp_path / "older" / "prototypes.safetensors").unlink()
+  tensors, info = export.read(run / "exported")
+  export.write(tmp_path / "other", trees.nested(tensors), {**info, "step": 4})
+  for name in ("older", "other"):
+    model = protojax.load(tmp_path / name)
+    assert model.prototypes == {} and model.features(images).shape == (1, 96)
+    with pytest.raises(errors.UserError, match="has no prototypes: .*prototypes.safetensors"):
+      model.codes(images)
+  (tmp_path / "damaged" / "prototypes.safetensors").write_bytes(b"\0" * 40)
+  with pytest.raises(errors.UserError, match="prototypes.safetensors is damaged"):
+    protojax.load(tmp_path / "damaged")
 
 
 def test_layers_are_the_blocks_own_tokens():
@@ -194,7 +256,9 @@ def test_layers_are_the_blocks_own_tokens():
   net = encoders.build(c)
   params, stats = encoders.init(net, jax.random.key(0), 16)
   images = jax.random.normal(jax.random.key(1), (3, 16, 16, 3))
-  out = backbone_layers.features(net, params, stats, images, ("last", "last4", "last4_avg"))
+  names = ("last", "last4", "last4_avg", "block2")
+  out = backbone_layers.features(net, params, stats, images, names)
+  maps = backbone_layers.patches(net, params, stats, images, ("last", "block1"))
   tokens = []
   for depth in (1, 2, 3, 4):
     shallow = net.backbone.clone(depth=depth)
@@ -204,10 +268,18 @@ def test_layers_are_the_blocks_own_tokens():
   expected = np.concatenate([cls for cls, _ in tokens], axis=1)
   np.testing.assert_allclose(out["last4"], expected, atol=1e-5)
   np.testing.assert_allclose(out["last"], tokens[-1][0], atol=1e-5)
+  np.testing.assert_allclose(out["block2"], tokens[1][0], atol=1e-5)
+  for name, (_, expected_patches) in (("block1", tokens[0]), ("last", tokens[-1])):
+    assert maps[name].shape == (3, 2, 2, 32)
+    np.testing.assert_allclose(maps[name].reshape(3, 4, 32), expected_patches, atol=1e-5)
   mean = tokens[-1][1].mean(axis=1)
   np.testing.assert_allclose(out["last4_avg"], np.concatenate([expected, mean], 1), atol=1e-5)
   with pytest.raises(errors.UserError, match="layer 'last2' is unknown: this encoder has last,"):
     backbone_layers.features(net, params, stats, images, ("last2",))
+  with pytest.raises(
+    errors.UserError, match="layer of patches 'last4' is unknown: .* last, block1"
+  ):
+    backbone_layers.patches(net, params, stats, images, ("last4",))
 
 
 def test_attention_is_the_softmax_that_the_block_computes():
@@ -240,8 +312,37 @@ def test_a_resnet_has_one_layer_and_no_attention():
   net = encoders.build(c)
   params, stats = encoders.init(net, jax.random.key(0), 16)
   assert backbone_layers.available(net) == ("last",)
+  images = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
   with pytest.raises(errors.UserError, match="attention maps need a vision transformer"):
-    backbone_layers.attention(net, params, jnp.zeros((1, 16, 16, 3)))
+    backbone_layers.attention(net, params, images)
+  with pytest.raises(errors.UserError, match="a resnet8 gives features of its last layer only"):
+    backbone_layers.patches(net, params, stats, images)
+
+
+def test_stages_of_a_resnet_are_its_blocks_own_outputs():
+  """The mean of the last map is the feature; the first stage is the stem and the first blocks."""
+  c = tiny.config(
+    "barlow_twins", "none", model__name="resnet18", augment__num_local=0, head__l2=False
+  )
+  net = encoders.build(c)
+  params, stats = jax.jit(lambda k: encoders.init(net, k, 16))(jax.random.key(0))
+  images = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
+  assert backbone_layers.single(net) == ("stage1", "stage2", "stage3", "stage4")
+
+  @jax.jit
+  def both(images):
+    names = ("last", "stage1", "stage4")
+    return (
+      backbone_layers.patches(net, params, stats, images, names),
+      backbone_layers.features(net, params, stats, images, names),
+      encoders.features(net, params, stats, images),
+    )
+
+  maps, pooled, last = both(images)
+  assert maps["stage1"].shape == (2, 4, 4, 64) and maps["stage4"].shape == (2, 1, 1, 512)
+  np.testing.assert_allclose(pooled["last"], last, atol=1e-5)
+  np.testing.assert_allclose(pooled["stage1"], maps["stage1"].mean(axis=(1, 2)), atol=1e-6)
+  np.testing.assert_array_equal(maps["last"], maps["stage4"])
 
 
 def test_what_is_no_run_is_refused_in_one_line(run, tmp_path):

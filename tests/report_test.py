@@ -197,6 +197,32 @@ def test_several_runs_share_every_chart_and_their_differences_are_named(tmp_path
   assert "All settings of the runs are the same" not in text
 
 
+def test_accuracies_on_images_of_different_sizes_stand_in_rows_of_their_own(tmp_path):
+  """32 px is never set beside 96 px: not in a row of a table, and in no chart without its size."""
+  more = {
+    px: [("knn", {"measures": {"top1": 0.5}, "protocol": {"transform": {"px": px}}})]
+    for px in (32, 96)
+  }
+  folders = [
+    _run(tmp_path / name, config=_CONFIG | {"augment": {"global_size": px}}, more=more[px])
+    for name, px in (("one", 32), ("two", 96), ("three", 96))
+  ]
+  parsed, _ = _page(*folders)
+  assert "k-NN accuracy, at 32 px" in parsed.text and "k-NN accuracy, at 96 px" in parsed.text
+  assert "top1, at 32 px" in parsed.text and "Uniqueness, at" not in parsed.text
+  shown = [(a["data-run"], a["data-key"]) for a, _ in parsed.data if a["data-key"] == "probe/knn"]
+  assert [run for run, _ in shown] == ["one", "two", "three"]
+  assert [li["n"] for li in parsed.chart("k-NN accuracy")] == [
+    "one, 32 px",
+    "two, 96 px",
+    "three, 96 px",
+  ]
+  assert [line["n"] for line in parsed.chart("Loss") if "ln K" not in line["n"]][0] == "one"
+  alike, _ = _page(*folders[1:])
+  assert ", at 96 px" not in alike.text
+  assert [line["n"] for line in alike.chart("k-NN accuracy")] == ["two", "three"]
+
+
 def test_more_runs_than_columns_fit_are_listed_line_by_line(tmp_path):
   folders = [_run(tmp_path / f"run{i}") for i in range(8)]
   parsed, text = _page(*folders)

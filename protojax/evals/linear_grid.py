@@ -181,8 +181,9 @@ def evaluate(
     seed: as for `train`.
 
   Returns:
-    {"accuracy": on test, "layer", "rate": per 256 images, of the winner; and "best_of_last", ...:
-    the best head of every layer on the images it was chosen by (held out, or test)}, 0 to 1.
+    {"accuracy": on test, "layer", "rate": per 256 images, of the winner; and the best head of every
+    layer on the images it was chosen by, "held_out_best_of_last", ... on the held-out tenth of the
+    bank or, in paper mode, "test_best_of_last", ...}, 0 to 1.
 
   Raises:
     UserError: for fewer than ten bank images, or if every head diverged.
@@ -206,5 +207,6 @@ def evaluate(
     layer, i = _best(found)
     winner = fit({layer: bank[layer]}, bank_labels, everything, rates=rates[i : i + 1])
     accuracy = test(winner)[layer][0]
-  best = {f"best_of_{name}": float(each.max()) for name, each in found.items()}
+  chosen_by = "test" if mode == "paper" else "held_out"
+  best = {f"{chosen_by}_best_of_{name}": float(each.max()) for name, each in found.items()}
   return {"accuracy": float(accuracy), "layer": layer, "rate": float(rates[i])} | best

@@ -4,6 +4,7 @@ Each takes the encoded images and gives a `Task`: settings first, so that they c
 with those of an earlier result before anything is computed.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -49,6 +50,55 @@ class Task(NamedTuple):
   settings: dict[str, Any]
   measure: Callable[[], dict]
   notes: Sequence[str] = ()
+
+
+class Headline(NamedTuple):
+  """A row of the table that ends `--protocol=all`: a measure on test images.
+
+  Attributes:
+    protocol, measure: of result.json.
+    value: the measure.
+    chosen_on: which images chose something for it, "-" where nothing was chosen.
+    chance: what it is without features: the largest class's share, the NMI of random codes; None
+      where that is not known.
+  """
+
+  protocol: str
+  measure: str
+  value: float
+  chosen_on: str
+  chance: float | None
+
+
+_HEADLINES = {
+  "knn": r"top1_.*",
+  "linear": r"accuracy|logistic_accuracy",
+  "low_shot": r".*_mean",
+  "clustering": r"test_.*_nmi",
+  "long_tail": r"(knn|linear)_(balanced|many|medium|few)",
+}
+
+
+def headlines(name: str, measures: dict, protocol: dict, largest_class: float) -> list[Headline]:
+  """The measures of one result that a table of all protocols shows.
+
+  Args:
+    name: of the protocol.
+    measures, protocol: of result.json.
+    largest_class: share of the test images that the most frequent class has.
+  """
+  found = []
+  for key, value in measures.items():
+    if not re.fullmatch(_HEADLINES[name], key):
+      continue
+    chosen = "held-out bank" if "linear" in key or name == "linear" else "-"
+    if key == "accuracy" and protocol.get("mode") == "paper":
+      chosen = "TEST IMAGES"
+    chance = measures.get(f"{key}_uniform", largest_class)
+    if name == "long_tail":  # of classes in equal parts, or of some of them
+      chance = None
+    found.append(Headline(name, key, value, chosen, chance))
+  return found
 
 
 def knn(encoded: Encoded, *, ks: Sequence[int] | None, temperatures: Sequence[float]) -> Task:

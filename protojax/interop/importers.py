@@ -12,6 +12,7 @@ from protojax import config as configs
 from protojax.interop import names, network, settings
 from protojax.models import encoder as encoders
 from protojax.models import vit
+from protojax.prototypes import scoring
 
 
 class Converted(NamedTuple):
@@ -20,6 +21,8 @@ class Converted(NamedTuple):
   Attributes:
     tensors: {"params.backbone.norm.scale": float32, ...} that came out of the file.
     info: its description, for `export.write`.
+    prototypes: {set: what scores with it}, for `export.write`; {} without.
+    layers: {set: the file's name of its layer}.
     missing: ours that the file lacks.
     unexpected: the file's that ours lack.
     aside: {why: the file's that are no part of an encoder}.
@@ -28,6 +31,8 @@ class Converted(NamedTuple):
 
   tensors: dict[str, np.ndarray]
   info: dict
+  prototypes: dict[str, scoring.Scoring]
+  layers: dict[str, str]
   missing: list[str]
   unexpected: list[str]
   aside: dict[str, list[str]]
@@ -153,12 +158,20 @@ def convert(
   }
   if head:
     info["head"] = head
+  sets = {"prototypes" if not i else f"prototypes_{i}": s for i, s in enumerate(net.prototypes)}
+  taken = tuple(f"{n}." for one in sets.values() for n in (one.name, *one.aliases))
+  aside = {
+    why: [name for name in left if not f"{name}.".startswith(taken)]
+    for why, left in net.aside.items()
+  }
   return Converted(
     tensors=out,
     info=info,
+    prototypes={name: scoring.Scoring(one.weights()) for name, one in sets.items()},
+    layers={name: one.name for name, one in sets.items()},
     missing=missing,
     unexpected=sorted(set(tensors) - used),
-    aside=net.aside,
+    aside={why: left for why, left in aside.items() if left},
     notes=notes,
   )
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from protojax import errors
-from protojax.interop import names, tensor_files
+from protojax.interop import names, prototype_layouts, tensor_files
 
 # A tensor that every network of a layout has, below whatever prefix.
 _ANCHORS = {
@@ -47,6 +47,7 @@ class Network(NamedTuple):
     tensors: backbone, plain names (`interop.names`).
     head: {place in the sequence: {"weight": ...}}, or {}.
     activation: of that head.
+    prototypes: sets that the head's output is compared with, [] without.
     aside: {why: names of tensors of the file that are set aside}.
     heads, norm_eps: of a transformer; None where nothing says.
     mean, std: of the images' channels; None where nothing says.
@@ -60,6 +61,7 @@ class Network(NamedTuple):
   tensors: dict[str, np.ndarray]
   head: dict[int | None, dict[str, np.ndarray]]
   activation: str
+  prototypes: list[prototype_layouts.Prototypes]
   aside: dict[str, list[str]]
   heads: int | None
   norm_eps: float | None
@@ -170,10 +172,24 @@ def read(path: pathlib.Path, *, which: str | None = None, with_head: bool = True
     tensors=backbone,
     head=head,
     activation=activation,
+    prototypes=_prototypes({k: v for k, v in arrays.items() if k.startswith(root)}, head),
     aside=aside,
     weights="teacher" if set(prefix.split(".")) & set(_WHICH["teacher"]) else "encoder",
     **_described(path, hugging_face, "blocks.0.ls1.gamma" in backbone),
   )
+
+
+def _prototypes(arrays, head) -> list[prototype_layouts.Prototypes]:
+  """The sets for images among a network's arrays; those for patches have a head of their own."""
+  weights = [head[place]["weight"] for place in sorted(head, key=lambda p: p or 0)] if head else []
+  linear = [weight for weight in weights if weight.ndim == 2]
+  return [
+    one
+    for one in prototype_layouts.find(arrays)
+    if linear
+    and one.matrix.shape[1] == linear[-1].shape[0]
+    and not re.search(r"last_layer2$|ibot_head\.", one.name)
+  ]
 
 
 def _described(path, hugging_face: bool, scaled: bool) -> dict:

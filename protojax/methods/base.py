@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import flax.struct
 import jax
 
+from protojax.prototypes import scoring as scorings
+
 PyTree = Any
 Batch = dict[str, jax.Array]
 
@@ -69,6 +71,9 @@ class Method(NamedTuple):
       are those of the set "prototypes" under the evaluation transform, one row for each image that
       can be read; index is that image's number, as in views["index"].
     refresh_from: step of the first refresh.
+    scoring: (variables) -> {set: `scoring.Scoring`}, the same scores as arrays, for exported
+      weights: `codes` and `embeddings` up to rounding and a positive factor. A method that replaces
+      one of those replaces it too; None exports no prototypes.
   """
 
   learns_prototypes: bool
@@ -81,3 +86,4 @@ class Method(NamedTuple):
   prototype_matrices: Callable[[Variables], dict[str, jax.Array]]
   refresh: Callable[[Variables, jax.Array, jax.Array, jax.Array], Variables] | None = None
   refresh_from: int = 0
+  scoring: Callable[[Variables], dict[str, scorings.Scoring]] | None = None

@@ -17,6 +17,7 @@ The cross entropy is at least the entropy of the targets, logged as `target_entr
 may be negative.
 """
 
+import dataclasses
 import math
 
 import jax
@@ -148,4 +149,12 @@ def make(config) -> base.Method:
     scores, state = networks.method.codes(variables, images), variables.teacher.get("prototypes")
     return {k: of_mixture(v, state, options.teacher_temp) for k, v in scores.items()}
 
-  return networks.method._replace(init=init, loss=loss, update=update, codes=codes)
+  def scoring(variables):
+    found = networks.method.scoring(variables)
+    if options.vmf:
+      norms = jnp.abs(variables.teacher["prototypes"]["g"][:, 0])
+      bias = vmf.offsets(norms, options.teacher_temp, head.bottleneck)
+      found = {k: dataclasses.replace(one, bias=bias) for k, one in found.items()}
+    return found
+
+  return networks.method._replace(init=init, loss=loss, update=update, codes=codes, scoring=scoring)

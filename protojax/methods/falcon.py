@@ -32,6 +32,7 @@ from protojax import errors, losses
 from protojax.methods import base
 from protojax.methods.networks import student
 from protojax.prototypes import dictionary
+from protojax.prototypes import scoring as scorings
 
 OPTIONS = {
   "prototypes": "dictionary",  # nothing else
@@ -120,10 +121,20 @@ def make(config) -> base.Method:
   def prototype_matrices(variables):
     return {"prototypes": dictionary.rows(variables.prototypes["dictionary"])}
 
+  def scoring(variables):
+    tanh = options.assign == "tanh"
+    found = scorings.Scoring(
+      variables.prototypes["dictionary"].T,  # a byte a number
+      place="tanh" if tanh else "unit",
+      scale=scale / (dim if tanh else math.sqrt(dim)),
+    )
+    return {"prototypes": found}
+
   return net.method._replace(
     init=init,
     loss=loss,
     codes=codes,
     embeddings=embeddings,
     prototype_matrices=prototype_matrices,
+    scoring=scoring,
   )

@@ -18,6 +18,7 @@ from protojax import errors, losses
 from protojax.methods import base
 from protojax.methods.networks import student_teacher
 from protojax.prototypes import kmeans, weight_norm
+from protojax.prototypes import scoring as scorings
 
 OPTIONS = {
   "prototypes": "kmeans",  # the only kind
@@ -122,6 +123,9 @@ def make(config) -> base.Method:
     z, sets = embeddings(variables, images), prototype_matrices(variables)
     return {name: weight_norm.scores(rows, z[name]) for name, rows in sets.items()}
 
+  def scoring(variables):
+    return {name: scorings.Scoring(rows) for name, rows in prototype_matrices(variables).items()}
+
   return networks.method._replace(
     init=init,
     loss=loss,
@@ -129,6 +133,7 @@ def make(config) -> base.Method:
     codes=codes,
     embeddings=embeddings,
     prototype_matrices=prototype_matrices,
+    scoring=scoring,
     refresh=refresh,
     refresh_from=start,
   )

@@ -13,6 +13,7 @@ array, so that LARS and clipping by tensor see one norm where the published code
 out: the published queue of nearest neighbours.
 """
 
+import dataclasses
 import math
 
 import jax
@@ -132,6 +133,15 @@ def make(config) -> base.Method:
   def prototype_matrices(variables):
     return split(net.method.prototype_matrices(variables)["prototypes"], axis=0)
 
+  def scoring(variables):
+    one = net.method.scoring(variables)["prototypes"]
+    parts = split(one.rows, axis=0)
+    return {name: dataclasses.replace(one, rows=rows) for name, rows in parts.items()}
+
   return net.method._replace(
-    loss=loss, codes=codes, embeddings=embeddings, prototype_matrices=prototype_matrices
+    loss=loss,
+    codes=codes,
+    embeddings=embeddings,
+    prototype_matrices=prototype_matrices,
+    scoring=scoring,
   )

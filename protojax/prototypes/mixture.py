@@ -114,9 +114,14 @@ def center(state: MixtureState, features: jax.Array) -> jax.Array:
   What a loss has to score against `state.means`. Subtracts the running mean, without a gradient,
   and restores each row's length: a unit row stays one, a learned inverse temperature (CARP) too.
   """
+  return without_mean(features, jax.lax.stop_gradient(state.feature_mean))
+
+
+def without_mean(features: jax.Array, mean: jax.Array) -> jax.Array:
+  """Features [..., D] less a mean [D], each row of the length it had; float32."""
   features = losses.as_array(features).astype(jnp.float32)
   length = jnp.sqrt(jnp.maximum(jnp.sum(features**2, axis=-1, keepdims=True), _TINY))
-  mean = jnp.expand_dims(jax.lax.stop_gradient(state.feature_mean), range(features.ndim - 1))
+  mean = jnp.expand_dims(mean, range(features.ndim - 1))
   return length * losses.l2_normalize(features - mean)
 
 

@@ -31,6 +31,7 @@ class PrototypeSet(NamedTuple):
     rows: (state) -> float32 [K, D]; unit rows unless a learned norm is trained.
     align: (state, features [..., D]) -> [..., D], the features in the coordinates of the rows: a
       mixture that subtracts the running mean needs the loss to do so too.
+    mean: (state) -> [D], the mean that `align` subtracts, or None.
     move: (state, features [N, D]) -> state, one EM step; identity unless a mixture.
     before_loss: whether a step moves the state before its loss or after the optimizer.
   """
@@ -39,6 +40,7 @@ class PrototypeSet(NamedTuple):
   init: Callable[[jax.Array], PyTree]
   rows: Callable[[PyTree], jax.Array]
   align: Callable[[PyTree, jax.Array], jax.Array]
+  mean: Callable[[PyTree], jax.Array | None]
   move: Callable[[PyTree, jax.Array], PyTree]
   before_loss: bool = False
 
@@ -51,6 +53,10 @@ def _stay(state, features):
 def _as_they_are(state, features):
   del state
   return features
+
+
+def _no_mean(state):
+  del state
 
 
 def in_loss(
@@ -110,6 +116,7 @@ def several(one: PrototypeSet, kinds: tuple[str, ...], *, shared: bool = False) 
     return one._replace(
       rows=lambda state: dict.fromkeys(kinds, one.rows(state)),
       align=lambda state, features: {k: one.align(state, x) for k, x in features.items()},
+      mean=lambda state: dict.fromkeys(kinds, one.mean(state)),
       move=move_one,
     )
 
@@ -121,6 +128,7 @@ def several(one: PrototypeSet, kinds: tuple[str, ...], *, shared: bool = False) 
     init=init,
     rows=lambda state: {k: one.rows(state[k]) for k in kinds},
     align=lambda state, features: {k: one.align(state[k], x) for k, x in features.items()},
+    mean=lambda state: {k: one.mean(state[k]) for k in kinds},
     move=lambda state, features: {k: one.move(state[k], flat(x)) for k, x in features.items()},
   )
 
@@ -131,6 +139,7 @@ def _learned(num: int, dim: int, train_norm: bool) -> PrototypeSet:
     init=lambda key: weight_norm.init(key, num, dim, trainable_norm=train_norm),
     rows=weight_norm.rows,
     align=_as_they_are,
+    mean=_no_mean,
     move=_stay,
   )
 
@@ -141,6 +150,7 @@ def _frozen(num: int, dim: int) -> PrototypeSet:
     init=lambda key: {"means": losses.l2_normalize(jax.random.normal(key, (num, dim)))},
     rows=lambda state: state["means"],
     align=_as_they_are,
+    mean=_no_mean,
     move=_stay,
   )
 
@@ -183,6 +193,7 @@ def _mixture(num: int, dim: int, config) -> PrototypeSet:
     init=em.init,
     rows=lambda state: state.means,
     align=align,
+    mean=(lambda state: state.feature_mean) if config.center_features else _no_mean,
     move=lambda state, features: em.update(state, features)[0],
   )
 

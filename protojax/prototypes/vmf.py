@@ -63,8 +63,12 @@ def mixture_scores(
   Returns:
     [..., K] float32.
   """
-  offset = temperature * log_normalizer(norms / temperature, dim)
-  return scores + jnp.expand_dims(offset, range(scores.ndim - 1))
+  return scores + jnp.expand_dims(offsets(norms, temperature, dim), range(scores.ndim - 1))
+
+
+def offsets(norms: jax.Array, temperature: float | jax.Array, dim: int) -> jax.Array:
+  """What `mixture_scores` adds to the products with each component: [K] -> [K]."""
+  return temperature * log_normalizer(norms / temperature, dim)
 
 
 def log_mean_assignment(logits: jax.Array) -> jax.Array:

@@ -152,8 +152,12 @@ def _over_steps(runs, title: str, lines: list[charts.Line], told: str, **options
 
 
 def _lines(runs, key: str) -> list[charts.Line]:
+  # Accuracies on images of different sizes are not alike: their lines say which size.
+  sized = key.startswith("probe/") and len({run.pixels for run in runs} - {None}) > 1
   return [
-    charts.Line(run.name, *run.curves[key], i) for i, run in enumerate(runs) if key in run.curves
+    charts.Line(run.name + f", {run.pixels} px" * sized, *run.curves[key], i)
+    for i, run in enumerate(runs)
+    if key in run.curves
   ]
 
 

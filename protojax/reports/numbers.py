@@ -158,11 +158,32 @@ def key_numbers(runs: Sequence[records.Record]) -> str:
           for run, (value, _) in zip(runs, values, strict=True)
           if value is not None
         ]
+        parted = [("", values)]
+        if key.startswith(("probe/", "floor/")):
+          parted = _by_size(values, [run.pixels for run in runs])
         if told:
-          body.append(_row(runs, label, key, form, values, told))
+          body += [_row(runs, label + at, key, form, some, told) for at, some in parted]
     table = _table(runs, body, last="How it was obtained")
     parts.append(folded(f"Prototype set: {tag.rstrip('_')}", table) if tag else table)
   return "".join(parts)
+
+
+def _by_size(values: Sequence, sizes: Sequence[int | None]) -> list[tuple[str, list]]:
+  """[(what to add to the label, values)]: a row for each size of images, since they are not alike.
+
+  Args:
+    values: (number, file) of each run.
+    sizes: pixels of each run's images.
+  """
+  known = sorted({size for size in sizes if size is not None})
+  if len(known) < 2:
+    return [("", list(values))]
+  parted = []
+  for size in (*known, None):
+    some = [v if s == size else (None, "") for v, s in zip(values, sizes, strict=True)]
+    if any(value is not None for value, _ in some):
+      parted.append((f", at {size or 'unknown'} px", some))
+  return parted
 
 
 def _value(run: records.Record, key: str) -> tuple[float | None, str]:
@@ -203,11 +224,13 @@ def evaluations(runs: Sequence[records.Record]) -> str:
   parts = []
   for file in files:
     keys = sorted({key for run in runs for key in run.measures(file)}, key=_natural)
-    body = [
-      _row(runs, key, key, "", [(run.measures(file).get(key), file) for run in runs], [])
-      for key in keys
-    ]
     protocols = [run.results.get(file, {}).get("protocol", {}) for run in runs]
+    sizes = [trees.flat(p).get("transform.px") if isinstance(p, dict) else None for p in protocols]
+    body = [
+      _row(runs, key + at, key, "", some, [])
+      for key in keys
+      for at, some in _by_size([(run.measures(file).get(key), file) for run in runs], sizes)
+    ]
     told = "".join(
       f"<h4>{swatch(i)}{_e(run.name)}</h4>{settings_list(protocol)}"
       for i, (run, protocol) in enumerate(zip(runs, protocols, strict=True))

@@ -49,6 +49,14 @@ class Record(NamedTuple):
       return int(final)
     return max((int(steps[-1]) for steps, _ in self.curves.values()), default=0)
 
+  @property
+  def pixels(self) -> int | None:
+    """A side of the images that the run is judged on; None where its config does not say."""
+    try:
+      return int(self.config.augment.global_size)
+    except (AttributeError, KeyError, TypeError, ValueError):
+      return None
+
   def measures(self, file: str) -> dict[str, float]:
     """{name: number} of one of `results`, nested names joined by dots; {} if it is not there."""
     measures = trees.flat(self.results.get(file, {}).get("measures", {}))

@@ -1,7 +1,7 @@
 """One pass of a compiled function over the images of a source, gathered on the host."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ PyTree = Any
 _KEYS = ("image", "size", "index", "label")
 
 
-def rows(
+def chunks(
   forward: Callable[[dict[str, jax.Array]], PyTree],
   data: sources.Source,
   *,
@@ -25,8 +25,8 @@ def rows(
   num_workers: int | None = 0,
   limit: int = 0,
   cached: cache.Cache | None = None,
-) -> PyTree:
-  """Runs `forward` on every image that can be read and gathers the results, in their order.
+) -> Iterator[PyTree]:
+  """Runs `forward` on every image that can be read, batch by batch, in their order.
 
   Args:
     forward: of a batch {"image": uint8 [B, S, S, 3], "size": int32 [B, 2], "index", "label": int32
@@ -39,8 +39,8 @@ def rows(
     limit: at most so many images, evenly spread; 0 takes all.
     cached: `data` on the devices, which takes the host's place.
 
-  Returns:
-    The same pytree of NumPy arrays [N, ...], the same in every process.
+  Yields:
+    The same pytree of NumPy arrays [n, ...], n up to B, the same in every process.
 
   Raises:
     UserError: if not one image can be read.
@@ -50,13 +50,20 @@ def rows(
     batches = _from_host(data, mesh, size, image_size, num_workers, limit or None)
   else:
     batches = cache.sequential(cached, batch_size=size, limit=limit or None, keys=_KEYS)
-  total = min(limit or len(data), len(data))
-  parts = []
+  total, done = min(limit or len(data), len(data)), 0
   with progress.during(f"encoding {data.name}", total) as line, contextlib.closing(batches):
     for batch, mask in batches:
       out, keep = jax.device_get((forward(batch), mask))
-      parts.append(jax.tree.map(lambda x, keep=keep: x[keep], out))
-      line.to(min(total, len(parts) * size))
+      yield jax.tree.map(lambda x, keep=keep: x[keep], out)
+      done += size
+      line.to(min(total, done))
+
+
+def rows(
+  forward: Callable[[dict[str, jax.Array]], PyTree], data: sources.Source, **options: Any
+) -> PyTree:
+  """The results of `chunks`, which takes the same arguments, in one: NumPy arrays [N, ...]."""
+  parts = list(chunks(forward, data, **options))
   return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
 

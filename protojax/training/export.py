@@ -1,12 +1,15 @@
-"""The encoder as plain files: encoder.safetensors and config.json, readable without JAX.
+"""The encoder and its prototypes as plain files, readable without JAX.
 
-The weights file carries the configuration in its header too, and is replaced in one move, so that
-whatever happens a reader finds weights and the configuration that made them.
+encoder.safetensors holds backbone and head, prototypes.safetensors the prototypes and what scoring
+needs, config.json describes both. The weights file carries the configuration in its header too, and
+is replaced in one move, so that whatever happens a reader finds weights and the configuration that
+made them; prototypes of another step than the weights' are not read.
 """
 
 import json
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,33 +18,105 @@ import safetensors
 import safetensors.numpy
 
 from protojax import errors, files, trees
+from protojax.prototypes import scoring
 
 PyTree = Any
-_WEIGHTS, _CONFIG = "encoder.safetensors", "config.json"
+_WEIGHTS, _CONFIG, _PROTOTYPES = "encoder.safetensors", "config.json", "prototypes.safetensors"
 
 
-def write(folder: str | os.PathLike, tree: PyTree, info: dict) -> None:
-  """Writes `folder`/encoder.safetensors and config.json, over those of an earlier step.
+def write(
+  folder: str | os.PathLike,
+  tree: PyTree,
+  info: dict,
+  prototypes: Mapping[str, scoring.Scoring] | None = None,
+) -> None:
+  """Writes encoder.safetensors, config.json and, with prototypes, prototypes.safetensors.
+
+  Those of an earlier step are replaced. prototypes.safetensors has for every set NAME a matrix NAME
+  [K, D] and, where there are some, NAME.mean [D] and NAME.bias [K]; `prototypes` in config.json has
+  the rest of what `prototypes.scoring` says of a set.
 
   Args:
     folder: made if missing.
     tree: {"params": ..., "batch_stats": ...} of host arrays; a tensor's name is its path with dots.
     info: JSON: what is needed to build the encoder again, and where it comes from.
+    prototypes: {set: what scores with it} of host arrays; None for a method without.
 
   Raises:
     UserError: if the disk is full or the folder cannot be written; what was there stays whole.
   """
   folder = pathlib.Path(folder)
   tensors = {name: np.ascontiguousarray(leaf) for name, leaf in trees.flat(tree).items()}
+  of_sets = {}
+  for name, one in (prototypes or {}).items():
+    arrays = {name: one.rows, f"{name}.mean": one.mean, f"{name}.bias": one.bias}
+    of_sets |= {k: np.ascontiguousarray(v) for k, v in arrays.items() if v is not None}
+  if prototypes:
+    info = {**info, "prototypes": {name: _described(one) for name, one in prototypes.items()}}
   content = safetensors.numpy.save(tensors, metadata={"info": json.dumps(info)})
   try:
+    if of_sets:
+      of_sets_content = safetensors.numpy.save(of_sets, metadata={"of": _identity(info)})
+      files.write(folder / _PROTOTYPES, of_sets_content)
     files.write(folder / _WEIGHTS, content)
     files.write_json(folder / _CONFIG, info)
+    if not of_sets:
+      (folder / _PROTOTYPES).unlink(missing_ok=True)
   except OSError as error:
     raise errors.UserError(
       f"no space left on device while exporting the encoder to {folder}: free some space and run "
       "the same command again; what was exported before is intact"
     ) from error
+
+
+def _described(one: scoring.Scoring) -> dict[str, Any]:
+  """What config.json says of a set."""
+  num, dim = one.rows.shape
+  return {"num": num, "dim": dim, "tokens": one.tokens, "place": one.place, "scale": one.scale}
+
+
+def _identity(info: dict) -> str:
+  """Which weights the prototypes belong to."""
+  return json.dumps([info["weights"], info["step"], info["prototypes"]], sort_keys=True)
+
+
+def read_prototypes(path: str | os.PathLike, info: dict) -> dict[str, scoring.Scoring]:
+  """The prototypes that `write` put beside an encoder; {} without them.
+
+  Args:
+    path: as for `read`.
+    info: from `read`.
+
+  Returns:
+    {set: what scores with it}, NumPy arrays; {} too where the file was not copied along, or is of
+    another step: a reader may come between two files.
+
+  Raises:
+    UserError: if the file is damaged.
+  """
+  path = pathlib.Path(path)
+  file = (path if path.is_dir() else path.parent) / _PROTOTYPES
+  if "prototypes" not in info or not file.is_file():
+    return {}
+  try:
+    with safetensors.safe_open(file, framework="numpy") as opened:
+      if opened.metadata()["of"] != _identity(info):
+        return {}
+      arrays = {name: opened.get_tensor(name) for name in opened.keys()}
+    return {
+      name: scoring.Scoring(
+        arrays[name],
+        arrays.get(f"{name}.mean"),
+        arrays.get(f"{name}.bias"),
+        **{k: said[k] for k in ("tokens", "place", "scale")},
+      )
+      for name, said in info["prototypes"].items()
+    }
+  except (safetensors.SafetensorError, KeyError, TypeError, ValueError, AttributeError):
+    raise errors.UserError(
+      f"{file} is damaged or was not exported by protojax: export it again from its run, or move "
+      "it away to use the encoder alone"
+    ) from None
 
 
 def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:

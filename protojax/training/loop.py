@@ -150,7 +150,7 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
   def save(step, state):
     log.sync()
     checkpoints.save(step, state, workdirs.metadata(config, seconds()))
-    workdirs.export_encoder(folder, step, state, config, program.mesh)
+    workdirs.export_encoder(folder, step, state, program)
 
   # The order inside the loop is the meaning of a checkpoint: state n is saved before batch n is
   # taken, so that n alone says where to go on. A refresh belongs to the step after it: it comes

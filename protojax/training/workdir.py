@@ -1,5 +1,6 @@
 """What a run leaves behind, and who may write into it."""
 
+import functools
 import json
 import pathlib
 import shutil
@@ -14,7 +15,7 @@ from jax.experimental import multihost_utils
 
 from protojax import __version__, environment, errors, files, trees
 from protojax import config as configs
-from protojax.training import export, optim, sharding, wandb_run
+from protojax.training import export, optim, sharding, train_step, wandb_run
 
 REPORT = "report.html"  # the page about a run
 _OURS = (
@@ -262,11 +263,16 @@ def encoder_of(state) -> tuple[str, dict]:
   return which, {"params": params, "batch_stats": stats}
 
 
-def export_encoder(folder: pathlib.Path, step: int, state, config, mesh) -> None:
-  """Writes exported/encoder.safetensors and config.json: the teacher where there is one."""
-  which, tree = encoder_of(state)
-  gather = jax.jit(lambda t: t, out_shardings=sharding.replicated(mesh))
-  tree = jax.device_get(gather(tree))
+def export_encoder(folder: pathlib.Path, step: int, state, program) -> None:
+  """Writes exported/: the encoder, the teacher where there is one, and its prototypes."""
+  config, (which, tree) = program.config, encoder_of(state)
+  scoring = program.method.scoring or (lambda variables: {})
+
+  @functools.partial(jax.jit, out_shardings=sharding.replicated(program.mesh))
+  def gather(tree, variables):
+    return tree, scoring(variables)
+
+  tree, prototypes = jax.device_get(gather(tree, train_step.variables_of(state)))
   if jax.process_index() == 0:
     info = {"weights": which, "step": step, "version": __version__}
     for section in ("model", "head", "method"):
@@ -274,7 +280,7 @@ def export_encoder(folder: pathlib.Path, step: int, state, config, mesh) -> None
     info["precision"] = config.precision
     info["image"] = {k: config.augment[k] for k in ("global_size", "mean", "std")}
     info["image"] |= {"crop": config.probe.crop, "image_size": config.data.image_size}
-    export.write(folder / "exported", tree, info)
+    export.write(folder / "exported", tree, info, prototypes)
 
 
 def bank_size(config, bank) -> str:

@@ -83,7 +83,7 @@ def test_paper_mode_reports_the_best_head_on_the_test_images():
     for i, rate in enumerate(rates)
   }
   assert got["accuracy"] == max(each.values()) == each[got["layer"], got["rate"]]
-  assert got["best_of_half"] == max(v for k, v in each.items() if k[0] == "half")
+  assert got["test_best_of_half"] == max(v for k, v in each.items() if k[0] == "half")
 
 
 def test_a_head_that_diverged_never_wins():

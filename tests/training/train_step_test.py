@@ -14,8 +14,10 @@ import pytest
 import tiny
 from method_table import METHODS
 
+from protojax import losses, pretrained
 from protojax.metrics import collapse, verdicts
-from protojax.training import checkpoint, programs, sharding, train_step
+from protojax.models import encoder as encoders
+from protojax.training import checkpoint, programs, sharding, train_step, workdir
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
@@ -175,6 +177,37 @@ def test_data_parallel_step_only_all_reduces(row):
   allowed = {op: most for op, most, _ in row.collectives}
   for shape, op in re.findall(rf"= (\S.*?) ({ops})(?:-start)?\(", text):
     assert _size(shape) <= allowed.get(op, 0), f"{op} of {shape}"
+
+
+@every_method
+def test_exported_arrays_score_images_as_the_method_does(row):
+  """Embeddings up to a positive factor, scores up to rounding, codes but for ties."""
+  run = _three_steps(row, 8)
+  method = run.program.method
+  net = encoders.build(run.program.config, mask_token=row.name == "ibot")
+
+  @jax.jit
+  def both(state, images):
+    variables, (_, tree) = train_step.variables_of(state), workdir.encoder_of(state)
+    sets = method.scoring(variables) if method.scoring else {}
+    mine = pretrained.Sets(net), (tree["params"], tree["batch_stats"], sets)
+    return [
+      (one.embeddings(rest, images), one.codes(rest, images), matrices)
+      for one, rest, matrices in (
+        (method, variables, method.prototype_matrices(variables)),
+        (*mine, {k: losses.l2_normalize(v.rows.astype(jnp.float32)) for k, v in sets.items()}),
+      )
+    ]
+
+  images = jax.random.normal(jax.random.key(0), (8, 16, 16, 3))
+  theirs, ours = jax.device_get(both(jax.device_get(run.state), images))
+  assert ours[1].keys() == theirs[1].keys() == ours[2].keys()
+  for name, scores in theirs[1].items():
+    np.testing.assert_allclose(ours[1][name], scores, rtol=1e-4, atol=1e-4 * np.abs(scores).max())
+    np.testing.assert_allclose(ours[2][name], theirs[2][name], atol=1e-5)
+    cosines = [losses.l2_normalize(jnp.asarray(x[0][name])) for x in (theirs, ours)]
+    np.testing.assert_allclose(*cosines, atol=1e-5)
+  assert bool(ours[1]) == (row.prototypes != "none")
 
 
 @every_method

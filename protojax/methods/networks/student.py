@@ -9,6 +9,7 @@ from protojax import errors, losses
 from protojax.methods import base
 from protojax.models import encoder as encoders
 from protojax.prototypes import prototype_set, weight_norm
+from protojax.prototypes import scoring as scorings
 
 
 class Student(NamedTuple):
@@ -172,6 +173,10 @@ def build_with_prototypes(config) -> PrototypeStudent:
   def prototype_matrices(variables):
     return {"prototypes": losses.l2_normalize(prototypes.rows(variables.prototypes))}
 
+  def scoring(variables):
+    state = variables.prototypes
+    return {"prototypes": scorings.Scoring(prototypes.rows(state), prototypes.mean(state))}
+
   method = net.method._replace(
     learns_prototypes=prototypes.learned,
     init=init,
@@ -179,5 +184,6 @@ def build_with_prototypes(config) -> PrototypeStudent:
     codes=codes,
     embeddings=embeddings,
     prototype_matrices=prototype_matrices,
+    scoring=scoring,
   )
   return PrototypeStudent(method, embed, scores)

@@ -11,6 +11,7 @@ from protojax import losses, schedules
 from protojax.methods import base
 from protojax.models import encoder as encoders
 from protojax.prototypes import prototype_set, weight_norm
+from protojax.prototypes import scoring as scorings
 
 PyTree = Any
 
@@ -233,6 +234,11 @@ def build_with_prototypes(
     rows = prototypes.rows(state_of(variables))
     return {kind: losses.l2_normalize(rows[kind]) for kind in sets}
 
+  def scoring(variables):
+    rows, mean = (f(state_of(variables)) for f in (prototypes.rows, prototypes.mean))
+    tokens = {"prototypes": "class", "patch": "patch"}
+    return {k: scorings.Scoring(rows[k], mean[k], tokens=tokens[k]) for k in sets}
+
   method = net.method._replace(
     learns_prototypes=prototypes.learned,
     init=init,
@@ -240,5 +246,6 @@ def build_with_prototypes(
     codes=codes,
     embeddings=embeddings,
     prototype_matrices=prototype_matrices,
+    scoring=scoring,
   )
   return PrototypeStudentTeacher(method, scores)

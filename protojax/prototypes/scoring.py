@@ -1,0 +1,66 @@
+"""How one set of prototypes scores images, as plain arrays: all that codes need beside the encoder.
+
+A set compares an embedding, made of what the head gives, with its rows; the largest score is the
+image's code:
+
+  z = head(class token), or that of every patch token
+  z = |z| (z - mean) / |z - mean|, where there is a mean
+  z = z / |z| or tanh(z), where `place` says so
+  embedding = z, the mean over patches of z
+  scores = scale * rows @ embedding + bias
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from protojax import losses
+from protojax.prototypes import mixture, weight_norm
+
+PLACES = ("as_is", "unit", "tanh")
+TOKENS = ("class", "patch")
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["rows", "mean", "bias"],
+  meta_fields=["tokens", "place", "scale"],
+)
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+  """One set of K prototypes of dimension D.
+
+  Attributes:
+    rows: [K, D], any dtype and any norm, as embeddings meet them.
+    mean: float32 [D], the running mean of the features that a mixture was fitted to; or None.
+    bias: float32 [K], added to the scores; or None.
+    tokens: whose head output is compared, of TOKENS.
+    place: what becomes of it, of PLACES.
+    scale: factor of the products.
+  """
+
+  rows: jax.Array
+  mean: jax.Array | None = None
+  bias: jax.Array | None = None
+  tokens: str = "class"
+  place: str = "as_is"
+  scale: float = 1.0
+
+
+def embeddings(scoring: Scoring, z: jax.Array) -> jax.Array:
+  """What is compared with the rows: the head's output, [B, D] or of patches [B, T, D] -> [B, D]."""
+  if scoring.mean is not None:
+    z = mixture.without_mean(z, scoring.mean)
+  if scoring.place == "unit":
+    z = losses.l2_normalize(z)
+  elif scoring.place == "tanh":
+    z = jnp.tanh(z)
+  return z.mean(axis=1) if scoring.tokens == "patch" else z
+
+
+def scores(scoring: Scoring, embedded: jax.Array) -> jax.Array:
+  """[B, D] from `embeddings` -> float32 [B, K]."""
+  out = scoring.scale * weight_norm.scores(scoring.rows, embedded)
+  return out if scoring.bias is None else out + scoring.bias[None]
