@@ -1,4 +1,4 @@
-"""Times `python -m protojax.doctor` on made checkpoints of DINO's size; prints one JSON line each.
+"""Times `protojax doctor` on made checkpoints of DINO's size; prints one JSON line each.
 
   python benchmarks/doctor.py [--num 65536] [--dim 256] [--cases random,one,groups,bunched]
 

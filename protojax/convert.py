@@ -1,7 +1,7 @@
 """Weights in from other libraries, and out to them, with an account of every tensor.
 
-python -m protojax.convert dino_deitsmall16_pretrain.pth converted
-python -m protojax.convert runs/own own_timm --format=timm
+protojax convert dino_deitsmall16_pretrain.pth converted
+protojax convert runs/own own_timm --format=timm
 """
 
 import contextlib
@@ -23,9 +23,9 @@ from protojax.training import export
 _DESCRIPTION = """\
 Converts weights, tensor by tensor, and says what became of each.
 
-  python -m protojax.convert dino_vitsmall16_pretrain.pth converted      from another library
-  python -m protojax.convert checkpoint.pth converted --which=student
-  python -m protojax.convert runs/own own_timm --format=timm             from a run of protojax
+  protojax convert dino_vitsmall16_pretrain.pth converted      from another library
+  protojax convert checkpoint.pth converted --which=student
+  protojax convert runs/own own_timm --format=timm             from a run of protojax
 
 In: DINO, iBOT, DINOv2 and timm transformers, Hugging Face's ViT and Dinov2, torchvision ResNet-18
 and -50 (SwAV's and DINO's too), as .pth, .pt, .safetensors, .npz or a folder. The folder OUT then

@@ -1,7 +1,7 @@
 """What is wrong with a checkpoint's prototypes, or with a loss: anybody's, not only protojax's.
 
-python -m protojax.doctor dino_deitsmall16_pretrain_full_checkpoint.pth
-python -m protojax.doctor dino_deitsmall16_pretrain_full_checkpoint.pth --data=folder --data_dir=D
+protojax doctor dino_deitsmall16_pretrain_full_checkpoint.pth
+protojax doctor dino_deitsmall16_pretrain_full_checkpoint.pth --data=folder --data_dir=D
 """
 
 import argparse
@@ -14,9 +14,9 @@ from protojax import __version__, api, cli, errors, files, progress
 _DESCRIPTION = """\
 Examines prototypes, or a loss.
 
-  python -m protojax.doctor runs/own                     a run of protojax
-  python -m protojax.doctor checkpoint.pth               .pth, .pt, .ckpt, .safetensors, .npy, .npz
-  python -m protojax.doctor log.txt                      a log: metrics.jsonl, DINO's, DINOv2's
+  protojax doctor runs/own                     a run of protojax
+  protojax doctor checkpoint.pth               .pth, .pt, .ckpt, .safetensors, .npy, .npz
+  protojax doctor log.txt                      a log: metrics.jsonl, DINO's, DINOv2's
 
 A run is judged by its metrics, too; --data=run also looks at its images and says which prototypes
 they use. So does --data=NAME for a full checkpoint of DINO, iBOT or SwAV: its backbone and head are

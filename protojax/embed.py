@@ -1,6 +1,6 @@
 """Features of every image of a folder or data set, with file names, as .npz or Parquet.
 
-python -m protojax.embed runs/own --data=folder --data_dir=IMAGES --out=features.parquet
+protojax embed runs/own --data=folder --data_dir=IMAGES --out=features.parquet
 """
 
 import itertools
@@ -19,9 +19,9 @@ from protojax import __version__, cli, errors, files, pretrained, progress
 _DESCRIPTION = """\
 Writes what a trained encoder makes of images, one row an image.
 
-  python -m protojax.embed runs/own --out=features.npz                      the run's own images
-  python -m protojax.embed runs/own --data=folder --data_dir=IMAGES --out=features.parquet
-  python -m protojax.embed runs/own --what=patches,codes --layers=last,block9 --out=patches.parquet
+  protojax embed runs/own --out=features.npz                      the run's own images
+  protojax embed runs/own --data=folder --data_dir=IMAGES --out=features.parquet
+  protojax embed runs/own --what=patches,codes --layers=last,block9 --out=patches.parquet
 
 --what, one or more of
   features    [F] of the backbone, what k-NN and linear probes see

@@ -1,7 +1,7 @@
 """Accuracy, clustering and long tail of a trained encoder, each number with its protocol.
 
-python -m protojax.evaluate --workdir=runs/own --protocol=knn
-python -m protojax.evaluate --compare runs/own runs/other
+protojax evaluate --workdir=runs/own --protocol=knn
+protojax evaluate --compare runs/own runs/other
 """
 
 import argparse
@@ -18,9 +18,9 @@ from protojax.evals import protocols, result_files
 _DESCRIPTION = """\
 Judges frozen features: of the teacher (the encoder where there is none), evaluation transform.
 
-  python -m protojax.evaluate --workdir=runs/own --protocol=knn      a run, its newest checkpoint
-  python -m protojax.evaluate --workdir=exported --protocol=all --data=cifar10 --data_dir=DATA
-  python -m protojax.evaluate --compare runs/own runs/other          refuses unlike protocols
+  protojax evaluate --workdir=runs/own --protocol=knn      a run, its newest checkpoint
+  protojax evaluate --workdir=exported --protocol=all --data=cifar10 --data_dir=DATA
+  protojax evaluate --compare runs/own runs/other          refuses unlike protocols
 
 knn         weighted k-NN at several k, cosine, the whole train split as bank
 linear      a grid of linear heads over learning rates and layers; --mode=honest chooses on a tenth
@@ -298,9 +298,7 @@ def main(argv: list[str]) -> None:
     print("\n".join(result_files.compare(*args.compare, args.protocol)))
     return
   if args.workdir is None:
-    raise errors.UserError(
-      "--workdir is missing: python -m protojax.evaluate --workdir=RUN --protocol=knn"
-    )
+    raise errors.UserError("--workdir is missing: protojax evaluate --workdir=RUN --protocol=knn")
   if args.epochs < 1:
     raise errors.UserError(f"--epochs={args.epochs} must be at least 1")
   if not min(args.temperature) > 0:

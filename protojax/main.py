@@ -32,8 +32,6 @@ NAME:debug is the recipe NAME as a minute's run on a CPU, on the digits of sciki
 your own is a file: --config=path/to/file.py. `python -m protojax.main` is the same program."""
 _EXAMPLE = "protojax train --config=quickstart --workdir=runs/quickstart"
 
-load = recipes.load  # what programs called it before it had a module
-
 
 def _parser(list_recipes: bool) -> argparse.ArgumentParser:
   listed = [
@@ -75,7 +73,7 @@ def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, argparse.Name
       raise errors.UserError(
         f"--{name} is missing: {_EXAMPLE}; protojax train --help lists recipes and settings"
       )
-  config = load(args.config)
+  config = recipes.load(args.config)
   given = dict(typed)
   if (name := given.get("method.name") or config.method.name) != config.method.name:
     configs.switch_method(config, name)

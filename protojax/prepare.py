@@ -1,6 +1,6 @@
 """Makes a data set that training reads fast: CIFAR, or images of yours at the size training stores.
 
-python -m protojax.prepare cifar10 DATA
+protojax prepare cifar10 DATA
 """
 
 import pathlib
@@ -14,8 +14,8 @@ from protojax.data import cifar, prepared, sources
 _DESCRIPTION = """\
 Makes a data set in the folder OUT, as array_record, for --config.data.data_dir=OUT.
 
-  python -m protojax.prepare cifar10 OUT        downloads, checks and stores it without loss
-  python -m protojax.prepare folder IN OUT --size=256      images below IN (or tar, or parquet)
+  protojax prepare cifar10 OUT        downloads, checks and stores it without loss
+  protojax prepare folder IN OUT --size=256      images below IN (or tar, or parquet)
 
 cifar10 and cifar100 come from their authors' archives; a download that was cut off goes on with the
 same command, and --archive=FILE takes one that is there already.
@@ -104,7 +104,7 @@ def main(argv: Sequence[str]) -> None:
   of_archive = args.kind in cifar.ARCHIVES
   if len(args.paths) != (1 if of_archive else 2):
     places = "OUT" if of_archive else "IN OUT"
-    raise errors.UserError(f"{args.kind} takes {places}; python -m protojax.prepare --help")
+    raise errors.UserError(f"{args.kind} takes {places}; protojax prepare --help")
   if args.size < 1:
     raise errors.UserError(f"--size={args.size} must be at least 1 pixel")
   out = args.paths[-1]

@@ -141,7 +141,7 @@ class Trained(NamedTuple):
 def load(path: str | os.PathLike, *, step: int | None = None) -> Trained:
   """Loads the teacher (the encoder where there is none) of a run, or exported weights.
 
-  Exported weights are what a run leaves in exported/ and what `python -m protojax.convert` writes.
+  Exported weights are what a run leaves in exported/ and what `protojax convert` writes.
 
   Args:
     path: workdir of a run, or a folder with encoder.safetensors and config.json, or that file.

@@ -1,4 +1,4 @@
-"""python -m protojax.report --workdir=RUN [--workdir=RUN2 ...] [--out=FILE]: one HTML page."""
+"""protojax report --workdir=RUN [--workdir=RUN2 ...] [--out=FILE]: one HTML page."""
 
 import pathlib
 import shlex
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
     folders,
     out=pathlib.Path(args.out).expanduser() if args.out else None,
     limit=args.limit,
-    origin=shlex.join(["python", "-m", "protojax.report", *argv]),
+    origin=shlex.join(["protojax", "report", *argv]),
   )
   runs = f"{len(folders)} run{'s' * (len(folders) > 1)}"
   print(f"{out}: {runs}, {out.stat().st_size / 1e6:.2f} MB")

@@ -5,7 +5,7 @@ import re
 import jax
 import pytest
 
-from protojax import api, errors, main, methods, trees
+from protojax import api, errors, methods, recipes, trees
 from protojax import config as configs
 from protojax.training import loop, programs, sharding
 
@@ -20,7 +20,7 @@ _RECIPES_RUN = [f"{name}_cifar10" for name in RUN]
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_recipe_changes_only_known_keys_and_its_debug_mode_is_small(path):
-  full, debug = main.load(str(path)), main.load(f"{path}:debug")
+  full, debug = recipes.load(str(path)), recipes.load(f"{path}:debug")
   known = set(trees.flat(configs.default(full.method.name)))
   assert set(trees.flat(full)) == known and set(trees.flat(debug)) == known
   assert debug.data.name == "digits" and debug.data.data_dir is None
@@ -32,7 +32,7 @@ def test_recipe_changes_only_known_keys_and_its_debug_mode_is_small(path):
   "path", [p for p in RECIPES if p.stem not in _RECIPES_RUN], ids=lambda p: p.stem
 )
 def test_debug_step_of_a_recipe_traces(path):
-  config = main.load(f"{path}:debug")
+  config = recipes.load(f"{path}:debug")
   train_source, bank, test = loop.build_sources(config)
   assert test is not None
   program = programs.Program(configs.resolve(config, len(train_source)), bank.num_classes)
@@ -46,7 +46,7 @@ def test_debug_run_of_a_method_ends_with_measures_and_files(name, tmp_path, monk
   # One device, as a reader's CPU is: less to compile.
   make_mesh, one = sharding.make_mesh, jax.devices()[:1]
   monkeypatch.setattr(sharding, "make_mesh", lambda data, model, *_: make_mesh(data, model, one))
-  config = main.load(str(CONFIGS / f"{name}_cifar10.py:debug"))
+  config = recipes.load(str(CONFIGS / f"{name}_cifar10.py:debug"))
   assert config.method.name == name
   with_report = name in ("dino", "vicreg")  # with prototypes and without
   measures = (api.train if with_report else loop.run)(config, str(tmp_path))
@@ -61,7 +61,7 @@ def test_the_largest_dictionary_that_its_recipe_names_is_possible():
   path = CONFIGS / "falcon_vit_s.py"
   named = re.findall(r"--config\.(method\.\w+)=([\d_]+)", path.read_text())
   assert dict(named) == {"method.num_prototypes": "500_000", "method.chunk_size": "10_000"}
-  config = main.load(str(path))
+  config = recipes.load(str(path))
   for key, value in named:
     config.method[key.split(".")[1]] = int(value)
   methods.load("falcon").make(configs.resolve(config, 2000))
@@ -69,9 +69,9 @@ def test_the_largest_dictionary_that_its_recipe_names_is_possible():
 
 def test_unknown_mode_of_a_recipe_names_those_it_has():
   with pytest.raises(errors.UserError, match=r"py:gmn is unknown: this recipe has debug, gmm$"):
-    main.load(str(CONFIGS / "swav_cifar10.py:gmn"))
-  assert main.load(str(CONFIGS / "swav_cifar10.py:gmm")).method.prototypes == "mixture"
-  assert main.load(str(CONFIGS / "swav_cifar10.py")).method.prototypes == "learned"
+    recipes.load(str(CONFIGS / "swav_cifar10.py:gmn"))
+  assert recipes.load(str(CONFIGS / "swav_cifar10.py:gmm")).method.prototypes == "mixture"
+  assert recipes.load(str(CONFIGS / "swav_cifar10.py")).method.prototypes == "learned"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)

@@ -1,4 +1,4 @@
-"""python -m protojax.convert: every tensor accounted for, back to the bit, whole or not at all."""
+"""protojax convert: every tensor accounted for, back to the bit, whole or not at all."""
 
 import errno
 import json

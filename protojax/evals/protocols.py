@@ -1,4 +1,4 @@
-"""The protocols of `python -m protojax.evaluate`: what each fixes, and how it is measured.
+"""The protocols of `protojax evaluate`: what each fixes, and how it is measured.
 
 Each takes the encoded images and gives a `Task`: settings first, so that they can be compared
 with those of an earlier result before anything is computed.

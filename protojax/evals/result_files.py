@@ -108,7 +108,7 @@ def read(path: pathlib.Path) -> dict:
     raise errors.UserError(f"cannot read {path}: {error.strerror}") from None
   except (ValueError, KeyError, TypeError):
     raise errors.UserError(
-      f"{path} is not a result of python -m protojax.evaluate: make it again with --overwrite"
+      f"{path} is not a result of protojax evaluate: make it again with --overwrite"
     ) from None
   return result
 
@@ -123,8 +123,7 @@ def _results(path: str, protocol: str) -> dict[str, dict]:
   found = [file for file in sorted(root.glob("*/result.json")) if file.parent.name != "final"]
   if not found:
     raise errors.UserError(
-      f"there is no eval/*/result.json in {path}: run python -m protojax.evaluate "
-      f"--workdir={path} first"
+      f"there is no eval/*/result.json in {path}: run protojax evaluate --workdir={path} first"
     )
   return {f.parent.name: read(f) for f in found if protocol in ("all", f.parent.name)}
 

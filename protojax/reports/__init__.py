@@ -1,1 +1,1 @@
-"""The parts of the page that `python -m protojax.report` writes."""
+"""The parts of the page that `protojax report` writes."""

@@ -17,7 +17,7 @@ OF_SEVERAL = "comparison.html"
 
 def command(folders: Sequence[pathlib.Path | str]) -> str:
   """The command line that writes the page of these runs again."""
-  return shlex.join(["python", "-m", "protojax.report", *(f"--workdir={f}" for f in folders)])
+  return shlex.join(["protojax", "report", *(f"--workdir={f}" for f in folders)])
 
 
 def after_training(folder: pathlib.Path, program, state, arrays: dict, *, bank, train) -> None:

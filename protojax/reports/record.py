@@ -86,7 +86,7 @@ def _read(folder: pathlib.Path, name: str) -> Record:
   if not folder.is_dir() or not ((folder / METRICS).exists() or (folder / FINAL).exists()):
     raise errors.UserError(
       f"workdir={folder} holds no run of protojax ({METRICS} is missing): give the folder that "
-      "python -m protojax.main --workdir wrote"
+      "protojax train --workdir wrote"
     )
   notes = []
   curves = _curves(folder / METRICS, notes)

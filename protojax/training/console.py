@@ -209,7 +209,7 @@ class RunLog:
         + "; fitted on frozen features",
       )
     page = self._folder / workdir.REPORT
-    again = f"python -m protojax.report --workdir={self._folder}"
+    again = f"protojax report --workdir={self._folder}"
     self._writer.line(f"report    {page if page.exists() else again}")  # a path is copied: no fold
 
 

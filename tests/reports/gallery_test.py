@@ -90,7 +90,7 @@ def test_a_finished_run_without_its_page_says_how_to_write_it(run, tmp_path):
   folder = shutil.copytree(run, tmp_path / "run")
   (folder / "report.html").unlink()
   api.train(_config(), str(folder))
-  assert f"python -m protojax.report --workdir={folder}" in (folder / "train.log").read_text()
+  assert f"protojax report --workdir={folder}" in (folder / "train.log").read_text()
 
 
 def test_cards_hold_the_nearest_images_and_the_counts_of_the_result(run, model, kept):

@@ -19,7 +19,7 @@ import pytest
 import safetensors.numpy
 import tiny
 
-from protojax import api, errors, main
+from protojax import api, errors, recipes
 from protojax.training import checkpoint, console, evaluation, export, loop, programs, workdir
 
 pytestmark = [
@@ -57,7 +57,7 @@ PCL = CHANGES | {
 
 
 def _config(recipe="quickstart", changes=CHANGES, **more):
-  config = main.load(str(ROOT / "configs" / f"{recipe}.py:debug"))
+  config = recipes.load(str(ROOT / "configs" / f"{recipe}.py:debug"))
   for key, value in (changes | more).items():
     section, _, leaf = key.rpartition(".")
     (config[section] if section else config)[leaf] = value
