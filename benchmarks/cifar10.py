@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from protojax import config as configs
-from protojax import environment, main
+from protojax import environment, recipes
 from protojax.data import pipeline
 from protojax.evals import knn, linear
 from protojax.metrics import verdicts
@@ -90,7 +90,7 @@ METHOD_COLUMNS = {
 
 def floors(data_dir: str) -> dict[str, dict]:
   """{floor: {"measures", "protocol", "environment"}}, the protocol of the rows."""
-  config = main.load("configs/frozen_cifar10.py")
+  config = recipes.load("configs/frozen_cifar10.py")
   config.data.data_dir = data_dir
   train_source, bank, test = loop.build_sources(config)
   config = configs.resolve(config, len(train_source))

@@ -24,7 +24,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
-from protojax import errors, main, methods
+from protojax import errors, methods, recipes
 from protojax.methods import base
 from protojax.metrics import verdicts
 from protojax.reports import record as records
@@ -162,8 +162,8 @@ CASES = HEALTHY | SLOW | FAULTS
 
 def on_digits(recipe: str, changes: dict, steps: int, stop: bool):
   """A CIFAR-10 recipe on digits: steps of 64, K = 256, the quickstart's views and pace."""
-  config = main.load(f"configs/{recipe}.py")
-  digits = main.load("configs/quickstart.py")
+  config = recipes.load(f"configs/{recipe}.py")
+  digits = recipes.load("configs/quickstart.py")
   config.update(
     {
       "num_steps": steps,

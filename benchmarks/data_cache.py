@@ -15,7 +15,7 @@ import time
 import jax
 
 from protojax import config as configs
-from protojax import main
+from protojax import recipes
 from protojax.data import sources
 from protojax.training import programs
 
@@ -33,7 +33,7 @@ def _rate(batches, use, count: int) -> float:
 
 def measure(data_dir: str, *, batch_size: int, rounds: int, steps: int) -> dict:
   """Medians over `rounds`, each of 4 `steps` batches without a step and of `steps` with."""
-  config = main.load("configs/gmm_cifar10.py")
+  config = recipes.load("configs/gmm_cifar10.py")
   config.update({"batch_size": batch_size})
   data = sources.build("cifar10", split="train", data_dir=data_dir)
   program = programs.Program(configs.resolve(config, len(data)))

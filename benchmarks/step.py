@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks import flops
 from protojax import config as configs
-from protojax import losses, main, trees
+from protojax import losses, recipes, trees
 from protojax.data import augment
 from protojax.prototypes import prototype_set
 from protojax.training import programs, sharding, train_step
@@ -169,7 +169,7 @@ if __name__ == "__main__":
   parser.add_argument("--repeats", type=int, default=10)
   parser.add_argument("--set", nargs="*", default=[], metavar="model.patch_size=4")
   arguments = parser.parse_args()
-  recipe = main.load(arguments.config)
+  recipe = recipes.load(arguments.config)
   for assignment in arguments.set:
     change(recipe, assignment)
   line = {"config": arguments.config, "set": arguments.set} | measure(recipe, arguments.repeats)

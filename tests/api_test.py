@@ -21,6 +21,7 @@ _PUBLIC = {
   "mixture": "protojax.prototypes.mixture",
   "online_em": "protojax.prototypes.mixture",
   "prototypes": "protojax.prototypes",
+  "recipes": "protojax.recipes",
   "schedules": "protojax.schedules",
   "train": "protojax.api",
 }

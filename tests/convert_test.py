@@ -462,7 +462,7 @@ def test_a_failure_while_writing_leaves_the_old_folder_whole(tmp_path, monkeypat
     (["in.safetensors", "new", "--stem=cifar"], "stem=cifar is for ResNets"),
     (["in.safetensors", "new", "--which=student"], "which=student is not one of them"),
     (["out", "out", "--format=timm", "--overwrite"], "would replace IN"),
-    (["in.safetensors", "new", "--fromat=timm"], "unrecognized arguments"),
+    (["in.safetensors", "new", "--fromat=timm"], "did you mean --format"),
     (["empty", "new"], "holds neither a run of protojax"),
   ],
 )

@@ -285,7 +285,7 @@ def test_exported_weights_are_examined_by_the_prototypes_beside_them(run, tmp_pa
     (["--data=run"], "data=run is for runs"),
     (["--step=3"], "step means nothing"),
     (["--which=both"], "invalid choice"),
-    (["--kye=x"], "unrecognized"),
+    (["--kye=x"], "did you mean --key"),
     (["--key=teacher.head.last_layer.weight"], "did you mean"),
     (["--limit=9"], "without data"),
     (["--data=run", "--limit=-1"], "negative"),

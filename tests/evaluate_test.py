@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
-from protojax import cli, errors, evaluate, main, pretrained
+from protojax import cli, errors, evaluate, pretrained, recipes
 from protojax import config as configs
 from protojax.data import sources
 from protojax.evals import clustering, knn, long_tail, protocols, result_files
@@ -34,7 +34,7 @@ def run(tmp_path_factory):
 
   Its states are not trained: that would take longer than everything else here.
   """
-  config = main.load(str(ROOT / "configs" / "quickstart.py:debug"))
+  config = recipes.load(str(ROOT / "configs" / "quickstart.py:debug"))
   config.model.update({"depth": 1, "width": 32, "heads": 2})
   config.data.imbalance = 10.0
   config.method.num_prototypes = 32

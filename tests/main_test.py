@@ -161,7 +161,7 @@ def _folder(root, names, corrupt=()):
 
 
 def _config(tmp_path, **changes):
-  config = main.load(QUICKSTART)
+  config = recipes.load(QUICKSTART)
   for key, value in changes.items():
     section, _, leaf = key.replace("__", ".").rpartition(".")
     (config[section] if section else config)[leaf] = value
@@ -237,7 +237,7 @@ def test_numbers_out_of_range(tmp_path, changes, words):
 
 def test_unknown_mode_of_a_recipe():
   with pytest.raises(errors.UserError, match="debgu is unknown"):
-    main.load(QUICKSTART.replace(":debug", ":debgu"))
+    recipes.load(QUICKSTART.replace(":debug", ":debgu"))
 
 
 def test_unknown_names(tmp_path):

@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.accelerator import records
 from protojax import config as configs
-from protojax import files, main
+from protojax import files, recipes
 from protojax.training import programs, sharding
 
 STORED = pathlib.Path(__file__).with_name("parity.json")
@@ -45,7 +45,7 @@ def _images() -> np.ndarray:
 
 def measure(name: str, precision: str) -> dict:
   """{"loss", "grad_norm": [3], "rows": [8, 8], and of a mixture "usage": [8]}."""
-  config = main.load(str(records.ROOT / RECIPES[name]))
+  config = recipes.load(str(records.ROOT / RECIPES[name]))
   config.update({"batch_size": _BATCH, "num_steps": 100, "precision": precision})
   config.model.depth = 2
   # Or nothing would move.

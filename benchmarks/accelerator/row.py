@@ -9,7 +9,7 @@ import jax
 
 from benchmarks.accelerator import records, speed
 from protojax import config as configs
-from protojax import evaluate, main
+from protojax import evaluate, recipes
 from protojax.metrics import verdicts
 from protojax.training import loop
 
@@ -19,7 +19,7 @@ _LOSSES = ("train/loss", "train/target_entropy")
 
 def recipe(options: dict, data_dir: str | None, rehearse: bool):
   """The unresolved config of a row: evaluated, looked at and saved at every tenth of it."""
-  config = main.load(str(records.ROOT / options["config"]))
+  config = recipes.load(str(records.ROOT / options["config"]))
   speed.override(config, options["changes"])
   if rehearse:
     config = _rehearsal(config)

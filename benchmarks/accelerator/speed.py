@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from benchmarks import step
 from benchmarks.accelerator import records
 from protojax import config as configs
-from protojax import main
+from protojax import recipes
 
 _REPEATS = 10
 
 
 def recipe(options: dict, batch_size: int, rehearse: bool):
   """The unresolved config of an item."""
-  config = main.load(str(records.ROOT / options["config"]))
+  config = recipes.load(str(records.ROOT / options["config"]))
   override(config, options["changes"])
   if rehearse:
     config = configs.debug(config)

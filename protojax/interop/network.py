@@ -181,8 +181,8 @@ def read(path: pathlib.Path, *, which: str | None = None, with_head: bool = True
 
 def _prototypes(arrays, head) -> list[prototype_layouts.Prototypes]:
   """The sets for images among a network's arrays; those for patches have a head of their own."""
-  weights = [head[place]["weight"] for place in sorted(head, key=lambda p: p or 0)] if head else []
-  linear = [weight for weight in weights if weight.ndim == 2]
+  layers = [head[place] for place in sorted(head, key=lambda p: p or 0)] if head else []
+  linear = [layer["weight"] for layer in layers if "weight" in layer and layer["weight"].ndim == 2]
   return [
     one
     for one in prototype_layouts.find(arrays)

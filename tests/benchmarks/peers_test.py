@@ -12,7 +12,7 @@ from jax.extend import core
 
 from benchmarks import flops
 from protojax import config as configs
-from protojax import main, schedules
+from protojax import recipes, schedules
 from protojax.data import augment
 from protojax.training import optim, programs, train_step
 
@@ -141,9 +141,9 @@ def test_operations_of_convolutions_and_their_gradients_are_those_xla_counts(gro
 
 def _imagenet(name):
   if name == "dino":
-    config = main.load(str(_CONFIGS / "dino_vit_s.py"))
+    config = recipes.load(str(_CONFIGS / "dino_vit_s.py"))
   else:
-    config = main.load(str(_CONFIGS / "barlow_twins_resnet50.py"))
+    config = recipes.load(str(_CONFIGS / "barlow_twins_resnet50.py"))
     config.model.name, config.optim.name = "vit_small", "adamw"
   config.batch_size = 64
   return configs.resolve(config, 1_281_167)

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from sklearn import neighbors
 
-from protojax import api, errors, main, pretrained, report
+from protojax import api, errors, pretrained, recipes, report
 from protojax import config as configs
 from protojax.data import augment, sources
 from protojax.reports import gallery, of_run
@@ -45,7 +45,7 @@ CHANGES = {
 
 
 def _config():
-  config = main.load(str(ROOT / "configs" / "quickstart.py:debug"))
+  config = recipes.load(str(ROOT / "configs" / "quickstart.py:debug"))
   for key, value in CHANGES.items():
     section, _, leaf = key.rpartition(".")
     (config[section] if section else config)[leaf] = value

@@ -174,7 +174,7 @@ def test_a_run_says_what_it_is_before_it_starts(whole):
   said = " ".join(" ".join(lines).split())
   names = ("method", "prototypes", "encoder", "images", "length", "optimizer", "devices")
   starts = [line.split()[0] for line in lines if not line.startswith(" ")]
-  assert starts == [*names, "workdir", "memory"]
+  assert starts == [*names, "workdir", "floors", "memory"]
   assert "method dino, with a teacher prototypes mixture, 32 of 16 dimensions" in said
   tensors, _ = export.read(whole / "exported")
   backbone = sum(x.size for name, x in tensors.items() if name.startswith("params.backbone"))
