@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 
-from protojax import __version__, cli, errors, files, pretrained
+from protojax import __version__, cli, errors, files, pretrained, sizes
 
 _DESCRIPTION = """\
 Writes features (and codes) of images, one row an image.
@@ -114,7 +114,7 @@ def main(argv: list[str]) -> None:
   split = args.split or (None if args.data == "folder" else "train")
   source = pretrained.source(model, split, name=args.data, data_dir=args.data_dir)
   columns = embed(model, source, layer=args.layer, limit=args.limit)
-  config = model.config
+  config, views = model.config, model.config.augment
   write(
     out,
     columns,
@@ -126,7 +126,7 @@ def main(argv: list[str]) -> None:
       "source": source.name,
       "images": len(source),
       "limit": args.limit,
-      "transform": f"{config.augment.global_size} px, centre crop {config.probe.crop:g}",
+      "transform": f"{sizes.text(views.global_size)} px, centre crop {config.probe.crop:g}",
       "protojax": __version__,
     },
   )

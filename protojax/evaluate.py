@@ -75,6 +75,8 @@ def _sources(model: pretrained.Trained, args, names: Sequence[str]) -> dict[str,
       data_dir=args.data_dir or data.data_dir,
       imbalance=data.imbalance,
       seed=config.seed,
+      channels=data.channels,
+      value_range=data.value_range,
     )
     split = f"{data.split}, imbalance {data.imbalance:g}, seed {config.seed}"
     found["tail"] = Images(source, split)

@@ -50,7 +50,7 @@ def batches(
     process_count: H; must divide B.
 
   Returns:
-    A generator (`close()` stops threads and processes) of {"image": uint8 [b, S, S, 3], "index":
+    A generator (`close()` stops threads and processes) of {"image": uint8 [b, S, S, C], "index":
     int32 [b], row in the source, "size": int32 [b, 2], height and width before the squash, "label":
     int32 [b], -1 where there is none, "skipped": int32 [b], the corrupt row that was replaced,
     or -1}, b = B / H. Reading on raises UserError if 100 records in a row are corrupt.
@@ -192,7 +192,7 @@ class _Chunks:
 
   def _prepare(self, row: int, record) -> dict[str, np.ndarray]:
     if record is None:  # padding; a size of 0 would divide by zero later
-      image = np.zeros((self._image_size, self._image_size, 3), np.uint8)
+      image = np.zeros((self._image_size, self._image_size, self._source.channels), np.uint8)
       return _record(image, row, image.shape[:2], -1, -1)
     readable, record = self._readable(row, record)
     image = record["image"]
@@ -215,10 +215,16 @@ class _Chunks:
 
 
 def squash(image: np.ndarray, size: int) -> np.ndarray:
-  """uint8 [H, W, 3] -> [size, size, 3], Pillow's bicubic; an image of that shape is left alone."""
+  """uint8 [H, W, C] -> [size, size, C], Pillow's bicubic; an image of that shape is left alone."""
   if image.shape[:2] == (size, size):
     return image
-  return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
+
+  def resized(x):
+    return np.asarray(Image.fromarray(x).resize((size, size), Image.Resampling.BICUBIC))
+
+  if image.shape[2] == 3:
+    return resized(image)
+  return np.stack([resized(image[..., c]) for c in range(image.shape[2])], axis=-1)
 
 
 def _record(image, row, shape, label, skipped) -> dict[str, np.ndarray]:

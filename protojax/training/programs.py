@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from protojax import methods
+from protojax import methods, sizes
 from protojax.data import augment, cache, pipeline
 from protojax.evals import linear
 from protojax.training import optim, sharding, train_step
@@ -51,7 +51,8 @@ class Program:
     self.evaluation = evaluation
     self.probe = None
     if num_classes and config.probe.batch_size:
-      image = jax.ShapeDtypeStruct((1, views.global_size, views.global_size, 3), jnp.float32)
+      shape = (1, *sizes.pair(views.global_size), config.data.channels)
+      image = jax.ShapeDtypeStruct(shape, jnp.float32)
       features = jax.eval_shape(
         lambda key, x: self.method.features(self.method.init(key), x), jax.random.key(0), image
       )
@@ -109,7 +110,7 @@ class Program:
         k: jax.ShapeDtypeStruct((count, *shape), dtype) for k, (shape, dtype) in shapes.items()
       }
 
-    image = ((config.data.image_size, config.data.image_size, 3), jnp.uint8)
+    image = ((config.data.image_size, config.data.image_size, config.data.channels), jnp.uint8)
     batch = rows(config.batch_size, image=image, size=((2,), jnp.int32), index=((), jnp.int32))
     probe_batch = None
     if self.probe:

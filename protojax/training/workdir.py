@@ -12,7 +12,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from protojax import __version__, environment, errors, files, trees
+from protojax import __version__, environment, errors, files, sizes, trees
 from protojax.training import export, sharding
 
 REPORT = "report.html"  # the page about a run
@@ -203,6 +203,7 @@ def export_encoder(folder: pathlib.Path, step: int, state, config, mesh) -> None
     info["precision"] = config.precision
     info["image"] = {k: config.augment[k] for k in ("global_size", "mean", "std")}
     info["image"] |= {"crop": config.probe.crop, "image_size": config.data.image_size}
+    info["image"] |= {k: config.data[k] for k in ("channels", "value_range")}
     export.write(folder / "exported", tree, info)
 
 
@@ -221,7 +222,7 @@ def protocol(config, bank, test) -> dict[str, object]:
     "k": config.probe.k,
     "temperature": config.probe.temperature,
     "features": "backbone of the teacher (of the encoder where there is none), last layer",
-    "transform": f"{config.augment.global_size} px, centre crop {config.probe.crop:g}",
+    "transform": f"{sizes.text(config.augment.global_size)} px, centre crop {config.probe.crop:g}",
     "knn": "cosine, weights exp(similarity / temperature)",
     "linear": "logistic regression on frozen features, strength chosen on a tenth of the bank",
     "usage": "share of prototypes that are the argmax of any bank image",
