@@ -126,16 +126,14 @@ def _run(path: str | os.PathLike, folder: pathlib.Path, step: int | None) -> Tra
   # This machine's, not the run's.
   config.mesh.update({"data": -1, "model": 1, "rules": ()})
   config.model.attention = "xla"
-  leaves = checkpoint.leaves(folder)
-  if leaves is None:
+  if checkpoint.leaves(folder) is None:
     raise errors.UserError(
       f"{path} holds no checkpoint yet: wait for the first one (save_every), or give another run"
     )
-  probe = leaves.get("carry/probe/params/bias")  # "float32[10]": one for each class
-  program = programs.Program(config, int(probe.partition("[")[2][:-1]) if probe else 0)
+  program = programs.Program(config)
   checkpoints = checkpoint.Checkpoints(folder)
   try:
-    restored = checkpoints.restore_latest(program.restore_target(), step)
+    restored = checkpoints.restore_latest(program.restore_target, step)
   finally:
     checkpoints.close()
   if restored is None:

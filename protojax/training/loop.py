@@ -130,7 +130,7 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
 
   folder = workdirs.claim(workdir, config)
   checkpoints = checkpoint.Checkpoints(folder, keep=config.keep_checkpoints)
-  restored = checkpoints.restore_latest(program.restore_target())
+  restored = checkpoints.restore_latest(program.restore_target)
   if restored is None:
     start, state, before = 0, program.init(config.seed), 0.0
     if start_from is not None:
@@ -139,6 +139,9 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
     start, state, metadata = restored
     before = metadata.get("seconds", 0.0)
     logging.info("resumed at step %d", start)
+    state, changed = program.with_own_probe(state, metadata["config"]["probe"])
+    if changed:
+      logging.info("%s at step %d; measured on %s from here on", changed, start, bank.name)
 
   log = console.RunLog(folder, config, start=start, describe=train_source.describe)
 

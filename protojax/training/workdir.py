@@ -84,11 +84,7 @@ _FREE = (
   "data.data_dir",
   "data.num_workers",
   "data.cache",
-  "probe.data_dir",
-  "probe.test_split",
-  "probe.k",
-  "probe.temperature",
-  "probe.limit",
+  "probe.",  # no gradient of a probe reaches the encoder
   # Compared as the steps they come to:
   "num_epochs",
   "optim.warmup_epochs",
@@ -124,7 +120,7 @@ def refuse_mismatch(before: dict, config) -> None:
 def claim(workdir: str, config) -> pathlib.Path:
   """Makes the folder this run's own, or finds that it is.
 
-  Writes config.json and env.json when the folder is new.
+  Writes config.json and env.json when the folder is new, and what has changed of `config.probe`.
 
   Args:
     workdir: any path, made if missing.
@@ -165,6 +161,9 @@ def claim(workdir: str, config) -> pathlib.Path:
         f"{known} is not readable JSON: choose another workdir or set config.overwrite=True"
       ) from None
     refuse_mismatch(old, config)
+    probe = json.loads(json.dumps(config.probe.to_dict()))
+    if lead and old.get("probe") != probe:
+      _write(workdir, known, old | {"probe": probe})
   elif (folder / "checkpoints").exists():
     raise errors.UserError(
       f"workdir={workdir} holds checkpoints but no config.json, so it is not a run of protojax: "
@@ -173,13 +172,17 @@ def claim(workdir: str, config) -> pathlib.Path:
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices("workdir_checked")
   if lead and not known.exists():
-    try:
-      folder.mkdir(parents=True, exist_ok=True)
-      files.write_json(folder / "env.json", environment.describe())
-      files.write_json(known, config.to_dict())
-    except OSError as error:
-      raise errors.UserError(f"cannot write to workdir={workdir}: {error.strerror}") from None
+    _write(workdir, folder / "env.json", environment.describe())
+    _write(workdir, known, config.to_dict())
   return folder
+
+
+def _write(workdir: str, path: pathlib.Path, content: dict) -> None:
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_json(path, content)
+  except OSError as error:
+    raise errors.UserError(f"cannot write to workdir={workdir}: {error.strerror}") from None
 
 
 def encoder_of(state) -> tuple[str, dict]:
