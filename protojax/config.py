@@ -344,15 +344,21 @@ def _resolve_channels(config: ml_collections.ConfigDict) -> None:
         channels,
       )
       views.update(dict.fromkeys(colour, 0.0))
-  for key, of_colour in IMAGENET.items():
+  for key in IMAGENET:
+    if to_be_measured(config, key):
+      views[key] = None
     value = views[key]
-    if value is not None and (tuple(value) == (None,) or (channels != 3 and value == of_colour)):
-      views[key] = value = None
     if value is not None and len(value) != channels:
       raise errors.UserError(
         f"augment.{key}={tuple(value)} has {len(value)} numbers and data.channels={channels}: give "
         f"one for each channel, or None to have it measured"
       )
+
+
+def to_be_measured(config: ml_collections.ConfigDict, key: str) -> bool:
+  """Whether `augment.mean` or `augment.std` is not given: None, or ImageNet's but no colour."""
+  value, channels = config.augment[key], config.data.channels
+  return value in (None, (None,)) or (channels != 3 and value == IMAGENET[key])
 
 
 def _resolve_sizes(config: ml_collections.ConfigDict) -> None:

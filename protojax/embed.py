@@ -9,6 +9,7 @@ import pathlib
 import sys
 
 import numpy as np
+from absl import logging
 
 from protojax import __version__, cli, errors, files, pretrained, sizes
 
@@ -104,6 +105,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--limit", type=int, default=0, help="images at most, evenly spread; 0: all")
   parser.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
   args = parser.parse_args(argv)
+  logging.set_verbosity(logging.INFO)  # what a folder holds
   out = pathlib.Path(args.out).expanduser()
   _writer(out)
   if out.exists() and not args.overwrite:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 
 from protojax import cli, errors, pretrained
 from protojax.data import sources
@@ -61,10 +62,12 @@ def _sources(model: pretrained.Trained, args, names: Sequence[str]) -> dict[str,
   """
   config = model.config
   data, probe = config.data, config.probe
-  splits = ("train", "test") if args.data else (probe.train_split, probe.test_split)
+  roles, splits = ("train", "test"), (probe.train_split, probe.test_split)
+  if args.data:
+    roles = splits = ("train", sources.find_split(args.data, "test", args.data_dir))
   bank, test = (
     Images(pretrained.source(model, role, name=args.data, data_dir=args.data_dir), split)
-    for role, split in zip(("train", "test"), splits, strict=True)
+    for role, split in zip(roles, splits, strict=True)
   )
   found = {"bank": bank, "test": test}
   own = (probe.name, probe.data_dir) == (data.name, data.data_dir)
@@ -276,6 +279,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--overwrite", action="store_true", help="replace results made otherwise")
   parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="workdirs or result.json")
   args = parser.parse_args(argv)
+  logging.set_verbosity(logging.INFO)  # what a folder holds
   if args.compare:
     print("\n".join(result_files.compare(*args.compare, args.protocol)))
     return

@@ -7,6 +7,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
+from protojax import config as configs
 from protojax import errors
 from protojax.data import sources
 
@@ -29,7 +30,10 @@ def recalled(config: ml_collections.ConfigDict, workdir: str) -> ml_collections.
   with config.unlocked(), config.ignore_type():
     for section, key in _KEPT:
       there = before.get(section, {}).get(key)
-      if config[section][key] in (None, (None,)) and there is not None:
+      unknown = config[section][key] is None
+      if section == "augment":
+        unknown = configs.to_be_measured(config, key)
+      if unknown and there is not None:
         config[section][key] = tuple(tuple(x) if isinstance(x, list) else x for x in there)
   return config
 
