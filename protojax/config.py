@@ -404,6 +404,7 @@ def _check_positive(config: ml_collections.ConfigDict) -> None:
     "eval_every",
     "monitor.every",
     "data.image_size",
+    "model.patch_size",
     "head.bottleneck",
     "probe.k",
   ):

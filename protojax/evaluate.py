@@ -65,10 +65,10 @@ def _sources(model: pretrained.Trained, args, names: Sequence[str]) -> dict[str,
   roles, splits = ("train", "test"), (probe.train_split, probe.test_split)
   if args.data:
     roles = splits = ("train", sources.find_split(args.data, "test", args.data_dir))
-  bank, test = (
-    Images(pretrained.source(model, role, name=args.data, data_dir=args.data_dir), split)
-    for role, split in zip(roles, splits, strict=True)
-  )
+  where = {"name": args.data, "data_dir": args.data_dir}
+  bank = pretrained.source(model, roles[0], **where)
+  test = pretrained.source(model, roles[1], **where, value_range=bank.value_range)
+  bank, test = Images(bank, splits[0]), Images(test, splits[1])
   found = {"bank": bank, "test": test}
   own = (probe.name, probe.data_dir) == (data.name, data.data_dir)
   if "long_tail" in names and not args.data and own and data.imbalance is not None:

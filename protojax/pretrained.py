@@ -395,6 +395,7 @@ def source(
   *,
   name: str | None = None,
   data_dir: str | None = None,
+  value_range: sources.Range | None = None,
 ) -> sources.Source:
   """Images of the run's labelled source, or of another.
 
@@ -403,6 +404,7 @@ def source(
     split: "train" and "test" mean `probe.train_split` and `probe.test_split` of the run's own
       source; anything else, and every split of another source, is taken as it is.
     name, data_dir: of the other source; see `data.build`.
+    value_range: of images of more than 8 bits, where the model has seen none; see `data.build`.
 
   Raises:
     UserError: if there is no such data.
@@ -422,5 +424,5 @@ def source(
     split=split,
     data_dir=data_dir,
     channels=data.channels,
-    value_range=data.value_range,
+    value_range=data.value_range or value_range,
   )

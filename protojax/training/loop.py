@@ -63,6 +63,7 @@ def build_sources(config) -> tuple[sources.Source, sources.Source, sources.Sourc
     logging.info("k-NN and linear probe are off: %s has no labels", bank.name)
     return train, bank, None
   sources.require_labels(bank, "probe.train_split")
+  seen_alike["value_range"] = bank.value_range
   test = sources.build(name, split=test_split, data_dir=data_dir, **seen_alike)
   if own and name == "folder" and not test.num_classes:
     logging.info(

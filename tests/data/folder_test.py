@@ -2,6 +2,8 @@
 
 import itertools
 import os
+import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -279,6 +281,30 @@ def test_images_of_other_channels_are_corrupt_and_say_what_they_are(tmp_path):
   source = sources.build("folder", split=None, data_dir=tmp_path, channels=4)
   with pytest.raises(sources.CorruptImage, match=r"uint8 \[6, 7, 5\], data.channels=4 wants"):
     source[0]
+
+
+def test_colour_of_16_bits_is_warned_of_and_a_strange_tiff_names_what_reads_it(
+  tmp_path, caplog, monkeypatch
+):
+  # A PNG of 16 bits a channel, which Pillow reads but does not write.
+  def chunk(kind, content):
+    body = kind + content
+    return len(content).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
+
+  header = (2).to_bytes(4, "big") * 2 + bytes([16, 2, 0, 0, 0])
+  rows = zlib.compress((b"\0" + bytes([200, 1]) * 6) * 2)
+  parts = chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+  (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
+  (tmp_path / "b.tif").write_bytes(b"II*\0" + bytes(20))
+  (tmp_path / "c.tif").write_bytes(b"nothing")
+  monkeypatch.setitem(sys.modules, "tifffile", None)
+  source = sources.build("folder", split=None, data_dir=tmp_path)
+  assert "1 of 3 images looked at" in caplog.text and "Pillow keeps the upper eight" in caplog.text
+  assert source.value_range is None and np.all(source[0]["image"] == 200)
+  with pytest.raises(sources.CorruptImage, match=r"pip install 'protojax\[tiff\]'"):
+    source[1]
+  with pytest.raises(sources.CorruptImage, match="c.tif .*Pillow cannot identify it"):
+    source[2]
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ __all__ = [
   "EXTENSIONS",
   "HELD_OUT",
   "CorruptImage",
+  "Range",
   "Source",
   "build",
   "decode",

@@ -7,18 +7,20 @@ images of a source, so that a bright cell stays brighter than a dim one.
 
 import contextlib
 import io
+import os
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
+File = str | os.PathLike[str] | bytes
 # (low, high), numbers or one for each channel: what becomes black and what becomes white.
 Range = tuple[Any, Any]
 _NPY = b"\x93NUMPY"
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
-def decode(file: str | bytes, channels: int = 3, value_range: Range | None = None) -> np.ndarray:
+def decode(file: File, channels: int = 3, value_range: Range | None = None) -> np.ndarray:
   """A path or encoded bytes -> uint8 [H, W, channels], upright as EXIF says.
 
   Of three channels grey becomes three equal ones and alpha is dropped; of one, colour becomes luma.
@@ -38,7 +40,7 @@ def decode(file: str | bytes, channels: int = 3, value_range: Range | None = Non
   return to_uint8(read(file, channels), channels, value_range)
 
 
-def read(file: str | bytes, channels: int) -> np.ndarray:
+def read(file: File, channels: int) -> np.ndarray:
   """The numbers of an image file as they are: [H, W, c], c = `channels` or, of a deep image, 1."""
   if _is_array(file):
     with _opened(file) as content:
@@ -48,8 +50,8 @@ def read(file: str | bytes, channels: int) -> np.ndarray:
   except Image.UnidentifiedImageError:
     return _channels_last(_by_tifffile(file), channels)
   with image:
-    grey = _deep_mode(image) or image.mode == "L"
-    if channels != 1 and getattr(image, "n_frames", 1) == channels and (grey or channels != 3):
+    pages = image.format == "TIFF" and (_deep_mode(image) or image.mode == "L")
+    if (channels > 3 or channels == 2 or (channels == 3 and pages)) and _frames(image) == channels:
       return np.stack([_frame(image, i) for i in range(channels)], axis=-1)
     image.load()
     with contextlib.suppress(Exception):  # junk beside the pixels is no reason to lose them
@@ -65,18 +67,23 @@ def read(file: str | bytes, channels: int) -> np.ndarray:
     return _channels_last(np.asarray(image), channels)
 
 
-def is_deep(file: str | bytes) -> bool:
-  """Whether the numbers of an image file are not eight bits; reads little more than its header."""
+def depth(file: File) -> str:
+  """ "deep", "eight", or "cut": colour of 16 bits a channel, of which Pillow keeps the upper eight.
+
+  Reads little more than the header.
+  """
   if _is_array(file):
     with _opened(file) as content:
       version = np.lib.format.read_magic(content)
       reader = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
-      return reader[version[0]](content)[2] not in (np.uint8, np.bool_)
+      return "eight" if reader[version[0]](content)[2] in (np.uint8, np.bool_) else "deep"
   try:
     with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-      return _deep_mode(image)
+      if _deep_mode(image):
+        return "deep"
+      return "cut" if any(";16" in str(tile[3]) for tile in image.tile) else "eight"
   except Image.UnidentifiedImageError:
-    return _by_tifffile(file).dtype != np.uint8
+    return "eight" if _by_tifffile(file).dtype == np.uint8 else "deep"
 
 
 def to_uint8(image: np.ndarray, channels: int, value_range: Range | None) -> np.ndarray:
@@ -121,16 +128,22 @@ def _rounded(low: float, high: float, whole: bool) -> tuple[float, float]:
   return low, high if high > low else low + 1.0
 
 
-def _opened(file: str | bytes) -> Any:
+def _opened(file: File) -> Any:
   return io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb")
 
 
-def _is_array(file: str | bytes) -> bool:
-  return file.startswith(_NPY) if isinstance(file, bytes) else file.lower().endswith(".npy")
+def _is_array(file: File) -> bool:
+  if isinstance(file, bytes):
+    return file.startswith(_NPY)
+  return os.fspath(file).lower().endswith(".npy")
 
 
 def _deep_mode(image: Image.Image) -> bool:
   return image.mode[0] in "IF"  # I;16, I, F
+
+
+def _frames(image: Any) -> int:
+  return getattr(image, "n_frames", 1)
 
 
 def _frame(image: Any, number: int) -> np.ndarray:
@@ -153,7 +166,7 @@ def _channels_last(x: np.ndarray, channels: int) -> np.ndarray:
   return x
 
 
-def _by_tifffile(file: str | bytes) -> np.ndarray:
+def _by_tifffile(file: File) -> np.ndarray:
   """What Pillow cannot open, where it is a TIFF and tifffile is installed."""
   with _opened(file) as content:
     if content.read(4) not in _TIFF:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from protojax import errors
 from protojax.data.sources import pixels
@@ -143,20 +144,30 @@ def measured_range(source: Source) -> pixels.Range | None:
 
   A function of the files alone, so that every process of a run comes to the same numbers.
   """
-  deep = []
+  deep, cut = [], 0
   records = np.unique(np.arange(_SAMPLE) * len(source) // _SAMPLE)
   for record in source._records[records].tolist():
     try:
       ((file, _),) = source._read([record])
       if isinstance(file, np.ndarray):
         return None  # arrays are of eight bits
-      if pixels.is_deep(file):
+      depth = pixels.depth(file)
+      cut += depth == "cut"
+      if depth == "deep":
         image = pixels.read(file, source.channels)
         if source.channels in (1, 3):  # grey or colour: one range for all
           image = image.reshape(len(image), -1, 1)
         deep.append(image)
     except Exception:  # a damaged file is told when it is drawn
       continue
+  if cut:
+    logging.warning(
+      "%d of %d images looked at in %s are colour of 16 bits a channel, of which Pillow keeps the "
+      "upper eight: what holds fewer bits gets dark; save those as .npy",
+      cut,
+      len(records),
+      source.name,
+    )
   return pixels.common_range(deep) if deep else None
 
 
