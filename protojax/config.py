@@ -52,7 +52,7 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
       "data_dir": config_dict.placeholder(str),
       "split": "train",
       "image_size": 256,  # storage size of the host pipeline, pixels
-      "channels": 3,  # 1: grey; or as many as the files have (docs/data.md)
+      "channels": 3,  # 1: grey; or as many as the files have (docs/images.md)
       # Of images of more than 8 bits: (low, high), what becomes black and white, numbers or one for
       # each channel; None: from a sample at the start.
       "value_range": config_dict.placeholder(tuple),
