@@ -22,7 +22,7 @@ def get_config(mode: str = ""):
   config.precision = "bfloat16"
   config.eval_every = 20_000
   config.save_every = 2000
-  config.data.update({"name": "cifar10", "image_size": 32, "num_workers": 8})
+  config.data.update({"name": "cifar10", "image_size": 32})
   config.probe.batch_size = 256
   config.augment.update({
     "global_size": 32, "global_scale": (0.08, 1.0), "num_local": 0, "blur_prob": (0.0, 0.0, 0.0),

@@ -38,11 +38,12 @@ fi
 # another checkout too.
 cache=${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/protojax-tests
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$cache/xla}
-export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3
+# The small ones too: a run makes two hundred.
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 
 smoke() {
   local python=$1 folder=$venv-newest status=0 run
-  make_venv "$folder" "$python" --upgrade --upgrade-strategy eager -e ".[test]" || return
+  make_venv "$folder" "$python" -e ".[test]" || return
   "$folder/bin/python" -c "
 import importlib, pkgutil, jax, flax, protojax
 for module in pkgutil.walk_packages(protojax.__path__, 'protojax.'):
@@ -60,16 +61,15 @@ print(f'jax {jax.__version__}, flax {flax.__version__}: every module imports')" 
 # CPUs is at hand, because the package index's for Linux brings several GB of CUDA. Constrained, so
 # that the versions under test stay what they are.
 add_peers() {
-  local pip=("$venv/bin/python" -m pip install -qq --disable-pip-version-check) peers
+  local constraint=() peers
   [ ! -e "$venv/peers" ] || return 0
-  [ -z "${PROTOJAX_AT_FLOORS:-}" ] || pip+=(-c launch/floors.txt)
+  [ -z "${PROTOJAX_AT_FLOORS:-}" ] || constraint=(-c launch/floors.txt)
   mapfile -t peers < <("$venv/bin/python" -c "
-import tomllib
+import sys, tomllib
 project = tomllib.load(open('pyproject.toml', 'rb'))['project']
-print(*project['optional-dependencies']['peers'], sep='\n')")
-  if timeout 300 "${pip[@]}" --dry-run --report "$venv/peers.json" "${peers[@]}" &&
-    ! grep -Eq '"name": "(nvidia|cuda|triton)' "$venv/peers.json" &&
-    timeout 900 "${pip[@]}" "${peers[@]}"; then
+for package in project['optional-dependencies']['peers']:
+  print(package + '+cpu' * (package.startswith('torch==') and sys.platform == 'linux'))")
+  if install_packages "$venv/bin/python" "${constraint[@]}" "${peers[@]}"; then
     touch "$venv/peers"
   else
     echo "Comparisons with PyTorch left out: no build of it for CPUs can be had here"
@@ -90,7 +90,7 @@ if "$python" -c "import sys; sys.exit(sys.version_info[:2] != (3, 11))"; then
   fi
 else
   echo "No Python 3.11 chosen: the suite runs on $("$python" -V) with the newest packages"
-  make_venv "$venv" "$python" --upgrade --upgrade-strategy eager -e ".[test]"
+  make_venv "$venv" "$python" -e ".[test]"
 fi
 add_peers
 

@@ -45,7 +45,7 @@ ${run[@]+"${run[@]}"} git archive --format=tar.gz --output="$tarball" HEAD
 
 prepare='rm -rf protojax-launch && mkdir protojax-launch && tar xzf protojax.tar.gz -C protojax-launch
 cd protojax-launch && source launch/venv.sh &&
-make_venv "$HOME/protojax-venv" "$(require_python 3.12 3.13 3.11)" --upgrade -e ".[tpu]"'
+make_venv "$HOME/protojax-venv" "$(require_python 3.12 3.13 3.11)" -e ".[tpu]"'
 "${tpu[@]}" ssh "$NAME" "${where[@]}" --command="bash -c $(printf %q "$prepare")"
 
 train="cd protojax-launch && exec ~/protojax-venv/bin/python -m protojax.main$(printf ' %q' "$@")"

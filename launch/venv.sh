@@ -32,6 +32,19 @@ require_python() {
 Ubuntu with its venv package (apt install python3.12-venv), or name one: PROTOJAX_PYTHON=/path/to/python"
 }
 
+# install_packages PYTHON PIP_ARGUMENT...: into the environment of PYTHON. With uv, which takes seconds where
+# pip takes a minute; with pip where uv cannot be had or fails, as behind an index that only pip knows.
+install_packages() {
+  local python=$1 uv
+  shift
+  uv=$(dirname "$python")/uv
+  if [ -x "$uv" ] || "$python" -m pip install -qq --disable-pip-version-check uv 2>/dev/null; then
+    UV_FIND_LINKS=${UV_FIND_LINKS:-${PIP_FIND_LINKS:-}} \
+      "$uv" pip install --quiet --python "$python" "$@" 2>/dev/null && return
+  fi
+  "$python" -m pip install -qq --disable-pip-version-check "$@"
+}
+
 # wanted PYTHON PIP_ARGUMENT...: what an environment holds, in a line.
 wanted() {
   local python=$1
@@ -51,9 +64,9 @@ make_venv() {
   if [ -e "$folder" ] && [ ! -e "$folder/pyvenv.cfg" ]; then
     die "$folder is there and is no virtual environment: move it away"
   fi
-  echo "Installing into $folder ($("$python" -V), about a minute)"
+  echo "Installing into $folder ($("$python" -V), up to a minute)"
   "$python" -m venv --clear "$folder" &&
-    "$folder/bin/python" -m pip install -qq --disable-pip-version-check "$@" &&
+    install_packages "$folder/bin/python" "$@" &&
     echo "$wanted" >"$folder/installed"
 }
 

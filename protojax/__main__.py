@@ -4,6 +4,7 @@ import runpy
 import sys
 
 VERBS = {
+  "prepare": "CIFAR, or images of yours at the size that training stores",
   "main": "train a run, or go on with one",
   "evaluate": "accuracy of a run's features, with the protocol beside it",
   "doctor": "are prototypes copies, and are they used; also what a log says",

@@ -1,17 +1,30 @@
 """What the programs `python -m protojax.<verb>` share: one line for a mistake, no traceback."""
 
 import argparse
+import difflib
 import errno
+import logging
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
-from protojax import errors
+from protojax import errors, progress
 
 
 class _Parser(argparse.ArgumentParser):
   """argparse prints its usage before an error and ends the process; here an error is one line."""
+
+  def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    # Before argparse does: a mistyped flag would be called a missing one.
+    flags = [option for action in self._actions for option in action.option_strings]
+    for argument in sys.argv[1:] if args is None else args:
+      if argument == "--":
+        break
+      name = argument.partition("=")[0]
+      if name.startswith("--") and name not in flags and (near := nearest(name, flags)):
+        self.error(f"there is no flag {argument}: did you mean {near}?")
+    return super().parse_known_args(args, namespace)
 
   def error(self, message: str) -> NoReturn:
     raise errors.UserError(f"{message}; {self.prog} --help shows what there is")
@@ -32,6 +45,15 @@ def parser(verb: str, description: str) -> argparse.ArgumentParser:
   )
 
 
+def nearest(word: str, words: Iterable[str]) -> str | None:
+  """The one of `words` that `word` was probably meant to be.
+
+  >>> nearest("workdr", ["config", "workdir"])
+  'workdir'
+  """
+  return next(iter(difflib.get_close_matches(word, words, 1)), None)
+
+
 # Arguments of the library for which there is a flag of the same name, as messages have them.
 _NAMED = r"(data|embeddings|format|heads|image_size|key|limit|stem|step|which|workdir)="
 _KEY = r"config\.(?!json\b|py\b)[a-z]"  # config.json and protojax/config.py are files
@@ -47,25 +69,44 @@ def with_flags(message: str) -> str:
   return _FLAG.sub("--", message)
 
 
+# What these say below these levels tells a user nothing: jax looks for a TPU on every machine,
+# matplotlib lists fonts, and warns that doing so takes a moment on a new one.
+_LEVELS = {
+  "jax": logging.WARNING,
+  "matplotlib": logging.WARNING,
+  "matplotlib.font_manager": logging.ERROR,
+}
+
+
+def _hush() -> None:
+  """Keeps other libraries' notes about themselves off the terminal; a level that is set stays."""
+  for name, level in _LEVELS.items():
+    logger = logging.getLogger(name)
+    if logger.level == logging.NOTSET:
+      logger.setLevel(level)
+
+
 def guarded(call: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> Any:
   """Runs `call(argv)`; a user's mistake becomes one line and status 2, an asked stop status 143."""
+  _hush()
   try:
     return call(argv)
   except errors.UserError as error:
-    print(f"protojax: {with_flags(str(error))}", file=sys.stderr)
+    progress.write(f"protojax: {with_flags(str(error))}")
     sys.exit(2)
   except errors.Interrupted as stop:
-    print(f"protojax: {with_flags(str(stop))}", file=sys.stderr)
+    progress.write(f"protojax: {with_flags(str(stop))}")
     sys.exit(143)
   except OSError as error:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
       raise
-    print(
+    progress.write(
       f"protojax: no space left on device for {error.filename or 'the output'}: free some space "
-      "and run the same command again; what was written before is intact",
-      file=sys.stderr,
+      "and run the same command again; what was written before is intact"
     )
     sys.exit(2)
   except KeyboardInterrupt:
-    print("protojax: interrupted", file=sys.stderr)
+    progress.write("protojax: interrupted")
     sys.exit(130)
+  finally:
+    progress.end()

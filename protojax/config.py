@@ -48,7 +48,8 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
 
   config.data = ml_collections.ConfigDict(
     {
-      "name": "digits",  # digits, folder, a prepared TFDS data set, or a module, my_package.cells
+      # digits, folder, parquet, tar, a prepared TFDS data set, or a module, my_package.cells
+      "name": "digits",
       "data_dir": config_dict.placeholder(str),
       "split": "train",
       "image_size": 256,  # storage size of the host pipeline, pixels
@@ -58,7 +59,9 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
       "value_range": config_dict.placeholder(tuple),
       "imbalance": config_dict.placeholder(float),  # largest class over smallest
       "num_records": 0,  # 0: found out at the start; a run goes on only with as many
-      "num_workers": 0,
+      # Processes that decode, for each stream of images; 0: threads; None: chosen by what is there
+      # (data/decoding.py).
+      "num_workers": config_dict.placeholder(int),
       # Keep the decoded images on the devices: device; off; or auto, where the devices say how much
       # memory they have and an eighth of it is enough (data/cache.py).
       "cache": "auto",

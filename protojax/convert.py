@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import safetensors
 import safetensors.numpy
 
-from protojax import cli, errors
+from protojax import cli, errors, progress
 from protojax.interop import compiled, exporters, importers, settings
 from protojax.models import resnet
 from protojax.training import export
@@ -250,17 +250,18 @@ def main(argv: list[str]) -> None:
       f"{args.format}"
     )
   if ours is None:
-    lines = bring_in(
-      path,
-      out,
-      overwrite=args.overwrite,
-      allow_partial=args.allow_partial,
-      which=args.which,
-      heads=args.heads,
-      stem=args.stem,
-      image_size=args.image_size,
-      with_head=not args.no_head,
-    )
+    with progress.during(f"converting {args.path}"):
+      lines = bring_in(
+        path,
+        out,
+        overwrite=args.overwrite,
+        allow_partial=args.allow_partial,
+        which=args.which,
+        heads=args.heads,
+        stem=args.stem,
+        image_size=args.image_size,
+        with_head=not args.no_head,
+      )
   else:
     if to_ours:
       raise errors.UserError(
@@ -271,7 +272,8 @@ def main(argv: list[str]) -> None:
         raise errors.UserError(
           f"--{name} is for weights of other libraries; {args.path} is protojax's"
         )
-    lines = take_out(ours, out, args.format, overwrite=args.overwrite)
+    with progress.during(f"converting {args.path}"):
+      lines = take_out(ours, out, args.format, overwrite=args.overwrite)
   print("\n".join(lines))
 
 

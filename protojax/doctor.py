@@ -8,7 +8,7 @@ import json
 import pathlib
 import sys
 
-from protojax import __version__, api, cli, errors, files
+from protojax import __version__, api, cli, errors, files, progress
 
 _DESCRIPTION = """\
 Examines prototypes, or a loss.
@@ -49,7 +49,8 @@ def main(argv: list[str]) -> None:
     if out_path.is_dir() or not out_path.parent.is_dir():
       what = "is a folder" if out_path.is_dir() else f"there is no folder {out_path.parent}"
       raise errors.UserError(f"--json={out_path}: {what}: name a file in a folder that is there")
-  found = api.diagnose(path, **options)
+  with progress.during(f"examining {path}"):
+    found = api.diagnose(path, **options)
   print(f"protojax doctor: {path}\n{found}")
   if out_path is not None:
     about = {"path": path, "protojax": __version__, "distance": "cosine, 1 - cos"}

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 from absl import logging
 
-from protojax import __version__, cli, errors, files, pretrained, sizes
+from protojax import __version__, cli, errors, files, pretrained, progress, sizes
 
 _DESCRIPTION = """\
 Writes features (and codes) of images, one row an image.
@@ -97,7 +97,9 @@ def main(argv: list[str]) -> None:
   parser = cli.parser("embed", _DESCRIPTION)
   parser.add_argument("path", help="workdir of a run, or exported weights")
   parser.add_argument("--out", required=True, help="file to write, .npz or .parquet")
-  parser.add_argument("--data", help="digits, folder or a TFDS data set; default: the run's own")
+  parser.add_argument(
+    "--data", help="digits, folder, parquet, tar or a TFDS data set; default: the run's own"
+  )
   parser.add_argument("--data_dir", help="where the data is")
   parser.add_argument("--split", help="default: train; of a folder, all of it")
   parser.add_argument("--step", type=int, help="checkpoint; default: the newest")
@@ -113,25 +115,23 @@ def main(argv: list[str]) -> None:
   if args.limit < 0:
     raise errors.UserError(f"--limit={args.limit} must not be negative (0: all images)")
   model = pretrained.load(args.path, step=args.step)
-  split = args.split or (None if args.data == "folder" else "train")
+  split = args.split or (None if args.data in ("folder", "parquet", "tar") else "train")
   source = pretrained.source(model, split, name=args.data, data_dir=args.data_dir)
   columns = embed(model, source, layer=args.layer, limit=args.limit)
   config, views = model.config, model.config.augment
-  write(
-    out,
-    columns,
-    {
-      "model": str(args.path),
-      "step": model.step,
-      "weights": model.weights,
-      "layer": args.layer,
-      "source": source.name,
-      "images": len(source),
-      "limit": args.limit,
-      "transform": f"{sizes.text(views.global_size)} px, centre crop {config.probe.crop:g}",
-      "protojax": __version__,
-    },
-  )
+  protocol = {
+    "model": str(args.path),
+    "step": model.step,
+    "weights": model.weights,
+    "layer": args.layer,
+    "source": source.name,
+    "images": len(source),
+    "limit": args.limit,
+    "transform": f"{sizes.text(views.global_size)} px, centre crop {config.probe.crop:g}",
+    "protojax": __version__,
+  }
+  with progress.during(f"writing {out}"):
+    write(out, columns, protocol)
   count, wanted = len(columns["index"]), min(args.limit or len(source), len(source))
   print(
     f"{out}: {count} images of {source.name}, {columns['features'].shape[1]} features of layer "

@@ -56,6 +56,10 @@ def parse(argv: list[str]) -> list[str]:
   given = _given(argv)
   for name in ("config", "workdir"):
     if not given.get(name):
+      unknown = (key for key in given if key not in flags.FLAGS and not key.startswith("config."))
+      near = cli.nearest(name, unknown)
+      if near:
+        raise errors.UserError(f"there is no flag --{near}: did you mean --{name}?")
       raise errors.UserError(
         f"--{name} is missing: python -m protojax.main --config=configs/quickstart.py "
         "--workdir=runs/quickstart"
@@ -73,6 +77,10 @@ def parse(argv: list[str]) -> list[str]:
     return _parse_switched(argv, given, before, chosen)
   except errors.UserError:
     raise
+  except flags.UnrecognizedFlagError as error:
+    near = cli.nearest(error.flagname, flags.FLAGS)
+    hint = f"did you mean --{near}?" if near else "--help shows what there is"
+    raise errors.UserError(f"there is no flag --{error.flagname}: {hint}") from None
   except (flags.Error, TypeError, ValueError, AttributeError, KeyError) as error:
     raise errors.UserError(" ".join(str(error).split())) from None
 
@@ -139,14 +147,15 @@ def _connect() -> None:
       jax.distributed.initialize()
     except ValueError:  # no cluster: a single process
       pass
-  logging.info(
-    "process %d of %d, %d local of %d devices (%s)",
-    jax.process_index(),
-    jax.process_count(),
-    jax.local_device_count(),
-    jax.device_count(),
-    jax.devices()[0].device_kind,
-  )
+  if jax.process_count() > 1:
+    logging.info(
+      "process %d of %d, %d local of %d devices (%s)",
+      jax.process_index(),
+      jax.process_count(),
+      jax.local_device_count(),
+      jax.device_count(),
+      jax.devices()[0].device_kind,
+    )
 
 
 def main(argv: list[str]) -> None:

@@ -2,12 +2,14 @@
 
 import errno
 import importlib.util
+import io
+import logging
 import sys
 import zipfile
 
 import pytest
 
-from protojax import __main__, cli, errors, pretrained
+from protojax import __main__, cli, errors, pretrained, progress
 from protojax.interop import tensor_files
 from protojax.reports import record
 
@@ -115,6 +117,70 @@ def test_flags_that_do_not_parse_are_one_line():
     with pytest.raises(errors.UserError, match=words) as caught:
       parser.parse_args(argv)
     assert str(caught.value).endswith("; python -m protojax.embed --help shows what there is")
+
+
+@pytest.mark.parametrize(
+  ("argv", "line"),
+  [
+    (["--workdr=w", "--out=o"], "--workdr=w: did you mean --workdir?"),
+    (["--workdir=w", "--outt", "o"], "--outt: did you mean --out?"),  # not: --out is required
+    (["--workdir=w", "--out=o", "--nonsense"], "unrecognized arguments: --nonsense"),
+  ],
+)
+def test_a_mistyped_flag_of_a_verb_is_answered_with_the_nearest(argv, line):
+  parser = cli.parser("embed", "Writes.")
+  parser.add_argument("--workdir")
+  parser.add_argument("--out", required=True)
+  with pytest.raises(errors.UserError) as caught:
+    parser.parse_args(argv)
+  assert line in str(caught.value) and "required" not in str(caught.value)
+
+
+def test_other_libraries_notes_about_themselves_are_not_shown_and_their_warnings_are(
+  capsys, monkeypatch
+):
+  def talk(argv):
+    for name in ("jax._src.xla_bridge", "matplotlib.font_manager", "matplotlib.pyplot"):
+      logger = logging.getLogger(name)
+      logger.info("%s tells of itself", name)
+      logger.warning("%s warns", name)
+      logger.error("%s fails", name)
+
+  handler = logging.StreamHandler()
+  for name in ("jax", "matplotlib", "matplotlib.font_manager"):
+    monkeypatch.setattr(logging.getLogger(name), "level", logging.NOTSET)
+  monkeypatch.setattr(logging.root, "level", logging.INFO)
+  monkeypatch.setattr(logging.root, "handlers", [handler])
+  handler.setStream(sys.stderr)
+  cli.guarded(talk, [])
+  assert capsys.readouterr().err.splitlines() == [
+    "jax._src.xla_bridge warns",
+    "jax._src.xla_bridge fails",
+    "matplotlib.font_manager fails",  # warns that it makes its cache
+    "matplotlib.pyplot warns",
+    "matplotlib.pyplot fails",
+  ]
+
+
+def test_a_mistake_ends_the_bar_before_its_line(monkeypatch):
+  class Terminal(io.StringIO):
+    def isatty(self):
+      return True
+
+  seconds = [0.0]
+  monkeypatch.setattr(progress, "_now", lambda: seconds[0])
+  monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+
+  def call(argv):
+    for _ in progress.over(range(3), "reading"):
+      seconds[0] += 1.0
+      if seconds[0] == 2.0:
+        raise errors.UserError("the second is damaged")
+
+  with pytest.raises(SystemExit):
+    cli.guarded(call, [])
+  shown = terminal.getvalue()
+  assert "\rreading 1/3" in shown and shown.endswith(" \rprotojax: the second is damaged\n")
 
 
 def _together(monkeypatch, *arguments):

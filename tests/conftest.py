@@ -4,6 +4,7 @@ import gc
 import importlib.metadata
 import os
 import pathlib
+import signal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -24,6 +25,9 @@ from absl import flags
 
 # Tracing makes objects by the million; collecting after every 700 is a tenth of the suite's time.
 gc.set_threshold(100_000, 20, 20)
+# Python 3.11 ends `asyncio.run`, of which orbax makes two a checkpoint read, by printing all that
+# was read into a message that nobody sees, unless the handler of Ctrl-C is another than its own.
+signal.signal(signal.SIGINT, lambda *caught: signal.default_int_handler(*caught))
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # grain reads an absl flag when it starts its workers.

@@ -2,11 +2,11 @@
 
 Each page has a folder of its own, with the recipes, IMAGES, checkpoint.pth (DINO's) and
 vit.safetensors (timm's) in it, where its commands find what the ones before have left. Training is
-cut to a recipe's `:debug` form and two steps. Training and all commands of the README start a
-process, as for a reader; the other verbs of the other pages are called in this one. Only looked at
-are launch/test.sh (which continuous integration runs) and benchmarks, which take hours. Installing
-is left out but with PROTOJAX_TEST_ALL: launch/quickstart.sh finds this environment made before. A
-command that this file does not know is an error.
+cut to a recipe's `:debug` form and two steps. Training starts a process, as for a reader; the other
+verbs are called in this one. Only looked at are launch/test.sh (which continuous integration runs)
+and benchmarks, which take hours. Installing is left out but with PROTOJAX_TEST_ALL:
+launch/quickstart.sh finds this environment made before. A command that this file does not know is
+an error.
 """
 
 import importlib
@@ -118,9 +118,10 @@ def _quickstart(folder):
   assert ("Installing" in done.stdout) == ("PROTOJAX_TEST_ALL" in os.environ)
 
 
-def run(command: str, cwd: pathlib.Path, capsys, processes: bool = True) -> None:
-  """Runs one command of a page in the page's folder; verbs in this process if not `processes`."""
-  words = shlex.split(command.replace("$PROTOJAX_DATA_DIR", str(_DATA)))
+def run(command: str, cwd: pathlib.Path, capsys) -> None:
+  """Runs one command of a page in the page's folder."""
+  command = command.replace("$PROTOJAX_DATA_DIR", str(_DATA))
+  words = shlex.split(command.replace("data_dir=DATA", f"data_dir={_DATA}"))
   match words:
     case ["git", "clone", "<this", "repository>"] | ["cd", "protojax"]:
       pass  # where the reader is now
@@ -147,8 +148,8 @@ def run(command: str, cwd: pathlib.Path, capsys, processes: bool = True) -> None
       prepared = f"--config.data.data_dir={_DATA}" in rest  # CIFAR-10: 10,000 test images
       few = ["--config.data.name=cifar10", "--config.probe.test_split=test[:40]"] * prepared
       _python(["-m", "protojax.main", *debug, *_SHORT, *few], cwd)
-    case ["python", "-m", module, *rest] if module.startswith("protojax.") and processes:
-      _python(["-m", module, *rest], cwd)
+    case ["python", "-m", "protojax.prepare", "cifar10" | "cifar100", *_]:
+      pass  # downloads; the training that follows finds the set prepared before
     case ["python", "-m", module, *rest] if module.startswith("protojax."):
       with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
@@ -184,9 +185,10 @@ def test_every_command_of_the_page_runs(page, folder, capsys):
   found = commands(page)
   assert found
   for command in found:
-    if "$PROTOJAX_DATA_DIR" in command and not (_DATA / "cifar10").is_dir():
+    needs = "$PROTOJAX_DATA_DIR" in command or "data_dir=DATA" in command
+    if needs and not (_DATA / "cifar10").is_dir():
       pytest.skip("needs the prepared CIFAR-10")
-    run(command, folder, capsys, processes=page.name == "README.md")
+    run(command, folder, capsys)
 
 
 def test_a_command_that_nobody_knows_is_an_error(folder, capsys):

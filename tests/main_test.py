@@ -56,7 +56,7 @@ def test_mistake_found_after_the_flags_is_one_line_too(tmp_path):
   status, _, stderr = _run(
     f"--config={QUICKSTART}", f"--workdir={tmp_path / 'run'}", "--config.method.num_prototypes=1"
   )
-  assert status == 2 and len(_lines(stderr)) == 1
+  assert status == 2 and len(_lines(stderr)) == len(stderr.splitlines()) == 1
   assert "num_prototypes=1" in stderr and "at least 2" in stderr
   assert "Traceback" not in stderr and not (tmp_path / "run").exists()
 
@@ -70,7 +70,14 @@ def test_mistake_found_after_the_flags_is_one_line_too(tmp_path):
     ([f"--config={QUICKSTART}"], "--workdir is missing"),
     (["--config=configs/nothing.py", "--workdir=w"], "no file 'configs/nothing.py'"),
     ([f"--config={QUICKSTART}", "--workdir=w", "--config.num_steps=many"], "num_steps"),
-    ([f"--config={QUICKSTART}", "--workdir=w", "--wrokdir=x"], "wrokdir"),
+    (
+      [f"--config={QUICKSTART}", "--workdir=w", "--wrokdir=x"],
+      "no flag --wrokdir: did you mean --workdir",
+    ),
+    ([f"--config={QUICKSTART}", "--workdr=w"], "no flag --workdr: did you mean --workdir"),
+    (["--confg=x", "--workdir=w"], "no flag --confg: did you mean --config"),
+    (["--config.seed=1", "--workdir=w"], "--config is missing"),
+    ([f"--config={QUICKSTART}", "--workdir=w", "--zzzz=x"], "no flag --zzzz: --help shows"),
   ],
 )
 def test_flags_that_do_not_parse_are_one_line(arguments, words):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from protojax import cli, errors, report
-from protojax.reports import charts, gallery, numbers, of_run, page
+from protojax.reports import charts, gallery, numbers, of_run, page, style
 from protojax.reports import record as records
 
 _VOID = {"meta", "img", "br"}
@@ -48,6 +48,15 @@ _CONFIG = {
   },
 }
 _PROTOCOL = {"bank": "digits/train (1442 images)", "test": "digits/test (355 images)", "k": 20}
+
+
+def test_every_link_of_the_navigation_is_seen_on_a_phone():
+  """At 400 px links take two rows; what scrolls is the row of runs alone."""
+  narrow = style.CSS.partition("@media(max-width:760px){")[2].partition("@media print")[0]
+  rules = dict(re.findall(r"(nav[^{}]*)\{([^{}]*)\}", narrow))
+  assert "flex-wrap:wrap" in style.CSS.partition("nav div{")[2].partition("}")[0]
+  assert not {"nowrap", "overflow"} & set(re.split("[:;-]", rules.get("nav div", "")))
+  assert "overflow-x:auto" in rules["nav span"] and "flex:0 0 100%" in rules["nav span"]
 
 
 class _Page(html.parser.HTMLParser):

@@ -16,7 +16,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from protojax import errors
+from protojax import errors, progress
 from protojax.data import pipeline, sources
 
 CHOICES = ("auto", "device", "off")
@@ -104,7 +104,7 @@ def load(
   *,
   image_size: int,
   mesh,
-  num_workers: int = 0,
+  num_workers: int | None = 0,
   part: int = 0,
   parts: int = 1,
 ) -> Cache:
@@ -114,7 +114,7 @@ def load(
     data: from `sources.build`.
     image_size: S, storage size in pixels.
     mesh: ("data", "model").
-    num_workers: processes that decode; 0 uses threads.
+    num_workers: processes that decode; 0 uses threads, None chooses.
     part: which of `parts` contiguous runs of rows lie on the devices of this process.
     parts: how many there are.
 
@@ -137,11 +137,13 @@ def load(
     data, rows, batch_size=min(_DECODED, held), image_size=image_size, num_workers=num_workers
   )
   done = 0
-  for batch in batches:
-    count = min(len(batch["index"]), held - done)
-    for name, array in arrays.items():
-      array[done : done + count] = batch[name][:count]
-    done += count
+  with progress.Line(f"decoding {data.name}", held) as line:
+    for batch in batches:
+      count = min(len(batch["index"]), held - done)
+      for name, array in arrays.items():
+        array[done : done + count] = batch[name][:count]
+      done += count
+      line.to(done)
   skipped = arrays.pop("skipped")
   if jax.process_count() > 1:
     # Processes that hold the same rows are neighbours; the first of each `parts` speaks for them.

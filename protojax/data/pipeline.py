@@ -5,21 +5,23 @@ and process h of H owns the contiguous rows r in [h B / H, (h + 1) B / H) and de
 batches are equal for any number of worker processes and hosts, and a run resumes by its step alone.
 """
 
-import itertools
+import atexit
+import contextlib
+import gc
 import math
 import os
+import re
 import signal
+import weakref
 from collections.abc import Callable, Iterator
 
 import grain
 import numpy as np
 from absl import flags
-from PIL import Image
 
 from protojax import errors
-from protojax.data import sources
+from protojax.data import decoding, sources
 
-_CHUNK = 64  # rows that a thread or worker decodes at a time
 _TRIES = 100
 
 
@@ -30,7 +32,7 @@ def batches(
   step: int,
   batch_size: int,
   image_size: int,
-  num_workers: int = 0,
+  num_workers: int | None = 0,
   process_index: int = 0,
   process_count: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -45,15 +47,17 @@ def batches(
     step: number of the first batch.
     batch_size: B, global.
     image_size: S; images of another shape are squashed to S x S (bicubic, aspect not kept).
-    num_workers: processes that decode; 0 uses threads of this one.
+    num_workers: processes that decode; 0 uses threads of this one; None chooses, see
+      `decoding.plan`.
     process_index: h.
     process_count: H; must divide B.
 
   Returns:
     A generator (`close()` stops threads and processes) of {"image": uint8 [b, S, S, C], "index":
-    int32 [b], row in the source, "size": int32 [b, 2], height and width before the squash, "label":
-    int32 [b], -1 where there is none, "skipped": int32 [b], the corrupt row that was replaced,
-    or -1}, b = B / H. Reading on raises UserError if 100 records in a row are corrupt.
+    int32 [b], row in the source, "size": int32 [b, 2], height and width before the squash (of the
+    original where the source holds smaller copies), "label": int32 [b], -1 where there is none,
+    "skipped": int32 [b], the corrupt row that was replaced, or -1}, b = B / H, C the source's
+    channels. Reading on raises UserError if 100 records in a row are corrupt.
 
   Raises:
     UserError: if image_size or num_workers is out of range.
@@ -61,7 +65,7 @@ def batches(
   _check(image_size, num_workers)
   order = shuffled(len(source), seed)
   chunks = _Chunks(source, order, image_size, batch_size, process_index, process_count)
-  return _stream(chunks, step, num_workers)
+  return _stream(chunks, step, _workers(chunks, source, num_workers, None))
 
 
 def shuffled(num_records: int, seed: int) -> grain.MapDataset:
@@ -82,7 +86,7 @@ def sequential(
   batch_size: int,
   image_size: int,
   limit: int | None = None,
-  num_workers: int = 0,
+  num_workers: int | None = 0,
   process_index: int = 0,
   process_count: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -129,7 +133,7 @@ def ordered(
   *,
   batch_size: int,
   image_size: int,
-  num_workers: int = 0,
+  num_workers: int | None = 0,
   process_index: int = 0,
   process_count: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -140,7 +144,7 @@ def ordered(
   _check(image_size, num_workers)
   order = np.pad(rows, (0, -len(rows) % batch_size), constant_values=-1)
   chunks = _Chunks(source, order, image_size, batch_size, process_index, process_count)
-  return _masked(_stream(chunks, 0, num_workers))
+  return _masked(_stream(chunks, 0, _workers(chunks, source, num_workers, len(rows))))
 
 
 class SkippedLog:
@@ -168,23 +172,23 @@ class SkippedLog:
 
 
 class _Chunks:
-  """Random access to the batches of one process, in pieces of at most `_CHUNK` rows."""
+  """Random access to the batches of one process, in pieces of at most `decoding.CHUNK` rows."""
 
   def __init__(self, source, order, image_size, batch_size, process_index, process_count):
     if batch_size % process_count:
       raise ValueError(f"{process_count} processes do not divide a batch of {batch_size}")
-    self._source, self._order, self._image_size = source, order, image_size
-    self._global, self._local = batch_size, batch_size // process_count
-    self._first = process_index * self._local
-    self.per_batch = math.ceil(self._local / _CHUNK)
+    self._source, self._order, self.image_size = source, order, image_size
+    self.batch_size, self.local = batch_size, batch_size // process_count
+    self._first = process_index * self.local
+    self.per_batch = math.ceil(self.local / decoding.CHUNK)
 
   def __len__(self):
-    return len(self._order) // self._global * self.per_batch
+    return len(self._order) // self.batch_size * self.per_batch
 
   def __getitem__(self, index):
     step, piece = divmod(int(index), self.per_batch)
-    begin, end = piece * _CHUNK, min((piece + 1) * _CHUNK, self._local)
-    start = step * self._global + self._first
+    begin, end = piece * decoding.CHUNK, min((piece + 1) * decoding.CHUNK, self.local)
+    start = step * self.batch_size + self._first
     rows = [int(self._order[start + r]) for r in range(begin, end)]
     real = self._source.read([row for row in rows if row >= 0])
     records = [self._prepare(row, next(real) if row >= 0 else None) for row in rows]
@@ -192,13 +196,13 @@ class _Chunks:
 
   def _prepare(self, row: int, record) -> dict[str, np.ndarray]:
     if record is None:  # padding; a size of 0 would divide by zero later
-      image = np.zeros((self._image_size, self._image_size, self._source.channels), np.uint8)
+      image = np.zeros((self.image_size, self.image_size, self._source.channels), np.uint8)
       return _record(image, row, image.shape[:2], -1, -1)
     readable, record = self._readable(row, record)
     image = record["image"]
     skipped = -1 if readable == row else row
-    squashed = squash(image, self._image_size)
-    return _record(squashed, readable, image.shape[:2], record["label"], skipped)
+    squashed = decoding.squash(image, self.image_size)
+    return _record(squashed, readable, record["size"], record["label"], skipped)
 
   def _readable(self, row: int, record) -> tuple[int, dict]:
     """The first of row, row + 1, ... that is not corrupt, and its record."""
@@ -214,47 +218,99 @@ class _Chunks:
     )
 
 
-def squash(image: np.ndarray, size: int) -> np.ndarray:
-  """uint8 [H, W, C] -> [size, size, C], Pillow's bicubic; an image of that shape is left alone."""
-  if image.shape[:2] == (size, size):
-    return image
-
-  def resized(x):
-    return np.asarray(Image.fromarray(x).resize((size, size), Image.Resampling.BICUBIC))
-
-  if image.shape[2] == 3:
-    return resized(image)
-  return np.stack([resized(image[..., c]) for c in range(image.shape[2])], axis=-1)
-
-
 def _record(image, row, shape, label, skipped) -> dict[str, np.ndarray]:
   numbers = {"index": row, "size": shape, "label": label, "skipped": skipped}
   return {"image": image} | {key: np.array(value, np.int32) for key, value in numbers.items()}
 
 
+_open = weakref.WeakSet()  # streams of worker processes
+
+
+def _workers(chunks: _Chunks, source, num_workers: int | None, images: int | None) -> int:
+  options = {"image_size": chunks.image_size, "batch_size": chunks.local}
+  if num_workers is not None:
+    return decoding.fit(num_workers, asked=True, channels=source.channels, **options)
+  part = chunks.local / chunks.batch_size
+  return decoding.plan(source, images=images and round(images * part), **options).workers
+
+
 def _stream(chunks: _Chunks, step: int, num_workers: int) -> Iterator[dict[str, np.ndarray]]:
   """Whole batches from pieces that threads or processes load ahead."""
+  stream = _pieced(chunks, step, num_workers)
+  if num_workers:
+    _open.add(stream)
+  return stream
+
+
+@atexit.register
+def _close_all() -> None:
+  """Closes what nobody has closed, as after Ctrl-C, while Python can still free shared memory."""
+  for stream in list(_open):
+    with contextlib.suppress(ValueError):  # a thread reads from it
+      stream.close()
+
+
+def _free_shared_memory() -> None:
+  """Frees what grain would leave to the end of the program, which Python reports as leaked.
+
+  The last piece of every worker hangs in a cycle with the worker's StopIteration, and all others
+  are freed by a thread that may not come to the last ones.
+  """
+  gc.collect()
+  pool = getattr(grain.multiprocessing.SharedMemoryArray, "_del_thread_pool", None)
+  if pool is not None:
+    with contextlib.suppress(ValueError):  # it has ended
+      pool.apply(int)
+
+
+def _pieced(chunks: _Chunks, step: int, num_workers: int) -> Iterator[dict[str, np.ndarray]]:
   data = grain.MapDataset.source(chunks)[step * chunks.per_batch :]
   if num_workers:
     _let_grain_read_its_flags()
-    ahead = math.ceil(chunks.per_batch / num_workers)
-    options = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=ahead)
+    buffer = decoding.ahead(chunks.per_batch, num_workers)
+    options = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=buffer)
     data = data.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     data = data.mp_prefetch(options, worker_init_fn=_start_worker)
   else:
     threads = min(os.cpu_count() or 1, 8)
-    ahead = max(2 * chunks.per_batch, threads)
-    data = data.to_iter_dataset(grain.ReadOptions(threads, ahead))
-  iterator = iter(data)
+    buffer = max(2 * chunks.per_batch, threads)
+    data = data.to_iter_dataset(grain.ReadOptions(threads, buffer))
+  # Put together by a thread, one batch ahead, so that whoever trains does not wait for the copying.
+  data = data.batch(chunks.per_batch, batch_fn=_joined)
+  iterator = iter(grain.experimental.ThreadPrefetchIterDataset(data, prefetch_buffer_size=1))
   try:
-    while pieces := list(itertools.islice(iterator, chunks.per_batch)):
-      # Copied in any case: pieces from a worker lie in shared memory that grain takes back.
-      yield {key: np.concatenate([np.asarray(p[key]) for p in pieces]) for key in pieces[0]}
+    yield from iterator
+  except RuntimeError as error:
+    raise _of_worker(error) from None
   except errors.UserError as error:  # some versions of grain put the worker's traceback before it
     line = str(error).strip().splitlines()[-1]
     raise errors.UserError(line.removeprefix("protojax.errors.UserError: ")) from None
   finally:
     iterator.close()
+    iterator = None
+    if num_workers:
+      _free_shared_memory()
+
+
+def _joined(pieces: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+  """A batch from its pieces; copied in any case: those of a worker lie in memory grain takes back.
+
+  NumPy copies without holding the interpreter.
+  """
+  return {key: np.concatenate([np.asarray(p[key]) for p in pieces]) for key in pieces[0]}
+
+
+def _of_worker(error: RuntimeError) -> Exception:
+  """What grain says when a process of its is gone, as what to do about it; else `error` itself."""
+  code = re.search(r"Worker process .* exit code (-?\d+)", str(error))
+  if not code:
+    return error
+  reason = {
+    -signal.SIGBUS: "no shared memory was left for its images: give more, in Docker --shm-size=8g "
+    "or --ipc=host, or set config.data.num_workers=0",
+    -signal.SIGKILL: "killed, perhaps for want of memory: lower config.data.num_workers",
+  }.get(int(code[1]), f"exit code {code[1]}: config.data.num_workers=0 decodes in this process")
+  return errors.UserError(f"a process that decodes images has died ({reason})")
 
 
 def _masked(stream: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
@@ -283,8 +339,10 @@ def _let_grain_read_its_flags() -> None:
         flags.FLAGS[name].present = max(1, flags.FLAGS[name].present)
 
 
-def _check(image_size: int, num_workers: int) -> None:
+def _check(image_size: int, num_workers: int | None) -> None:
   if image_size < 1:
     raise errors.UserError(f"data.image_size={image_size} must be at least 1 pixel")
-  if num_workers < 0:
-    raise errors.UserError(f"data.num_workers={num_workers} must not be negative (0: threads)")
+  if num_workers is not None and num_workers < 0:
+    raise errors.UserError(
+      f"data.num_workers={num_workers} must not be negative (0: threads; left out: chosen)"
+    )

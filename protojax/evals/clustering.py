@@ -138,7 +138,7 @@ def kmeans_codes(
     )
 
   bank, queries = (preprocessing.normalize(np.asarray(x, np.float32)) for x in (bank, queries))
-  found = kmeans.fit(
+  found = kmeans.fit_by_starts(
     jnp.asarray(bank),
     jax.random.key(seed),
     num_clusters=num_clusters,

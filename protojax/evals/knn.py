@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from protojax import errors
+from protojax import errors, progress
 from protojax.metrics import collapse
 
 # Similarities held at once, and numbers of the bank on the device at once: 256 MiB of float32.
@@ -76,10 +76,14 @@ def nearest(
   chunk = min(chunk or max(1, min(1024, _PAIRS // part)), max(len(queries), 1))
   shape = len(queries), k
   best = jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros(shape, jnp.int32)
-  for start in range(0, num, part):
-    rows = bank[start : start + part]
-    rows = np.pad(rows, ((0, part - len(rows)), (0, 0)))
-    best = _merge(best, rows, start, num, queries, chunk=chunk)
+  with progress.during("k-NN, part of the bank", -(-num // part)) as line:
+    for start in range(0, num, part):
+      rows = bank[start : start + part]
+      rows = np.pad(rows, ((0, part - len(rows)), (0, 0)))
+      jax.block_until_ready(best)  # until here the host was a part ahead of the device
+      line.to(start // part)
+      best = _merge(best, rows, start, num, queries, chunk=chunk)
+    jax.block_until_ready(best)
   return best
 
 

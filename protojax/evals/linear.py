@@ -21,7 +21,7 @@ import numpy as np
 import optax
 import scipy.optimize
 
-from protojax import errors
+from protojax import errors, progress
 
 PyTree = Any
 
@@ -214,14 +214,16 @@ def fit(
     )
     return float(value), np.asarray(grad, np.float64)
 
-  found = scipy.optimize.minimize(
-    value_and_grad,
-    first.ravel(),
-    method="L-BFGS-B",
-    jac=True,
-    # float32 knows the value to 1e-7: below that the search would follow rounding.
-    options={"maxiter": max_steps, "ftol": 1e-7, "gtol": 1e-6},
-  )
+  with progress.Line("logistic regression, step", max_steps) as line:
+    found = scipy.optimize.minimize(
+      value_and_grad,
+      first.ravel(),
+      method="L-BFGS-B",
+      jac=True,
+      callback=lambda _: line.step(),
+      # float32 knows the value to 1e-7: below that the search would follow rounding.
+      options={"maxiter": max_steps, "ftol": 1e-7, "gtol": 1e-6},
+    )
   matrix = found.x.reshape(shape).astype(np.float32)
   return Classifier(mean, scale, matrix[:-1], matrix[-1])
 

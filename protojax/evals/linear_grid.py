@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from protojax import errors, schedules
+from protojax import errors, progress, schedules
 from protojax.evals import linear
 
 # Per 256 images, over the range of arXiv 2111.07832.
@@ -106,7 +106,7 @@ def train(
   steps = len(indices) // batch_size  # of an epoch
   cosine = schedules.cosine(1.0, 0.0, epochs * steps)
   decay = np.asarray(jax.vmap(cosine)(np.arange(epochs * steps)))
-  for step in range(epochs * steps):
+  for step in progress.over(range(epochs * steps), "training linear heads, step"):
     if step % steps == 0:
       order = rng.permutation(indices)
     some = order[step % steps * batch_size :][:batch_size]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from protojax import errors
+from protojax import errors, progress
 from protojax.evals import linear
 
 
@@ -92,21 +92,23 @@ def evaluate(
   few = {f"{n}_per_class": {"per_class": n} for n in per_class}
   few |= {f"{100 * share:g}_percent": {"share": share} for share in shares}
   out = {}
-  for name, size in few.items():
-    found = []
-    for seed in seeds:
-      rows = subset(bank_labels, seed=seed, **size)
-      classifier = linear.fit(
-        bank[rows],
-        bank_labels[rows],
-        num_classes=num_classes,
-        l2=strength / rows.size,
-        max_steps=max_steps,
-        standardise=False,
-        intercept=False,
-      )
-      found.append(np.mean(linear.predict(classifier, queries) == query_labels))
-    out[f"{name}_mean"] = float(np.mean(found))
-    out[f"{name}_std"] = float(np.std(found, ddof=1))
-    out[f"{name}_images"] = int(rows.size)
+  with progress.Line("fitting to few images", len(few) * len(seeds)) as line:
+    for name, size in few.items():
+      found = []
+      for seed in seeds:
+        rows = subset(bank_labels, seed=seed, **size)
+        classifier = linear.fit(
+          bank[rows],
+          bank_labels[rows],
+          num_classes=num_classes,
+          l2=strength / rows.size,
+          max_steps=max_steps,
+          standardise=False,
+          intercept=False,
+        )
+        found.append(np.mean(linear.predict(classifier, queries) == query_labels))
+        line.step()
+      out[f"{name}_mean"] = float(np.mean(found))
+      out[f"{name}_std"] = float(np.std(found, ddof=1))
+      out[f"{name}_images"] = int(rows.size)
   return out

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from protojax import progress
+
 _PAIRS = 2**24  # row-centroid pairs held at a time: twice 64 MiB of float32
 _SHARPEST = 0.01  # least concentration over the mean one: finite logits for clusters of copies
 
@@ -76,6 +78,11 @@ def lloyd(rows: jax.Array, centroids: jax.Array, num_steps: int) -> Clusters:
   return Clusters(centroids, codes, counts, distances / jnp.maximum(counts, 1.0), jnp.sum(squares))
 
 
+def _once(rows, key, num_clusters, num_steps):
+  start = jax.random.choice(key, rows.shape[0], (num_clusters,), replace=False)
+  return lloyd(rows, rows[start], num_steps)
+
+
 @functools.partial(jax.jit, static_argnames=("num_clusters", "num_steps", "num_restarts"))
 def fit(
   rows: jax.Array, key: jax.Array, *, num_clusters: int, num_steps: int = 20, num_restarts: int = 1
@@ -97,14 +104,32 @@ def fit(
     num_restarts: starts, one after the other.
   """
   rows = rows.astype(jnp.float32)
-
-  def once(key):
-    start = jax.random.choice(key, rows.shape[0], (num_clusters,), replace=False)
-    return lloyd(rows, rows[start], num_steps)
-
-  runs = jax.lax.map(once, jax.random.split(key, num_restarts))
+  runs = jax.lax.map(
+    lambda key: _once(rows, key, num_clusters, num_steps), jax.random.split(key, num_restarts)
+  )
   best = jnp.argmin(runs.inertia)
   return jax.tree.map(lambda x: x[best], runs)
+
+
+def fit_by_starts(
+  rows: jax.Array, key: jax.Array, *, num_clusters: int, num_steps: int = 20, num_restarts: int = 1
+) -> Clusters:
+  """`fit`, start by start from the host, which says how many are done; not for inside of a jit.
+
+  Args:
+    rows: [N, D], any float dtype.
+    key: as of `fit`, with the same starts.
+    num_clusters: K, at most N.
+    num_steps: Lloyd's iterations.
+    num_restarts: starts; of equally good ones the first is taken.
+  """
+  once = jax.jit(_once, static_argnums=(2, 3))
+  rows, best = rows.astype(jnp.float32), None
+  for start in progress.over(jax.random.split(key, num_restarts), "k-means, start"):
+    found = once(rows, start, num_clusters, num_steps)
+    if best is None or found.inertia < best.inertia:
+      best = found
+  return best
 
 
 def concentration(distances: jax.Array, counts: jax.Array, temperature: float) -> jax.Array:

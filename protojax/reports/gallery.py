@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from protojax import errors, losses, pretrained, sizes
-from protojax.data import augment, pipeline, sources
+from protojax.data import augment, decoding, pipeline, sources
 
 LIMIT = 2000  # images among which those nearest to a prototype are sought after training
 _SIDE = 96  # pixels of the longer side of a stored picture, at most
@@ -172,7 +172,7 @@ def _attention(model, bank) -> tuple[tuple[Picture, ...], ...]:
   if not config.model.name.startswith("vit"):
     raise errors.UserError(f"{config.model.name} has no attention")
   wanted = np.unique(np.arange(_IMAGES) * len(bank) // _IMAGES)
-  found = _read(bank, wanted, lambda image: pipeline.squash(image, config.data.image_size))
+  found = _read(bank, wanted, lambda image: decoding.squash(image, config.data.image_size))
   if not found:
     raise errors.UserError(f"the images of {bank.name} cannot be read")
   images = np.stack([image for image, _ in found.values()])

@@ -5,10 +5,9 @@ import shlex
 from collections.abc import Sequence
 
 import jax
-from absl import logging
 
 from protojax import config as configs
-from protojax import errors, files, pretrained
+from protojax import errors, files, pretrained, progress
 from protojax.data import sources
 from protojax.reports import gallery, page, picture, record
 from protojax.training import workdir
@@ -33,12 +32,13 @@ def after_training(folder: pathlib.Path, program, state, arrays: dict, *, bank, 
     arrays: of `training.evaluation.Snapshot.final`.
     bank, train: sources of evaluation and pretraining.
   """
-  model = pretrained.of_state(str(folder), program, state, program.config.num_steps)
-  found = gallery.collect(model, model.config, bank=bank, train=train, arrays=arrays)
-  if jax.process_index() == 0:
-    run = record.read([folder])[0]
-    picture.draw(run)
-    files.write(folder / workdir.REPORT, page.build([run], {run.name: found}, command([folder])))
+  with progress.during("writing the report"):
+    model = pretrained.of_state(str(folder), program, state, program.config.num_steps)
+    found = gallery.collect(model, model.config, bank=bank, train=train, arrays=arrays)
+    if jax.process_index() == 0:
+      run = record.read([folder])[0]
+      picture.draw(run)
+      files.write(folder / workdir.REPORT, page.build([run], {run.name: found}, command([folder])))
 
 
 def write(
@@ -66,8 +66,7 @@ def write(
   runs = record.read(folders)
   out = out or folders[0] / (workdir.REPORT if len(folders) == 1 else OF_SEVERAL)
   found = {}
-  for run in runs:
-    logging.info("drawing pictures of %s", run.folder)
+  for run in progress.over(runs, "drawing pictures of run"):
     found[run.name] = pictures(run, limit)
   files.write(out, page.build(runs, found, origin or command(folders)))
   return out

@@ -118,7 +118,10 @@ body{font-size:14.5px}
 STACKED
 .few.keys tbody th{flex:1 1 60%}
 .rows>div{grid-template-columns:repeat(auto-fill,minmax(64px,1fr))}
-nav div{flex-wrap:nowrap;overflow-x:auto}nav span{margin-left:0;flex-wrap:nowrap}
+html{scroll-padding-top:6.5rem}
+nav div{column-gap:.9rem}
+nav span{margin-left:0;flex:0 0 100%;flex-wrap:nowrap;overflow-x:auto}
+nav span:empty{display:none}
 nav span>*,nav a{white-space:nowrap}
 }
 @media print{nav{display:none}.chart,.run,.proto{break-inside:avoid}}

@@ -3,12 +3,12 @@
 import math
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 from absl import logging
 
-from protojax import errors
+from protojax import errors, progress
 from protojax.data import pipeline, sources
 from protojax.metrics import measures as table
 from protojax.metrics import verdicts
@@ -65,6 +65,11 @@ class RunLog:
     self.flush()
     self._writer.flush()
 
+  def lines(self, lines: Sequence[str]) -> None:
+    """Says lines for people."""
+    for line in lines:
+      self._writer.line(line)
+
   def flush(self) -> None:
     """Handles the metrics that are still on the device."""
     if self._pending is None:
@@ -82,6 +87,7 @@ class RunLog:
       self._sums[key] = self._sums.get(key, 0.0) + value
     self._count += 1
     self._timed += 1
+    self._writer.progress(done)
     if done % self._config.log_every == 0 or done in (1, self._config.num_steps):
       self._line(done)
 
@@ -96,7 +102,10 @@ class RunLog:
       means["data/skipped"] = self._skipped.count
     self.result |= means
     self._writer.write(done, means)
-    self._writer.progress(done, means.get("time/img_per_s"), means.get("time/data_wait"))
+    if "time/img_per_s" in means:
+      speed, wait = means["time/img_per_s"], means["time/data_wait"]
+      note = f"img/s {speed:.0f}  wait {wait:.0%}"
+      self._writer.progress(done, rate=speed / self._config.batch_size, note=note)
     self._say(done)
     self._sums, self._count = {}, 0
     self._since, self._timed, self._waited = time.perf_counter(), 0, 0.0
@@ -146,12 +155,6 @@ class RunLog:
       self._writer.line(line)
 
 
-def _clock(seconds: float) -> str:
-  minutes, seconds = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
 def log_line(
   step: int, measures: Mapping[str, float | None], verdict: verdicts.Verdict, *, config
 ) -> str:
@@ -175,7 +178,7 @@ def log_line(
   eta = (config.num_steps - step) * config.batch_size / speed if speed else None
   parts = [f"step {step}/{config.num_steps}"]
   for name, value, form in (
-    ("eta", None if eta is None else _clock(eta), ""),
+    ("eta", None if eta is None else progress.clock(eta), ""),
     ("loss", measures.get("train/loss"), ".2f"),
     ("CE", cross_entropy, ".2f"),
     ("H", measures.get("train/target_entropy"), ".2f"),

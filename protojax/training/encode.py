@@ -1,11 +1,13 @@
 """One pass of a compiled function over the images of a source, gathered on the host."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
+from protojax import progress
 from protojax.data import cache, pipeline, sources
 from protojax.training import sharding
 
@@ -20,7 +22,7 @@ def rows(
   mesh: jax.sharding.Mesh,
   batch_size: int,
   image_size: int,
-  num_workers: int = 0,
+  num_workers: int | None = 0,
   limit: int = 0,
   cached: cache.Cache | None = None,
 ) -> PyTree:
@@ -33,7 +35,7 @@ def rows(
     mesh: from `sharding.make_mesh`.
     batch_size: B at least; rounded up to a multiple of the mesh's "data".
     image_size: S, storage size in pixels.
-    num_workers: processes that decode; 0 uses threads.
+    num_workers: processes that decode; 0 uses threads, None chooses.
     limit: at most so many images, evenly spread; 0 takes all.
     cached: `data` on the devices, which takes the host's place.
 
@@ -48,10 +50,13 @@ def rows(
     batches = _from_host(data, mesh, size, image_size, num_workers, limit or None)
   else:
     batches = cache.sequential(cached, batch_size=size, limit=limit or None, keys=_KEYS)
+  total = min(limit or len(data), len(data))
   parts = []
-  for batch, mask in batches:
-    out, keep = jax.device_get((forward(batch), mask))
-    parts.append(jax.tree.map(lambda x, keep=keep: x[keep], out))
+  with progress.during(f"encoding {data.name}", total) as line, contextlib.closing(batches):
+    for batch, mask in batches:
+      out, keep = jax.device_get((forward(batch), mask))
+      parts.append(jax.tree.map(lambda x, keep=keep: x[keep], out))
+      line.to(min(total, len(parts) * size))
   return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
 
@@ -67,7 +72,8 @@ def _from_host(data, mesh, batch_size, image_size, num_workers, limit):
     process_index=part,
     process_count=count,
   )
-  for batch in batches:
-    put = sharding.put_batch({k: batch[k] for k in (*_KEYS, "mask")}, mesh)
-    mask = jax.device_put(put.pop("mask"), sharding.replicated(mesh))
-    yield put, mask
+  with contextlib.closing(batches):  # at once, also where the caller stops before the end
+    for batch in batches:
+      put = sharding.put_batch({k: batch[k] for k in (*_KEYS, "mask")}, mesh)
+      mask = jax.device_put(put.pop("mask"), sharding.replicated(mesh))
+      yield put, mask

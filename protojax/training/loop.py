@@ -9,7 +9,7 @@ import jax
 from absl import logging
 
 from protojax import config as configs
-from protojax import errors
+from protojax import errors, progress
 from protojax.data import cache, sources
 from protojax.training import (
   checkpoint,
@@ -17,7 +17,7 @@ from protojax.training import (
   data_settings,
   evaluation,
   export,
-  optim,
+  opening,
   programs,
   sharding,
 )
@@ -55,6 +55,17 @@ def build_sources(config) -> tuple[sources.Source, sources.Source, sources.Sourc
       ", ".join(sources.HELD_OUT),
     )
     return train, train, None
+  if name in sources.SHARDS and own:
+    splits = sorted(sources.shards.found(data_dir, f".{name}"))
+    if probe.test_split not in splits:
+      logging.info(
+        "k-NN and linear probe are off: the shards in %s are of the splits %s, not %r; choose with "
+        "config.probe.test_split",
+        data_dir,
+        ", ".join(splits),
+        probe.test_split,
+      )
+      return train, train, None
   same = own and probe.train_split == data.split and data.imbalance is None
   bank = (
     train if same else sources.build(name, split=probe.train_split, data_dir=data_dir, **seen_alike)
@@ -83,6 +94,14 @@ def _no_batches():
   """What `Program.batches` gives where there is no probe."""
   while True:
     yield None, (), 0.0
+
+
+def _timed(step_fn, state, batch, probe_batch):
+  """(state, metrics, seconds) of a step that nothing else is waited for with."""
+  jax.block_until_ready((state, batch, probe_batch))
+  begun = time.perf_counter()
+  state, metrics = jax.block_until_ready(step_fn(state, batch, probe_batch))
+  return state, metrics, time.perf_counter() - begun
 
 
 def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, float]:
@@ -163,6 +182,7 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
     if start == config.num_steps and (result := workdirs.read_result(folder)):
       log.summary(result, bank=bank)
       return result
+    log.lines(opening.lines(program, train=train_source, bank=bank, test=test, folder=folder))
     cached = {data: program.load(data) for data in to_cache}
     view = evaluation.Snapshot(program, bank=bank, test=test, cached=cached)
     batches = program.batches(
@@ -185,8 +205,13 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
       )
     for stream in (batches, probe_batches):
       stack.callback(stream.close)
-    logging.info("compiling the step (%s)", optim.describe(config))
-    step_fn = lowered.compile()
+    with progress.during("compiling the step"):
+      step_fn = lowered.compile()
+    log.lines(opening.memory(step_fn, mesh))
+    plan = None
+    if train_source not in cached and not train_source.in_memory:
+      plan = program.decoders(train_source, batch_size=config.batch_size)
+      log.lines([str(plan)])
     stop = stack.enter_context(workdirs.Stop())
     for step in range(start, config.num_steps):
       if step > start and step % config.save_every == 0:
@@ -196,11 +221,17 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
         raise errors.Interrupted(step)
       if program.refresh and step >= program.method.refresh_from:
         if step % config.steps_per_epoch == 0:
-          state = program.refresh(state, *view.embeddings(state, train_source))
+          embeddings = view.embeddings(state, train_source)
+          with progress.during("clustering the embeddings"):
+            state = jax.block_until_ready(program.refresh(state, *embeddings))
       with jax.transfer_guard("disallow"):
         batch, skipped, waited = next(batches)
         probe_batch, _, waited_too = next(probe_batches)
-        state, metrics = step_fn(state, batch, probe_batch)
+        if plan and step == start + 2:  # the first ones may still be preparing something
+          state, metrics, alone = _timed(step_fn, state, batch, probe_batch)
+          logging.info("%s", plan.beside(config.batch_size / alone))
+        else:
+          state, metrics = step_fn(state, batch, probe_batch)
         log.step(step, metrics, skipped=skipped, waited=waited + waited_too)
       done = step + 1
       watch, evaluate = done % config.monitor.every == 0, done % config.eval_every == 0

@@ -9,14 +9,13 @@ import json
 import math
 import os
 import pathlib
-import sys
 import time
 from collections.abc import Mapping
 
 import jax
 from absl import logging
 
-from protojax import files
+from protojax import files, progress
 
 
 def _until(path: pathlib.Path, step: int) -> None:
@@ -38,9 +37,9 @@ class Writer:
 
   Args:
     workdir: existing folder.
-    total_steps: end of the run, for the progress bar.
+    total_steps: end of the run, for its progress.
     start_step: step of the restored state, 0 for a new run.
-    stream: text stream of the terminal; None takes stderr. A progress bar shows only on a TTY.
+    stream: text stream of the terminal; None takes stderr.
     lead: whether this process writes; None asks whether it is process 0.
 
   Raises:
@@ -51,8 +50,10 @@ class Writer:
     self, workdir, *, total_steps: int, start_step: int = 0, stream=None, lead: bool | None = None
   ):
     self._lead = jax.process_index() == 0 if lead is None else lead
-    self._stream = sys.stderr if stream is None else stream
-    self._bar = self._events = None
+    self._stream, self._events = stream, None
+    self._progress = progress.Line(
+      "step", total_steps, done=start_step, stream=stream, lead=self._lead
+    )
     self._files = contextlib.ExitStack()
     if not self._lead:
       return
@@ -71,15 +72,10 @@ class Writer:
       self._text = opened(workdir / "train.log", "a")
       self._open_events(workdir, start_step)
       undo.pop_all()
-    if self._stream.isatty():
-      import tqdm  # here, like tensorboardX below: `import protojax` stays light
-
-      self._bar = tqdm.tqdm(
-        total=total_steps, initial=start_step, file=self._stream, unit="step", dynamic_ncols=True
-      )
-      self._files.callback(self._bar.close)
+    self._files.enter_context(self._progress)
 
   def _open_events(self, workdir: pathlib.Path, start_step: int) -> None:
+    # tensorboardX is imported here: `import protojax` stays light.
     # Not SummaryWriter: its thread dies of a full disk and then blocks whoever flushes or closes.
     from tensorboardX import event_file_writer, summary
     from tensorboardX.proto import event_pb2
@@ -137,25 +133,17 @@ class Writer:
       return
     self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
     self._text.flush()
-    if self._bar is None:
-      print(text, file=self._stream, flush=True)
-    else:
-      self._bar.write(text, file=self._stream)
+    progress.write(text, self._stream)
 
-  def progress(self, step: int, img_per_s: float | None = None, wait: float | None = None) -> None:
-    """Moves the bar to `step`; silent where there is no terminal.
+  def progress(self, step: int, *, rate: float | None = None, note: str | None = None) -> None:
+    """Says how far the run is, see `progress.Line.to`; every step may.
 
     Args:
       step: updates done.
-      img_per_s: images a second.
-      wait: share of the time spent waiting for data, 0 to 1.
+      rate: steps a second, for the time that is left.
+      note: what else to show; both stay until they are given again.
     """
-    if self._bar is None:
-      return
-    notes = [] if img_per_s is None else [f"{img_per_s:.0f} img/s"]
-    notes += [] if wait is None else [f"wait {wait:.0%}"]
-    self._bar.set_postfix_str(", ".join(notes), refresh=False)
-    self._bar.update(step - self._bar.n)
+    self._progress.to(step, rate=rate, note=note)
 
   def flush(self) -> None:
     """Everything written so far is on the disk, also after a power cut."""

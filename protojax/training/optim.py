@@ -145,12 +145,17 @@ def describe(config) -> str:
   o = config.optim
   clip = f"clip {o.clip:g} {'per tensor' if o.clip_mode == 'tensor' else 'global'}"
   learned = config.method.prototypes == "learned"
-  frozen = f", learned prototypes frozen for {o.freeze_prototypes_steps} steps" if learned else ""
-  return (
+  steps = o.freeze_prototypes_steps if learned else 0
+  parts = [
     f"{o.name}: lr {o.lr:g} x {config.batch_size}/256 = {_peak(config, config.batch_size):g} -> "
-    f"{o.final_lr:g}, {o.warmup_steps} warm-up steps, weight decay {o.weight_decay:g} -> "
-    f"{o.final_weight_decay:g}, {clip if o.clip else 'no clipping'}{frozen}"
-  )
+    f"{o.final_lr:g}",
+    f"{o.warmup_steps} warm-up steps" * bool(o.warmup_steps),
+    f"weight decay {o.weight_decay:g}"
+    + f" -> {o.final_weight_decay:g}" * (o.final_weight_decay != o.weight_decay),
+    clip if o.clip else "no clipping",
+    f"learned prototypes frozen for {steps} steps" * bool(steps),
+  ]
+  return ", ".join(part for part in parts if part)
 
 
 def build(config, *, num_steps: int, batch_size: int) -> optax.GradientTransformation:

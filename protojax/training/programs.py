@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from protojax import methods, sizes
-from protojax.data import augment, cache, pipeline
+from protojax.data import augment, cache, decoding, pipeline
 from protojax.evals import linear
 from protojax.training import optim, sharding, train_step
 
@@ -187,6 +187,23 @@ class Program:
       parts=parts,
     )
 
+  def decoders(self, data, *, batch_size: int) -> decoding.Plan:
+    """Who decodes batches of `data` on each host, and how fast all of them together.
+
+    Those of the probe and those trained on have their share of the cores each.
+    """
+    config = self.config
+    both = config.batch_size + (config.probe.batch_size if self.probe else 0)
+    _, parts = sharding.rows_of_process(batch_size, self.mesh)
+    plan = decoding.plan(
+      data,
+      image_size=config.data.image_size,
+      batch_size=batch_size // parts,
+      asked=config.data.num_workers,
+      share=batch_size / both,
+    )
+    return plan._replace(rate=plan.rate * parts)
+
   def batches(
     self, data, *, seed: int, step: int, batch_size: int, keys: tuple[str, ...], cached=None
   ) -> Iterator[tuple[dict[str, jax.Array], np.ndarray, float]]:
@@ -209,6 +226,9 @@ class Program:
         start = time.perf_counter()
         batch, skipped = next(gathered)
         yield batch, skipped, time.perf_counter() - start
+    workers = self.config.data.num_workers
+    if workers is None:
+      workers = self.decoders(data, batch_size=batch_size).workers
     part, parts = sharding.rows_of_process(batch_size, self.mesh)
     host = pipeline.batches(
       data,
@@ -216,7 +236,7 @@ class Program:
       step=step,
       batch_size=batch_size,
       image_size=self.config.data.image_size,
-      num_workers=self.config.data.num_workers,
+      num_workers=workers,
       process_index=part,
       process_count=parts,
     )

@@ -272,6 +272,8 @@ if __name__ == "__main__":
     print("others stay unparsed")
   flags.FLAGS(["program", "--own=6", "--grain_py_debug_mode=false"])
   print("own", flags.FLAGS.own)
+  for _ in pipeline.sequential(data, batch_size=64, image_size=32, limit=64, num_workers=1):
+    pass
   raise RuntimeError("left the loop")
 """)
   done = subprocess.run(
@@ -286,3 +288,5 @@ if __name__ == "__main__":
   (want,) = take(pipeline.batches(data, seed=0, step=5, batch_size=128, image_size=32), 1)
   assert lines == [str(want["index"].tolist()), "others stay unparsed", "own 6"], done.stderr
   assert done.returncode == 1 and "left the loop" in done.stderr
+  # Neither of the stream that was left open nor of the one that was read to its end.
+  assert "leaked" not in done.stderr and "Exception ignored" not in done.stderr

@@ -7,6 +7,7 @@ import pytest
 import sklearn.cluster
 import sklearn.datasets
 
+from protojax import progress
 from protojax.prototypes import kmeans
 
 
@@ -30,6 +31,21 @@ def test_iterations_are_those_of_scikit_learn():
     np.testing.assert_allclose(ours.inertia, theirs.inertia_, rtol=1e-5)
     np.testing.assert_array_equal(ours.codes, theirs.labels_)
     np.testing.assert_array_equal(ours.counts, np.bincount(theirs.labels_, minlength=12))
+
+
+def test_start_by_start_it_is_the_same(monkeypatch):
+  rows, said = jnp.asarray(_blobs(num=100)), []
+
+  def over(items, what):
+    said.append((what, len(items)))
+    return items
+
+  monkeypatch.setattr(progress, "over", over)
+  arguments = {"num_clusters": 5, "num_steps": 3, "num_restarts": 6}
+  whole = kmeans.fit(rows, jax.random.key(3), **arguments)
+  parts = kmeans.fit_by_starts(rows, jax.random.key(3), **arguments)
+  assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), whole, parts))
+  assert said == [("k-means, start", 6)]
 
 
 def test_inertia_of_the_best_start_is_that_of_scikit_learn():

@@ -1,4 +1,7 @@
+import io
 import json
+import re
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +9,7 @@ import pytest
 import tiny
 
 from protojax import config as configs
-from protojax import errors
+from protojax import errors, progress
 from protojax.metrics import verdicts
 from protojax.training import console
 
@@ -25,6 +28,31 @@ def _log(tmp_path, losses, **changes):
 
 def test_a_line_is_the_mean_of_the_steps_since_the_last(tmp_path):
   assert _log(tmp_path, [8.0, 7.0, 5.0, 3.0], log_every=2) == {1: 8.0, 2: 7.0, 4: 4.0}
+
+
+class _Terminal(io.StringIO):
+  def isatty(self):
+    return True
+
+
+def test_the_bar_moves_with_every_step_and_its_eta_is_that_of_the_line(tmp_path, monkeypatch):
+  seconds = [0.0]
+
+  def later():
+    seconds[0] += 0.25
+    return seconds[0]
+
+  monkeypatch.setattr(progress, "_now", later)
+  monkeypatch.setattr(console.time, "perf_counter", later)
+  monkeypatch.setattr(sys, "stderr", terminal := _Terminal())
+  _log(tmp_path, [1.0] * 40, log_every=10)
+  shown = terminal.getvalue()
+  moves = [int(done) for done in re.findall(r"\rstep (\d+)/40 +\d+% \|", shown)]
+  assert set(moves) >= set(range(2, 40)) and moves == sorted(moves)
+  for line in (line for line in shown.splitlines() if "  loss " in line and "eta" in line):
+    step, eta = re.search(r"step (\d+)/40  eta (\S+)", line).groups()
+    below = re.findall(rf"\rstep {step}/40 .*?eta (\S+)", shown)
+    assert below and all(abs(int(b[-2:]) - int(eta[-2:])) <= 1 for b in below[-1:])
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])

@@ -3,8 +3,9 @@ import numpy as np
 import pytest
 import tiny
 
+from protojax import progress
 from protojax.data import pipeline, sources
-from protojax.training import evaluation, programs, train_step
+from protojax.training import encode, evaluation, programs, train_step
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
@@ -34,6 +35,22 @@ def test_duplicated_prototypes_are_counted(setting):
   assert measures["collapse/unique_0.025"] == 8 / 32
   assert measures["collapse/unique_0.025_random"] == 1.0
   assert measures["collapse/relative_uniqueness"] < 1e-3
+
+
+def test_a_pass_says_how_many_images_are_done(setting, monkeypatch):
+  program, _, _, bank = setting
+  done = []
+  monkeypatch.setattr(progress.Line, "to", lambda line, n: done.append((line._what, n)))
+  rows = encode.rows(
+    lambda batch: batch["index"],
+    bank,
+    mesh=program.mesh,
+    batch_size=64,
+    image_size=32,
+    limit=100,
+  )
+  assert len(rows) == 100
+  assert done == [("encoding digits/train", 64), ("encoding digits/train", 100)]
 
 
 def test_usage_is_that_of_the_whole_bank(setting):

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -103,13 +104,19 @@ def _losses(folder):
   return {r["step"]: r["train/loss"] for r in lines if "train/loss" in r}
 
 
-def test_stopped_and_resumed_run_equals_the_whole_one_to_the_bit(whole, tmp_path, monkeypatch):
+def test_stopped_and_resumed_run_equals_the_whole_one_to_the_bit(
+  whole, tmp_path, monkeypatch, caplog
+):
   folder = tmp_path / "run"
   with monkeypatch.context() as patch:
     _stop_after(patch, 3)
     with pytest.raises(errors.Interrupted, match="stopped at step 3"):
       loop.run(_config(), str(folder))
+  monkeypatch.setattr(loop.sources.Source, "in_memory", False)  # so that decoding is told
+  caplog.set_level("INFO")
   loop.run(_config(**{"data.num_workers": 2}), str(folder))
+  assert re.search(r"2 workers decode about [\d,]+ img/s\n", caplog.text)
+  assert re.search(r"2 workers decode about [\d,]+ img/s; this step takes [\d,]+", caplog.text)
   step, state = _final(folder)
   expected_step, expected = _final(whole)
   assert step == expected_step == 6
@@ -196,6 +203,24 @@ def test_a_checkpoint_is_restored_whatever_probe_it_has(whole, tmp_path):
   assert said.endswith("starts fresh: there was none") and state.carry["probe"]["seen"] == 0
   chex.assert_trees_all_equal_shapes_and_dtypes(state, with_ten.abstract)
   assert restored(tmp_path, without)[2] == ""
+
+
+def test_a_run_says_what_it_is_before_it_starts(whole):
+  lines = [line[20:] for line in (whole / "train.log").read_text().splitlines()]
+  lines = lines[: next(i for i, line in enumerate(lines) if line.startswith("step 1/6"))]
+  assert all(len(line) <= 80 for line in lines if str(whole) not in line)
+  said = " ".join(" ".join(lines).split())
+  names = ("method", "prototypes", "encoder", "images", "length", "optimizer", "devices")
+  starts = [line.split()[0] for line in lines if not line.startswith(" ")]
+  assert starts == [*names, "workdir", "memory"]
+  assert "method dino, with a teacher prototypes mixture, 32 of 16 dimensions" in said
+  tensors, _ = export.read(whole / "exported")
+  backbone = sum(x.size for name, x in tensors.items() if name.startswith("params.backbone"))
+  assert f"vit_tiny; backbone {backbone / 1e6:.3g} M, head " in said
+  assert "1,442 of digits/train; tested on 355 of digits/test, 10 classes" in said
+  assert "6 steps of 16 images, 0.0667 epochs" in said and "frozen" not in said
+  assert "8 x cpu, mesh data 8 x model 1" in said
+  assert re.search(r"memory [\d.]+ [MG]iB for the step, of [\d.]+ GiB a device", said)
 
 
 def test_every_file_of_a_run_is_there(whole):

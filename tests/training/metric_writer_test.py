@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
+from protojax import progress
 from protojax.training import metric_writer
 
 
@@ -154,22 +155,26 @@ def test_full_disk_under_the_event_file_is_an_error_too(tmp_path, monkeypatch):
 def test_without_a_terminal_there_are_plain_lines_and_no_bar(tmp_path):
   stream = io.StringIO()
   with _make(tmp_path, stream=stream) as out:
-    out.progress(10, 1630.0, 0.01)
+    out.progress(10, note="img/s 1630")
     out.line("step 10/100  loss 7.91")
   assert stream.getvalue() == "step 10/100  loss 7.91\n"
   assert (tmp_path / "train.log").read_text().endswith(" step 10/100  loss 7.91\n")
 
 
-def test_on_a_terminal_the_bar_starts_at_the_resumed_step(tmp_path):
+def test_on_a_terminal_a_bar_moves_with_the_steps_below_the_lines(tmp_path, monkeypatch):
+  seconds = [0.0]
+  monkeypatch.setattr(progress, "_now", lambda: seconds[0])
   stream = _Terminal()
   with _make(tmp_path, stream=stream, start_step=40) as out:
-    out.progress(50, 1630.4, 0.013)
-    out._bar.refresh()
-    assert out._bar.n == 50 and out._bar.initial == 40  # what was restored took no time
-    out.line("step 50/100")
+    for step in range(41, 50):
+      seconds[0] += 1.0
+      out.progress(step)
+      assert f"\rstep {step}/100   {step}% |" in stream.getvalue()
+    seconds[0] += 1.0
+    out.progress(50, rate=0.5, note="img/s 1630  wait 1%")
+    out.line("step 50/100  loss 1.00")
   shown = stream.getvalue()
-  assert "50/100" in shown and "1630 img/s, wait 1%" in shown and "\nstep" not in shown
-  assert "step 50/100\n" in shown
+  assert "eta 1:40  img/s 1630  wait 1%" in shown and shown.endswith(" \rstep 50/100  loss 1.00\n")
 
 
 def test_train_log_keeps_its_history(tmp_path):

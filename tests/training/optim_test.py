@@ -276,6 +276,16 @@ def test_logged_rate_is_the_scaled_one_that_is_applied():
   np.testing.assert_allclose(rate(2), 0.02, rtol=1e-6)
 
 
+def test_description_says_only_what_applies():
+  config = _config(freeze_prototypes_steps=0, warmup_steps=0)
+  config.method.prototypes = "learned"
+  config.optim.update({"weight_decay": 0.04, "final_weight_decay": 0.04})
+  line = optim.describe(config)
+  assert "frozen" not in line and "warm-up" not in line and "weight decay 0.04," in line
+  config.optim.update({"final_weight_decay": 0.4, "warmup_steps": 3})
+  assert "3 warm-up steps, weight decay 0.04 -> 0.4," in optim.describe(config)
+
+
 def test_description_is_one_line_with_the_scaled_rate():
   line = optim.describe(_config(lr=5e-4, freeze_prototypes_steps=7))
   assert "\n" not in line and "0.0005 x 512/256 = 0.001" in line and "frozen for 7 steps" in line

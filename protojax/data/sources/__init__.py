@@ -1,6 +1,6 @@
 """Where images come from: one file a kind of source, and `build`, which finds them by name.
 
-A new kind is a file with a function like `folder.build`, its import and its entry of `_KINDS`
+A new kind is a file with a function like `folder.build`, its import and its entry of `KINDS`
 below. Without a fork, `data.name=my_package.my_source` takes any module that is on the path and has
 such a function.
 """
@@ -13,7 +13,7 @@ import types
 import numpy as np
 
 from protojax import errors, own_modules
-from protojax.data.sources import digits, folder, tfds
+from protojax.data.sources import digits, folder, parquet, shards, tar, tfds
 from protojax.data.sources.folder import EXTENSIONS, HELD_OUT
 from protojax.data.sources.imbalance import long_tail
 from protojax.data.sources.pixels import Range, decode
@@ -28,6 +28,7 @@ from protojax.data.sources.source import (
 __all__ = [
   "EXTENSIONS",
   "HELD_OUT",
+  "SHARDS",
   "CorruptImage",
   "Range",
   "Source",
@@ -36,11 +37,16 @@ __all__ = [
   "find_split",
   "read_items",
   "require_labels",
+  "shards",
 ]
 
-_KINDS = {  # (split, data_dir) -> Source
+SHARDS = ("parquet", "tar")  # kinds whose files say by their names which split they are
+
+KINDS = {  # (split, data_dir) -> Source
   "digits": digits.build,
   "folder": folder.build,
+  "parquet": parquet.build,
+  "tar": tar.build,
 }
 _FIRST = 8  # images of a user's source that are read at once: one damaged file is no mistake in it
 
@@ -64,7 +70,8 @@ def build(
   Args:
     name: "digits" (shipped inside scikit-learn); "folder", image files (`EXTENSIONS`) at any depth
       of `data_dir/split`, or of `data_dir` where it is not divided, labelled by their first-level
-      folder unless there is only one or images lie beside them; a name with a dot,
+      folder unless there is only one or images lie beside them; "parquet", files as Hugging Face
+      writes them; "tar", WebDataset shards; a name with a dot,
       "my_package.my_source", a module of the user's with `build(split, data_dir) -> Source`; else a
       TFDS data set prepared in `data_dir` as array_record, "name[/config][:version]".
     split: "train", "test"; for TFDS also "train[:1000]"; for a folder a sub-folder, or None.
@@ -85,8 +92,8 @@ def build(
   if channels < 1:
     raise errors.UserError(f"data.channels={channels} must be at least 1 (3: colour)")
   _check_range(value_range, channels)
-  if name in _KINDS:
-    source = _KINDS[name](split, data_dir)
+  if name in KINDS:
+    source = KINDS[name](split, data_dir)
   elif re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", name):
     source = _of_module(name, split, data_dir, channels)
   else:

@@ -22,8 +22,10 @@ class CorruptImage(Exception):
 class Source:
   """Random access to images; can be pickled into worker processes.
 
-  `source[i]` is {"image": uint8 [H, W, channels], "label": int}, the label -1 where there is none.
-  It raises `CorruptImage` if record i cannot be decoded and IndexError if there is no record i.
+  `source[i]` is {"image": uint8 [H, W, channels], "label": int, "size": (height, width)}: the label
+  -1 where there is none, the size that of the image, or of its original where the source holds a
+  copy of another size and shape. It raises `CorruptImage` if record i cannot be decoded and
+  IndexError if there is no record i.
 
   Attributes:
     name: for messages.
@@ -35,8 +37,9 @@ class Source:
 
   Args:
     records: int array [N], numbers of the records that there are.
-    read: list of these numbers -> list of (what `decode` takes or uint8 [H, W, C], label). Of a
-      module or a `functools.partial` of such a function, for it is pickled too.
+    read: list of these numbers -> list of (what `decode` takes or uint8 [H, W, C], label) or of
+      (that, label, size of the original). Of a module or a `functools.partial` of such a function,
+      for it is pickled too.
     labels: int32 [M], indexed by the numbers of the records; None reads them when they are asked
       for.
     describe: number of a record -> str; None makes it "name[number]".
@@ -46,7 +49,7 @@ class Source:
     self,
     name: str,
     records: np.ndarray,
-    read: Callable[[list[int]], Sequence[tuple[Any, int]]],
+    read: Callable[[list[int]], Sequence[tuple]],
     labels: np.ndarray | None = None,
     describe: Callable[[int], str] | None = None,
     class_names: Sequence[str] = (),
@@ -91,9 +94,9 @@ class Source:
       else:
         yield self._corrupt(records[0], error)
 
-  def _finish(self, record: int, pair: tuple[Any, int]) -> dict[str, Any] | CorruptImage:
+  def _finish(self, record: int, found: tuple) -> dict[str, Any] | CorruptImage:
     try:
-      image, label = pair
+      image, label, *size = found
       if not isinstance(image, np.ndarray):
         image = pixels.decode(image, self.channels, self.value_range)
       elif image.dtype == np.uint8 and image.ndim == 3:
@@ -101,7 +104,9 @@ class Source:
       if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != self.channels:
         kind = f"uint8 [H, W, {self.channels}]"
         raise TypeError(f"an image is {kind}, not {image.dtype} {list(image.shape)}")
-      return {"image": image, "label": int(label) if self.num_classes else -1}
+      height, width = size[0] if size else image.shape[:2]
+      label = int(label) if self.num_classes else -1
+      return {"image": image, "label": label, "size": (int(height), int(width))}
     except Exception as error:  # Pillow's plugins raise almost anything on a damaged file
       return self._corrupt(record, error)
 
@@ -117,7 +122,14 @@ class Source:
     if self._labels is not None:
       return np.asarray(self._labels, np.int32)[self._records]
     parts = np.array_split(self._records, -(-len(self) // 1024))
-    return np.array([label for p in parts for _, label in self._read(p.tolist())], np.int32)
+    return np.array([found[1] for p in parts for found in self._read(p.tolist())], np.int32)
+
+  @property
+  def in_memory(self) -> bool:
+    """Whether the images lie in memory, decoded."""
+    read: Any = self._read
+    plain = isinstance(read, functools.partial) and read.func is read_items and bool(read.args)
+    return plain and isinstance(read.args[0], np.ndarray)
 
   def describe(self, index: int) -> str:
     """A short name of record `index`: the path of a file, or "cifar10/train[17]"."""
@@ -148,7 +160,7 @@ def measured_range(source: Source) -> pixels.Range | None:
   records = np.unique(np.arange(_SAMPLE) * len(source) // _SAMPLE)
   for record in source._records[records].tolist():
     try:
-      ((file, _),) = source._read([record])
+      file = source._read([record])[0][0]
       if isinstance(file, np.ndarray):
         return None  # arrays are of eight bits
       depth = pixels.depth(file)

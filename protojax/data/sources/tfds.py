@@ -10,6 +10,9 @@ import numpy as np
 from protojax import errors
 from protojax.data.sources import source
 
+# Features beside an image that `protojax.prepare` has made smaller: what it was before, in pixels.
+ORIGINAL = ("original_height", "original_width")
+
 
 def build(name: str, split: str | None, data_dir: str | os.PathLike | None) -> source.Source:
   """A data set that TFDS has prepared as array_record; of no other place and no other version.
@@ -64,14 +67,22 @@ def build(name: str, split: str | None, data_dir: str | os.PathLike | None) -> s
     ) from None
   label = features["label"] if "label" in features else None
   classes = label.names if isinstance(label, tfds.features.ClassLabel) else ()
-  read = functools.partial(_read, data)
+  smaller = all(side in features for side in ORIGINAL)
+  read = functools.partial(_read, data, smaller)
   return source.Source(f"{name}/{split}", np.arange(size), read, class_names=classes)
 
 
-def _read(data: Any, records: list[int]) -> list[tuple[bytes, int]]:
+def _read(data: Any, smaller: bool, records: list[int]) -> list[tuple]:
   """Records asked for together are read in parallel: half the time of one after another."""
   from tensorflow_datasets.proto import tf_example_pb2
 
   examples = map(tf_example_pb2.Example.FromString, data.__getitems__(records))
-  features = [example.features.feature for example in examples]
-  return [(f["image"].bytes_list.value[0], (*f["label"].int64_list.value, -1)[0]) for f in features]
+  return [_parts(example.features.feature, smaller) for example in examples]
+
+
+def _parts(feature: Any, smaller: bool) -> tuple:
+  """(bytes of the image, label or -1), and (height, width) of the original where they are there."""
+  found = feature["image"].bytes_list.value[0], (*feature["label"].int64_list.value, -1)[0]
+  if not smaller:
+    return found
+  return *found, tuple(feature[side].int64_list.value[0] for side in ORIGINAL)

@@ -1,0 +1,252 @@
+"""Prepared data sets: whole or not there, lossless or told, read by protojax and by TFDS."""
+
+import hashlib
+import http.server
+import io
+import pathlib
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from protojax import errors, prepare
+from protojax.data import cifar, pipeline, prepared, sources
+
+
+def _archive(kind, path, train=20, test=10):
+  """Writes a small archive of this kind; (its `Archive`, {split: (labels [N, .], images)})."""
+  archive, rng = cifar.ARCHIVES[kind], np.random.default_rng(0)
+  content, members = {}, {}
+  for split, files in archive.splits.items():
+    count = (train if split == "train" else test) // len(files) * len(files)
+    classes = [10] if kind == "cifar10" else [20, 100]
+    labels = np.stack([rng.integers(0, c, count) for c in classes], 1).astype(np.uint8)
+    images = rng.integers(0, 256, (count, 32, 32, 3), np.uint8)
+    content[split] = labels, images
+    rows = np.concatenate([labels, images.transpose(0, 3, 1, 2).reshape(count, -1)], 1)
+    for file, part in zip(files, np.split(rows, len(files)), strict=True):
+      members[file] = part.tobytes()
+  for file, count in zip(archive.labels.values(), classes, strict=True):
+    names = "\n".join(f"class_{i}" for i in range(count))
+    members[file] = f"{names}\n\n".encode()  # an empty line at the end, as theirs have
+  with tarfile.open(path, "w:gz") as files:
+    for name, data in members.items():
+      info = tarfile.TarInfo(f"{archive.folder}/{name}")
+      info.size = len(data)
+      files.addfile(info, io.BytesIO(data))
+  data = path.read_bytes()
+  changed = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+  return archive._replace(**changed), content
+
+
+class _Server(http.server.BaseHTTPRequestHandler):
+  """Serves `content`, from where it is asked to, at most `most` bytes; notes the ranges."""
+
+  content, most, ranges = b"", 0, []
+
+  def do_GET(self):
+    start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+    type(self).ranges.append(start)
+    self.send_response(206)
+    self.send_header("Content-Length", str(len(self.content) - start))
+    self.end_headers()
+    self.wfile.write(self.content[start : start + self.most])
+
+  def log_message(self, *unused):
+    pass
+
+
+@pytest.fixture
+def server():
+  class Server(_Server):
+    ranges = []
+
+  served = http.server.HTTPServer(("127.0.0.1", 0), Server)
+  thread = threading.Thread(target=served.serve_forever, kwargs={"poll_interval": 0.01})
+  thread.start()
+  Server.url = f"http://127.0.0.1:{served.server_port}/a.tar.gz"
+  yield Server
+  served.shutdown()
+  thread.join()
+  served.server_close()
+
+
+@pytest.mark.parametrize("kind", ["cifar10", "cifar100"])
+def test_cifar_is_stored_without_loss_and_read_by_protojax_and_tfds(
+  kind, tmp_path, monkeypatch, capsys
+):
+  archive, content = _archive(kind, tmp_path / "a.tar.gz")
+  monkeypatch.setitem(cifar.ARCHIVES, kind, archive)
+  out = tmp_path / "data"
+  prepare.main([kind, str(out), f"--archive={tmp_path / 'a.tar.gz'}"])
+  said = capsys.readouterr().out
+  assert "train 20, test 10" in said and f"--config.data.name={kind}" in said
+  reference = tfds.builder(kind, data_dir=out)  # of TFDS's own features
+  for split, (labels, images) in content.items():
+    data = sources.build(kind, split=split, data_dir=out)
+    other = reference.as_data_source(split)
+    assert len(data) == len(images)
+    for i, image in enumerate(images):
+      np.testing.assert_array_equal(data[i]["image"], image)
+      assert data[i]["label"] == labels[i, -1] and data[i]["size"] == (32, 32)
+      np.testing.assert_array_equal(other[i]["image"], image)
+      assert other[i]["label"] == labels[i, -1]
+      assert kind == "cifar10" or other[i]["coarse_label"] == labels[i, 0]
+    assert data.class_names[7] == "class_7" and data.num_classes == int(kind[5:])
+  with pytest.raises(errors.UserError, match="is there already"):
+    prepare.main([kind, str(out), f"--archive={tmp_path / 'a.tar.gz'}"])
+
+
+def test_the_archives_are_those_that_tfds_lists():
+  lists = pathlib.Path(tfds.__file__).parent / "url_checksums"
+  for kind, archive in cifar.ARCHIVES.items():
+    url, size, sha256, _ = (lists / f"{kind}.txt").read_text().split("\n")[0].split("\t")
+    assert (url, int(size), sha256) == (archive.url, archive.size, archive.sha256)
+
+
+def test_a_download_goes_on_where_it_stopped_and_is_checked(tmp_path, monkeypatch, server):
+  archive, _ = _archive("cifar10", tmp_path / "a.tar.gz")
+  archive = archive._replace(url=server.url)
+  monkeypatch.setitem(cifar.ARCHIVES, "cifar10", archive)
+  server.content, server.most = (tmp_path / "a.tar.gz").read_bytes(), archive.size // 2 + 1
+  out = tmp_path / "out"
+  with pytest.raises(errors.UserError, match=r"again.*goes on"):
+    prepare.main(["cifar10", str(out)])
+  assert [path.name for path in out.iterdir()] == ["a.tar.gz.part"]
+  prepare.main(["cifar10", str(out)])
+  assert server.ranges == [0, archive.size // 2 + 1]
+  assert [path.name for path in out.iterdir()] == ["cifar10"]
+  assert len(sources.build("cifar10", split="train", data_dir=out)) == 20
+  server.content, server.most = b"x" * archive.size, archive.size
+  with pytest.raises(errors.UserError, match="sha256.*binary version"):
+    prepare.main(["cifar10", str(tmp_path / "other")])
+  assert not list((tmp_path / "other").iterdir())
+
+
+def test_without_a_network_the_way_out_is_named(tmp_path, monkeypatch):
+  archive = cifar.ARCHIVES["cifar10"]._replace(url="http://127.0.0.1:9/a.tar.gz")
+  monkeypatch.setitem(cifar.ARCHIVES, "cifar10", archive)
+  with pytest.raises(errors.UserError, match="cannot download.*--archive=FILE") as caught:
+    prepare.main(["cifar10", str(tmp_path)])
+  assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+  """Forty odd photos in train/ and test/ of two classes, one of them damaged."""
+  root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(1)
+  for i in range(40):
+    path = root / ("test" if i % 4 == 3 else "train") / "ab"[i // 4 % 2] / f"{i:02d}.jpg"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    low = rng.integers(0, 256, (4, 4, 3), np.uint8)
+    image = Image.fromarray(low).resize((50 + i, 40), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = 6 if i % 5 == 0 else 1
+    image.convert(("RGB", "L", "CMYK")[i % 3]).save(path, quality=90, exif=exif)
+  (root / "train" / "b" / "05.jpg").write_bytes(b"no image")
+  return root
+
+
+@pytest.fixture(scope="module")
+def small(photos, tmp_path_factory):
+  """`photos` prepared at 24 pixels."""
+  out = tmp_path_factory.mktemp("out")
+  prepare.main(["folder", str(photos), str(out), "--size=24", "--name=small"])
+  return out
+
+
+def test_prepared_photos_keep_sizes_labels_and_all_but_the_loss_of_jpeg(photos, small):
+  for split, damaged in (("train", 1), ("test", 0)):
+    before = sources.build("folder", split=split, data_dir=photos)
+    after = sources.build("small", split=split, data_dir=small)
+    assert len(after) == len(before) - damaged and after.class_names == before.class_names
+    options = {"batch_size": len(before), "image_size": 24}
+    (want,) = pipeline.sequential(before, **options)
+    (got,) = pipeline.sequential(after, **options)
+    mask = want["mask"]
+    for key in ("size", "label"):
+      np.testing.assert_array_equal(got[key][got["mask"]], want[key][mask])
+    apart = got["image"][got["mask"]].astype(int) - want["image"][mask]
+    assert np.abs(apart).mean() < 2 and np.abs(apart).max() < 40
+    assert (want["size"][mask] != 24).all()
+  ids = [
+    one["id"] for one in tfds.builder_from_directory(small / "small/1.0.0").as_data_source("test")
+  ]
+  assert ids[:2] == [b"test/a/03.jpg", b"test/a/11.jpg"]
+  # The JPEG is of the very pixels that training would have made, so a second squash changes none.
+  image = Image.open(io.BytesIO(after._read([0])[0][0]))
+  assert image.format == "JPEG" and image.size == (24, 24)
+  jpeg = prepared._jpeg(want["image"][0])
+  np.testing.assert_array_equal(sources.decode(jpeg), got["image"][0])
+
+
+def test_what_cannot_be_read_is_left_out_and_named(photos, tmp_path, capsys):
+  prepare.main(["folder", str(photos), str(tmp_path), "--size=8"])
+  said = capsys.readouterr().out
+  assert "train 29, test 10 images" in said and "05.jpg" in said and "left out" in said
+  name = photos.name.lower()
+  assert f"--config.data.name={name} --config.data.data_dir={tmp_path} " in said
+  assert "--config.data.image_size=8" in said
+  assert (tmp_path / name / "1.0.0" / "dataset_info.json").exists()
+
+
+def test_an_interrupted_prepare_leaves_nothing_and_starts_over(tmp_path, monkeypatch):
+  features = {"image": tfds.features.Image(shape=(None, None, 3))}
+  example = {"image": prepared._jpeg(np.zeros((4, 4, 3), np.uint8))}
+
+  def stopped():
+    yield example
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    prepared.write(tmp_path, "own", "1.0.0", features, {"train": stopped()})
+  assert not list(tmp_path.iterdir())
+  killed = tmp_path / ".own-1.0.0.unfinished"
+  killed.mkdir()
+  (killed / "train-7").write_text("half")
+  monkeypatch.setattr(prepared, "_SHARD", 100)
+  counts = prepared.write(tmp_path, "own", "1.0.0", features, {"train": [example] * 3})
+  assert counts == {"train": 3} and [p.name for p in tmp_path.iterdir()] == ["own"]
+  files = sorted(p.name for p in (tmp_path / "own" / "1.0.0").glob("*array_record*"))
+  assert files == [f"own-train.array_record-0000{i}-of-00003" for i in range(3)]
+  data = sources.build("own", split="train", data_dir=tmp_path)
+  assert len(data) == 3 and data[2]["image"].shape == (4, 4, 3)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "words"),
+  [
+    (["cifar10"], "required"),
+    (["cifar10", "a", "b"], "takes OUT"),
+    (["folder", "a"], "takes IN OUT"),
+    (["stl10", "a"], "invalid choice"),
+    (["folder", "/nowhere", "OUT"], "/nowhere of data set 'folder' is not a folder"),
+    (["folder", "IN", "OUT", "--name=Mine"], "'Mine'.*--name"),
+    (["folder", "IN", "OUT", "--name=tar"], "'tar'.*--name"),
+    (["folder", "IN", "OUT", "--size=0"], "--size=0 must"),
+    (["cifar10", "FILE"], "cannot write to .*00.jpg"),
+    (["folder", "IN", "FILE"], "cannot write to .*00.jpg"),
+    (["cifar100", "OUT", "--archive=/nowhere"], "cannot read the archive"),
+  ],
+)
+def test_wrong_arguments_are_refused_in_one_line(arguments, words, photos, tmp_path):
+  file = photos / "train" / "a" / "00.jpg"
+  places = {"IN": str(photos), "OUT": str(tmp_path / "out"), "FILE": str(file)}
+  with pytest.raises(errors.UserError, match=words) as caught:
+    prepare.main([places.get(word, word) for word in arguments])
+  assert "\n" not in str(caught.value) and not list(tmp_path.rglob("*"))
+
+
+def test_splits_of_different_classes_are_refused(tmp_path):
+  for path in ("train/a/1.png", "train/b/1.png", "test/a/1.png", "test/c/1.png"):
+    (tmp_path / "in" / path).parent.mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "in" / path)
+  command = ["folder", str(tmp_path / "in"), str(tmp_path / "out"), "--size=4"]
+  with pytest.raises(errors.UserError, match="different classes.*--splits"):
+    prepare.main(command)
+  assert not (tmp_path / "out").exists()
+  prepare.main([*command, "--splits=test"])
+  assert sources.build("in", split="test", data_dir=tmp_path / "out").class_names == ("a", "c")
