@@ -67,7 +67,9 @@ def test_small_shared_memory_is_named_and_fewer_workers_taken(files, machine, ca
     pipeline.batches(files, seed=0, step=0, batch_size=256, image_size=256, num_workers=8)
   assert "\n" not in str(caught.value)
   machine(room=200 * 2**20)
-  assert 0 < plan().workers < 7
+  assert 0 < (of_colour := plan().workers) < 7
+  files.channels = 5
+  assert plan().workers < of_colour
 
 
 def _die(records):
