@@ -229,7 +229,7 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
         probe_batch, _, waited_too = next(probe_batches)
         if plan and step == start + 2:  # the first ones may still be preparing something
           state, metrics, alone = _timed(step_fn, state, batch, probe_batch)
-          logging.info("%s", plan.beside(config.batch_size / alone))
+          log.lines([plan.beside(config.batch_size / alone)])
         else:
           state, metrics = step_fn(state, batch, probe_batch)
         log.step(step, metrics, skipped=skipped, waited=waited + waited_too)
