@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
+from absl import logging
 from ml_collections import config_dict
 
-from protojax import errors, methods, trees
+from protojax import errors, methods, sizes, trees
+from protojax.models import vit
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
@@ -54,7 +56,11 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
       "name": "digits",
       "data_dir": config_dict.placeholder(str),
       "split": "train",
-      "image_size": 32,  # storage size of the host pipeline, pixels
+      "image_size": 256,  # storage size of the host pipeline, pixels
+      "channels": 3,  # 1: grey; or as many as the files have (docs/images.md)
+      # Of images of more than 8 bits: (low, high), what becomes black and white, numbers or one for
+      # each channel; None: from a sample at the start.
+      "value_range": config_dict.placeholder(tuple),
       "imbalance": config_dict.placeholder(float),  # largest class over smallest
       "num_records": 0,  # 0: found out at the start; a run goes on only with as many
       # Processes that decode, for each stream of images; 0: threads; None: chosen by what is there
@@ -70,7 +76,7 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
       "name": config_dict.placeholder(str),  # None: data.name
       "data_dir": config_dict.placeholder(str),  # None: data.data_dir
       "train_split": "train",
-      "test_split": "test",
+      "test_split": "test",  # a folder's may be called val, validation or valid too
       "batch_size": 64,  # of the online linear probe; 0 turns it off
       "lr": 1e-3,
       "k": 20,
@@ -87,9 +93,10 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
     }
   )
   config.augment = ml_collections.ConfigDict({
-    "global_size": 224,
+    # Pixels of a view's side, or (height, width).
+    "global_size": config_dict.FieldReference(224, field_type=object),
     "global_scale": (0.4, 1.0),
-    "local_size": 96,
+    "local_size": config_dict.FieldReference(96, field_type=object),
     "local_scale": (0.05, 0.4),
     "num_local": 8,
     "flip": 0.5,
@@ -102,13 +109,13 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
     "blur_prob": (1.0, 0.1, 0.5),  # first global view, second, local ones
     "blur_sigma": (0.1, 2.0),
     "solarize_prob": (0.0, 0.2, 0.0),
-    **IMAGENET,
+    **IMAGENET,  # "mean" and "std", one for each channel; None: measured at the start
   })  # fmt: skip
   config.model = ml_collections.ConfigDict(
     {
       "name": "vit_small",
       "patch_size": 16,
-      "image_size": config_dict.placeholder(int),  # of the position embedding; None: global_size
+      "image_size": config_dict.placeholder(object),  # of the position embedding; None: global_size
       "width": config_dict.placeholder(int),  # None: what the name says
       "depth": config_dict.placeholder(int),
       "heads": config_dict.placeholder(int),
@@ -288,7 +295,8 @@ def resolve(config: ml_collections.ConfigDict, num_records: int) -> ml_collectio
   """
   config = config.copy_and_resolve_references()
   _check_positive(config)
-  with config.unlocked():
+  with config.unlocked(), config.ignore_type():
+    _resolve_channels(config)
     # What --config.method.name=... brought in after the recipe was made.
     for key, value in methods.load(config.method.name).OPTIONS.items():
       if key not in config.method:
@@ -334,7 +342,71 @@ def resolve(config: ml_collections.ConfigDict, num_records: int) -> ml_collectio
     ):
       if section[key] is None:
         section[key] = default
+    _resolve_sizes(config)
   return config
+
+
+def _resolve_channels(config: ml_collections.ConfigDict) -> None:
+  """Turns off what only colour has, and checks or clears what there is one of for each channel."""
+  channels, views = config.data.channels, config.augment
+  if channels < 1:
+    raise errors.UserError(f"data.channels={channels} must be at least 1 (3: colour)")
+  if channels != 3:
+    colour = [key for key in ("saturation", "hue", "gray_prob") if views[key]]
+    if colour:
+      logging.info(
+        "config.augment.%s: off, images of data.channels=%d have no colour",
+        " and config.augment.".join(colour),
+        channels,
+      )
+      views.update(dict.fromkeys(colour, 0.0))
+  for key in IMAGENET:
+    if to_be_measured(config, key):
+      views[key] = None
+    value = views[key]
+    if value is not None and len(value) != channels:
+      raise errors.UserError(
+        f"augment.{key}={tuple(value)} has {len(value)} numbers and data.channels={channels}: give "
+        f"one for each channel, or None to have it measured"
+      )
+
+
+def to_be_measured(config: ml_collections.ConfigDict, key: str) -> bool:
+  """Whether `augment.mean` or `augment.std` is not given: None, or ImageNet's but no colour."""
+  value, channels = config.augment[key], config.data.channels
+  return value in (None, (None,)) or (channels != 3 and value == IMAGENET[key])
+
+
+def _resolve_sizes(config: ml_collections.ConfigDict) -> None:
+  """Refuses sizes that contradict each other, each in one line."""
+  views, model = config.augment, config.model
+  used = [(views, "augment", "global_size")]
+  used += [(views, "augment", "local_size")] * bool(views.num_local > 0)
+  used += [(model, "model", "image_size")] * (model.name in vit.VARIANTS)
+  for section, name, key in used:
+    section[key] = size = sizes.checked(f"{name}.{key}", section[key])
+    patch = model.patch_size
+    if model.name in vit.VARIANTS and any(side % patch for side in sizes.pair(size)):
+      nearest = [max(patch, round(side / patch) * patch) for side in sizes.pair(size)]
+      raise errors.UserError(
+        f"{name}.{key}={size} is no multiple of model.patch_size={patch}: the nearest is "
+        f"{sizes.text(sizes.checked(key, nearest))}"
+      )
+  large = sizes.pair(views.global_size)
+  small = sizes.pair(views.local_size)
+  if views.num_local > 0 and (small[0] > large[0] or small[1] > large[1]):
+    raise errors.UserError(
+      f"augment.local_size={views.local_size} is larger than augment.global_size="
+      f"{views.global_size}: local views are the small ones; set augment.num_local=0 for none"
+    )
+  if config.data.image_size < max(large):
+    logging.warning(
+      "config.data.image_size=%d is less than config.augment.global_size=%s: every view is an "
+      "enlarged one; unless the images themselves are that small, set it to %d or more",
+      config.data.image_size,
+      sizes.text(views.global_size),
+      max(large),
+    )
 
 
 def _check_positive(config: ml_collections.ConfigDict) -> None:
@@ -348,6 +420,7 @@ def _check_positive(config: ml_collections.ConfigDict) -> None:
     "eval_every",
     "monitor.every",
     "data.image_size",
+    "model.patch_size",
     "head.bottleneck",
     "probe.k",
   ):

@@ -16,7 +16,7 @@ import safetensors
 import safetensors.numpy
 
 from protojax import cli, errors, progress
-from protojax.interop import compiled, exporters, importers
+from protojax.interop import compiled, exporters, importers, settings
 from protojax.models import resnet
 from protojax.training import export
 
@@ -207,19 +207,20 @@ def take_out(
       content = safetensors.numpy.save(theirs, metadata={"format": "pt"})
       (folder / "model.safetensors").write_bytes(content)
     else:
-      size = info["image"]["global_size"]
+      image = settings.image_of(info)
+      shape = "[B, {}, {}, {}]".format(*image)
       features = compiled.function(tensors, info)
       if format == "jax":
-        (folder / "features.jax").write_bytes(compiled.serialized(features, size))
+        (folder / "features.jax").write_bytes(compiled.serialized(features, image))
       else:
-        compiled.write_onnx(folder / "encoder.onnx", features, size)
+        compiled.write_onnx(folder / "encoder.onnx", features, image)
       config = {
-        "input": f"images float32 [B, {size}, {size}, 3], in [0, 1], minus mean, over std",
+        "input": f"images float32 {shape}, in [0, 1], minus mean, over std",
         "output": "features float32 [B, F], the backbone's last layer",
         **info,
       }
       lines.append(
-        f"images [B, {size}, {size}, 3] float32, normalised -> features, any B; "
+        f"images {shape} float32, normalised -> features, any B; "
         + ("checked with ONNX Runtime" if format == "onnx" else ", ".join(compiled.PLATFORMS))
       )
     _write_json(folder / "config.json", config)

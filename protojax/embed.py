@@ -13,8 +13,9 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
+from absl import logging
 
-from protojax import __version__, cli, errors, files, pretrained, progress
+from protojax import __version__, cli, errors, files, pretrained, progress, sizes
 
 _DESCRIPTION = """\
 Writes what a trained encoder makes of images, one row an image.
@@ -214,6 +215,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--limit", type=int, default=0, help="images at most, evenly spread; 0: all")
   parser.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
   args = parser.parse_args(argv)
+  logging.set_verbosity(logging.INFO)  # what a folder holds
   out = pathlib.Path(args.out).expanduser()
   _writer(out)
   if out.exists() and not args.overwrite:
@@ -228,7 +230,7 @@ def main(argv: list[str]) -> None:
   what = args.what or ("features", *(("codes",) if model.prototypes else ()))
   what, layers = (tuple(dict.fromkeys(names)) for names in (what, args.layers))
   wanted = min(args.limit or len(source), len(source))
-  config = model.config
+  config, views = model.config, model.config.augment
   protocol = {
     "model": str(args.path),
     "step": model.step,
@@ -238,7 +240,7 @@ def main(argv: list[str]) -> None:
     "source": source.name,
     "images": len(source),
     "limit": args.limit,
-    "transform": f"{config.augment.global_size} px, centre crop {config.probe.crop:g}",
+    "transform": f"{sizes.text(views.global_size)} px, centre crop {config.probe.crop:g}",
     "protojax": __version__,
   }
   rows = chunks(model, source, what=what, layers=layers, limit=args.limit)

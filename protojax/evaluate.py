@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 
 from protojax import cli, errors, pretrained
 from protojax.data import sources
@@ -52,11 +53,13 @@ def _sources(model: pretrained.Trained, args, names: Sequence[str]) -> dict[str,
   """
   config = model.config
   data, probe = config.data, config.probe
-  splits = ("train", "test") if args.data else (probe.train_split, probe.test_split)
-  bank, test = (
-    Images(pretrained.source(model, role, name=args.data, data_dir=args.data_dir), split)
-    for role, split in zip(("train", "test"), splits, strict=True)
-  )
+  roles, splits = ("train", "test"), (probe.train_split, probe.test_split)
+  if args.data:
+    roles = splits = ("train", sources.find_split(args.data, "test", args.data_dir))
+  where = {"name": args.data, "data_dir": args.data_dir}
+  bank = pretrained.source(model, roles[0], **where)
+  test = pretrained.source(model, roles[1], **where, value_range=bank.value_range)
+  bank, test = Images(bank, splits[0]), Images(test, splits[1])
   found = {"bank": bank, "test": test}
   own = (probe.name, probe.data_dir) == (data.name, data.data_dir)
   if "long_tail" in names and not args.data and own and data.imbalance is not None:
@@ -66,6 +69,8 @@ def _sources(model: pretrained.Trained, args, names: Sequence[str]) -> dict[str,
       data_dir=args.data_dir or data.data_dir,
       imbalance=data.imbalance,
       seed=config.seed,
+      channels=data.channels,
+      value_range=data.value_range,
     )
     split = f"{data.split}, imbalance {data.imbalance:g}, seed {config.seed}"
     found["tail"] = Images(source, split)
@@ -294,6 +299,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--overwrite", action="store_true", help="replace results made otherwise")
   parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="workdirs or result.json")
   args = parser.parse_args(argv)
+  logging.set_verbosity(logging.INFO)  # what a folder holds
   if args.compare:
     print("\n".join(result_files.compare(*args.compare, args.protocol)))
     return

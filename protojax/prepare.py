@@ -50,9 +50,11 @@ def _of_images(
 ) -> tuple[str, str, dict[str, int]]:
   prepared.folder(out, name, "1.0.0")
   chosen = splits_asked.split(",") if splits_asked else _splits(kind, data_dir)
-  found = {
-    split or "train": sources.build(kind, split=split, data_dir=data_dir) for split in chosen
-  }
+  found: dict[str, sources.Source] = {}
+  value_range = None  # of images of more than 8 bits, that of the first split for all
+  for split in chosen:
+    one = sources.build(kind, split=split, data_dir=data_dir, value_range=value_range)
+    found[split or "train"], value_range = one, one.value_range
   first = next(iter(found.values()))
   for one in found.values():
     if one.class_names != first.class_names:
@@ -67,6 +69,8 @@ def _of_images(
     split: _shown(prepared.smaller(one, **options), split, len(one)) for split, one in found.items()
   }
   counts = prepared.write(out, name, "1.0.0", prepared.features_of(first), splits)
+  if value_range is not None:
+    print("images of more than 8 bits: {} to {} become 0 to 255".format(*value_range))
   if skipped:
     print(
       f"{len(skipped)} images cannot be read and are left out: {sources.source.listed(skipped)}"
@@ -78,7 +82,8 @@ def _splits(kind: str, data_dir: str) -> list[str | None]:
   """The splits that there are; [None] where the images are not divided."""
   if kind == "folder":
     root = sources.source.folder_of(data_dir, kind)
-    found = [path.name for path in root.iterdir() if path.is_dir()]
+    names = [path.name.lower() for path in root.iterdir() if path.is_dir()]
+    found = [{"training": "train", "testing": "test"}.get(name, name) for name in names]
   else:
     found = list(sources.shards.found(data_dir, f".{kind}"))
   return [split for split in sources.shards.SPLITS if split in found] or [None]

@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 
 from protojax import config as configs
-from protojax import errors, losses, trees
+from protojax import errors, losses, sizes, trees
 from protojax.data import augment, sources
 from protojax.metrics import measures
 from protojax.models import encoder as encoders
@@ -82,7 +82,8 @@ class Trained(NamedTuple):
     Args:
       images: uint8 [N, H, W, 3], 0 to 255, of any size: a NumPy or JAX array, or one that speaks
         DLPack (PyTorch's, TensorFlow's). They are resized, cropped and normalised as in training's
-        evaluations, so they must not be normalised before.
+        evaluations, so they must not be normalised before. Of a model of other `data.channels`
+        they have as many.
       layer: of `layers(self)`; or one block or stage, "block3" of a ViT, "stage3" of a ResNet:
         see `models.features.features`.
 
@@ -173,16 +174,14 @@ def _run(path: str | os.PathLike, folder: pathlib.Path, step: int | None) -> Tra
   # This machine's, not the run's.
   config.mesh.update({"data": -1, "model": 1, "rules": ()})
   config.model.attention = "xla"
-  leaves = checkpoint.leaves(folder)
-  if leaves is None:
+  if checkpoint.leaves(folder) is None:
     raise errors.UserError(
       f"{path} holds no checkpoint yet: wait for the first one (save_every), or give another run"
     )
-  probe = leaves.get("carry/probe/params/bias")  # "float32[10]": one for each class
-  program = programs.Program(config, int(probe.partition("[")[2][:-1]) if probe else 0)
+  program = programs.Program(config)
   checkpoints = checkpoint.Checkpoints(folder)
   try:
-    restored = checkpoints.restore_latest(program.restore_target(), step)
+    restored = checkpoints.restore_latest(program.restore_target, step)
   finally:
     checkpoints.close()
   if restored is None:
@@ -266,7 +265,10 @@ def of_export(
         **{k: info[k] for k in ("model", "head", "method", "precision") if k in info},
         "augment": {k: image[k] for k in ("global_size", "mean", "std")},
         "probe": {"crop": image.get("crop", 1.0)},
-        "data": {"image_size": image.get("image_size", image["global_size"])},
+        "data": {
+          "image_size": image.get("image_size", max(sizes.pair(image["global_size"]))),
+          **{k: image[k] for k in ("channels", "value_range") if k in image},
+        },
       }
     )
     if "method" not in info:
@@ -282,7 +284,7 @@ def of_export(
     ) from None
   encoder = encoders.build(encoders.for_evaluation(config))
   tree = {"params": {}, "batch_stats": {}} | trees.nested(tensors)
-  _require_fit(path, encoder, tree["params"], config.augment.global_size)
+  _require_fit(path, encoder, tree["params"], config)
   if "head" not in tree["params"]:
     sets = {}
   mesh = sharding.make_mesh()
@@ -305,11 +307,15 @@ def of_export(
 
 
 def _require_fit(
-  path: str | os.PathLike, encoder: encoders.Encoder, params: PyTree, image_size: int
+  path: str | os.PathLike,
+  encoder: encoders.Encoder,
+  params: PyTree,
+  config: ml_collections.ConfigDict,
 ) -> None:
   """Refuses weights that are not those of the backbone their description names."""
+  size, channels = config.augment.global_size, config.data.channels
   abstract, _ = jax.eval_shape(
-    lambda key: encoders.init(encoder, key, image_size), jax.random.key(0)
+    lambda key: encoders.init(encoder, key, size, channels), jax.random.key(0)
   )
   there, here = (
     {name: leaf.shape for name, leaf in trees.flat(tree.get("backbone", {})).items()}
@@ -334,9 +340,9 @@ _OF_LAYERS = {"features": backbone_layers.features, "patches": backbone_layers.p
 
 
 class _Transform(NamedTuple):
-  """The evaluation transform of a model, storage images -> normalised [B, S, S, 3]; hashable."""
+  """The evaluation transform of a model, storage images -> normalised [B, H, W, C]; hashable."""
 
-  size: int
+  size: sizes.Size
   mean: tuple[float, ...]
   std: tuple[float, ...]
   crop: float
@@ -450,16 +456,20 @@ def encoded(model: Trained, source: sources.Source, **options: Any) -> dict[str,
 def _of_images(
   model: Trained, images: Any, part: str, layers: tuple[str, ...] = ("last",)
 ) -> dict[str, np.ndarray]:
-  """`encoded(...)[part]` of images in memory, uint8 [N, H, W, 3]."""
+  """`encoded(...)[part]` of images in memory, uint8 [N, H, W, C]."""
+  channels = model.config.data.channels
   images = np.asarray(measures.as_array(images))
-  if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
-    hint = "move the channels last" if images.ndim == 4 and images.shape[1] == 3 else "give those"
+  right = images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] == channels
+  if not right or not images.size:
+    first = images.ndim == 4 and images.shape[1] == channels
+    hint = "move the channels last" if first else "give those"
     raise errors.UserError(
-      f"images are {images.dtype} {list(images.shape)}: a model takes uint8 [N, H, W, 3], 0 to 255 "
-      f"and not normalised; {hint}"
+      f"images are {images.dtype} {list(images.shape)}: a model takes uint8 [N, H, W, {channels}], "
+      f"0 to 255 and not normalised; {hint}"
     )
   read = functools.partial(sources.read_items, images, np.full(len(images), -1))
   source = sources.Source("images", np.arange(len(images)), read)
+  source.channels = channels
   # A power of two, so that batches of any size compile few programs.
   size = min(_BATCH, 1 << (len(images) - 1).bit_length())
   return encoded(model, source, parts=(part,), layers=layers, batch_size=size, num_workers=0)[part]
@@ -470,7 +480,7 @@ def attention(model: Trained, images: np.ndarray) -> np.ndarray:
 
   Args:
     model: from `load`.
-    images: uint8 [N, S, S, 3] of the storage size.
+    images: uint8 [N, S, S, C] of the storage size.
 
   Returns:
     float32 [N, heads, h, w]; see `models.features.attention`.
@@ -494,6 +504,7 @@ def source(
   *,
   name: str | None = None,
   data_dir: str | None = None,
+  value_range: sources.Range | None = None,
 ) -> sources.Source:
   """Images of the run's labelled source, or of another.
 
@@ -502,6 +513,7 @@ def source(
     split: "train" and "test" mean `probe.train_split` and `probe.test_split` of the run's own
       source; anything else, and every split of another source, is taken as it is.
     name, data_dir: of the other source; see `data.build`.
+    value_range: of images of more than 8 bits, where the model has seen none; see `data.build`.
 
   Raises:
     UserError: if there is no such data.
@@ -516,4 +528,10 @@ def source(
       split = {"train": probe.train_split, "test": probe.test_split}.get(split, split)
     name, own = probe.name or data.name, probe.data_dir or data.data_dir
     data_dir = data_dir or own
-  return sources.build(name, split=split, data_dir=data_dir)
+  return sources.build(
+    name,
+    split=split,
+    data_dir=data_dir,
+    channels=data.channels,
+    value_range=data.value_range or value_range,
+  )

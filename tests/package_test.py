@@ -19,7 +19,8 @@ _PROJECT = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]
 _SCRIPTS = [*sorted((_ROOT / "launch").glob("*.sh")), _ROOT / ".ci" / "run"]
 # Imports go from a room to those before it; modules beside the rooms are rooms of one.
 _ROOMS = (
-  *("errors", "environment", "files", "trees", "own_modules", "progress", "schedules", "losses"),
+  *("errors", "environment", "files", "sizes", "trees", "own_modules"),
+  *("progress", "schedules", "losses"),
   *("prototypes", "models", "data", "metrics", "evals", "methods", "config", "recipes"),
   *("training", "pretrained", "interop", "reports", "api", "cli"),
 )
@@ -110,7 +111,7 @@ def test_the_suite_runs_with_exactly_the_floors():
 @pytest.mark.parametrize(
   "folder, extras",
   [
-    ("protojax", ("onnx", "wandb")),
+    ("protojax", ("onnx", "tiff", "wandb")),
     ("configs", ()),
     ("tests", ("test", "peers", "onnx")),
     ("benchmarks", ("test", "peers")),

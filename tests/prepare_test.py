@@ -240,6 +240,21 @@ def test_wrong_arguments_are_refused_in_one_line(arguments, words, photos, tmp_p
   assert "\n" not in str(caught.value) and not list(tmp_path.rglob("*"))
 
 
+def test_splits_of_other_spellings_and_deep_images_share_one_range(tmp_path, capsys):
+  for split, level in (("Training", 4000), ("Val", 1000)):
+    (tmp_path / "in" / split).mkdir(parents=True)
+    deep = Image.fromarray(np.full((4, 4), level, np.uint16))
+    deep.save(tmp_path / "in" / split / "0.png")
+  prepare.main(["folder", str(tmp_path / "in"), str(tmp_path / "out"), "--size=4"])
+  assert "0.0 to 4095.0 become 0 to 255" in capsys.readouterr().out
+  for split, level in (("train", 249), ("val", 62)):
+    image = sources.build("in", split=split, data_dir=tmp_path / "out")[0]["image"]
+    assert np.abs(image.astype(int) - level).max() <= 1
+  grey = sources.build("digits", split="test", channels=1)
+  with pytest.raises(errors.UserError, match="digits/test has 1 channels, a prepared data set 3"):
+    prepared.features_of(grey)
+
+
 def test_splits_of_different_classes_are_refused(tmp_path):
   for path in ("train/a/1.png", "train/b/1.png", "test/a/1.png", "test/c/1.png"):
     (tmp_path / "in" / path).parent.mkdir(parents=True)

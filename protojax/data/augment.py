@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from protojax import errors
+from protojax import errors, sizes
 from protojax.data import color, resize
 
 _TRIES = 10
@@ -38,16 +38,18 @@ def make(config) -> Callable[[jax.Array, dict[str, jax.Array]], dict[str, jax.Ar
   """The augmentation that `config.augment` describes; defaults are in `protojax.config`.
 
   Args:
-    config: `global_size`, `local_size` in pixels; `num_local`; `global_scale`, `local_scale`,
+    config: `global_size`, `local_size` in pixels, a side or (height, width); `num_local`;
+      `global_scale`, `local_scale`,
       (low, high) fractions of the image's area; `flip`, `jitter_prob`, `gray_prob`, probabilities;
       `brightness`, `contrast`, `saturation`, `hue`, strengths; `blur_prob` and `solarize_prob`,
       one probability each for the first global view, the second, the local ones; `blur_sigma`,
-      (low, high) in pixels of the view; `mean`, `std` of the three channels.
+      (low, high) in pixels of the view; `mean`, `std` of the C channels. Where C is not 3,
+      saturation, hue and grayscale must be off.
 
   Returns:
-    augment(key, batch) -> {"global": [B, 2, S, S, 3], "local": [B, L, s, s, 3]}, float32,
+    augment(key, batch) -> {"global": [B, 2, S, S, C], "local": [B, L, s, s, C]}, float32,
     normalised; "local" is absent when `num_local` is 0. `key` is a typed key that the caller has
-    folded with seed and step. `batch` has "image" [B, H, W, 3] uint8, squashed from any shape, and
+    folded with seed and step. `batch` has "image" [B, H, W, C] uint8, squashed from any shape, and
     "size" [B, 2] int32, the height and width it had: area and aspect are those of the original.
     Steps that no view of a group asks for are not compiled.
 
@@ -65,7 +67,10 @@ def make(config) -> Callable[[jax.Array, dict[str, jax.Array]], dict[str, jax.Ar
     uniform = draw(key, batch["image"].shape[0], len(kinds))
     for name, (group, size, scale) in groups.items():
       u = {name: values[:, group] for name, values in uniform.items()}
-      boxes = sample_boxes(u["area"], u["aspect"], u["top"], u["left"], batch["size"], scale)
+      height, width = sizes.pair(size)
+      boxes = sample_boxes(
+        u["area"], u["aspect"], u["top"], u["left"], batch["size"], scale, width / height
+      )
       boxes = _to_storage(boxes, batch["size"], batch["image"].shape[1:3])
       mirrored = jnp.stack([boxes[..., i] for i in (0, 3, 2, 1)], axis=-1)
       boxes = jnp.where(u["flip"][..., None] < config.flip, mirrored, boxes)
@@ -79,7 +84,7 @@ def make(config) -> Callable[[jax.Array, dict[str, jax.Array]], dict[str, jax.Ar
 
 def evaluate(
   images: jax.Array,
-  size: int,
+  size: sizes.Size,
   mean,
   std,
   *,
@@ -89,18 +94,18 @@ def evaluate(
   """The evaluation transform: resize, crop the centre, normalise.
 
   Args:
-    images: [B, H, W, 3] uint8.
-    size: side of the result in pixels.
-    mean: three numbers.
-    std: three numbers.
+    images: [B, H, W, C] uint8.
+    size: side of the result in pixels, or (height, width).
+    mean: C numbers.
+    std: C numbers.
     crop: side of the centre crop over the side of the image; .875 is "resize 256, crop 224" at
       size 224.
     original: [B, 2] int32, height and width before the image was squashed. If given, the crop is
-      from the centre square of the original, as after a resize of its shorter side; else from the
-      whole squashed image.
+      from the centre square of the original, as after a resize of its shorter side; where `size`
+      is no square, from the largest centred box of its shape. Else from the whole squashed image.
 
   Returns:
-    [B, size, size, 3] float32, normalised.
+    [B, height, width, C] float32, normalised.
 
   Raises:
     UserError: if `crop` is not in (0, 1].
@@ -110,7 +115,7 @@ def evaluate(
   batch, height, width = images.shape[:3]
   side = jnp.ones((batch, 2))
   if original is not None:
-    side = jnp.min(original, axis=1, keepdims=True) / original
+    side = _largest(original, size) / original
   margin = (1.0 - crop * side) / 2.0
   corners = jnp.concatenate([margin, 1.0 - margin], axis=1)
   boxes = corners * jnp.array([height, width, height, width], jnp.float32)[None, :]
@@ -118,34 +123,50 @@ def evaluate(
   return _normalize(x, mean, std)[:, 0]
 
 
-def sample_boxes(area, aspect, top, left, sizes, scale: tuple[float, float]) -> jax.Array:
+def _largest(original: jax.Array, size: sizes.Size) -> jax.Array:
+  """Sides of the largest box of the shape of `size` in originals [B, 2]: [B, 1], or [B, 2]."""
+  height, width = sizes.pair(size)
+  if height == width:
+    return jnp.min(original, axis=1, keepdims=True)
+  tall = jnp.minimum(original[:, 0], original[:, 1] * (height / width))
+  return jnp.stack([tall, tall * (width / height)], axis=1)
+
+
+def sample_boxes(
+  area, aspect, top, left, originals, scale: tuple[float, float], shape: float = 1.0
+) -> jax.Array:
   """Boxes of a random resized crop in whole pixels of the originals, as torchvision draws them.
 
   Of ten candidates the first that fits is taken; if none does, the largest centre crop whose
-  aspect is in 3/4..4/3.
+  aspect is in 3/4..4/3 of `shape`.
 
   Args:
     area: [B, V, 10] uniform in [0, 1).
     aspect: [B, V, 10] likewise; width over height is log-uniform.
     top: [B, V] likewise.
     left: [B, V] likewise.
-    sizes: [B, 2] int32, height and width.
+    originals: [B, 2] int32, height and width.
     scale: range of the box's area as a fraction of the image's.
+    shape: width over height of the view. torchvision does not ask: it stretches boxes of 3/4..4/3
+      to any view.
 
   Returns:
     [B, V, 4] float32 whole numbers: top, left, bottom, right.
   """
-  height, width = (sizes[:, i, None].astype(jnp.float32) for i in range(2))
+  height, width = (originals[:, i, None].astype(jnp.float32) for i in range(2))
   target = (height * width)[..., None] * (scale[0] + (scale[1] - scale[0]) * area)
+  lowest, highest = (limit * shape for limit in _ASPECT)
   log_aspect = math.log(_ASPECT[0]) + (math.log(_ASPECT[1]) - math.log(_ASPECT[0])) * aspect
+  if shape != 1.0:
+    log_aspect += math.log(shape)
   tries_h = jnp.round(jnp.sqrt(target * jnp.exp(-log_aspect)))
   tries_w = jnp.round(jnp.sqrt(target * jnp.exp(log_aspect)))
   fits = (tries_h >= 1.0) & (tries_h <= height[..., None])
   fits &= (tries_w >= 1.0) & (tries_w <= width[..., None])
   chosen = fits & (jnp.cumsum(fits, axis=-1) == 1)
   any_fits = jnp.any(fits, axis=-1)
-  largest_h = jnp.minimum(height, jnp.round(width / _ASPECT[0]))
-  largest_w = jnp.minimum(width, jnp.round(height * _ASPECT[1]))
+  largest_h = jnp.minimum(height, jnp.round(width / lowest))
+  largest_w = jnp.minimum(width, jnp.round(height * highest))
   h = jnp.where(any_fits, jnp.sum(jnp.where(chosen, tries_h, 0.0), axis=-1), largest_h)
   w = jnp.where(any_fits, jnp.sum(jnp.where(chosen, tries_w, 0.0), axis=-1), largest_w)
   y = jnp.floor(jnp.where(any_fits, top * (height - h + 1.0), (height - h) / 2.0))
@@ -182,7 +203,16 @@ def _to_storage(boxes: jax.Array, sizes: jax.Array, shape: tuple[int, int]) -> j
 def _recolor(x: jax.Array, u: dict[str, jax.Array], config, kinds: tuple[int, ...]) -> jax.Array:
   """Jitter, grayscale, blur, solarise; `kinds` indexes the probabilities of each view's kind."""
   strengths = (config.brightness, config.contrast, config.saturation, config.hue)
-  if config.jitter_prob and any(strengths):
+  if len(config.mean) != 3:
+    if config.jitter_prob and any(strengths):
+      low, high = (
+        jnp.array([max(0.0, 1.0 + sign * s) for s in strengths[:2]], jnp.float32)[None, None, :]
+        for sign in (-1.0, 1.0)
+      )
+      order = sample_slots(u["order"])[..., :2]
+      slots = jnp.where(u["jitter"][..., None] < config.jitter_prob, order, -1)
+      x = color.level_jitter(x, low + (high - low) * u["factors"][..., :2], slots)
+  elif config.jitter_prob and any(strengths):
     low = [max(0.0, 1.0 - s) for s in strengths[:3]] + [-config.hue]
     high = [1.0 + s for s in strengths[:3]] + [config.hue]
     low, high = (jnp.array(bounds, jnp.float32)[None, None, :] for bounds in (low, high))
@@ -205,8 +235,8 @@ def _recolor(x: jax.Array, u: dict[str, jax.Array], config, kinds: tuple[int, ..
 
 
 def _normalize(x: jax.Array, mean, std) -> jax.Array:
-  """[B, V, S, 3, S] in [0, 1] -> [B, V, S, S, 3]."""
-  mean, std = (np.array(c, np.float32).reshape(1, 1, 1, 3, 1) for c in (mean, std))
+  """[B, V, H, C, W] in [0, 1] -> [B, V, H, W, C]."""
+  mean, std = (np.array(c, np.float32).reshape(1, 1, 1, len(c), 1) for c in (mean, std))
   return ((x - mean) / std).swapaxes(-1, -2)
 
 
@@ -222,9 +252,17 @@ def _check(config) -> None:
   for name in ("global_scale", "local_scale"):
     if config[name][1] > 1.0:
       refuse(name, "must not exceed 1, the whole image")
-  for name in ("blur_prob", "solarize_prob", "mean", "std"):
+  for name in ("blur_prob", "solarize_prob"):
     if len(config[name]) != 3:
       refuse(name, "must be three numbers")
+  for name in ("mean", "std"):
+    if config[name] is None:
+      refuse(name, "is measured when a run starts: give one number for each channel")
+  if len(config.mean) != len(config.std):
+    refuse("mean", f"must be as many numbers as augment.std={config.std}")
+  for name in ("saturation", "hue", "gray_prob"):
+    if config[name] and len(config.mean) != 3:
+      refuse(name, f"must be 0: images of {len(config.mean)} channels have no colour")
   for name in ("flip", "jitter_prob", "gray_prob", "blur_prob", "solarize_prob"):
     values = np.array(config[name])
     if (values < 0.0).any() or (values > 1.0).any():
@@ -237,7 +275,6 @@ def _check(config) -> None:
   if config.num_local < 0:
     refuse("num_local", "must not be negative (0: no local views)")
   for name in ("global_size", "local_size"):
-    if config[name] < 1:
-      refuse(name, "must be at least 1 pixel")
+    sizes.checked(f"augment.{name}", config[name])
   if min(config.std) <= 0.0:
     refuse("std", "must be positive")

@@ -30,7 +30,7 @@ class Cache(NamedTuple):
   """A source on the devices; see `load`.
 
   Attributes:
-    arrays: {"image": uint8 [M, S, S, 3], "size": int32 [M, 2], "index", "label": int32 [M]}, rows
+    arrays: {"image": uint8 [M, S, S, C], "size": int32 [M, 2], "index", "label": int32 [M]}, rows
       over "data", as `pipeline.batches` describes them; M is N rounded up to a multiple of "data".
     skipped: int32 [N] on the host, the corrupt row that row i stands for, or -1.
     mesh: over which the rows lie.
@@ -69,7 +69,7 @@ def choose(
     return []
   chosen, taken = [], 0
   for one in dict.fromkeys(sources):
-    size = -(-len(one) // mesh.shape["data"]) * image_size**2 * 3
+    size = -(-len(one) // mesh.shape["data"]) * image_size**2 * one.channels
     if room is None or taken + size <= room:
       chosen.append(one)
       taken += size
@@ -127,7 +127,7 @@ def load(
   rows = np.arange(part * held, (part + 1) * held)
   rows[rows >= len(data)] = -1
   arrays = {
-    "image": np.empty((held, image_size, image_size, 3), np.uint8),
+    "image": np.empty((held, image_size, image_size, data.channels), np.uint8),
     "size": np.empty((held, 2), np.int32),
     "index": np.empty(held, np.int32),
     "label": np.empty(held, np.int32),

@@ -1,7 +1,8 @@
 """Colour operations on crops; pure functions of pixels in [0, 1], laid out [..., H, 3, W].
 
 A parameter has one value an image, shape [...]. The adjustments mean what torchvision's mean on
-float images (Pillow's on 8 bits round at every step).
+float images (Pillow's on 8 bits round at every step). `level_jitter`, `solarize` and
+`gaussian_blur` are for any number of channels.
 """
 
 import itertools
@@ -96,6 +97,30 @@ def color_jitter(x: jax.Array, factors: jax.Array, slots: jax.Array) -> jax.Arra
   return jax.lax.fori_loop(0, 4, apply, x)
 
 
+def level_jitter(x: jax.Array, factors: jax.Array, slots: jax.Array) -> jax.Array:
+  """Brightness and contrast of images without colour, each image in its own order.
+
+  Contrast blends each channel with its own mean: a dim stain stays one.
+
+  Args:
+    x: [..., H, C, W].
+    factors: [..., 2], of brightness and contrast (1 leaves x alone).
+    slots: [..., 2] int32; the operation with the smaller number comes first, one with a negative
+      number is left out, to the bit.
+  """
+  kept = slots >= 0
+  bright, contrast = (_per_image(jnp.where(kept[..., i], factors[..., i], 1.0)) for i in range(2))
+
+  def brighter(x):
+    return jnp.clip(bright * x, 0.0, 1.0)
+
+  def flatter(x):
+    return _blend(x, jnp.mean(x, axis=(-3, -1), keepdims=True), contrast)
+
+  bright_first = _per_image(slots[..., 0] < slots[..., 1])
+  return jnp.where(bright_first, flatter(brighter(x)), brighter(flatter(x)))
+
+
 def solarize(x: jax.Array) -> jax.Array:
   """Inverts pixels from .5 on: the same ones as Pillow's threshold of 128 on every 8-bit level."""
   return jnp.where(x < 0.5, x, 1.0 - x)
@@ -128,9 +153,10 @@ def gaussian_blur(x: jax.Array, sigma: jax.Array) -> jax.Array:
   Pillow's GaussianBlur, which DINO used, approximates it by boxes and repeats the edge pixel only.
 
   Args:
-    x: [..., S, 3, S] float32.
+    x: [..., H, C, W] float32.
     sigma: [...] float32 in pixels; 0 leaves the image alone to the bit.
   """
-  weights = blur_weights(sigma, x.shape[-1])
-  x = jnp.einsum("...sh,...hcw->...scw", weights, x, precision=_HIGHEST)
-  return jnp.einsum("...scw,...tw->...sct", x, weights, precision=_HIGHEST)
+  columns = blur_weights(sigma, x.shape[-1])
+  rows = columns if x.shape[-3] == x.shape[-1] else blur_weights(sigma, x.shape[-3])
+  x = jnp.einsum("...sh,...hcw->...scw", rows, x, precision=_HIGHEST)
+  return jnp.einsum("...scw,...tw->...sct", x, columns, precision=_HIGHEST)

@@ -61,10 +61,16 @@ def cores() -> int:
 
 
 def squash(image: np.ndarray, size: int) -> np.ndarray:
-  """uint8 [H, W, 3] -> [size, size, 3], Pillow's bicubic; an image of that shape is left alone."""
+  """uint8 [H, W, C] -> [size, size, C], Pillow's bicubic; an image of that shape is left alone."""
   if image.shape[:2] == (size, size):
     return image
-  return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
+
+  def resized(x):
+    return np.asarray(Image.fromarray(x).resize((size, size), Image.Resampling.BICUBIC))
+
+  if image.shape[2] == 3:
+    return resized(image)
+  return np.stack([resized(image[..., c]) for c in range(image.shape[2])], axis=-1)
 
 
 def rate(source: sources.Source, image_size: int) -> float:
@@ -120,11 +126,12 @@ def plan(
     return Plan(0, math.inf)
   of_one = rate(source, image_size)
   workers = _choose(of_one, images, share) if asked is None else asked
-  workers = fit(workers, asked=asked is not None, batch_size=batch_size, image_size=image_size)
+  shape = {"batch_size": batch_size, "image_size": image_size, "channels": source.channels}
+  workers = fit(workers, asked=asked is not None, **shape)
   return Plan(workers, of_one * (workers or min(cores(), _THREADS)))
 
 
-def fit(workers: int, *, asked: bool, batch_size: int, image_size: int) -> int:
+def fit(workers: int, *, asked: bool, batch_size: int, image_size: int, channels: int) -> int:
   """As many of these processes as the shared memory is enough for.
 
   Args:
@@ -132,18 +139,18 @@ def fit(workers: int, *, asked: bool, batch_size: int, image_size: int) -> int:
     asked: by the user, so that fewer are a mistake; else it is said.
     batch_size: rows of one process.
     image_size: S, pixels.
+    channels: of every image.
 
   Raises:
     UserError: if it is too small for processes that were asked for.
   """
-  room, wanted = _room(), workers
-  while room is not None and workers and needed(workers, batch_size, image_size) > room:
+  room, wanted, shape = _room(), workers, (batch_size, image_size, channels)
+  while room is not None and workers and needed(workers, *shape) > room:
     workers -= 1
   if workers < wanted:
     line = (
-      f"{wanted} workers take {_mib(needed(wanted, batch_size, image_size))} of shared memory and "
-      f"{_SHARED} has {_mib(room or 0)} (Docker gives 64 MiB unless told --shm-size=8g or "
-      "--ipc=host)"
+      f"{wanted} workers take {_mib(needed(wanted, *shape))} of shared memory and {_SHARED} has "
+      f"{_mib(room or 0)} (Docker gives 64 MiB unless told --shm-size=8g or --ipc=host)"
     )
     if asked:
       raise errors.UserError(f"{line}: give it more or set config.data.num_workers={workers}")
@@ -166,11 +173,11 @@ def ahead(pieces: int, workers: int) -> int:
   return math.ceil(pieces / workers)
 
 
-def needed(workers: int, batch_size: int, image_size: int) -> int:
+def needed(workers: int, batch_size: int, image_size: int, channels: int) -> int:
   """Bytes of shared memory that so many processes fill while whoever trains is the slower one."""
   pieces = math.ceil(batch_size / CHUNK)
   waiting = workers * (ahead(pieces, workers) + 1)
-  return (waiting + pieces) * min(batch_size, CHUNK) * image_size**2 * 3
+  return (waiting + pieces) * min(batch_size, CHUNK) * image_size**2 * channels
 
 
 def _room() -> int | None:

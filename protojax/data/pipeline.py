@@ -53,11 +53,11 @@ def batches(
     process_count: H; must divide B.
 
   Returns:
-    A generator (`close()` stops threads and processes) of {"image": uint8 [b, S, S, 3], "index":
+    A generator (`close()` stops threads and processes) of {"image": uint8 [b, S, S, C], "index":
     int32 [b], row in the source, "size": int32 [b, 2], height and width before the squash (of the
     original where the source holds smaller copies), "label": int32 [b], -1 where there is none,
-    "skipped": int32 [b], the corrupt row that was replaced, or -1}, b = B / H. Reading on raises
-    UserError if 100 records in a row are corrupt.
+    "skipped": int32 [b], the corrupt row that was replaced, or -1}, b = B / H, C the source's
+    channels. Reading on raises UserError if 100 records in a row are corrupt.
 
   Raises:
     UserError: if image_size or num_workers is out of range.
@@ -196,7 +196,7 @@ class _Chunks:
 
   def _prepare(self, row: int, record) -> dict[str, np.ndarray]:
     if record is None:  # padding; a size of 0 would divide by zero later
-      image = np.zeros((self.image_size, self.image_size, 3), np.uint8)
+      image = np.zeros((self.image_size, self.image_size, self._source.channels), np.uint8)
       return _record(image, row, image.shape[:2], -1, -1)
     readable, record = self._readable(row, record)
     image = record["image"]
@@ -229,7 +229,7 @@ _open = weakref.WeakSet()  # streams of worker processes
 def _workers(chunks: _Chunks, source, num_workers: int | None, images: int | None) -> int:
   options = {"image_size": chunks.image_size, "batch_size": chunks.local}
   if num_workers is not None:
-    return decoding.fit(num_workers, asked=True, **options)
+    return decoding.fit(num_workers, asked=True, channels=source.channels, **options)
   part = chunks.local / chunks.batch_size
   return decoding.plan(source, images=images and round(images * part), **options).workers
 

@@ -128,7 +128,15 @@ def _split(place: pathlib.Path, name: str, split: str, examples: Iterable) -> di
 
 
 def features_of(source: sources.Source) -> dict[str, Any]:
-  """The features of what `smaller` yields."""
+  """The features of what `smaller` yields.
+
+  Raises:
+    UserError: if its images are not of three channels, which is what a JPEG holds.
+  """
+  if source.channels != 3:
+    raise errors.UserError(
+      f"{source.name} has {source.channels} channels, a prepared data set 3: train from its files"
+    )
   import tensorflow_datasets as tfds
 
   found = {"id": tfds.features.Text(), "image": tfds.features.Image(shape=(None, None, 3))}
@@ -159,7 +167,8 @@ def smaller(
   above = pathlib.Path(root).expanduser()
   if num_workers is None:  # nothing else needs the cores
     wanted = decoding.cores() if len(source) > _MANY else 0
-    num_workers = decoding.fit(wanted, asked=False, batch_size=_BATCH, image_size=size)
+    shape = {"batch_size": _BATCH, "image_size": size, "channels": source.channels}
+    num_workers = decoding.fit(wanted, asked=False, **shape)
   batches = pipeline.sequential(source, batch_size=_BATCH, image_size=size, num_workers=num_workers)
   log = pipeline.SkippedLog(source.describe)
   with futures.ThreadPoolExecutor() as pool:

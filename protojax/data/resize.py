@@ -1,12 +1,14 @@
 """Crop and resize as two small matrix products an image; no gather.
 
-Pixels lie as [..., H, 3, W] from here to the end of the augmentation: both products then run
+Pixels lie as [..., H, C, W] from here to the end of the augmentation: both products then run
 without a transpose and the innermost axis is a whole row of one channel, not three numbers.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from protojax import sizes
 
 _HIGHEST = jax.lax.Precision.HIGHEST  # bfloat16 or TF32 would cost up to a grey level
 
@@ -57,8 +59,8 @@ def resize_weights(box0: jax.Array, box1: jax.Array, in_size: int, out_size: int
   return weights / jnp.sum(weights, axis=-1, keepdims=True)
 
 
-def crop_resize(images: jax.Array, boxes: jax.Array, size: int) -> jax.Array:
-  """Cuts several boxes out of every image and resizes them to `size` x `size`.
+def crop_resize(images: jax.Array, boxes: jax.Array, size: sizes.Size) -> jax.Array:
+  """Cuts several boxes out of every image and resizes them to `size`.
 
   Equal to Pillow's `resize(size, BICUBIC, box=box)` in mode "F", up to float32, and then clipped,
   because a bicubic kernel overshoots at edges. In mode "RGB" Pillow rounds to whole grey levels
@@ -67,18 +69,19 @@ def crop_resize(images: jax.Array, boxes: jax.Array, size: int) -> jax.Array:
   of a crop differs by that.
 
   Args:
-    images: [B, H, W, 3] uint8.
+    images: [B, H, W, C] uint8.
     boxes: [B, V, 4] float32, (top, left, bottom, right) in pixels of `images`; need not be whole.
       right < left mirrors the crop.
-    size: side of the result in pixels.
+    size: side of the result in pixels, or (height, width).
 
   Returns:
-    [B, V, size, 3, size] float32 in [0, 1].
+    [B, V, height, C, width] float32 in [0, 1].
   """
   height, width = images.shape[1:3]
+  new_height, new_width = sizes.pair(size)
   top, left, bottom, right = (boxes[..., i] for i in range(4))
-  rows = resize_weights(top, bottom, height, size)
-  columns = resize_weights(left, right, width, size)
+  rows = resize_weights(top, bottom, height, new_height)
+  columns = resize_weights(left, right, width, new_width)
   lines = images.swapaxes(2, 3).astype(jnp.float32)
   tall = jnp.einsum("bvsh,bhcw->bvscw", rows, lines, precision=_HIGHEST)
   crops = jnp.einsum("bvscw,bvtw->bvsct", tall, columns, precision=_HIGHEST)

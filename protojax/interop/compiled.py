@@ -24,7 +24,7 @@ def function(tensors: dict[str, np.ndarray], info: dict) -> Callable[[jax.Array]
     tensors, info: from `export.read`.
 
   Returns:
-    images float32 [B, S, S, 3], normalised -> features float32 [B, F].
+    images float32 [B, H, W, C], normalised -> features float32 [B, F].
   """
   encoder = settings.encoder_of(info)
   tree = trees.nested(tensors)
@@ -33,23 +33,25 @@ def function(tensors: dict[str, np.ndarray], info: dict) -> Callable[[jax.Array]
   return lambda images: encoders.features(encoder, tree["params"], stats, images)
 
 
-def serialized(features, image_size: int) -> bytes:
-  """`features` for any batch size on CPU, CUDA and TPU; `jax.export.deserialize` reads it.
+def serialized(features, image: tuple[int, int, int]) -> bytes:
+  """`features` of images [H, W, C] = `image`, any number of them, on CPU, CUDA and TPU.
+
+  `jax.export.deserialize` reads it.
 
   JAX promises to read it for six months, so it is for serving, not for keeping.
   """
   (batch,) = jax.export.symbolic_shape("b")
-  images = jax.ShapeDtypeStruct((batch, image_size, image_size, 3), jnp.float32)
+  images = jax.ShapeDtypeStruct((batch, *image), jnp.float32)
   return bytes(jax.export.export(jax.jit(features), platforms=PLATFORMS)(images).serialize())
 
 
-def write_onnx(path: str | os.PathLike, features, image_size: int) -> None:
+def write_onnx(path: str | os.PathLike, features, image: tuple[int, int, int]) -> None:
   """Writes `features` as ONNX, checked with ONNX Runtime against JAX on random images.
 
   Args:
-    path: of the new file; its input is "images" [B, S, S, 3], its output "features" [B, F].
+    path: of the new file; its input is "images" [B, H, W, C], its output "features" [B, F].
     features: from `function`.
-    image_size: S.
+    image: H, W, C.
 
   Raises:
     UserError: if jax2onnx or ONNX Runtime is not installed, or what they make of the encoder is
@@ -67,18 +69,17 @@ def write_onnx(path: str | os.PathLike, features, image_size: int) -> None:
       "then pip install --no-deps jax2onnx==0.17.1"
     ) from None
   path = pathlib.Path(path)
-  shape = (image_size, image_size, 3)
   try:
     jax2onnx.to_onnx(
       features,
-      [("B", *shape)],
+      [("B", *image)],
       return_mode="file",
       output_path=str(path),
       input_names=["images"],
       output_names=["features"],
     )
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    images = np.random.default_rng(0).normal(size=(3, *shape)).astype(np.float32)
+    images = np.random.default_rng(0).normal(size=(3, *image)).astype(np.float32)
     (there,) = session.run(None, {"images": images})
   except Exception as error:  # of either library: they have no class of their own for it
     raise errors.UserError(

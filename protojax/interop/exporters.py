@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from protojax import errors
+from protojax import errors, sizes
 from protojax.interop import names, settings
 from protojax.models import resnet, vit
 
@@ -30,7 +30,8 @@ def plain(tensors: dict[str, np.ndarray], info: dict) -> tuple[dict[str, np.ndar
       `info` names.
   """
   kind = kind_of(info)
-  wanted = settings.template(settings.encoder_of(info), info["image"]["global_size"])
+  *size, channels = settings.image_of(info)
+  wanted = settings.template(settings.encoder_of(info), tuple(size), channels)
   mine = {name: leaf for name, leaf in tensors.items() if name.split(".")[1] == "backbone"}
   theirs = {name: leaf for name, leaf in wanted.items() if name.split(".")[1] == "backbone"}
   for name in sorted((mine.keys() ^ theirs.keys()) - {"params.backbone.mask_token"}):
@@ -60,13 +61,13 @@ def kind_of(info: dict) -> str:
 def _shape(tensors: dict[str, np.ndarray], info: dict) -> dict[str, Any]:
   """Settings of a transformer; those that a config leaves to the variant, from its weights."""
   width, _, patch, _ = tensors["patch_embed.proj.weight"].shape
-  side = round((tensors["pos_embed"].shape[1] - 1) ** 0.5)
+  height, wide = sizes.pair(info["model"].get("image_size") or info["image"]["global_size"])
   depth = sum(re.fullmatch(r"blocks\.\d+\.norm1\.bias", name) is not None for name in tensors)
   return {
     "width": width,
     "depth": depth,
     "patch": patch,
-    "image": patch * side,
+    "image": height if height == wide else [height, wide],
     "heads": info["model"].get("heads") or vit.VARIANTS[info["model"]["name"]][2],
     "registers": tensors["register_tokens"].shape[1] if "register_tokens" in tensors else 0,
     "scaled": "blocks.0.ls1.gamma" in tensors,
@@ -85,9 +86,9 @@ def timm(tensors: dict[str, np.ndarray], info: dict) -> tuple[dict, dict, list[s
     (tensors, content of config.json, notes).
   """
   out, notes = dict(tensors), []
-  size = info["image"]["global_size"]
+  height, width, channels = settings.image_of(info)
   pretrained = {
-    "input_size": [3, size, size],
+    "input_size": [channels, height, width],
     "mean": list(info["image"]["mean"]),
     "std": list(info["image"]["std"]),
     "crop_pct": info["image"].get("crop", 1.0),
@@ -111,6 +112,7 @@ def timm(tensors: dict[str, np.ndarray], info: dict) -> tuple[dict, dict, list[s
         "num_classes": 0,
         "num_features": features,
         "global_pool": "avg",
+        "model_args": {"in_chans": channels},
         "pretrained_cfg": pretrained,
       },
       notes,
@@ -120,6 +122,7 @@ def timm(tensors: dict[str, np.ndarray], info: dict) -> tuple[dict, dict, list[s
   shape = _shape(out, info)
   arguments = {
     "img_size": shape["image"],
+    "in_chans": channels,
     "patch_size": shape["patch"],
     "embed_dim": shape["width"],
     "depth": shape["depth"],
@@ -128,7 +131,7 @@ def timm(tensors: dict[str, np.ndarray], info: dict) -> tuple[dict, dict, list[s
     "init_values": 1e-5 if shape["scaled"] else None,
   }
   pretrained |= {
-    "input_size": [3, shape["image"], shape["image"]],
+    "input_size": [channels, *sizes.pair(shape["image"])],
     "first_conv": "patch_embed.proj",
     "classifier": "head",
   }
@@ -174,6 +177,12 @@ def hugging_face(tensors: dict[str, np.ndarray], info: dict) -> tuple[dict, dict
     raise errors.UserError(
       "format=hf is for transformers: format=timm gives a ResNet the names of torchvision"
     )
+  size, wide, channels = settings.image_of(info)
+  if size != wide or channels != 3:
+    raise errors.UserError(
+      "format=hf is for square images of three channels, its processors know no others: use "
+      "format=timm or format=jax"
+    )
   out, notes, shape = dict(tensors), [], _shape(tensors, info)
   width, mask = shape["width"], out.pop("mask_token", None)
   kind = "dinov2" if shape["scaled"] or shape["registers"] else "vit"
@@ -217,7 +226,6 @@ def hugging_face(tensors: dict[str, np.ndarray], info: dict) -> tuple[dict, dict
     out["embeddings.mask_token"] = mask
   if shape["registers"]:
     config["num_register_tokens"] = shape["registers"]
-  size = info["image"]["global_size"]
   processor = {
     "image_processor_type": "BitImageProcessor",
     "do_resize": True,

@@ -9,7 +9,7 @@ import ml_collections
 import numpy as np
 
 from protojax import config as configs
-from protojax import errors, trees
+from protojax import errors, sizes, trees
 from protojax.models import encoder as encoders
 from protojax.models import resnet, vit
 
@@ -157,16 +157,25 @@ def of_head(
   return settings, sources
 
 
+def image_of(info: Mapping[str, Any]) -> tuple[int, int, int]:
+  """(height, width, channels) of the images that a description is for."""
+  return *sizes.pair(info["image"]["global_size"]), info["image"].get("channels", 3)
+
+
 def encoder_of(info: Mapping[str, Any]) -> encoders.Encoder:
   """The encoder, in float32 and without drop path, of a description that `export.read` gives."""
   model = {**info["model"], "drop_path": 0.0, "attention": "xla"}
   model["image_size"] = model.get("image_size") or info["image"]["global_size"]
+  if isinstance(model["image_size"], list):  # JSON has no tuples
+    model["image_size"] = tuple(model["image_size"])
   return encoders.build(ml_collections.ConfigDict({"model": model, "head": info.get("head") or {}}))
 
 
-def template(encoder: encoders.Encoder, image_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+def template(
+  encoder: encoders.Encoder, image_size: sizes.Size, channels: int = 3
+) -> dict[str, jax.ShapeDtypeStruct]:
   """{"params.backbone.norm.scale": shape and dtype, ...} of an encoder from `models.encoder`."""
   params, stats = jax.eval_shape(
-    lambda key: encoders.init(encoder, key, image_size), jax.random.key(0)
+    lambda key: encoders.init(encoder, key, image_size, channels), jax.random.key(0)
   )
   return trees.flat({"params": params, "batch_stats": stats})

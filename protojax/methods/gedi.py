@@ -28,7 +28,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from protojax import errors, losses
+from protojax import errors, losses, sizes
 from protojax.methods import base
 from protojax.methods.networks import student
 from protojax.models import langevin
@@ -70,13 +70,13 @@ def make(config) -> base.Method:
       f"first to at least the batch of {config.batch_size} images, the second to at least 1"
     )
   net = student.build_with_prototypes(config)
-  size = config.augment.global_size
+  image = (*sizes.pair(config.augment.global_size), config.data.channels)
 
   def init(key):
     variables = net.method.init(key)
     if not options.generative:
       return variables
-    shape = (config.batch_size, slots, size, size, 3)
+    shape = (config.batch_size, slots, *image)
     replay = langevin.init(jax.random.fold_in(key, 1), shape)
     return variables.replace(carry={**variables.carry, "replay": replay})
 

@@ -21,7 +21,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from protojax import errors, losses, schedules
+from protojax import errors, losses, schedules, sizes
 from protojax.data import masking
 from protojax.methods import base
 from protojax.methods.networks import student_teacher
@@ -64,7 +64,7 @@ def make(config) -> base.Method:
     "patch_temp",
     "sinkhorn_steps",
   )
-  grid = vit.grid_size(size, size, config.model.patch_size)
+  grid = vit.grid_size(*sizes.pair(size), config.model.patch_size)
   mask_of = masking.make(options.mask_ratios, options.mask_spreads, options.mask_shape, grid)
   networks = student_teacher.build_with_prototypes(config, patches=True, shared=options.shared_head)
 

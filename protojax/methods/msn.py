@@ -22,7 +22,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from protojax import errors, losses
+from protojax import errors, losses, sizes
 from protojax.data import masking
 from protojax.methods import base
 from protojax.methods.networks import student_teacher
@@ -83,7 +83,7 @@ def make(config) -> base.Method:
       f"method.drop_patches={options.drop_patches} of model.name={config.model.name!r}: choose a "
       f"share in [0, 1) and a transformer, {', '.join(vit.VARIANTS)}"
     )
-  num_patches = math.prod(vit.grid_size(size, size, config.model.patch_size))
+  num_patches = math.prod(vit.grid_size(*sizes.pair(size), config.model.patch_size))
   networks = student_teacher.build_with_prototypes(config, average=False)
 
   def loss(trained, frozen, views, key, step):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from protojax import errors
+from protojax import errors, sizes
 from protojax.models import heads, resnet, vit
 
 PyTree = Any
@@ -18,7 +18,7 @@ class Encoder(NamedTuple):
   """Two modules whose parameters are {"backbone": ..., "head": ...}.
 
   Attributes:
-    backbone: (images [B * V, S, S, 3], views, train) -> [B * V, F] float32; a ViT also takes masks
+    backbone: (images [B * V, S, S, C], views, train) -> [B * V, F] float32; a ViT also takes masks
       and gives its patch tokens.
     head: (features [B * V, F], views, train) -> [B * V, D] float32.
   """
@@ -145,14 +145,18 @@ def for_evaluation(config: ml_collections.ConfigDict) -> ml_collections.ConfigDi
   return config
 
 
-def init(encoder: Encoder, key: jax.Array, image_size: int) -> tuple[PyTree, PyTree]:
+def init(
+  encoder: Encoder, key: jax.Array, image_size: sizes.Size, channels: int = 3
+) -> tuple[PyTree, PyTree]:
   """Fresh variables; traceable.
 
   Args:
     encoder: from `build`.
     key: random key.
-    image_size: S of the images that will be embedded, in pixels; only checked, since no
-      parameter depends on it (the position embedding is laid out for `model.image_size`).
+    image_size: side, or (height, width), of the images that will be embedded, in pixels; only
+      checked, since no parameter depends on it (the position embedding is laid out for
+      `model.image_size`).
+    channels: C of these images, which the first layer is made for.
 
   Returns:
     (params, batch_stats), each {"backbone": ..., "head": ...} float32; batch_stats lacks
@@ -160,7 +164,9 @@ def init(encoder: Encoder, key: jax.Array, image_size: int) -> tuple[PyTree, PyT
   """
   key_backbone, key_head = jax.random.split(key)
   variables = {
-    "backbone": encoder.backbone.init(key_backbone, jnp.zeros((1, image_size, image_size, 3))),
+    "backbone": encoder.backbone.init(
+      key_backbone, jnp.zeros((1, *sizes.pair(image_size), channels))
+    ),
     "head": encoder.head.init(key_head, jnp.zeros((1, feature_dim(encoder)))),
   }
   params = {part: value["params"] for part, value in variables.items()}
@@ -185,7 +191,7 @@ def embed(
     encoder: from `build`.
     params: {"backbone", "head"}.
     batch_stats: running statistics of batch norm, as `init` returns them.
-    views: {"global": [B, G, S, S, 3], optional "local": [B, L, s, s, 3]}, normalised; optional
+    views: {"global": [B, G, S, S, C], optional "local": [B, L, s, s, C]}, normalised; optional
       "mask": bool [B, G, T], the patches of the global views that the mask token replaces, and
       "keep": int32 [B, G, T'], those that a transformer sees at all.
     train: whether drop path acts and batch norm uses (and moves) the batch's statistics.
@@ -231,7 +237,7 @@ def embed(
 
 
 def features(encoder: Encoder, params: PyTree, batch_stats: PyTree, images: jax.Array) -> jax.Array:
-  """Backbone features in evaluation mode: images [B, S, S, 3] normalised -> [B, F] float32."""
+  """Backbone features in evaluation mode: images [B, S, S, C] normalised -> [B, F] float32."""
   return _apply(encoder, "backbone", params, batch_stats, images)[0]
 
 

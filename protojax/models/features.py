@@ -66,7 +66,7 @@ def features(
 
   Args:
     encoder, params, batch_stats: as in `encoder.features`.
-    images: [B, S, S, 3] normalised.
+    images: [B, H, W, C] normalised.
     names: of `available` or `single`. "last" is what `encoder.features` gives. "last4" joins the
       class tokens of the last four blocks, each through the final norm; "_avg" adds the mean of the
       last block's patch tokens, normed too, without the registers. "block3" is the class token
@@ -167,10 +167,10 @@ def attention(encoder: encoders.Encoder, params: PyTree, images: jax.Array) -> j
   Args:
     encoder: from `encoder.build`.
     params: {"backbone": ...}.
-    images: [B, S, S, 3] normalised.
+    images: [B, H, W, C] normalised.
 
   Returns:
-    float32 [B, heads, h, w], h = w = S / patch size: softmax weights of the patches; they sum to
+    float32 [B, heads, h, w], patches along each side: softmax weights of the patches; they sum to
     less than 1, the rest goes to the class token itself and to registers.
 
   Raises:

@@ -80,7 +80,7 @@ class ResNet(nn.Module):
     """Embeds images.
 
     Args:
-      images: [B * V, H, W, 3] normalised, the V views of an image in consecutive rows.
+      images: [B * V, H, W, C] normalised, the V views of an image in consecutive rows.
       views: V, for the statistics of batch norm.
       train: mode of batch norm.
 
@@ -132,7 +132,7 @@ class ResNet8(nn.Module):
 
   @nn.compact
   def __call__(self, images: jax.Array, *, views: int = 1, train: bool = False) -> jax.Array:
-    """[N, H, W, 3] normalised -> [N, F] float32. `views` and `train` change nothing here."""
+    """[N, H, W, C] normalised -> [N, F] float32. `views` and `train` change nothing here."""
     del views, train
 
     def conv(x, size, name, gain_squared=2.0):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from protojax import errors
+from protojax import errors, sizes
 
 # width, blocks, attention heads; the hidden layer of the MLP is four times as wide.
 VARIANTS = {
@@ -111,7 +111,7 @@ class PatchEmbed(nn.Module):
 
   @nn.compact
   def __call__(self, images: jax.Array) -> jax.Array:
-    """[N, H, W, 3] -> [N, H W / p^2, D]."""
+    """[N, H, W, C] -> [N, H W / p^2, D]."""
     n, height, width, channels = images.shape
     p = self.patch_size
     rows, columns = grid_size(height, width, p)
@@ -203,7 +203,8 @@ class ViT(nn.Module):
     depth: number of blocks.
     num_heads: attention heads, a divisor of `width`.
     patch_size: side of a patch in pixels.
-    image_size: side of the images the position embedding is for; other sizes interpolate it.
+    image_size: side, or (height, width), of the images the position embedding is for; other sizes
+      interpolate it.
     drop_path: rate of the last block; it grows linearly from 0 at the first.
     registers: tokens without position that only take part in attention.
     layer_scale: start of LayerScale's factors; None builds none.
@@ -219,7 +220,7 @@ class ViT(nn.Module):
   depth: int
   num_heads: int
   patch_size: int = 16
-  image_size: int = 224
+  image_size: sizes.Size = 224
   drop_path: float = 0.0
   registers: int = 0
   layer_scale: float | None = None
@@ -247,7 +248,7 @@ class ViT(nn.Module):
     """Embeds images.
 
     Args:
-      images: [N, H, W, 3] normalised; H and W are multiples of the patch size.
+      images: [N, H, W, C] normalised; H and W are multiples of the patch size.
       mask: bool [N, T], T = H W / p^2, patches that the mask token replaces; needs `mask_token`.
       keep: int32 [N, T'], the patches that are not left out (arXiv 2204.07141); None keeps all.
       patches: whether the normed patch tokens are wanted too.
@@ -297,12 +298,15 @@ class ViT(nn.Module):
 
   def _position_embedding(self, grid: tuple[int, int]) -> jax.Array:
     """[1, 1 + rows * columns, D] float32."""
-    side, _ = grid_size(self.image_size, self.image_size, self.patch_size)
-    embedding = self.param("pos_embed", _normal, (1, 1 + side * side, self.width))
-    if grid == (side, side):
+    own = grid_size(*sizes.pair(self.image_size), self.patch_size)
+    embedding = self.param("pos_embed", _normal, (1, 1 + own[0] * own[1], self.width))
+    if grid == own:
       return embedding
-    rows, columns = (jnp.asarray(position_weights(new, side), jnp.float32) for new in grid)
-    patches = embedding[:, 1:].reshape(1, side, side, self.width)
+    rows, columns = (
+      jnp.asarray(position_weights(new, old), jnp.float32)
+      for new, old in zip(grid, own, strict=True)
+    )
+    patches = embedding[:, 1:].reshape(1, *own, self.width)
     patches = jnp.einsum("hi,nijd->nhjd", rows, patches, precision="highest")
     patches = jnp.einsum("wj,nhjd->nhwd", columns, patches, precision="highest")
     return jnp.concatenate([embedding[:, :1], patches.reshape(1, -1, self.width)], axis=1)

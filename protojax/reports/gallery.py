@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from protojax import errors, losses, pretrained
+from protojax import errors, losses, pretrained, sizes
 from protojax.data import augment, decoding, pipeline, sources
 
 LIMIT = 2000  # images among which those nearest to a prototype are sought after training
@@ -178,9 +178,8 @@ def _attention(model, bank) -> tuple[tuple[Picture, ...], ...]:
   images = np.stack([image for image, _ in found.values()])
   attention = pretrained.attention(model, images)  # [N, heads, h, w]
   # The maps lie on what the encoder was given: the centre crop, not the full image.
-  images = augment.evaluate(
-    images, config.augment.global_size, (0, 0, 0), (1, 1, 1), crop=config.probe.crop
-  )
+  size, channels = config.augment.global_size, images.shape[-1]
+  images = augment.evaluate(images, size, (0,) * channels, (1,) * channels, crop=config.probe.crop)
   rows = []
   for (index, (_, label)), image, heads in zip(found.items(), images, attention, strict=True):
     image = _pixels(image)
@@ -223,7 +222,8 @@ def _views(config, train) -> tuple[tuple[Picture, ...], ...]:
     row = [_picture(image, f"{train.name}, image {batch['index'][i]}")]
     for kind in views:  # "global", "local"
       for j, view in enumerate(views[kind][i, :_MOST_VIEWS]):
-        text = f"{kind} view {j + 1}, {len(view)} px"
+        shape = sizes.checked(kind, view.shape[:2])
+        text = f"{kind} view {j + 1}, {sizes.text(shape)} px"
         row.append(_picture(_pixels(view * std + mean), text))
     rows.append(tuple(row))
   return tuple(rows)
@@ -240,19 +240,24 @@ def _read(source, indices: Sequence[int], prepare) -> dict[int, tuple[np.ndarray
 
 
 def _small(image: np.ndarray) -> np.ndarray:
-  """uint8 [H, W, 3] with no side longer than `_SIDE`."""
-  small = Image.fromarray(image)
+  """uint8 [H, W, C] -> [h, w, 3] with no side longer than `_SIDE`."""
+  small = Image.fromarray(_visible(image))
   small.thumbnail((_SIDE, _SIDE))
   return np.asarray(small)
 
 
+def _visible(image: np.ndarray) -> np.ndarray:
+  """[H, W, C] -> [H, W, 3]: the first three channels, or the first as grey."""
+  return image[..., :3] if image.shape[2] >= 3 else np.repeat(image[..., :1], 3, axis=-1)
+
+
 def _pixels(image) -> np.ndarray:
-  """[H, W, 3] from 0 to 1 -> uint8."""
+  """[H, W, C] from 0 to 1 -> uint8."""
   return np.round(255 * np.clip(image, 0, 1)).astype(np.uint8)
 
 
 def _picture(image: np.ndarray, text: str) -> Picture:
-  """uint8 [H, W, 3], made smaller where a side is longer than `_SIDE`."""
+  """uint8 [H, W, C], made smaller where a side is longer than `_SIDE`."""
   file = io.BytesIO()
   Image.fromarray(_small(image)).save(file, "webp", quality=88, method=4)
   data = base64.b64encode(file.getvalue()).decode()
@@ -260,10 +265,11 @@ def _picture(image: np.ndarray, text: str) -> Picture:
 
 
 def _heat(image: np.ndarray, weights: np.ndarray) -> np.ndarray:
-  """A map [h, w] over a grey image: uint8 [S, S, 3], the largest weight brightest."""
+  """A map [h, w] over a grey image: uint8 [H, W, 3], the largest weight brightest."""
   scaled = Image.fromarray((255 * weights / max(weights.max(), 1e-12)).astype(np.uint8))
-  size = (_SIDE, _SIDE)
+  height, width = (round(_SIDE * side / max(image.shape[:2])) for side in image.shape[:2])
+  size = (width, height)
   heat = np.asarray(scaled.resize(size, Image.Resampling.BICUBIC))
   colours = 255 * matplotlib.colormaps["viridis"](heat)[..., :3]
-  grey = Image.fromarray(image).convert("L").resize(size, Image.Resampling.BICUBIC)
+  grey = Image.fromarray(_visible(image)).convert("L").resize(size, Image.Resampling.BICUBIC)
   return (0.65 * colours + 0.35 * np.asarray(grey)[..., None]).astype(np.uint8)

@@ -91,6 +91,8 @@ def pictures(run: record.Record, limit: int = gallery.LIMIT) -> gallery.Pictures
     data_dir=data.data_dir,
     imbalance=data.imbalance,
     seed=config.seed,
+    channels=data.channels,
+    value_range=data.value_range,
   )
   model = bank = _or_error(pretrained.load, str(run.folder))
   if isinstance(model, pretrained.Trained):

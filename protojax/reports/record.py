@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 
 from protojax import config as configs
-from protojax import errors, files, trees
+from protojax import errors, files, sizes, trees
 from protojax.metrics import verdicts
 
 METRICS, FINAL, ARRAYS = "metrics.jsonl", "eval/final/result.json", "eval/final/arrays.npz"
@@ -50,10 +50,10 @@ class Record(NamedTuple):
     return max((int(steps[-1]) for steps, _ in self.curves.values()), default=0)
 
   @property
-  def pixels(self) -> int | None:
-    """A side of the images that the run is judged on; None where its config does not say."""
+  def pixels(self) -> str | None:
+    """Size of the images that the run is judged on, "32"; None where its config does not say."""
     try:
-      return int(self.config.augment.global_size)
+      return sizes.text(self.config.augment.global_size)
     except (AttributeError, KeyError, TypeError, ValueError):
       return None
 

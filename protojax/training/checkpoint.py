@@ -13,6 +13,7 @@ import os
 import pathlib
 import shutil
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -157,8 +158,7 @@ class Checkpoints:
       return f"{_SEAL}: {_one_line(error)}"
     return None
 
-  def _require_fit(self, step: int, abstract: PyTree) -> None:
-    there = json.loads((self._folder / str(step) / _SEAL).read_text())["leaves"]
+  def _require_fit(self, step: int, abstract: PyTree, there: dict[str, str]) -> None:
     here = _shapes(abstract)
     wrong = sorted(k for k in there.keys() | here.keys() if there.get(k) != here.get(k))
     if wrong:
@@ -169,14 +169,15 @@ class Checkpoints:
       )
 
   def restore_latest(
-    self, abstract: PyTree, step: int | None = None
+    self, abstract: PyTree | Callable[[dict[str, str]], PyTree], step: int | None = None
   ) -> tuple[int, PyTree, dict] | None:
     """The newest checkpoint that can be read, on any mesh.
 
     A damaged one is passed over with a warning, and removed by the next save.
 
     Args:
-      abstract: pytree like the state, of `jax.ShapeDtypeStruct` with `sharding`.
+      abstract: pytree like the state, of `jax.ShapeDtypeStruct` with `sharding`; or a function that
+        gives it for the `leaves` of a checkpoint.
       step: take this one and no other.
 
     Returns:
@@ -199,11 +200,10 @@ class Checkpoints:
       )
     return self._newest, restored["state"], restored["metadata"]
 
-  def _restore(self, abstract: PyTree, only: int | None):
+  def _restore(self, abstract: PyTree | Callable, only: int | None):
     """(step, items, {newer step: "step (why it could not be read)"}); None without checkpoints."""
     if not self._folder.is_dir():
       return None
-    wanted = {"metadata": ocp.args.JsonRestore(), "state": ocp.args.StandardRestore(abstract)}
     manager = self._open()
     self.wait()
     reasons, steps = {}, sorted(manager.all_steps(), reverse=True)
@@ -214,7 +214,10 @@ class Checkpoints:
     for step in steps if only is None else [only]:
       reason = self._damage(step)
       if reason is None:
-        self._require_fit(step, abstract)
+        there = json.loads((self._folder / str(step) / _SEAL).read_text())["leaves"]
+        target = abstract(there) if callable(abstract) else abstract
+        self._require_fit(step, target, there)
+        wanted = {"metadata": ocp.args.JsonRestore(), "state": ocp.args.StandardRestore(target)}
         try:
           return step, manager.restore(step, args=ocp.args.Composite(**wanted)), reasons
         except Exception as error:  # orbax and tensorstore raise whatever they like

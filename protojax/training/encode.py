@@ -29,7 +29,7 @@ def chunks(
   """Runs `forward` on every image that can be read, batch by batch, in their order.
 
   Args:
-    forward: of a batch {"image": uint8 [B, S, S, 3], "size": int32 [B, 2], "index", "label": int32
+    forward: of a batch {"image": uint8 [B, S, S, C], "size": int32 [B, 2], "index", "label": int32
       [B]} of global arrays, rows over "data", to a pytree of replicated arrays [B, ...].
     data: from `sources.build`.
     mesh: from `sharding.make_mesh`.

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from protojax import metrics
+from protojax import metrics, sizes
 from protojax.data import augment, pipeline
 from protojax.evals import knn, linear, purity
 from protojax.metrics import collapse
@@ -72,11 +72,12 @@ class Snapshot:
     }
 
   def _pixels_fn(self, batch):
-    """Float32 [B, S * S * 3], 0 to 1: the evaluation transform without its normalisation."""
+    """Float32 [B, H * W * C], 0 to 1: the evaluation transform without its normalisation."""
     channels = batch["image"].shape[-1]
+    sides = [min(side, FLOOR_SIDE) for side in sizes.pair(self._config.augment.global_size)]
     images = augment.evaluate(
       batch["image"],
-      min(self._config.augment.global_size, FLOOR_SIDE),
+      sizes.checked("augment.global_size", sides),
       (0.0,) * channels,
       (1.0,) * channels,
       crop=self._config.probe.crop,

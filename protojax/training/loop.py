@@ -14,6 +14,7 @@ from protojax.data import cache, sources
 from protojax.training import (
   checkpoint,
   console,
+  data_settings,
   evaluation,
   export,
   opening,
@@ -33,17 +34,25 @@ def build_sources(config) -> tuple[sources.Source, sources.Source, sources.Sourc
   """
   data, probe = config.data, config.probe
   train = sources.build(
-    data.name, split=data.split, data_dir=data.data_dir, imbalance=data.imbalance, seed=config.seed
+    data.name,
+    split=data.split,
+    data_dir=data.data_dir,
+    imbalance=data.imbalance,
+    seed=config.seed,
+    channels=data.channels,
+    value_range=data.value_range,
   )
+  seen_alike = {"channels": data.channels, "value_range": train.value_range}
   name, data_dir = probe.name or data.name, probe.data_dir or data.data_dir
-  own = probe.name is None and probe.data_dir is None
-  root = pathlib.Path(data_dir or "").expanduser()
-  if name == "folder" and own and not (root / probe.test_split).is_dir():
+  own = (name, data_dir) == (data.name, data.data_dir)
+  test_split = sources.find_split(name, probe.test_split, data_dir)
+  if name == "folder" and own and not (pathlib.Path(data_dir).expanduser() / test_split).is_dir():
     logging.info(
-      "k-NN and linear probe are off: %s has no folder %r; name labelled images with "
-      "config.probe.name and config.probe.data_dir",
+      "k-NN and linear probe are off: %s has no folder %r, nor another of %s; name labelled images "
+      "with config.probe.name and config.probe.data_dir",
       data_dir,
       probe.test_split,
+      ", ".join(sources.HELD_OUT),
     )
     return train, train, None
   if name in sources.SHARDS and own:
@@ -58,12 +67,20 @@ def build_sources(config) -> tuple[sources.Source, sources.Source, sources.Sourc
       )
       return train, train, None
   same = own and probe.train_split == data.split and data.imbalance is None
-  bank = train if same else sources.build(name, split=probe.train_split, data_dir=data_dir)
+  bank = (
+    train if same else sources.build(name, split=probe.train_split, data_dir=data_dir, **seen_alike)
+  )
   if own and not bank.num_classes:
     logging.info("k-NN and linear probe are off: %s has no labels", bank.name)
     return train, bank, None
   sources.require_labels(bank, "probe.train_split")
-  test = sources.build(name, split=probe.test_split, data_dir=data_dir)
+  seen_alike["value_range"] = bank.value_range
+  test = sources.build(name, split=test_split, data_dir=data_dir, **seen_alike)
+  if own and name == "folder" and not test.num_classes:
+    logging.info(
+      "k-NN and linear probe are off: %s has no class folders as %s has", test.name, bank.name
+    )
+    return train, bank, None
   sources.require_labels(test, "probe.test_split")
   if bank.class_names != test.class_names:
     raise errors.UserError(
@@ -104,8 +121,10 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
     errors.Interrupted: on SIGTERM or Ctrl-C, after a checkpoint was written.
   """
   started = time.time()
+  config = data_settings.recalled(config, workdir)
   train_source, bank, test = build_sources(config)
   config = configs.resolve(config, len(train_source))
+  config = data_settings.completed(config, train_source)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.model)
   sharding.rows_of_process(config.batch_size, mesh)
   if test is not None:
@@ -131,7 +150,7 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
 
   folder = workdirs.claim(workdir, config)
   checkpoints = checkpoint.Checkpoints(folder, keep=config.keep_checkpoints)
-  restored = checkpoints.restore_latest(program.restore_target())
+  restored = checkpoints.restore_latest(program.restore_target)
   if restored is None:
     start, state, before = 0, program.init(config.seed), 0.0
     if start_from is not None:
@@ -140,6 +159,9 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
     start, state, metadata = restored
     before = metadata.get("seconds", 0.0)
     logging.info("resumed at step %d", start)
+    state, changed = program.with_own_probe(state, metadata["config"]["probe"])
+    if changed:
+      logging.info("%s at step %d; measured on %s from here on", changed, start, bank.name)
 
   extended = workdirs.extend(folder, config, start)
   log = console.RunLog(folder, config, start=start, describe=train_source.describe)

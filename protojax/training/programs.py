@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from protojax import methods
+from protojax import methods, sizes
 from protojax.data import augment, cache, decoding, pipeline
 from protojax.evals import linear
 from protojax.training import optim, sharding, train_step
+
+_PROBE_BIAS = "carry/probe/params/bias"  # in the leaves of a checkpoint
 
 
 class Program:
@@ -51,13 +53,7 @@ class Program:
     self.evaluation = evaluation
     self.probe = None
     if num_classes and config.probe.batch_size:
-      image = jax.ShapeDtypeStruct((1, views.global_size, views.global_size, 3), jnp.float32)
-      features = jax.eval_shape(
-        lambda key, x: self.method.features(self.method.init(key), x), jax.random.key(0), image
-      )
-      self.probe = linear.online_probe(
-        num_classes, features.shape[-1], learning_rate=config.probe.lr
-      )
+      self.probe = self._probe_of(num_classes)
 
     def init(seed):
       return train_step.init_state(
@@ -65,8 +61,7 @@ class Program:
       )
 
     self.abstract = jax.eval_shape(init, 0)
-    rules = config.mesh.rules or sharding.DEFAULT_RULES
-    self.shardings = sharding.state_shardings(self.abstract, self.mesh, rules)
+    self.shardings = self._shardings_of(self.abstract)
     self.init = jax.jit(init, out_shardings=self.shardings)
     rows = sharding.batch_sharding(self.mesh)
     self.step = jax.jit(
@@ -92,12 +87,73 @@ class Program:
         donate_argnums=0,
       )
 
-  def restore_target(self) -> train_step.TrainState:
-    """Shapes, dtypes and placement of the state: what a checkpoint is restored into."""
+  def _probe_of(self, num_classes: int) -> linear.OnlineProbe:
+    config = self.config
+    shape = (1, *sizes.pair(config.augment.global_size), config.data.channels)
+    image = jax.ShapeDtypeStruct(shape, jnp.float32)
+    features = jax.eval_shape(
+      lambda key, x: self.method.features(self.method.init(key), x), jax.random.key(0), image
+    )
+    return linear.online_probe(num_classes, features.shape[-1], learning_rate=config.probe.lr)
+
+  def _shardings_of(self, abstract: train_step.TrainState):
+    rules = self.config.mesh.rules or sharding.DEFAULT_RULES
+    return sharding.state_shardings(abstract, self.mesh, rules)
+
+  def restore_target(self, leaves: dict[str, str] | None = None) -> train_step.TrainState:
+    """Shapes, dtypes and placement of the state: what a checkpoint is restored into.
+
+    Args:
+      leaves: of the checkpoint, see `checkpoint.leaves`. Then the target has the online probe that
+        is there, another one or none; `with_own_probe` exchanges it.
+    """
+    abstract, shardings = self.abstract, self.shardings
+    if leaves is not None:
+      carry = {name: leaf for name, leaf in abstract.carry.items() if name != "probe"}
+      if bias := leaves.get(_PROBE_BIAS):  # "float32[10]": one for each class
+        there = self._probe_of(int(bias.partition("[")[2][:-1]))
+        carry["probe"] = jax.eval_shape(there.init, jax.random.key(0))
+      abstract = abstract.replace(carry=carry)
+      shardings = self._shardings_of(abstract)
     return jax.tree.map(
       lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-      self.abstract,
-      self.shardings,
+      abstract,
+      shardings,
+    )
+
+  def with_own_probe(
+    self, state: train_step.TrainState, before: dict
+  ) -> tuple[train_step.TrainState, str]:
+    """A restored state with the online probe of this program.
+
+    The one that was saved goes on if it is of as many classes and of the same images; else a new
+    one starts. The encoder does not feel either.
+
+    Args:
+      state: restored into `restore_target(leaves)`.
+      before: `config.probe` of the checkpoint.
+
+    Returns:
+      (state, what has changed, "" if nothing).
+    """
+    there, own = state.carry.get("probe"), self.abstract.carry.get("probe")
+    carry = {name: leaf for name, leaf in state.carry.items() if name != "probe"}
+    if own is None:
+      return state.replace(carry=carry), "" if there is None else "the online linear probe ends"
+    kept = ("name", "train_split")
+    if there is None:
+      why = "there was none"
+    elif there["params"]["bias"].shape != own["params"]["bias"].shape:
+      why = "the one before was of another number of classes"
+    elif changed := [k for k in kept if before.get(k) != self.config.probe[k]]:
+      why = f"config.probe.{changed[0]} was {before.get(changed[0])}"
+    else:
+      return state, ""
+    _, key, _ = jax.random.split(jax.random.key(self.config.seed), 3)  # as init_state does
+    fresh = jax.jit(self.probe.init, out_shardings=self.shardings.carry["probe"])(key)
+    return (
+      state.replace(carry={**carry, "probe": fresh}),
+      f"the online linear probe starts fresh: {why}",
     )
 
   def lower(self) -> jax.stages.Lowered:
@@ -109,7 +165,7 @@ class Program:
         k: jax.ShapeDtypeStruct((count, *shape), dtype) for k, (shape, dtype) in shapes.items()
       }
 
-    image = ((config.data.image_size, config.data.image_size, 3), jnp.uint8)
+    image = ((config.data.image_size, config.data.image_size, config.data.channels), jnp.uint8)
     batch = rows(config.batch_size, image=image, size=((2,), jnp.int32), index=((), jnp.int32))
     probe_batch = None
     if self.probe:

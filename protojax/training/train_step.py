@@ -78,13 +78,13 @@ def train_step(
 
   Args:
     state: state n.
-    batch: {"image": uint8 [B, S, S, 3], "size": int32 [B, 2], "index": int32 [B]}.
-    probe_batch: {"image": uint8 [P, S, S, 3], "size": int32 [P, 2], "label": int32 [P]}, with
+    batch: {"image": uint8 [B, S, S, C], "size": int32 [B, 2], "index": int32 [B]}.
+    probe_batch: {"image": uint8 [P, S, S, C], "size": int32 [P, 2], "label": int32 [P]}, with
       `probe` only.
     method: what to train.
     tx: optax transformation over `trained`.
     augment: (key, batch) -> views, see `data.augment.make`.
-    evaluation: (batch) -> images float32 [P, S, S, 3], the evaluation transform.
+    evaluation: (batch) -> images float32 [P, H, W, C], the evaluation transform.
     probe: `evals.linear.OnlineProbe` or None. It sees detached features of its own images.
 
   Returns:

@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from protojax import __version__, environment, errors, files, trees
+from protojax import __version__, environment, errors, files, sizes, trees
 from protojax import config as configs
 from protojax.training import export, optim, sharding, train_step, wandb_run
 
@@ -88,11 +88,7 @@ _FREE = (
   "data.data_dir",
   "data.num_workers",
   "data.cache",
-  "probe.data_dir",
-  "probe.test_split",
-  "probe.k",
-  "probe.temperature",
-  "probe.limit",
+  "probe.",  # no gradient of a probe reaches the encoder
   # Compared as the steps they come to:
   "num_epochs",
   "optim.warmup_epochs",
@@ -196,7 +192,7 @@ def extend(folder: pathlib.Path, config, step: int) -> list[str]:
 def claim(workdir: str, config) -> pathlib.Path:
   """Makes the folder this run's own, or finds that it is.
 
-  Writes config.json and env.json when the folder is new.
+  Writes config.json and env.json when the folder is new, and what has changed of `config.probe`.
 
   Args:
     workdir: any path, made if missing.
@@ -237,6 +233,9 @@ def claim(workdir: str, config) -> pathlib.Path:
         f"{known} is not readable JSON: choose another workdir or set config.overwrite=True"
       ) from None
     refuse_mismatch(old, config)
+    probe = json.loads(json.dumps(config.probe.to_dict()))
+    if lead and old.get("probe") != probe:
+      _write(workdir, known, old | {"probe": probe})
   elif (folder / "checkpoints").exists():
     raise errors.UserError(
       f"workdir={workdir} holds checkpoints but no config.json, so it is not a run of protojax: "
@@ -245,13 +244,17 @@ def claim(workdir: str, config) -> pathlib.Path:
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices("workdir_checked")
   if lead and not known.exists():
-    try:
-      folder.mkdir(parents=True, exist_ok=True)
-      files.write_json(folder / "env.json", environment.describe())
-      files.write_json(known, config.to_dict())
-    except OSError as error:
-      raise errors.UserError(f"cannot write to workdir={workdir}: {error.strerror}") from None
+    _write(workdir, folder / "env.json", environment.describe())
+    _write(workdir, known, config.to_dict())
   return folder
+
+
+def _write(workdir: str, path: pathlib.Path, content: dict) -> None:
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_json(path, content)
+  except OSError as error:
+    raise errors.UserError(f"cannot write to workdir={workdir}: {error.strerror}") from None
 
 
 def encoder_of(state) -> tuple[str, dict]:
@@ -280,6 +283,7 @@ def export_encoder(folder: pathlib.Path, step: int, state, program) -> None:
     info["precision"] = config.precision
     info["image"] = {k: config.augment[k] for k in ("global_size", "mean", "std")}
     info["image"] |= {"crop": config.probe.crop, "image_size": config.data.image_size}
+    info["image"] |= {k: config.data[k] for k in ("channels", "value_range")}
     export.write(folder / "exported", tree, info, prototypes)
 
 
@@ -298,7 +302,7 @@ def protocol(config, bank, test) -> dict[str, object]:
     "k": config.probe.k,
     "temperature": config.probe.temperature,
     "features": "backbone of the teacher (of the encoder where there is none), last layer",
-    "transform": f"{config.augment.global_size} px, centre crop {config.probe.crop:g}",
+    "transform": f"{sizes.text(config.augment.global_size)} px, centre crop {config.probe.crop:g}",
     "knn": "cosine, weights exp(similarity / temperature)",
     "linear": "logistic regression on frozen features, strength chosen on a tenth of the bank",
     "usage": "share of prototypes that are the argmax of any bank image",

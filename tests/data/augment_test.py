@@ -485,6 +485,77 @@ def test_evaluation_of_a_squashed_image_keeps_its_aspect():
   np.testing.assert_allclose(ours, expected, atol=0.01)
 
 
+def test_evaluation_of_another_shape_takes_the_largest_box_of_it():
+  image = natural_image(64)
+  for original in ((64, 64), (80, 20)):
+    ours = evaluate(image[None], (32, 16), original=jnp.array([original]))[0]
+    height, width = original
+    used = min(height, width * 2)  # of the shape 32 x 16
+    top, left = (1 - used / height) / 2, (1 - used / 2 / width) / 2
+    box = (64 * left, 64 * top, 64 * (1 - left), 64 * (1 - top))
+    planes = [Image.fromarray(image[..., c].astype(np.float32)) for c in range(3)]
+    planes = [np.asarray(p.resize((16, 32), Image.Resampling.BICUBIC, box=box)) for p in planes]
+    expected = np.stack(planes, axis=-1).clip(0, 255) / 255
+    assert ours.shape == (32, 16, 3)
+    np.testing.assert_allclose(ours, expected, atol=2e-5)
+
+
+def test_boxes_of_another_shape_have_their_aspect_around_it():
+  u = draws()
+  sizes = np.tile(np.array([[1000, 800]], np.int32), (4096, 1))
+  arguments = (u["area"], u["aspect"], u["top"], u["left"], sizes, (0.05, 0.1))
+  boxes = np.asarray(augment.sample_boxes(*arguments, 2.0), np.float64)
+  log_aspect = np.log((boxes[..., 3] - boxes[..., 1]) / (boxes[..., 2] - boxes[..., 0]))[:, 0]
+  span = np.log(4 / 3)
+  assert abs(log_aspect - np.log(2)).max() < span + 0.02
+  assert scipy.stats.kstest(log_aspect - np.log(2), "uniform", (-span, 2 * span)).pvalue > 1e-3
+
+
+# Other channels.
+
+
+def test_jitter_without_colour_is_brightness_and_contrast_in_either_order():
+  rng = np.random.default_rng(0)
+  x = rng.uniform(0, 1, (4, 6, 5, 7)).astype(np.float32)  # [B, H, C, W]
+  factors = np.array([[1.3, 0.6]] * 4, np.float32)
+  slots = np.array([[0, 3], [2, 1], [-1, -1], [0, 1]], np.int32)
+  ours = np.asarray(color.level_jitter(x, factors, slots))
+
+  def bright(image):
+    return (1.3 * image).clip(0, 1)
+
+  def flat(image):
+    mean = image.mean(axis=(0, 2), keepdims=True)  # of each channel
+    return (0.6 * image + 0.4 * mean).clip(0, 1)
+
+  for i, want in enumerate((flat(bright(x[0])), bright(flat(x[1])), x[2], flat(bright(x[3])))):
+    np.testing.assert_allclose(ours[i], want, atol=1e-6)
+  np.testing.assert_array_equal(ours[2], x[2])  # left out, to the bit
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_views_of_other_channels_and_shapes_are_crops_of_each_channel(channels):
+  """Bare views of n channels are those of three, channel by channel."""
+  batch = noise_batch(rows=2)
+  overrides = BARE | {"global_size": (16, 8), "local_size": (8, 4), "saturation": 0.0, "hue": 0.0}
+  colour = make_views(overrides, jax.random.key(1), batch)
+  many = {**batch, "image": batch["image"][..., [c % 3 for c in range(channels)]]}
+  overrides |= {"mean": (0.0,) * channels, "std": (1.0,) * channels}
+  views = make_views(overrides, jax.random.key(1), many)
+  assert views["global"].shape == (2, 2, 16, 8, channels)
+  assert views["local"].shape == (2, 2, 8, 4, channels)
+  for name in views:
+    for c in range(channels):
+      np.testing.assert_allclose(views[name][..., c], colour[name][..., c % 3], atol=1e-6)
+
+
+def test_colour_operations_are_refused_where_there_is_no_colour():
+  config = config_lib.default().augment
+  config.update({"mean": (0.5,), "std": (0.5,)})
+  with pytest.raises(errors.UserError, match="augment.saturation=0.2 must be 0: images of 1 chan"):
+    augment.make(config)
+
+
 # Mistakes.
 
 

@@ -116,6 +116,8 @@ def test_batches_of_processes_are_the_contiguous_rows_of_the_global_batch(digits
 
 def test_a_process_decodes_only_its_own_rows(digits):
   class Counting:
+    channels = 3
+
     def __init__(self):
       self.rows = []
 

@@ -170,6 +170,31 @@ def test_what_is_no_image_is_corrupt_and_its_neighbours_are_read(kind, tmp_path,
   assert batch["skipped"].tolist() == [-1, 1, 2, -1, 4]
 
 
+def test_deep_images_of_n_channels_are_those_of_a_folder(kind, tmp_path):
+  rng, root = np.random.default_rng(0), tmp_path / "folder"
+  root.mkdir()
+  for i in range(3):
+    np.save(root / f"{i}.npy", rng.integers(0, [900, 4000], (6, 7, 2)).astype(np.uint16))
+  files = [(path.name, path.read_bytes()) for path in sorted(root.iterdir())]
+  if kind == "tar":
+    _tar(tmp_path / "train-0.tar", files)
+  else:
+    parquet.write_table(pa.table({"image": [f for _, f in files]}), tmp_path / "train-0.parquet")
+  want = sources.build("folder", split=None, data_dir=root, channels=2)
+  got = sources.build(kind, split="train", data_dir=tmp_path, channels=2)
+  assert got.value_range == want.value_range == ((0.0, 0.0), (1023.0, 4095.0))
+  for i in range(3):
+    np.testing.assert_array_equal(got[i]["image"], want[i]["image"])
+
+
+def test_an_array_beside_the_pictures_of_a_tar_is_no_image(tmp_path, images):
+  files = [("0.npy", b"what a network made of it"), (f"0.{images[0][0]}", images[0][1])]
+  _tar(tmp_path / "train-0.tar", [*files, ("1.npy", b"x")])
+  data = sources.build("tar", split="train", data_dir=tmp_path)
+  assert len(data) == 1
+  np.testing.assert_array_equal(data[0]["image"], images[0][2])
+
+
 def test_labels_without_names_are_classes_in_their_order_over_all_splits(tmp_path, images):
   def write(name, labels):
     column = {"jpg": [images[i][1] for i in range(len(labels))], "cls": labels}

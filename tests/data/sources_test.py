@@ -517,11 +517,11 @@ def test_tfds_data_in_another_format_is_refused_in_one_line(tmp_path):
 def test_wrong_folders_are_refused_in_one_line(tmp_path):
   refuse("/nowhere", name="folder", split="train", data_dir="/nowhere")
   refuse("no images", "none", name="folder", split="train", data_dir=tmp_path)
-  for name in ("a.txt", "b.gif", "c.tif", "d.txt"):
+  for name in ("a.txt", "b.svg", "c.heic", "d.txt"):
     (tmp_path / name).write_text("")
   refuse(
-    "a.txt, b.gif, c.tif and 1 more",
-    ".gif, .tif, .txt",
+    "a.txt, b.svg, c.heic and 1 more",
+    ".heic, .svg, .txt",
     ".webp",
     name="folder",
     split=None,

@@ -167,6 +167,56 @@ def test_run_that_is_done_reports_again_and_changes_nothing(whole):
   assert again["probe/knn"] == result["probe/knn"] and result_file.exists()
 
 
+def test_a_probe_may_change_when_a_run_goes_on_and_the_encoder_does_not_feel_it(
+  whole, tmp_path, caplog
+):
+  folder = tmp_path / "run"
+  shutil.copytree(whole, folder)
+  shutil.rmtree(folder / "checkpoints" / "6")
+  shutil.rmtree(folder / "eval")
+  caplog.set_level("INFO")
+  loop.run(_config(**{"probe.train_split": "test", "probe.k": 5}), str(folder))
+  assert (
+    "the online linear probe starts fresh: config.probe.train_split was train at step 4; measured "
+    "on digits/test from here on"
+  ) in caplog.text
+  state, expected = _final(folder)[1], _final(whole)[1]
+  for part in ("encoder", "prototypes", "teacher", "opt_state"):
+    chex.assert_trees_all_equal(getattr(state, part), getattr(expected, part))
+  assert (state.carry["probe"]["seen"], expected.carry["probe"]["seen"]) == (2, 6)
+  assert json.loads((folder / "config.json").read_text())["probe"]["k"] == 5
+
+
+def test_a_checkpoint_is_restored_whatever_probe_it_has(whole, tmp_path):
+  config = loop.configs.resolve(_config(), 1442)
+  with_ten, without, with_seven = (programs.Program(config, n) for n in (10, 0, 7))
+  before = {"name": "digits", "train_split": "train"}
+
+  def restored(folder, program):
+    saved = checkpoint.Checkpoints(folder)
+    try:
+      step, state, _ = saved.restore_latest(program.restore_target)
+      return step, *program.with_own_probe(state, before)
+    finally:
+      saved.close()
+
+  step, state, said = restored(whole, with_ten)
+  assert step == 6 and said == "" and state.carry["probe"]["seen"] == 6
+  _, state, said = restored(whole, with_seven)
+  assert said.endswith("starts fresh: the one before was of another number of classes")
+  assert state.carry["probe"]["params"]["bias"].shape == (7,)
+  _, state, said = restored(whole, without)
+  assert said == "the online linear probe ends" and "probe" not in state.carry
+  saved = checkpoint.Checkpoints(tmp_path)
+  saved.save(6, state, {})
+  saved.close()
+  assert not [name for name in checkpoint.leaves(tmp_path) if name.startswith("carry/probe")]
+  _, state, said = restored(tmp_path, with_ten)
+  assert said.endswith("starts fresh: there was none") and state.carry["probe"]["seen"] == 0
+  chex.assert_trees_all_equal_shapes_and_dtypes(state, with_ten.abstract)
+  assert restored(tmp_path, without)[2] == ""
+
+
 def test_a_run_says_what_it_is_before_it_starts(whole):
   lines = [line[20:] for line in (whole / "train.log").read_text().splitlines()]
   lines = lines[: next(i for i, line in enumerate(lines) if line.startswith("step 1/6"))]

@@ -55,8 +55,12 @@ def _config(**changes):
       ["optim.lr 0.0005 -> 0.001", "teacher.momentum 0.996 -> 0.99"],
     ),
     (
-      {"precision": "bfloat16", "probe__batch_size": 0},
-      ["precision float32 -> bfloat16", "probe.batch_size 64 -> 0"],
+      {"precision": "bfloat16", "data__channels": 5, "data__value_range": (0.0, 1.0)},
+      [
+        "precision float32 -> bfloat16",
+        "data.channels 3 -> 5",
+        "data.value_range None -> [0.0, 1.0]",
+      ],
     ),
   ],
 )
@@ -86,6 +90,9 @@ def test_settings_that_do_not_change_the_numbers_may_change():
     monitor__stop_on_collapse=True,
     probe__k=5,
     probe__limit=9,
+    probe__batch_size=0,
+    probe__name="folder",
+    probe__train_split="validation",
     model__remat=True,
     wandb="project",
   )

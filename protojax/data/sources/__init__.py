@@ -10,19 +10,31 @@ import re
 import traceback
 import types
 
+import numpy as np
+
 from protojax import errors, own_modules
 from protojax.data.sources import digits, folder, parquet, shards, tar, tfds
-from protojax.data.sources.folder import EXTENSIONS
+from protojax.data.sources.folder import EXTENSIONS, HELD_OUT
 from protojax.data.sources.imbalance import long_tail
-from protojax.data.sources.source import CorruptImage, Source, decode, read_items, require_labels
+from protojax.data.sources.pixels import Range, decode
+from protojax.data.sources.source import (
+  CorruptImage,
+  Source,
+  measured_range,
+  read_items,
+  require_labels,
+)
 
 __all__ = [
   "EXTENSIONS",
+  "HELD_OUT",
   "SHARDS",
   "CorruptImage",
+  "Range",
   "Source",
   "build",
   "decode",
+  "find_split",
   "read_items",
   "require_labels",
   "shards",
@@ -46,6 +58,8 @@ def build(
   data_dir: str | os.PathLike | None = None,
   imbalance: float | None = None,
   seed: int = 0,
+  channels: int = 3,
+  value_range: Range | None = None,
 ) -> Source:
   """The source called `name`.
 
@@ -54,10 +68,10 @@ def build(
   (355, 10, (32, 32, 3), 5)
 
   Args:
-    name: "digits" (shipped inside scikit-learn); "folder", images (jpg, jpeg, png, webp, bmp) at
-      any depth of `data_dir/split`, or of `data_dir` where it is not divided, labelled by their
-      first-level folder unless there is only one or images lie beside them; "parquet", files as
-      Hugging Face writes them; "tar", WebDataset shards; a name with a dot,
+    name: "digits" (shipped inside scikit-learn); "folder", image files (`EXTENSIONS`) at any depth
+      of `data_dir/split`, or of `data_dir` where it is not divided, labelled by their first-level
+      folder unless there is only one or images lie beside them; "parquet", files as Hugging Face
+      writes them; "tar", WebDataset shards; a name with a dot,
       "my_package.my_source", a module of the user's with `build(split, data_dir) -> Source`; else a
       TFDS data set prepared in `data_dir` as array_record, "name[/config][:version]".
     split: "train", "test"; for TFDS also "train[:1000]"; for a folder a sub-folder, or None.
@@ -65,22 +79,56 @@ def build(
     imbalance: factor rho > 1 of an exponential long tail, n_0 rho^(-c / (C - 1)) images of class c
       (arXiv 1901.05555), n_0 the most with which no class runs out; None keeps all images.
     seed: draws the images that an imbalanced source keeps.
+    channels: of every image: 3, 1, or what the files have; see `decode`.
+    value_range: (low, high), what becomes 0 and 255 of images of more than 8 bits; None takes it
+      from a sample of them, and `source.value_range` says it.
 
   Raises:
-    UserError: if there is no such data, split or image, no labels for `imbalance`, or a mistake in
+    UserError: if there is no such data, split or image, no labels for `imbalance`, channels or a
+      range that are none, or a mistake in
       the user's module: it cannot be imported, its `build` fails, or none of its first 8 images is
       one.
   """
+  if channels < 1:
+    raise errors.UserError(f"data.channels={channels} must be at least 1 (3: colour)")
+  _check_range(value_range, channels)
   if name in KINDS:
     source = KINDS[name](split, data_dir)
   elif re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", name):
-    source = _of_module(name, split, data_dir)
+    source = _of_module(name, split, data_dir, channels)
   else:
     source = tfds.build(name, split, data_dir)
+  source.channels = channels
+  source.value_range = measured_range(source) if value_range is None else value_range
   return source if imbalance is None else long_tail(source, imbalance, seed)
 
 
-def _of_module(name: str, split: str | None, data_dir: str | os.PathLike | None) -> Source:
+def find_split(
+  name: str, split: str | None, data_dir: str | os.PathLike | None = None
+) -> str | None:
+  """What the source calls the labelled images that `split` means: of a folder, see `folder`."""
+  return folder.find_split(split, data_dir) if name == "folder" else split
+
+
+def _check_range(value_range: Range | None, channels: int) -> None:
+  """Refuses what is not (low, high), low < high, numbers or one for each channel."""
+  if value_range is None:
+    return
+  try:
+    low, high = (np.asarray(end, np.float64) for end in value_range)
+    right = bool(np.all(low < high)) and all(x.shape in ((), (channels,)) for x in (low, high))
+  except (TypeError, ValueError):
+    right = False
+  if not right:
+    raise errors.UserError(
+      f"data.value_range={value_range} must be (low, high) with low < high, each a number or one "
+      f"for each of {channels} channels: what becomes black and what white"
+    )
+
+
+def _of_module(
+  name: str, split: str | None, data_dir: str | os.PathLike | None, channels: int
+) -> Source:
   """What `build(split, data_dir)` of the user's own module `name` returns."""
   module = own_modules.load(name, "data.name")
   if not callable(getattr(module, "build", None)):
@@ -101,6 +149,7 @@ def _of_module(name: str, split: str | None, data_dir: str | os.PathLike | None)
     raise errors.UserError(
       f"data.name={name!r}: its build returned {type(built).__name__}: return a data.Source"
     )
+  built.channels = channels
   first = list(built.read(range(min(len(built), _FIRST))))
   if not any(isinstance(record, dict) for record in first):
     said = f"can be read: {first[0]}" if first else "is there"

@@ -1,17 +1,18 @@
-"""What a source is: images and labels by number; and how images are decoded."""
+"""What a source is: images and labels by number."""
 
-import contextlib
 import functools
-import io
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from absl import logging
 
 from protojax import errors
+from protojax.data.sources import pixels
+
+_SAMPLE = 64  # images that the range of deep ones is taken from
 
 
 class CorruptImage(Exception):
@@ -21,19 +22,22 @@ class CorruptImage(Exception):
 class Source:
   """Random access to images; can be pickled into worker processes.
 
-  `source[i]` is {"image": uint8 [H, W, 3], "label": int, "size": (height, width)}: the label -1
-  where there is none, the size that of the image, or of its original where the source holds a copy
-  of another size and shape. It raises `CorruptImage` if record i cannot be decoded and IndexError
-  if there is no record i.
+  `source[i]` is {"image": uint8 [H, W, channels], "label": int, "size": (height, width)}: the label
+  -1 where there is none, the size that of the image, or of its original where the source holds a
+  copy of another size and shape. It raises `CorruptImage` if record i cannot be decoded and
+  IndexError if there is no record i.
 
   Attributes:
     name: for messages.
     class_names, num_classes: names in the order of the labels; (), 0 if unlabelled.
     tail_split: of a long tail, {"many", "medium", "few": [classes]}, see `imbalance`; else None.
+    channels: of every image, 3 unless `sources.build` sets it.
+    value_range: (low, high) that images of more than 8 bits are scaled by, see `pixels.decode`;
+      `sources.build` sets it.
 
   Args:
     records: int array [N], numbers of the records that there are.
-    read: list of these numbers -> list of (what `decode` takes or uint8 [H, W, 3], label) or of
+    read: list of these numbers -> list of (what `decode` takes or uint8 [H, W, C], label) or of
       (that, label, size of the original). Of a module or a `functools.partial` of such a function,
       for it is pickled too.
     labels: int32 [M], indexed by the numbers of the records; None reads them when they are asked
@@ -55,6 +59,8 @@ class Source:
     self.class_names = tuple(class_names)
     self.num_classes = len(self.class_names)
     self.tail_split = tail_split
+    self.channels = 3
+    self.value_range: pixels.Range | None = None
     self._records, self._read, self._labels = records, read, labels
     self._describe = describe or functools.partial("{}[{}]".format, name)
 
@@ -63,6 +69,7 @@ class Source:
     records = self._records[indices]
     names = self.class_names
     chosen = Source(name, records, self._read, self._labels, self._describe, names, tail_split)
+    chosen.channels, chosen.value_range = self.channels, self.value_range
     if self.labels is not None:
       chosen.labels = self.labels[indices]  # those of TFDS have been read by now
     return chosen
@@ -90,9 +97,13 @@ class Source:
   def _finish(self, record: int, found: tuple) -> dict[str, Any] | CorruptImage:
     try:
       image, label, *size = found
-      image = image if isinstance(image, np.ndarray) else decode(image)
-      if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise TypeError(f"an image is uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
+      if not isinstance(image, np.ndarray):
+        image = pixels.decode(image, self.channels, self.value_range)
+      elif image.dtype == np.uint8 and image.ndim == 3:
+        image = pixels.to_uint8(image, self.channels, None)  # colour of one channel is luma
+      if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != self.channels:
+        kind = f"uint8 [H, W, {self.channels}]"
+        raise TypeError(f"an image is {kind}, not {image.dtype} {list(image.shape)}")
       height, width = size[0] if size else image.shape[:2]
       label = int(label) if self.num_classes else -1
       return {"image": image, "label": label, "size": (int(height), int(width))}
@@ -140,21 +151,36 @@ def require_labels(source: Source, who: str) -> None:
     )
 
 
-def decode(file: str | bytes) -> np.ndarray:
-  """A path or encoded bytes -> uint8 [H, W, 3], upright as EXIF says.
+def measured_range(source: Source) -> pixels.Range | None:
+  """`pixels.common_range` of the deep ones among 64 evenly spread images; None if none is deep.
 
-  16 bits keep their upper eight; alpha is dropped; grey becomes three equal channels.
+  A function of the files alone, so that every process of a run comes to the same numbers.
   """
-  with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-    image.load()
-    with contextlib.suppress(Exception):  # junk beside the pixels is no reason to lose them
-      image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-      grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-      return np.repeat(grey[..., None], 3, axis=-1)
-    if "transparency" in image.info:
-      image = image.convert("RGBA")
-    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+  deep, cut = [], 0
+  records = np.unique(np.arange(_SAMPLE) * len(source) // _SAMPLE)
+  for record in source._records[records].tolist():
+    try:
+      file = source._read([record])[0][0]
+      if isinstance(file, np.ndarray):
+        return None  # arrays are of eight bits
+      depth = pixels.depth(file)
+      cut += depth == "cut"
+      if depth == "deep":
+        image = pixels.read(file, source.channels)
+        if source.channels in (1, 3):  # grey or colour: one range for all
+          image = image.reshape(len(image), -1, 1)
+        deep.append(image)
+    except Exception:  # a damaged file is told when it is drawn
+      continue
+  if cut:
+    logging.warning(
+      "%d of %d images looked at in %s are colour of 16 bits a channel, of which Pillow keeps the "
+      "upper eight: what holds fewer bits gets dark; save those as .npy",
+      cut,
+      len(records),
+      source.name,
+    )
+  return pixels.common_range(deep) if deep else None
 
 
 def read_items(

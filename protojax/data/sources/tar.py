@@ -18,7 +18,7 @@ from absl import logging
 from protojax import errors, files
 from protojax.data.sources import folder, shards, source
 
-_FORM = 1  # of the index file
+_FORM = 2  # of the index file
 
 
 class _Sample(NamedTuple):
@@ -32,9 +32,9 @@ def build(split: str | None, data_dir: str | os.PathLike | None) -> source.Sourc
   """The images in the tar shards of one split, in the order of their names.
 
   Members of one shard with the same path up to the first dot of the file name are a sample: the
-  first with an image extension is its image; its label is the text of `.cls`, or "label" of
-  `.json`, or there is none. A sample without an image is left out. Classes are those of all splits
-  together.
+  first with an image extension is its image, `.npy` only in a shard without pictures; its label is
+  the text of `.cls`, or "label" of `.json`, or there is none. A sample without an image is left
+  out. Classes are those of all splits together.
 
   The index lies beside the shard, or in `~/.cache/protojax/tar` where that folder cannot be
   written, and is made anew when the shard's size or time has changed.
@@ -115,6 +115,7 @@ def _index(path: pathlib.Path) -> list[_Sample]:
 
 def _samples(path: pathlib.Path) -> list[_Sample]:
   images: dict[str, tuple[str, int, int]] = {}
+  arrays: dict[str, tuple[str, int, int]] = {}
   labels: dict[str, str] = {}
   try:
     with tarfile.open(path, "r:") as archive:
@@ -125,12 +126,15 @@ def _samples(path: pathlib.Path) -> list[_Sample]:
           continue
         key, extension = f"{directory}/{stem}", extension.lower()
         if f".{extension}" in folder.EXTENSIONS:
-          images.setdefault(key, (member.name, member.offset_data, member.size))
+          kind = arrays if extension == "npy" else images
+          kind.setdefault(key, (member.name, member.offset_data, member.size))
         elif extension in ("cls", "json") and (label := _label(archive, member)) is not None:
           if extension == "cls" or key not in labels:
             labels[key] = label
   except (tarfile.TarError, OSError, EOFError) as error:
-    logging.warning("%s is damaged (%s): %d images before that", path, error, len(images))
+    before = len(images or arrays)
+    logging.warning("%s is damaged (%s): %d images before that", path, error, before)
+  images = images or arrays  # beside pictures an array is something about them, as in a folder
   return [_Sample(*image, labels.get(key)) for key, image in images.items()]
 
 

@@ -36,7 +36,7 @@ def build(config) -> Student:
     return carry["batch_stats"]["student"]
 
   def init(key):
-    params, batch_stats = encoders.init(net, key, config.augment.global_size)
+    params, batch_stats = encoders.init(net, key, config.augment.global_size, config.data.channels)
     carry = {"batch_stats": {"student": batch_stats}}
     return base.Variables(params, prototypes=(), teacher=(), carry=carry)
 

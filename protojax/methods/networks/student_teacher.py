@@ -54,7 +54,8 @@ def build(config, *, patches: bool = False, constant_momentum: bool = False) -> 
   pace = schedules.cosine(share, 0.0, config.num_steps)
 
   def init(key):
-    params, batch_stats = encoders.init(student_net, key, config.augment.global_size)
+    size, channels = config.augment.global_size, config.data.channels
+    params, batch_stats = encoders.init(student_net, key, size, channels)
     return base.Variables(
       encoder=params,
       prototypes=(),

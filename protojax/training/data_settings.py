@@ -1,0 +1,93 @@
+"""Settings that a run finds out by looking at its images, and keeps from then on."""
+
+import json
+import pathlib
+
+import ml_collections
+import numpy as np
+from absl import logging
+
+from protojax import config as configs
+from protojax import errors
+from protojax.data import sources
+
+_KEPT = (("data", "value_range"), ("augment", "mean"), ("augment", "std"))
+_SAMPLE = 1024  # images that mean and standard deviation are taken from
+_LEAST_STD = 1.0 / 255.0  # a channel that never changes must not be divided by zero
+
+
+def recalled(config: ml_collections.ConfigDict, workdir: str) -> ml_collections.ConfigDict:
+  """A copy in which what an earlier start of the run in `workdir` found out is not sought again."""
+  config = config.copy_and_resolve_references()
+  known = pathlib.Path(workdir).expanduser() / "config.json"
+  if config.overwrite or not known.is_file():
+    return config
+  try:
+    before = json.loads(known.read_text())
+    before = before if isinstance(before, dict) else {}
+  except ValueError:
+    return config  # `workdir.claim` says so
+  with config.unlocked(), config.ignore_type():
+    for section, key in _KEPT:
+      there = before.get(section, {}).get(key)
+      unknown = config[section][key] is None
+      if section == "augment":
+        unknown = configs.to_be_measured(config, key)
+      if unknown and there is not None:
+        config[section][key] = tuple(tuple(x) if isinstance(x, list) else x for x in there)
+  return config
+
+
+def completed(
+  config: ml_collections.ConfigDict, train: sources.Source
+) -> ml_collections.ConfigDict:
+  """A copy that names the held-out split, the range of deep images, mean and deviation.
+
+  Args:
+    config: resolved.
+    train: the images to train on.
+  """
+  config = config.copy_and_resolve_references()
+  with config.unlocked(), config.ignore_type():
+    probe = config.probe
+    probe.test_split = sources.find_split(probe.name, probe.test_split, probe.data_dir)
+    config.data.value_range = train.value_range
+    if train.value_range is not None:
+      logging.info(
+        "images of more than 8 bits: %s to %s become 0 to 255 (config.data.value_range)",
+        *train.value_range,
+      )
+    if config.augment.mean is None or config.augment.std is None:
+      mean, std = channel_statistics(train)
+      config.augment.mean = config.augment.mean or mean
+      config.augment.std = config.augment.std or std
+      logging.info(
+        "measured on %d images of %s: config.augment.mean=%s config.augment.std=%s",
+        min(_SAMPLE, len(train)),
+        train.name,
+        config.augment.mean,
+        config.augment.std,
+      )
+  return config
+
+
+def channel_statistics(data: sources.Source) -> tuple[tuple[float, ...], tuple[float, ...]]:
+  """(mean, standard deviation) of every channel over all pixels, in 0..1, to four digits.
+
+  Of 1,024 evenly spread images, each with the same weight: a function of the images alone.
+
+  Raises:
+    UserError: if none of them can be read.
+  """
+  sums: list[np.ndarray] = []
+  for record in data.read(np.unique(np.arange(_SAMPLE) * len(data) // _SAMPLE).tolist()):
+    if not isinstance(record, sources.CorruptImage):
+      pixels = record["image"].reshape(-1, data.channels) / 255.0
+      sums.append(np.stack([pixels.mean(axis=0), np.square(pixels).mean(axis=0)]))
+  if not sums:
+    raise errors.UserError(f"not one of the first images of {data.name} can be read")
+  mean, square = np.mean(sums, axis=0)
+  std = np.sqrt(np.maximum(square - np.square(mean), 0.0))
+  rounded = (np.round(x, 4).tolist() for x in (mean, np.maximum(std, _LEAST_STD)))
+  first, second = (tuple(x) for x in rounded)
+  return first, second
