@@ -175,7 +175,7 @@ def _by_size(values: Sequence, sizes: Sequence[int | None]) -> list[tuple[str, l
     values: (number, file) of each run.
     sizes: pixels of each run's images.
   """
-  known = sorted({size for size in sizes if size is not None})
+  known = sorted({size for size in sizes if size is not None}, key=lambda s: _natural(str(s)))
   if len(known) < 2:
     return [("", list(values))]
   parted = []
