@@ -20,6 +20,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 _DATA = pathlib.Path(os.environ.get("PROTOJAX_DATA_DIR", ROOT.parent / "shared" / "data"))
 _IMAGES = 50_000
 
+# Takes a minute: bash launch/test.sh --all.
+long = pytest.mark.skipif("PROTOJAX_TEST_ALL" not in os.environ, reason="not without --all")
+
 
 def _start(out, *arguments):
   command = [sys.executable, "-m", "benchmarks.accelerator", f"--out={out}", "--rehearse"]
@@ -46,6 +49,7 @@ def _statuses(out):
   return [(line["item"], line["status"]) for line in records.read(out / "lines.jsonl")]
 
 
+@long
 @pytest.mark.skipif(not (_DATA / "cifar10").is_dir(), reason="no prepared CIFAR-10")
 def test_a_stopped_list_goes_on_and_says_everything_once(tmp_path):
   out, state = tmp_path / "out", tmp_path / "state"

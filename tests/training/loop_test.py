@@ -47,6 +47,9 @@ CHANGES = {
   "method.num_prototypes": 32,
 }
 
+# Takes a minute: bash launch/test.sh --all.
+long = pytest.mark.skipif("PROTOJAX_TEST_ALL" not in os.environ, reason="not without --all")
+
 
 # Clusters are refreshed before steps 2 and 4.
 PCL = CHANGES | {
@@ -319,6 +322,7 @@ def _kill_after_a_checkpoint(folder, step, **recipe):
   process.wait()
 
 
+@long
 def test_killed_run_resumes_to_the_bit(whole, tmp_path):
   folder = tmp_path / "run"
   _kill_after_a_checkpoint(folder, 2)
@@ -327,6 +331,7 @@ def test_killed_run_resumes_to_the_bit(whole, tmp_path):
   assert _losses(folder) == _losses(whole)
 
 
+@long
 def test_run_with_clusters_stopped_and_killed_around_a_refresh_resumes_to_the_bit(
   tmp_path, monkeypatch
 ):
