@@ -115,7 +115,7 @@ def patches(
 
   Args:
     encoder, params, batch_stats: as in `encoder.features`.
-    images: [B, S, S, 3] normalised.
+    images: [B, H, W, C] normalised.
     names: "last" or any of `single`. The tokens of a ViT's block go through the final norm, as in
       DINO's `get_intermediate_layers`; class token and registers are left out. The maps of a ResNet
       are as its stages give them.

@@ -8,9 +8,8 @@ import jax
 
 from protojax import config as configs
 from protojax import errors, files, pretrained, progress
-from protojax.data import sources
 from protojax.reports import gallery, page, picture, record
-from protojax.training import workdir
+from protojax.training import loop, workdir
 
 OF_SEVERAL = "comparison.html"
 
@@ -83,17 +82,7 @@ def pictures(run: record.Record, limit: int = gallery.LIMIT) -> gallery.Pictures
     config = configs.restored(run.config.to_dict())
   except (AttributeError, KeyError, TypeError, ValueError):
     return "config.json is missing or of another version."
-  data, arrays = config.data, run.arrays
-  train = _or_error(
-    sources.build,
-    data.name,
-    split=data.split,
-    data_dir=data.data_dir,
-    imbalance=data.imbalance,
-    seed=config.seed,
-    channels=data.channels,
-    value_range=data.value_range,
-  )
+  arrays, train = run.arrays, _or_error(loop.pretraining_source, config)
   model = bank = _or_error(pretrained.load, str(run.folder))
   if isinstance(model, pretrained.Trained):
     bank = _or_error(pretrained.source, model, "train")

@@ -24,6 +24,24 @@ from protojax.training import (
 from protojax.training import workdir as workdirs
 
 
+def pretraining_source(config) -> sources.Source:
+  """The images that `config` trains on.
+
+  Raises:
+    UserError: if they are missing.
+  """
+  data = config.data
+  return sources.build(
+    data.name,
+    split=data.split,
+    data_dir=data.data_dir,
+    imbalance=data.imbalance,
+    seed=config.seed,
+    channels=data.channels,
+    value_range=data.value_range,
+  )
+
+
 def build_sources(config) -> tuple[sources.Source, sources.Source, sources.Source | None]:
   """The images that a run needs: (to train on, the bank, labelled test images or None).
 
@@ -33,15 +51,7 @@ def build_sources(config) -> tuple[sources.Source, sources.Source, sources.Sourc
     UserError: if data is missing, or a probe was asked of data without labels.
   """
   data, probe = config.data, config.probe
-  train = sources.build(
-    data.name,
-    split=data.split,
-    data_dir=data.data_dir,
-    imbalance=data.imbalance,
-    seed=config.seed,
-    channels=data.channels,
-    value_range=data.value_range,
-  )
+  train = pretraining_source(config)
   seen_alike = {"channels": data.channels, "value_range": train.value_range}
   name, data_dir = probe.name or data.name, probe.data_dir or data.data_dir
   own = (name, data_dir) == (data.name, data.data_dir)
