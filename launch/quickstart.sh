@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# From a fresh clone to a first result: makes an environment, installs protojax, trains on the
-# handwritten digits inside scikit-learn and ends with the verdict on collapse, the k-NN accuracy
-# and where the picture lies. Needs Python 3.11 or later and the package index; no GPU, no data.
+# From a fresh clone to a first result: makes an environment, installs protojax and trains the same
+# net twice, side by side, on the handwritten digits inside scikit-learn: with prototypes that are
+# learned jointly with it, and with decoupled ones. Ends with a table and a picture of both beside
+# what there is without training. Needs Python 3.11 or later and the package index; no GPU, no data.
 #
 #   bash launch/quickstart.sh [WORKDIR] [--config.key=value ...]     (default runs/quickstart)
 #
@@ -23,4 +24,30 @@ python=${PROTOJAX_PYTHON:-$(require_python 3.11 3.12 3.13)}
 
 # The versions that the whole test suite runs with, not those of the day.
 make_venv "$venv" "$python" -c launch/floors.txt -e .
-exec "$venv/bin/python" -m protojax.main --config=configs/quickstart.py --workdir="$workdir" "$@"
+
+export JAX_PLATFORMS=cpu
+# Threads of each run: so small a net trains twice as fast in two processes as in one of two threads.
+NPROC=$("$venv/bin/python" -c "import os; print(max(1, (os.cpu_count() or 1) // 2))")
+export NPROC
+
+# labelled NAME: copies lines, each behind the name of its run, to the end of them.
+labelled() {
+  trap '' INT TERM
+  awk -v name="$1" '{ printf "%-9s | %s\n", name, $0; fflush() }'
+}
+
+pids=()
+# Runs save a checkpoint when they are told to stop.
+trap 'trap "" INT TERM; kill -TERM "${pids[@]}" 2>/dev/null; wait "${pids[@]}"; exit 130' INT TERM
+for name in joint decoupled; do
+  "$venv/bin/python" -m protojax.main --config="configs/quickstart.py:$name" \
+    --workdir="$workdir/$name" "$@" > >(labelled "$name") 2>&1 &
+  pids+=($!)
+done
+for pid in "${pids[@]}"; do
+  wait "$pid" || failed=yes
+done
+[ -z "${failed:-}" ] || die "a run did not end, see above; the same command goes on from its last checkpoint"
+
+exec "$venv/bin/python" -m protojax.report --workdir="$workdir/joint" --workdir="$workdir/decoupled" \
+  --out="$workdir/comparison.html"

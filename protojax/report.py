@@ -1,22 +1,26 @@
-"""protojax report --workdir=RUN [--workdir=RUN2 ...] [--out=FILE]: one HTML page."""
+"""protojax report --workdir=RUN [--workdir=RUN2 ...] [--out=FILE]: one HTML page.
+
+Of several runs also a table of where they ended, printed, and a picture beside the page.
+"""
 
 import pathlib
 import shlex
 import sys
 
 from protojax import cli, errors
-from protojax.reports import gallery, of_run
+from protojax.reports import comparison, gallery, of_run, record
 from protojax.training import workdir
 
 _DESCRIPTION = """One self-contained page about a run, or about several in the same charts.
 
 Verdict and numbers with their protocol, curves, collapse of the prototypes, the images nearest to
 the most and the least used of them, attention maps, augmented views, settings. Finished runs and
-running ones; what a run lacks is left out and said."""
+running ones; what a run lacks is left out and said. Of several runs a table is printed, too, and a
+picture written beside the page."""
 
 
 def main(argv: list[str]) -> None:
-  """Writes the page and prints its path, the number of its runs and its size."""
+  """Writes the page and prints its path and size, of several runs also how they compare."""
   parser = cli.parser("report", _DESCRIPTION)
   parser.add_argument(
     "--workdir", action="append", required=True, help="folder of a run; give it again for more"
@@ -42,8 +46,11 @@ def main(argv: list[str]) -> None:
     limit=args.limit,
     origin=shlex.join(["protojax", "report", *argv]),
   )
-  runs = f"{len(folders)} run{'s' * (len(folders) > 1)}"
-  print(f"{out}: {runs}, {out.stat().st_size / 1e6:.2f} MB")
+  written = f"{len(folders)} run{'s' * (len(folders) > 1)}, {out.stat().st_size / 1e6:.2f} MB"
+  if len(folders) > 1:
+    print("\n".join(comparison.table(record.read(folders))))
+    print(f"\n{out.with_suffix('.png')}: the picture")
+  print(f"{out}: {written}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Eight CPU devices, strict promotion, warnings as errors: set before JAX starts."""
 
+import contextlib
 import gc
 import importlib.metadata
+import itertools
 import os
 import pathlib
 import signal
@@ -21,7 +23,10 @@ if importlib.metadata.version("jax").startswith("0.10."):
 
 import jax
 import pytest
+import tiny
 from absl import flags
+
+from protojax import api
 
 # Tracing makes objects by the million; collecting after every 700 is a tenth of the suite's time.
 gc.set_threshold(100_000, 20, 20)
@@ -34,17 +39,44 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 flags.FLAGS.mark_as_parsed()
 
 
+_tests = itertools.count()
+
+
+def pytest_sessionfinish():
+  """What is left goes with the process; pytest would look through all of it five times."""
+  gc.freeze()
+
+
+@contextlib.contextmanager
+def _compiling_fast():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="module")
 def compile_fast():
   """For a module whose time goes into compiling: its programs, which then run for milliseconds.
 
   Holds for the processes it starts, too.
   """
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    jax.config.update("jax_disable_most_optimizations", True)
+  with _compiling_fast():
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+  """The workdir of `tiny.run_config()`, trained to its end; to be copied, not changed.
+
+  For tests of the xdist_group "train", which one worker runs: it is trained once.
+  """
+  folder = tmp_path_factory.mktemp("finished") / "run"
+  with _compiling_fast():
+    api.train(tiny.run_config(), str(folder))
+  return folder
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +87,7 @@ def few_memory_maps():
   """
   yield
   maps = pathlib.Path("/proc/self/maps")
-  if maps.exists() and len(maps.read_bytes().splitlines()) > 20_000:
+  # Now and then: reading tens of thousands takes longer than many a test.
+  if next(_tests) % 5 == 0 and maps.exists() and len(maps.read_bytes().splitlines()) > 40_000:
     jax.clear_caches()
     gc.collect()

@@ -9,24 +9,17 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from protojax import config as configs
 from protojax import embed, errors, pretrained
-from protojax.training import loop
 
 pytestmark = [
-  pytest.mark.xdist_group("embed"),  # one worker: its tests share a fixture that is costly
+  pytest.mark.xdist_group("train"),  # one worker: they share `finished_run`
   pytest.mark.usefixtures("compile_fast"),
 ]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("embed") / "run"
-  config = configs.debug(configs.default("dino"))
-  config.update({"num_steps": 1, "batch_size": 16})
-  config.method.num_prototypes = 32
-  loop.run(config, str(folder))
-  return folder
+def run(finished_run):
+  return finished_run
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +53,8 @@ def test_npz_and_parquet_hold_the_same_rows_with_their_files(run, images, tmp_pa
   np.testing.assert_array_equal(arrays["code"], expected["codes"]["prototypes"])
   protocol = json.loads(str(arrays["protocol"]))
   assert protocol == json.loads(table.schema.metadata[b"protocol"])
-  assert protocol["step"] == 1 and protocol["weights"] == "teacher" and protocol["images"] == 5
-  assert protocol["what"] == ["features", "codes"] and protocol["shapes"] == {"features": [96]}
+  assert protocol["step"] == 6 and protocol["weights"] == "teacher" and protocol["images"] == 5
+  assert protocol["what"] == ["features", "codes"] and protocol["shapes"] == {"features": [48]}
 
 
 def test_exported_weights_give_the_codes_of_their_run(run, tmp_path):
@@ -69,7 +62,7 @@ def test_exported_weights_give_the_codes_of_their_run(run, tmp_path):
   for path in (run, run / "exported"):
     embed.main([str(path), *rows, f"--out={tmp_path / path.name}.npz"])
   a, b = (np.load(tmp_path / f"{name}.npz") for name in ("run", "exported"))
-  assert b["features"].shape == (7, 96) and b["filename"][0] == "digits/test[0]"
+  assert b["features"].shape == (7, 48) and b["filename"][0] == "digits/test[0]"
   np.testing.assert_allclose(b["features"], a["features"], atol=1e-5)
   assert np.mean(b["code"] == a["code"]) > 0.7  # but for ties
 
@@ -89,7 +82,7 @@ def test_patches_layers_and_embeddings_go_into_both_formats(run, images, tmp_pat
   assert list(shapes) == ["features_last", "features_block1", "patches_last", "patches_block1"] + [
     "embedding"
   ]
-  assert shapes["patches_last"] == [4, 4, 96] and arrays["patches_last"].shape == (20, 4, 4, 96)
+  assert shapes["patches_last"] == [2, 2, 48] and arrays["patches_last"].shape == (20, 2, 2, 48)
   for name, shape in shapes.items():
     values = np.array(table[name].to_pylist(), np.float32).reshape(-1, *shape)
     np.testing.assert_array_equal(values, arrays[name])
@@ -103,11 +96,11 @@ def test_patches_layers_and_embeddings_go_into_both_formats(run, images, tmp_pat
 
 
 def test_what_would_not_fit_is_refused_before_it_is_written(run, tmp_path, monkeypatch):
-  common = [str(run), "--data=digits", "--what=patches"]  # 1,442 images of 6.2 kB
-  monkeypatch.setattr(embed, "_memory", lambda: 17_000_000)
+  common = [str(run), "--data=digits", "--what=patches"]  # 1,442 images of .8 kB
+  monkeypatch.setattr(embed, "_memory", lambda: 2_000_000)
   with pytest.raises(errors.UserError, match="1,442 rows take about 0.0 GB, twice that in memory"):
     embed.main([*common, f"--out={tmp_path / 'new' / 'a.npz'}"])
-  room = shutil.disk_usage(tmp_path)._replace(free=8_000_000)
+  room = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
   monkeypatch.setattr(shutil, "disk_usage", lambda path: room)
   with pytest.raises(errors.UserError, match="0.0 GB of the disk are free"):
     embed.main([*common, f"--out={tmp_path / 'new' / 'a.parquet'}"])

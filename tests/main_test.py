@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 
 from protojax import config as configs
@@ -263,14 +264,16 @@ def test_corrupt_images_are_skipped_counted_and_named(tmp_path, caplog):
   assert len(named) == 1 and "corrupt" in named[0]
 
 
-def test_workdir_of_another_run_is_refused_and_left_alone(tmp_path):
-  loop.run(_config(tmp_path, num_steps=1, eval_every=1), str(tmp_path / "run"))
-  before = sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*") if p.is_file())
+@pytest.mark.xdist_group("train")
+def test_workdir_of_another_run_is_refused_and_left_alone(finished_run):
+  def files():
+    return sorted((p, p.stat().st_mtime_ns) for p in finished_run.rglob("*") if p.is_file())
+
+  before = files()
   with pytest.raises(errors.UserError, match="seed 0 -> 1") as caught:
-    loop.run(_config(tmp_path, num_steps=1, eval_every=1, seed=1), str(tmp_path / "run"))
+    loop.run(tiny.run_config(seed=1), str(finished_run))
   assert "\n" not in str(caught.value) and "another workdir" in str(caught.value)
-  after = sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*") if p.is_file())
-  assert before == after
+  assert files() == before
 
 
 def test_importing_the_program_loads_no_tensorflow():

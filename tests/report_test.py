@@ -441,8 +441,11 @@ def test_a_comparison_leaves_the_pages_of_its_runs_alone(tmp_path, capsys):
   assert (one / "report.html").read_text().count('class="run open"') == 1
   assert (one / "comparison.html").read_text().count('class="run open"') == 2
   assert not list(two.glob("*.html"))
-  first, second = capsys.readouterr().out.splitlines()
-  assert "report.html: 1 run, 0." in first and "comparison.html: 2 runs, 0." in second
+  lines = capsys.readouterr().out.splitlines()
+  assert "report.html: 1 run, 0." in lines[0] and "comparison.html: 2 runs, 0." in lines[-1]
+  assert lines[-2] == f"{one / 'comparison.png'}: the picture"
+  assert (one / "comparison.png").exists() and not (one / "report.png").exists()
+  assert [line.split()[0] for line in lines if "62.0 %" in line] == ["one", "two"]
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -456,6 +459,7 @@ def test_a_comparison_leaves_the_pages_of_its_runs_alone(tmp_path, capsys):
     (["--workdir={tmp}/run", "--limit=-1"], "must not be negative"),
     (["--workdir={tmp}/run", "--limit=x"], "invalid int value"),
     (["--workdir={tmp}/run", "--out={tmp}/file/r.html"], "cannot write to"),
+    (["--workdir={tmp}/run", "--out={tmp}/r.png"], "a name that ends in .html"),
     (["--workdir={tmp}/run", "--open"], "unrecognized arguments"),
   ],
 )

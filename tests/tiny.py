@@ -1,14 +1,45 @@
-"""The smallest config that still has every part, and batches of random images for it."""
+"""The smallest config that still has every part, batches of random images for it, a little run."""
 
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from protojax import config as configs
+from protojax import recipes
 from protojax.data import sources
 from protojax.training import programs, sharding
+
+ROOT = pathlib.Path(__file__).parents[1]
+# A little run for the library and for the program: 6 steps on digits.
+RUN = {
+  "num_steps": 6,
+  "batch_size": 16,
+  "log_every": 1,
+  "save_every": 2,
+  "eval_every": 6,
+  "monitor.every": 6,
+  "monitor.images": 32,
+  "probe.limit": 64,
+  "augment.global_size": 16,
+  "augment.local_size": 8,
+  "model.depth": 2,
+  "model.width": 48,
+  "head.hidden": 32,
+  "head.bottleneck": 16,
+  "method.num_prototypes": 32,
+}
+
+
+def run_config(recipe="quickstart", changes=RUN, **more):
+  """The config of a recipe's `:debug` mode with these changes and more, by dotted key."""
+  c = recipes.load(str(ROOT / "configs" / f"{recipe}.py:debug"))
+  for key, value in (changes | more).items():
+    section, _, leaf = key.rpartition(".")
+    (c[section] if section else c)[leaf] = value
+  return c
 
 
 def config(name="dino", prototypes="mixture", **overrides):
@@ -55,8 +86,8 @@ def digits(c, step):
   return {**batch(c), "image": _digits()[index], "index": index}
 
 
-def run_steps(c, steps, devices=None, num_classes=0, draw=None):
-  """(program, state, [metrics]) after `steps` updates on one random batch or on draw(c, step)."""
+def run_steps(c, steps, devices=None, num_classes=0):
+  """(program, state, [metrics]) after `steps` updates on one random batch."""
   program = programs.Program(c, num_classes, devices=devices)
   with jax.set_mesh(program.mesh):
     state = program.init(c.seed)
@@ -67,9 +98,7 @@ def run_steps(c, steps, devices=None, num_classes=0, draw=None):
       other = {k: v[: c.probe.batch_size] for k, v in batch(c, 1).items()}
       probe_rows = sharding.put_batch({**other, "label": label}, program.mesh)
     metrics = []
-    for step in range(steps):
-      if draw:
-        rows = sharding.put_batch(draw(c, step), program.mesh)
+    for _ in range(steps):
       state, out = program.step(state, rows, probe_rows)
       metrics.append({k: float(v) for k, v in out.items()})
   return program, state, metrics

@@ -8,7 +8,7 @@ import jax
 
 from protojax import config as configs
 from protojax import errors, files, pretrained, progress
-from protojax.reports import gallery, page, picture, record
+from protojax.reports import comparison, gallery, page, picture, record
 from protojax.training import loop, workdir
 
 OF_SEVERAL = "comparison.html"
@@ -49,6 +49,8 @@ def write(
 ) -> pathlib.Path:
   """Writes the page of runs on the disk, finished or not, all of them in the same charts.
 
+  Several runs have a picture of the same name beside it, .png.
+
   Args:
     folders: their workdirs.
     out: the file to write; by default report.html, of several runs comparison.html, in the (first)
@@ -64,10 +66,14 @@ def write(
   """
   runs = record.read(folders)
   out = out or folders[0] / (workdir.REPORT if len(folders) == 1 else OF_SEVERAL)
+  if out.suffix == ".png":
+    raise errors.UserError(f"out={out} is the page: give it a name that ends in .html")
   found = {}
   for run in progress.over(runs, "drawing pictures of run"):
     found[run.name] = pictures(run, limit)
   files.write(out, page.build(runs, found, origin or command(folders)))
+  if len(runs) > 1:
+    comparison.draw(runs, out.with_suffix(".png"))
   return out
 
 

@@ -11,13 +11,6 @@ from protojax.reports import record
 _INK, _MUTED = "#1f4e79", "#b0b0b0"
 
 
-def _curve(run: record.Record, key: str) -> record.Curve:
-  """Steps and values of one metric where they are finite; none if it was not written."""
-  steps, values = run.curves.get(key, (np.zeros(0), np.zeros(0)))
-  finite = np.isfinite(values)
-  return steps[finite], values[finite]
-
-
 def draw(run: record.Record) -> pathlib.Path:
   """Draws a finished run and writes the picture as report.png into its workdir.
 
@@ -33,10 +26,10 @@ def draw(run: record.Record) -> pathlib.Path:
   figure.suptitle(run.name)
 
   axis = axes[0, 0]
-  axis.plot(*_curve(run, "train/loss"), color=_INK, label="loss")
+  axis.plot(*run.curve("train/loss"), color=_INK, label="loss")
   if "train/cross_entropy" in run.curves:  # the loss has several terms
-    axis.plot(*_curve(run, "train/cross_entropy"), ":", color=_INK, label="cross entropy")
-  axis.plot(*_curve(run, "train/ln_k"), color=_MUTED, linestyle="--", label="chance")
+    axis.plot(*run.curve("train/cross_entropy"), ":", color=_INK, label="cross entropy")
+  axis.plot(*run.curve("train/ln_k"), color=_MUTED, linestyle="--", label="chance")
   axis.set(title="Loss", xlabel="step")
   axis.legend(frameon=False)
 
@@ -47,7 +40,7 @@ def draw(run: record.Record) -> pathlib.Path:
     ("collapse/unique_0.5", "unique at .5", ":"),
     ("collapse/used_sample", "used by the sample", "-."),
   ):
-    step, value = _curve(run, key)
+    step, value = run.curve(key)
     axis.plot(step, 100 * value, style, color=_INK, label=label)
   axis.set(title="Prototypes, % of K", xlabel="step", ylim=(-3, 103))
   axis.legend(frameon=False, fontsize="small")
@@ -57,7 +50,7 @@ def draw(run: record.Record) -> pathlib.Path:
     ("probe/knn", "k-NN", "o-"),
     ("probe/linear", "linear, online", "s--"),
   ):
-    step, value = _curve(run, key)
+    step, value = run.curve(key)
     axis.plot(step, 100 * value, style, color=_INK, label=label)
   for key, label, style in (
     ("floor/knn_pixels", "k-NN, raw pixels", "--"),
@@ -65,7 +58,7 @@ def draw(run: record.Record) -> pathlib.Path:
     ("floor/knn_start", "k-NN, at the start", ":"),
     ("floor/linear_pixels", "linear, raw pixels", "-."),
   ):
-    for value in _curve(run, key)[1][-1:]:
+    for value in run.curve(key)[1][-1:]:
       axis.axhline(100 * value, color=_MUTED, linestyle=style, label=label)
   axis.set(title="Accuracy on the test images, %", xlabel="step")
   axis.set_xlim(left=0)

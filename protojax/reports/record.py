@@ -57,6 +57,12 @@ class Record(NamedTuple):
     except (AttributeError, KeyError, TypeError, ValueError):
       return None
 
+  def curve(self, key: str) -> Curve:
+    """Steps and values of one metric where they are finite; none if it was not written."""
+    steps, values = self.curves.get(key, (np.zeros(0), np.zeros(0)))
+    finite = np.isfinite(values)
+    return steps[finite], values[finite]
+
   def measures(self, file: str) -> dict[str, float]:
     """{name: number} of one of `results`, nested names joined by dots; {} if it is not there."""
     measures = trees.flat(self.results.get(file, {}).get("measures", {}))

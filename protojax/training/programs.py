@@ -156,7 +156,7 @@ class Program:
       f"the online linear probe starts fresh: {why}",
     )
 
-  def lower(self) -> jax.stages.Lowered:
+  def trace(self) -> jax.stages.Traced:
     """Traces the step for the config's batch, so that a mistake of size shows before training."""
     config = self.config
 
@@ -173,7 +173,12 @@ class Program:
         config.probe.batch_size, image=image, size=((2,), jnp.int32), label=((), jnp.int32)
       )
     with jax.set_mesh(self.mesh):
-      return self.step.lower(self.abstract, batch, probe_batch)
+      return self.step.trace(self.abstract, batch, probe_batch)
+
+  def lower(self) -> jax.stages.Lowered:
+    """The traced step in the compiler's language."""
+    with jax.set_mesh(self.mesh):
+      return self.trace().lower()
 
   def load(self, data) -> cache.Cache:
     """The images of a source on the devices."""

@@ -9,10 +9,11 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 from sklearn import neighbors
 
-from protojax import api, errors, pretrained, recipes, report
+from protojax import api, errors, pretrained, report
 from protojax import config as configs
 from protojax.data import augment, sources
 from protojax.reports import gallery, of_run
@@ -20,43 +21,16 @@ from protojax.reports import record as records
 from protojax.training import loop, workdir
 
 pytestmark = [
-  pytest.mark.xdist_group("gallery"),  # one worker: its tests share a fixture that is costly
+  pytest.mark.xdist_group("train"),  # one worker: they share `finished_run`
   pytest.mark.usefixtures("compile_fast"),
 ]
 
 ROOT = pathlib.Path(__file__).parents[2]
-CHANGES = {
-  "num_steps": 4,
-  "batch_size": 16,
-  "log_every": 2,
-  "save_every": 4,
-  "eval_every": 4,
-  "monitor.every": 4,
-  "monitor.images": 32,
-  "probe.limit": 64,
-  "augment.global_size": 16,
-  "augment.local_size": 8,
-  "model.depth": 1,
-  "model.width": 48,
-  "head.hidden": 32,
-  "head.bottleneck": 16,
-  "method.num_prototypes": 32,
-}
-
-
-def _config():
-  config = recipes.load(str(ROOT / "configs" / "quickstart.py:debug"))
-  for key, value in CHANGES.items():
-    section, _, leaf = key.rpartition(".")
-    (config[section] if section else config)[leaf] = value
-  return config
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, compile_fast):
-  folder = tmp_path_factory.mktemp("gallery") / "run"
-  api.train(_config(), str(folder))
-  return folder
+def run(finished_run):
+  return finished_run
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +63,7 @@ def test_training_ends_with_the_page_and_names_it(run):
 def test_a_finished_run_without_its_page_says_how_to_write_it(run, tmp_path):
   folder = shutil.copytree(run, tmp_path / "run")
   (folder / "report.html").unlink()
-  api.train(_config(), str(folder))
+  api.train(tiny.run_config(), str(folder))
   assert f"protojax report --workdir={folder}" in (folder / "train.log").read_text()
 
 
@@ -141,7 +115,7 @@ def test_kinds_of_prototypes_are_by_use():
 
 def test_views_are_the_very_ones_of_the_first_step(run, kept):
   data = sources.build("digits", split="train")
-  config = configs.resolve(_config(), len(data))
+  config = configs.resolve(tiny.run_config(), len(data))
   gallery._views(config, data)
   program = loop.programs.Program(config)
   key = jax.jit(lambda seed: program.init(seed).key)(config.seed)
