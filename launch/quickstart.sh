@@ -40,7 +40,8 @@ pids=()
 # Runs save a checkpoint when they are told to stop.
 trap 'trap "" INT TERM; kill -TERM "${pids[@]}" 2>/dev/null; wait "${pids[@]}"; exit 130' INT TERM
 for name in joint decoupled; do
-  "$venv/bin/python" -m protojax.main --config="configs/quickstart.py:$name" \
+  mode=${name#decoupled}
+  "$venv/bin/python" -m protojax.main --config="configs/quickstart.py${mode:+:$mode}" \
     --workdir="$workdir/$name" "$@" > >(labelled "$name") 2>&1 &
   pids+=($!)
 done
