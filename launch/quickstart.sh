@@ -26,7 +26,7 @@ python=${PROTOJAX_PYTHON:-$(require_python 3.11 3.12 3.13)}
 make_venv "$venv" "$python" -c launch/floors.txt -e .
 
 export JAX_PLATFORMS=cpu
-# Threads of each run: so small a net trains twice as fast in two processes as in one of two threads.
+# Threads that XLA takes for each of the two: half the cores.
 NPROC=$("$venv/bin/python" -c "import os; print(max(1, (os.cpu_count() or 1) // 2))")
 export NPROC
 

@@ -26,7 +26,7 @@ import safetensors.numpy
 import torch_format
 from PIL import Image
 
-from benchmarks import cifar10, collapse_zoo
+from benchmarks import cifar10, collapse_zoo, quickstart
 from benchmarks.accelerator import collect
 from protojax import __main__, main
 
@@ -117,6 +117,11 @@ def _quickstart(folder):
   )
   assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
   assert ("Installing" in done.stdout) == ("PROTOJAX_TEST_ALL" in os.environ)
+  for name in ("joint", "decoupled"):
+    assert re.search(rf"^{name:<9} \| step 2/2 ", done.stdout, re.MULTILINE)
+    assert re.search(rf"^{name} +\d+\.\d % ", done.stdout, re.MULTILINE)
+  for name in ("comparison.html", "comparison.png"):
+    assert (folder / "runs" / "quickstart" / name).stat().st_size > 0
 
 
 def run(command: str, cwd: pathlib.Path, capsys) -> None:
@@ -222,6 +227,16 @@ def test_tables_of_the_readme_are_those_of_the_published_results():
   shown = [line for line in readme.splitlines() if line.startswith("|") and line.count("|") > 10]
   rows = [line for table in cifar10.tables() for line in table.splitlines()]
   assert rows == shown
+
+
+def test_table_of_the_quickstart_is_that_of_its_published_results():
+  """Three seeds a row; what the README says of them holds for each."""
+  assert quickstart.table() in (ROOT / "README.md").read_text()
+  rows = quickstart.published()["rows"]
+  assert list(rows) == list(quickstart.ROWS) and all(len(runs) == 3 for runs in rows.values())
+  for joint, decoupled in zip(rows["joint"], rows["decoupled"], strict=True):
+    assert decoupled["collapse/unique_0.25"] > joint["collapse/unique_0.25"]
+    assert decoupled["collapse/unique_0.5"] > joint["collapse/unique_0.5"] + 0.2
 
 
 def test_tables_of_the_early_warning_are_those_of_the_zoo():

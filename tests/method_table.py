@@ -124,7 +124,7 @@ METHODS = (
   Row("self_classifier", "mixture"),
   Row("falcon", "dictionary", _FALCON),
   Row("falcon", "dictionary", _FALCON_CHUNKS),
-  Row("pcl", "kmeans", _PCL, _QUEUE),
+  Row("pcl", "kmeans", _PCL, _QUEUE, (("optim__name", "adamw"), ("optim__lr", 0.005))),
   Row("barlow_twins", "none", _TWO_VIEWS),
   Row("vicreg", "none", _TWO_VIEWS),
 )

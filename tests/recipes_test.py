@@ -50,7 +50,7 @@ def get_config(mode=""):
   return common.finish(config, mode)
 """)
   config = recipes.load(str(tmp_path / "own" / "mine.py"))
-  assert (config.seed, config.num_steps, config.data.name) == (5, 700, "cifar10")
+  assert (config.seed, config.num_steps, config.data.name) == (5, 2500, "cifar10")
 
 
 def test_the_recipe_in_docs_runs_is_one(tmp_path):
