@@ -5,7 +5,8 @@
 Trains every row and seed in a process of its own, as many at a time as there are CPU cores and with
 one thread each (runs that are done are not trained again), writes the measures of each with its
 protocol, environment and commit to docs/results/quickstart.json and prints the table in Markdown:
-mean over the seeds, and least and most in brackets. Twelve runs take 18 minutes on two cores.
+mean over the seeds, and least and most in brackets. Twelve runs take a quarter of an hour on two
+cores.
 """
 
 import argparse

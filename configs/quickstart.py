@@ -4,6 +4,11 @@ r"""Minutes on a laptop: joint or decoupled prototypes on scikit-learn's handwri
   protojax train --config=quickstart:joint --workdir=runs/joint
 
 `bash launch/quickstart.sh` trains both side by side and compares them.
+
+Cost: 4 min 0 s for the two on two CPU cores, with the installation, at 1,300 img/s each. On the 355
+test digits of scikit-learn, seeds 0 to 2, commit 03732cc: decoupled prototypes are 99.9 / 48 % unique
+at .25 / .5, 56 % are used, k-NN 96.3 %; joint ones are 77 / 11 % unique, 72 % used, k-NN 97.3 %. Raw
+pixels have 97.7 %.
 """
 
 from protojax.recipes import common
@@ -21,7 +26,7 @@ def get_config(mode: str = ""):
   config.save_every = 500
   config.eval_every = 500
   config.monitor.every = 250
-  config.data.update({"name": "digits", "image_size": 16, "cache": "device"})
+  config.data.update({"name": "digits", "image_size": 16})
   # Four patches a view. Digits have one colour and a reading direction: no flip, no colour.
   config.augment.update({
     "global_size": 16, "global_scale": (0.6, 1.0), "local_size": 8, "local_scale": (0.2, 0.6),

@@ -17,7 +17,6 @@ ROOT = pathlib.Path(__file__).parents[1]
 RUN = {
   "num_steps": 6,
   "batch_size": 16,
-  "data.cache": "auto",  # which on CPUs takes the host's
   "log_every": 1,
   "save_every": 2,
   "eval_every": 6,

@@ -1,6 +1,7 @@
 """Runs side by side, with the floors under them: a table for the terminal and one picture."""
 
 import pathlib
+import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from protojax import files
 from protojax.reports import curves, numbers, record
 
 _COLUMNS = ("unique .25", "unique .5", "used", "k-NN", "linear")
+_BUNCHED = 0.5  # of what is unique among random ones, and less
 _NAME = 24  # characters of a row's name
 _COLOURS = ("#0069a8", "#c94f00", "#00805c", "#a3327f", "#8a6d00", "#56636f")  # of the page
 _MUTED = "#9a9a9a"
@@ -26,9 +28,9 @@ def table(runs: Sequence[record.Record]) -> list[str]:
   """Says in lines of at most 80 columns what the runs ended with.
 
   A row a run: prototypes that are unique at cosine distance .25 and .5 and those that are used, as
-  shares of K; k-NN and linear accuracy on the test images. Then the floors, what raw pixels and the
-  untrained net have, once where the runs agree on them; and the verdict on each run. Runs that see
-  images of different sizes come in parts, since their accuracies are not alike.
+  shares of K; k-NN and linear accuracy on the test images. Then what random prototypes, raw pixels
+  and the untrained net have, once where the runs agree on it; and the verdict on each run. Runs
+  that see images of different sizes come in parts, since their accuracies are not alike.
 
   Args:
     runs: from `record.read`, finished or not.
@@ -39,27 +41,65 @@ def table(runs: Sequence[record.Record]) -> list[str]:
     some = [run for run in runs if run.pixels == size]
     heading = f"at {size or 'unknown'} px" * (len(sizes) > 1)
     lines += ["", f"{heading:<{_NAME}}" + "".join(f"{column:>11}" for column in _COLUMNS)]
-    for row in [*map(_of_run, some), *_floors(some)]:
+    for row in [*map(_of_run, some), *_random(some), *_floors(some)]:
       cells = "".join(f"{_percent(value):>11}" for value in row.values)
       lines.append(f"{_short(row.name):<{_NAME}}{cells}")
   lines.append("")
   for run in runs:
-    _, label, sentence = numbers.verdict(run)
-    lines.append(f"{_short(run.name)}: {label}. {sentence}".replace(f"{label}. {label}", label))
+    lines += textwrap.wrap(_said(run), 80, subsequent_indent="  ")
   return [
     *lines,
+    "",
     "unique, used: share of the K prototypes that are no copies of each other at that",
     "cosine distance, and that are some image's nearest. k-NN, linear: test images.",
   ]
 
 
+def _said(run: record.Record) -> str:
+  """The verdict on a run, and whether its prototypes bunch without being copies."""
+  _, label, sentence = numbers.verdict(run)
+  text = f"{_short(run.name)}: {label}" + f". {sentence}" * (label != "ok")
+  found, tag = _latest(run), _tag(run)
+  for distance in ("0.5", "0.25"):
+    unique, random = (found.get(f"collapse/{tag}unique_{distance}{end}") for end in ("", "_random"))
+    if unique is not None and random is not None and unique < _BUNCHED * random:
+      return (
+        f"{text.rstrip('.')}; but its prototypes bunch: at a distance of {distance.lstrip('0')} "
+        f"{unique:.0%} are unique, of random ones {random:.0%}"
+      )
+  return text
+
+
 def _of_run(run: record.Record) -> _Row:
-  found = run.measures(record.FINAL) or run.latest()
-  tag = next(iter(curves.sets([run])), "")
+  found, tag = _latest(run), _tag(run)
   linear = found.get("probe/linear_fitted", found.get("probe/linear"))
   keys = (f"{tag}unique_0.25", f"{tag}unique_0.5", f"{tag}used")
   shares = [found.get(f"collapse/{key}", found.get(f"collapse/{key}_sample")) for key in keys]
   return _Row(run.name, (*shares, found.get("probe/knn"), linear))
+
+
+def _latest(run: record.Record) -> dict[str, float]:
+  """The final measures, of an unfinished run the latest ones."""
+  return run.measures(record.FINAL) or run.latest()
+
+
+def _tag(run: record.Record) -> str:
+  """Of the first of its sets of prototypes."""
+  return next(iter(curves.sets([run])), "")
+
+
+def _random(runs: Sequence[record.Record]) -> list[_Row]:
+  """What random prototypes of the same number and dimension have, once where they are alike."""
+  rows = {}
+  for run in runs:
+    keys = (f"collapse/{_tag(run)}unique_{distance}_random" for distance in ("0.25", "0.5"))
+    values = tuple(_latest(run).get(key) for key in keys)
+    if None not in values:
+      rows.setdefault(tuple(round(value, 2) for value in values), (run.name, values))
+  return [
+    _Row(f"random, {name}" if len(rows) > 1 else "random prototypes", (*values, None, None, None))
+    for name, values in rows.values()
+  ]
 
 
 def _floors(runs: Sequence[record.Record]) -> list[_Row]:
@@ -103,7 +143,7 @@ def draw(runs: Sequence[record.Record], path: pathlib.Path) -> None:
   nearest.set(title="Cosine distance to the nearest prototype, at the end", ylabel="prototypes")
   for number, run in enumerate(runs):
     colour = _COLOURS[number % len(_COLOURS)]
-    tag = next(iter(curves.sets([run])), "")
+    tag = _tag(run)
     for distance, style in ((0.25, "--"), (0.5, "-")):
       step, share = run.curve(f"collapse/{tag}unique_{distance}")
       unique.plot(step, 100 * share, style, color=colour, label=f"{run.name}, at {distance}")
@@ -116,6 +156,8 @@ def draw(runs: Sequence[record.Record], path: pathlib.Path) -> None:
       if not nearest.patches:
         nearest.hist(run.arrays["nearest_random"], bins, color=_MUTED, label="random, same K and D")
       nearest.hist(run.arrays["nearest"], bins, color=colour, alpha=0.6, label=run.name)
+  for row in _random(runs):
+    unique.axhline(100 * row.values[1], color=_MUTED, label=f"{row.name}, at 0.5", zorder=0)
   for number, row in enumerate(row for row in _floors(runs) if row.values[3] is not None):
     knn.axhline(100 * row.values[3], color=_MUTED, linestyle=_DASHES[number % 4], label=row.name)
   for axis in (unique, used, knn, nearest):

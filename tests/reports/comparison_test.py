@@ -28,6 +28,8 @@ _FINAL = {
   "collapse/unique_0.025": 0.99,
   "collapse/unique_0.25": 0.875,
   "collapse/unique_0.5": 0.25,
+  "collapse/unique_0.25_random": 1.0,
+  "collapse/unique_0.5_random": 0.75,
   "collapse/used": 0.125,
   "probe/knn": 0.75,
   "probe/linear": 0.5,
@@ -51,10 +53,18 @@ def test_a_row_has_the_final_measures_and_floors_are_said_once(tmp_path):
   assert lines[2:7] == [
     "joint 87.5 % 25.0 % 12.5 % 75.0 % 62.5 %",
     "decoupled 87.5 % 25.0 % 90.0 % 75.0 % 62.5 %",
+    "random prototypes 100.0 % 75.0 % - - -",
     "raw pixels - - - 97.0 % 96.0 %",
     "untrained net - - - 43.0 % -",
-    "",
   ]
+
+
+def test_prototypes_that_bunch_are_named_beside_random_ones(tmp_path):
+  one = _run(tmp_path / "joint", _FINAL)
+  two = _run(tmp_path / "decoupled", _FINAL | {"collapse/unique_0.5": 0.4})
+  said = " ".join(_lines(one, two))
+  assert "bunch: at a distance of .5 25% are unique, of random ones 75% decoupled:" in said
+  assert said.count("bunch") == 1
 
 
 def test_floors_that_differ_name_their_run(tmp_path):
