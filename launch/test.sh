@@ -39,8 +39,9 @@ fi
 # another checkout too.
 cache=${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/protojax-tests
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$cache/xla}
-# The small ones too: a run makes two hundred.
+# The small ones too: a run makes two hundred. So are the types that mypy has found.
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
+export MYPY_CACHE_DIR=${MYPY_CACHE_DIR:-$cache/mypy}
 
 smoke() {
   local python=$1 folder=$venv-newest status=0 run

@@ -326,6 +326,7 @@ import shutil, sys
 import jax
 from jax.experimental import multihost_utils
 from protojax import main
+from protojax.training import loop
 
 folder, *arguments = sys.argv[1:]
 arguments.append(f"--workdir={folder}")
@@ -334,8 +335,7 @@ if jax.process_index() == 0:
   shutil.copy(f"{folder}/metrics.jsonl", f"{folder}/first.jsonl")
   shutil.rmtree(f"{folder}/checkpoints/6")
 multihost_utils.sync_global_devices("taken away")
-main._connect = lambda args: None  # it has
-main.main([*arguments, "--config.data.cache=device"])
+loop.run(main.parse([*arguments, "--config.data.cache=device"])[0], folder)
 """
 
 
