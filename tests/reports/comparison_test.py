@@ -5,6 +5,7 @@ import json
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib import axes
 
 from protojax.reports import comparison, record
 
@@ -81,6 +82,7 @@ def test_images_of_different_sizes_are_told_apart(tmp_path):
   heads = [line.split("unique")[0] for line in lines if "unique .25" in line]
   assert heads == ["at 32 px ", "at 96 px "]
   assert sum(line.startswith("raw pixels -") for line in lines) == 2
+  assert [line.split()[0] for line in lines if "62.5 %" in line] == ["small", "large"]
 
 
 def test_an_unfinished_run_says_its_latest_and_what_is_missing_is_a_dash(tmp_path):
@@ -111,3 +113,22 @@ def test_picture_changes_with_what_is_drawn(tmp_path, nearest):
     images.append(matplotlib.image.imread(path))
   assert images[0].shape[0] > 500 and images[0].std() > 0.01
   assert not np.array_equal(*images)
+
+
+def test_picture_draws_percent_of_the_curves_under_their_names(tmp_path, monkeypatch):
+  drawn, plot = {}, axes.Axes.plot
+
+  def kept(self, x, y, *style, **options):
+    drawn[options["label"]] = list(y)
+    return plot(self, x, y, *style, **options)
+
+  monkeypatch.setattr(axes.Axes, "plot", kept)
+  values = {"collapse/unique_0.25": 1.0, "collapse/unique_0.5": 0.5, "collapse/used_sample": 0.25}
+  one = _run(tmp_path / "one", _FINAL, [{"step": 4, "probe/knn": 0.75, **values}])
+  comparison.draw(record.read([one]), tmp_path / "a.png")
+  assert drawn == {
+    "one, at 0.25": [100.0],
+    "one, at 0.5": [50.0],
+    "one, by the sample": [25.0],
+    "one": [75.0],
+  }
