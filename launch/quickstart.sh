@@ -30,10 +30,10 @@ export JAX_PLATFORMS=cpu
 NPROC=$("$venv/bin/python" -c "import os; print(max(1, (os.cpu_count() or 1) // 2))")
 export NPROC
 
-# labelled NAME: copies lines, each behind the name of its run, to the end of them.
+# labelled NAME: copies lines as they come, each behind the name of its run.
 labelled() {
   trap '' INT TERM
-  awk -v name="$1" '{ printf "%-9s | %s\n", name, $0; fflush() }'
+  while IFS= read -r line; do printf '%-9s | %s\n' "$1" "$line"; done
 }
 
 pids=()

@@ -60,6 +60,16 @@ def test_both_runs_are_labelled_and_compared(tmp_path):
   }
 
 
+def test_lines_are_there_when_they_are_said(tmp_path):
+  waits = f"echo begun; until [ -e {tmp_path}/go ]; do sleep .05; done"
+  script = _script(tmp_path, joint=waits, decoupled=_TRAINED)
+  said = {script.stdout.readline()[:11], script.stdout.readline()[:11]}
+  assert said == {"joint     |", "decoupled |"}
+  (tmp_path / "go").touch()
+  script.communicate(timeout=60)
+  assert script.returncode == 0
+
+
 def test_a_run_that_fails_is_named_and_nothing_is_compared(tmp_path):
   done = _script(tmp_path, joint='echo "protojax: no" >&2; exit 2', decoupled=_TRAINED)
   said, errors = done.communicate(timeout=60)
