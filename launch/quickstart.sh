@@ -38,7 +38,7 @@ labelled() {
 
 pids=()
 # Runs save a checkpoint when they are told to stop.
-trap 'trap "" INT TERM; kill -TERM "${pids[@]}" 2>/dev/null; wait "${pids[@]}"; exit 130' INT TERM
+trap 'trap "" INT TERM; kill -TERM "${pids[@]}" 2>/dev/null; wait "${pids[@]}" || true; exit 130' INT TERM
 for name in joint decoupled; do
   mode=${name#decoupled}
   "$venv/bin/python" -m protojax.main --config="configs/quickstart.py${mode:+:$mode}" \

@@ -81,7 +81,7 @@ def test_a_run_that_fails_is_named_and_nothing_is_compared(tmp_path):
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_both_runs_are_told_to_stop_and_waited_for(tmp_path, sent):
   waits = (
-    f"trap 'sleep .3; touch {tmp_path}/saved-$$; exit 0' TERM; touch {tmp_path}/begun-$$; "
+    f"trap 'sleep .3; touch {tmp_path}/saved-$$; exit 143' TERM; touch {tmp_path}/begun-$$; "
     "while :; do sleep .05; done"
   )
   script = _script(tmp_path, joint=waits, decoupled=waits)
