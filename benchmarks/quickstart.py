@@ -1,6 +1,6 @@
 """The README's first table: the quickstart's kinds of prototypes, three seeds each, and the floors.
 
-  python benchmarks/quickstart.py --workdir=runs/digits [--rows ...]
+  python benchmarks/quickstart.py --workdir=runs/digits
 
 Trains every row and seed in a process of its own, as many at a time as there are CPU cores and with
 one thread each (runs that are done are not trained again), writes the measures of each with its
@@ -90,7 +90,6 @@ def main() -> None:
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
   parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/digits"))
-  parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS))
   args = parser.parse_args()
   commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip()
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -102,7 +101,7 @@ def main() -> None:
         args.workdir / f"{ROWS[row].partition(':')[2] or 'decoupled'}_{seed}",
       )
       for seed in SEEDS
-      for row in args.rows
+      for row in ROWS
     }
   results = {key: run.result() for key, run in runs.items()}
   one = next(iter(results.values()))
@@ -110,9 +109,9 @@ def main() -> None:
     "commit": commit,
     "protocol": one["protocol"],
     "environment": {k: v for k, v in one["environment"].items() if k != "command"},
-    "rows": {row: [results[row, s]["measures"] for s in SEEDS] for row in args.rows},
+    "rows": {row: [results[row, s]["measures"] for s in SEEDS] for row in ROWS},
   }
-  RESULTS.write_text(json.dumps(record, indent=1, sort_keys=False) + "\n")
+  RESULTS.write_text(json.dumps(record, indent=1) + "\n")
   print(table())
 
 

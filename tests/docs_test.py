@@ -2,11 +2,10 @@
 
 Each page has a folder of its own, with the recipes, IMAGES, checkpoint.pth (DINO's) and
 vit.safetensors (timm's) in it, where its commands find what the ones before have left. Training is
-cut to a recipe's `:debug` form and two steps. Training starts a process, as for a reader; the other
-verbs are called in this one. Only looked at are launch/test.sh (which continuous integration runs)
-and benchmarks, which take hours. launch/quickstart.sh, which installs, runs with PROTOJAX_TEST_ALL;
-what it does with its two runs is `quickstart_script_test.py`'s. A command that this file does not
-know is an error.
+cut to a recipe's `:debug` form and two steps. Verbs are called in this process. Only looked at are
+launch/test.sh (which continuous integration runs) and benchmarks, which take hours.
+launch/quickstart.sh, which installs, runs with PROTOJAX_TEST_ALL; what it does with its two runs is
+`quickstart_script_test.py`'s. A command that this file does not know is an error.
 """
 
 import importlib

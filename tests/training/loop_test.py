@@ -248,7 +248,7 @@ def test_exported_encoder_is_the_teacher_and_starts_another_run(whole):
   chex.assert_trees_all_equal(jax.device_get(started.encoder), state.teacher["encoder"])
 
 
-def _command(folder, *more, recipe="quickstart", changes=tiny.RUN):
+def _command(folder, recipe="quickstart", changes=tiny.RUN):
   flags = [f"--config.{k}={v}" for k, v in changes.items()]
   config = ROOT / "configs" / f"{recipe}.py:debug"
   return [
@@ -258,7 +258,6 @@ def _command(folder, *more, recipe="quickstart", changes=tiny.RUN):
     f"--config={config}",
     f"--workdir={folder}",
     *flags,
-    *more,
   ]
 
 
