@@ -61,7 +61,9 @@ def test_both_runs_are_labelled_and_compared(tmp_path):
 
 
 def test_lines_are_there_when_they_are_said(tmp_path):
-  waits = f"echo begun; until [ -e {tmp_path}/go ]; do sleep .05; done"
+  waits = (
+    f"echo begun; for i in $(seq 200); do [ -e {tmp_path}/go ] && exit; sleep .05; done; exit 1"
+  )
   script = _script(tmp_path, joint=waits, decoupled=_TRAINED)
   said = {script.stdout.readline()[:11], script.stdout.readline()[:11]}
   assert said == {"joint     |", "decoupled |"}
