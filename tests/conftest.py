@@ -1,6 +1,7 @@
 """Eight CPU devices, strict promotion, warnings as errors: set before JAX starts."""
 
 import contextlib
+import functools
 import gc
 import importlib.metadata
 import itertools
@@ -15,7 +16,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # XLA's older code generator compiles a training step three times as fast, for here and for the
 # programs that tests start. At the floor alone: XLA ends a process whose flag it does not know, as
 # that of jax 0.11 does.
-if importlib.metadata.version("jax").startswith("0.10."):
+_AT_FLOOR = importlib.metadata.version("jax").startswith("0.10.")
+if _AT_FLOOR:
   os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
@@ -25,11 +27,16 @@ import jax
 import pytest
 import tiny
 from absl import flags
+from jax._src.interpreters import mlir
 
 from protojax import api
 
 # Tracing makes objects by the million; collecting after every 700 is a tenth of the suite's time.
 gc.set_threshold(100_000, 20, 20)
+# JAX makes a context of its compiler anew for each of the suite's 12,000 programs. Most are one
+# operation, of whose 9 ms this takes 4.
+if _AT_FLOOR:
+  mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 # Python 3.11 ends `asyncio.run`, of which orbax makes two a checkpoint read, by printing all that
 # was read into a message that nobody sees, unless the handler of Ctrl-C is another than its own.
 signal.signal(signal.SIGINT, lambda *caught: signal.default_int_handler(*caught))

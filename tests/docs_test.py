@@ -3,9 +3,10 @@
 Each page has a folder of its own, with the recipes, IMAGES, checkpoint.pth (DINO's) and
 vit.safetensors (timm's) in it, where its commands find what the ones before have left. Training is
 cut to a recipe's `:debug` form and two steps. Verbs are called in this process. Only looked at are
-launch/test.sh (which continuous integration runs) and benchmarks, which take hours.
-launch/quickstart.sh, which installs, runs with PROTOJAX_TEST_ALL; what it does with its two runs is
-`quickstart_script_test.py`'s. A command that this file does not know is an error.
+launch/test.sh (which continuous integration runs) and benchmarks, which take hours. With
+PROTOJAX_TEST_ALL alone run launch/quickstart.sh, which installs (what it does with its two runs is
+`quickstart_script_test.py`'s), and a training that nothing on the page goes on from; its flags are
+read all the same. A command that this file does not know is an error.
 """
 
 import importlib
@@ -114,8 +115,8 @@ def _quickstart(folder):
     assert (folder / "runs" / "quickstart" / name).stat().st_size > 0
 
 
-def run(command: str, cwd: pathlib.Path, capsys) -> None:
-  """Runs one command of a page in the page's folder."""
+def run(command: str, cwd: pathlib.Path, capsys, *, last: bool = False) -> None:
+  """Runs one command of a page in the page's folder; `last` if nothing there needs its workdir."""
   command = command.replace("$PROTOJAX_DATA_DIR", str(_DATA))
   words = shlex.split(command.replace("data_dir=DATA", f"data_dir={_DATA}"))
   match words:
@@ -143,7 +144,8 @@ def run(command: str, cwd: pathlib.Path, capsys) -> None:
     case ["python", "-m", "pytest", *rest]:
       _python(["-m", "pytest", "-q", "--collect-only", *rest], ROOT)
     case ["protojax", verb, *rest] if verb in __main__.MODULES:
-      run(shlex.join(["python", "-m", f"protojax.{__main__.MODULES[verb]}", *rest]), cwd, capsys)
+      words = ["python", "-m", f"protojax.{__main__.MODULES[verb]}", *rest]
+      run(shlex.join(words), cwd, capsys, last=last)
     case ["python", "-m", "protojax.main", *_, "--help"]:
       with pytest.raises(SystemExit):
         main.main(words[3:])
@@ -154,7 +156,10 @@ def run(command: str, cwd: pathlib.Path, capsys) -> None:
       with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
         patch.setattr(main, "_connect", lambda args: None)  # to a cluster, before JAX has started
-        main.main([*debug, *_SHORT, *few])
+        if last and not os.environ.get("PROTOJAX_TEST_ALL"):
+          main.parse(rest)
+        else:
+          main.main([*debug, *_SHORT, *few])
     case ["python", "-m", "protojax.prepare", "cifar10" | "cifar100", *_]:
       pass  # downloads; the training that follows finds the set prepared before
     case ["python", "-m", module, *rest] if module.startswith("protojax."):
@@ -191,11 +196,13 @@ def folder(tmp_path):
 def test_every_command_of_the_page_runs(page, folder, capsys):
   found = commands(page)
   assert found
-  for command in found:
+  for i, command in enumerate(found):
+    workdir = re.search(r"--workdir=(\S+)", command)
+    last = workdir is not None and workdir[1] not in " ".join(found[i + 1 :])
     needs = "$PROTOJAX_DATA_DIR" in command or "data_dir=DATA" in command
     if needs and not (_DATA / "cifar10").is_dir():
       pytest.skip("needs the prepared CIFAR-10")
-    run(command, folder, capsys)
+    run(command, folder, capsys, last=last)
 
 
 def test_the_site_knows_every_page_and_no_other():

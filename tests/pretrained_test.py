@@ -41,8 +41,13 @@ def run(tmp_path_factory):
   return folder
 
 
-def test_a_run_gives_what_its_training_measured(run):
-  model = pretrained.load(str(run))
+@pytest.fixture(scope="module")
+def model(run):
+  """Of the run; what its tests compile is kept with it."""
+  return protojax.load(run)
+
+
+def test_a_run_gives_what_its_training_measured(run, model):
   assert (model.kind, model.step, model.weights) == ("run", 3, "teacher")
   bank = pretrained.source(model, "train")
   got = pretrained.encoded(model, bank, parts=("features", "codes", "embeddings"), limit=100)
@@ -55,9 +60,8 @@ def test_a_run_gives_what_its_training_measured(run):
   assert np.unique(codes).size / 32 == pytest.approx(result["collapse/used"])
 
 
-def test_arrays_of_images_are_seen_as_the_pipeline_sees_them(run):
+def test_arrays_of_images_are_seen_as_the_pipeline_sees_them(model):
   """Whatever their size, library and number: equal to `encoded` of the same images as a source."""
-  model = protojax.load(run)
   rng = np.random.default_rng(0)
   for height, width, count in ((32, 32, 3), (20, 27, 5)):
     images = rng.integers(0, 256, (count, height, width, 3), np.uint8)
@@ -77,9 +81,8 @@ def test_arrays_of_images_are_seen_as_the_pipeline_sees_them(run):
     assert codes.dtype == np.int32
 
 
-def test_an_image_that_is_not_square_keeps_its_aspect(run):
+def test_an_image_that_is_not_square_keeps_its_aspect(model):
   """As in training, whose evaluation transform takes the size that the image had on the disk."""
-  model = pretrained.load(run)
   images = np.random.default_rng(0).integers(0, 256, (4, 20, 40, 3), np.uint8)
   source = sources.Source(
     "wide", np.arange(4), functools.partial(sources.read_items, images, np.zeros(4))
@@ -100,8 +103,7 @@ def test_an_image_that_is_not_square_keeps_its_aspect(run):
   assert np.abs(got - features(squashed)).max() > 1e-2
 
 
-def test_batches_of_one_size_are_compiled_once(run, monkeypatch):
-  model = protojax.load(run)
+def test_batches_of_one_size_are_compiled_once(model, monkeypatch):
   images = np.zeros((4, 32, 32, 3), np.uint8)
   before = model.features(images)
   monkeypatch.setattr(augment, "evaluate", None)  # a second trace would call it
@@ -132,8 +134,7 @@ class _OnlyDLPack:
     ("cat.png", "a model takes"),
   ],
 )
-def test_other_images_are_refused_in_one_line(run, images, words):
-  model = protojax.load(run)
+def test_other_images_are_refused_in_one_line(model, images, words):
   for call in (model.features, model.codes):
     with pytest.raises(errors.UserError, match=words) as caught:
       call(images)
@@ -162,7 +163,7 @@ def test_the_program_in_the_readme_runs(run, tmp_path, monkeypatch):
   assert names["features"].shape == (3, 96) and names["codes"].shape == (3,)
 
 
-def test_the_programs_on_the_page_about_own_code_run(run, tmp_path, monkeypatch):
+def test_the_programs_on_the_page_about_own_code_run(run, model, tmp_path, monkeypatch):
   page = (pathlib.Path(__file__).parents[1] / "docs" / "own_code.md").read_text()
   blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
   (tmp_path / "runs").mkdir()
@@ -173,7 +174,6 @@ def test_the_programs_on_the_page_about_own_code_run(run, tmp_path, monkeypatch)
   names = {"images": images, "labels": np.arange(8) % 10}
   for block in blocks:
     exec(block, names)
-  model = protojax.load(run)
   np.testing.assert_allclose(names["found"], model.features(images), atol=1e-4)
   assert names["losses"][-1] < names["losses"][0]  # the classifier and the encoder have learned
   moved = jax.tree.map(
@@ -183,9 +183,8 @@ def test_the_programs_on_the_page_about_own_code_run(run, tmp_path, monkeypatch)
   assert names["nearest"].shape == (8, 3) and names["state"].means.shape == (64, 64)
 
 
-def test_patches_and_embeddings_of_images_in_memory(run):
+def test_patches_and_embeddings_of_images_in_memory(model):
   """The grid is that of the image: a patch changed in one corner moves that corner most."""
-  model = protojax.load(run)
   images = np.full((1, 32, 32, 3), 128, np.uint8)
   before = model.patches(images, layer="block1")
   assert before.shape == (1, 4, 4, 96) and model.patches(images).shape == before.shape
@@ -199,18 +198,18 @@ def test_patches_and_embeddings_of_images_in_memory(run):
   assert model.features(images, layer="block4").shape == (1, 96)
 
 
-def test_an_earlier_checkpoint_can_be_chosen(run):
-  model = pretrained.load(str(run), step=2)
-  assert model.step == 2
-  last = pretrained.load(str(run)).params["backbone"]["cls_token"]
-  assert not np.array_equal(model.params["backbone"]["cls_token"], last)
+def test_an_earlier_checkpoint_can_be_chosen(run, model):
+  earlier = pretrained.load(str(run), step=2)
+  assert earlier.step == 2
+  last = model.params["backbone"]["cls_token"]
+  assert not np.array_equal(earlier.params["backbone"]["cls_token"], last)
   with pytest.raises(errors.UserError, match="no checkpoint 1 in .*: there are 3, 2"):
     pretrained.load(str(run), step=1)
 
 
 @pytest.mark.parametrize("file", ["", "encoder.safetensors"])
-def test_exported_weights_give_the_features_of_their_run(run, file):
-  model, exported = pretrained.load(str(run)), pretrained.load(str(run / "exported" / file))
+def test_exported_weights_give_the_features_of_their_run(run, model, file):
+  exported = pretrained.load(str(run / "exported" / file))
   assert (exported.kind, exported.step, exported.weights) == ("encoder", 3, "teacher")
   bank = pretrained.source(model, "train")
   names = pretrained.layers(model)
@@ -227,13 +226,13 @@ def test_exported_weights_give_the_features_of_their_run(run, file):
     pretrained.source(exported, "train")
 
 
-def test_prototypes_are_read_from_their_file_if_it_is_of_these_weights(run, tmp_path):
+def test_prototypes_are_read_from_their_file_if_it_is_of_these_weights(run, model, tmp_path):
   images = np.zeros((1, 8, 8, 3), np.uint8)
   there = json.loads((run / "exported" / "config.json").read_text())["prototypes"]
   expected = {"num": 32, "dim": 64, "tokens": "class", "place": "as_is", "scale": 1.0}
   assert there == {"prototypes": expected}
   plain = safetensors.numpy.load_file(run / "exported" / "prototypes.safetensors")
-  rows = protojax.load(run).prototypes["prototypes"]
+  rows = model.prototypes["prototypes"]
   np.testing.assert_allclose(plain["prototypes"], rows, atol=1e-6)
   for name in ("older", "other", "damaged"):
     shutil.copytree(run / "exported", tmp_path / name)
@@ -241,10 +240,10 @@ def test_prototypes_are_read_from_their_file_if_it_is_of_these_weights(run, tmp_
   tensors, info = export.read(run / "exported")
   export.write(tmp_path / "other", trees.nested(tensors), {**info, "step": 4})
   for name in ("older", "other"):
-    model = protojax.load(tmp_path / name)
-    assert model.prototypes == {} and model.features(images).shape == (1, 96)
+    bare = protojax.load(tmp_path / name)
+    assert bare.prototypes == {} and bare.features(images).shape == (1, 96)
     with pytest.raises(errors.UserError, match="has no prototypes: .*prototypes.safetensors"):
-      model.codes(images)
+      bare.codes(images)
   (tmp_path / "damaged" / "prototypes.safetensors").write_bytes(b"\0" * 40)
   with pytest.raises(errors.UserError, match="prototypes.safetensors is damaged"):
     protojax.load(tmp_path / "damaged")
@@ -367,8 +366,7 @@ def test_what_is_no_run_is_refused_in_one_line(run, tmp_path):
   assert "not of the model described beside them" in message(tmp_path / "other")
 
 
-def test_features_do_not_depend_on_the_number_of_devices(run):
-  model = pretrained.load(str(run))
+def test_features_do_not_depend_on_the_number_of_devices(model):
   alone = model._replace(mesh=sharding.make_mesh(devices=jax.devices()[:1]))
   alone = alone._replace(
     **{

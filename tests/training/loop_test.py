@@ -320,13 +320,21 @@ def test_run_with_clusters_stopped_and_killed_around_a_refresh_resumes_to_the_bi
 
 
 # One of two processes: it trains, takes the last two steps away and does them again from step 4.
+# JAX lets the first process alone keep what it has compiled; here both do, for the next time.
 _TWICE = """
 import shutil, sys
+from unittest import mock
 import jax
+from jax._src import compiler, distributed
 from jax.experimental import multihost_utils
 from protojax import main
 from protojax.training import loop
 
+def keep(*program, write=compiler._cache_write):
+  with mock.patch.object(distributed.global_state, "process_id", 0):
+    write(*program)
+
+compiler._cache_write = keep
 folder, *arguments = sys.argv[1:]
 arguments.append(f"--workdir={folder}")
 main.main(arguments)

@@ -78,15 +78,24 @@ def _three_steps(row, devices):
     patch.setattr(train_step, "train_step", counted)
     program = programs.Program(config, devices=jax.devices()[:devices])
     step = program.lower().compile()
+  state, metrics = _start(row, program), []
+  start = jax.tree.map(np.array, _on_host(state))  # copies: the first step takes these
+  types = _types(state)
   with jax.set_mesh(program.mesh):
     batch = sharding.put_batch(tiny.batch(config), program.mesh)
-    state, metrics = program.init(config.seed), []
-    types = _types(state)
     for _ in range(3):
       state, out = step(state, batch, None)
       metrics.append({k: float(v) for k, v in out.items()})
-  start = _on_host(program.init(config.seed))
   return Run(program, step, start, state, metrics, len(traces), _types(state) == types)
+
+
+def _start(row, program):
+  """State 0. That of one device is taken from eight, and none inside `jax.set_mesh`, where init
+  would be compiled once more."""
+  if program.mesh.size > 1:
+    return program.init(program.config.seed)
+  eight = _three_steps(row, 8).program
+  return jax.device_put(eight.init(eight.config.seed), program.shardings)
 
 
 def _types(state):
@@ -134,7 +143,7 @@ def test_loss_gradients_and_update_are_finite_and_move(row):
 @every_method
 def test_no_gradient_reaches_what_is_not_trained(row):
   program = _three_steps(row, 1).program
-  variables = train_step.variables_of(program.init(program.config.seed))
+  variables = train_step.variables_of(_start(row, program))
   trained, frozen = train_step.split(variables, program.method.learns_prototypes)
   views = jax.tree.map(
     lambda s: jax.random.normal(jax.random.key(1), s.shape), tiny.abstract_views(program.config)
@@ -151,8 +160,8 @@ def test_no_gradient_reaches_what_is_not_trained(row):
   grad = jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True))
   (minimised, logged), (by_trained, by_frozen) = grad(trained, floats)
   assert float(minimised) == float(logged)
-  assert all(float(jnp.abs(g).max()) == 0.0 for g in by_frozen.values())
-  assert any(float(jnp.abs(g).max()) > 0.0 for g in jax.tree.leaves(by_trained))
+  assert not any(np.any(g) for g in jax.device_get(by_frozen).values())
+  assert any(np.any(g) for g in jax.tree.leaves(jax.device_get(by_trained)))
   assert ("prototypes" in by_trained) == (row.prototypes == "learned")
 
 
@@ -233,9 +242,9 @@ def test_restart_is_the_same_to_the_bit(row, tmp_path):
   """Two steps, a checkpoint, a third from what is read back: state 3 of the run in one go."""
   run = _three_steps(row, 8)
   program = run.program
+  state = _start(row, program)
   with jax.set_mesh(program.mesh):
     batch = sharding.put_batch(tiny.batch(program.config), program.mesh)
-    state = program.init(program.config.seed)
     for _ in range(2):
       state, _ = run.step(state, batch, None)
     with contextlib.closing(checkpoint.Checkpoints(tmp_path)) as saved:
@@ -265,13 +274,12 @@ def test_loss_falls_on_real_images_whose_features_stay_apart(row):
   if row.learns:
     config = row.config(**{**_LEARNING, **dict(row.learns)})
     program = programs.Program(config, devices=jax.devices()[:1])
-    step = program.step
+    step, state = program.step, program.init(config.seed)
   else:
     program, step, *_ = _three_steps(row, 1)
-    config = program.config
+    config, state = program.config, _start(row, program)
   metrics = []
   with jax.set_mesh(program.mesh):
-    state = program.init(config.seed)
     for i in range(60):
       batch = sharding.put_batch(tiny.digits(config, i), program.mesh)
       state, out = step(state, batch, None)
