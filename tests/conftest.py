@@ -24,6 +24,7 @@ if _AT_FLOOR:
   )
 
 import jax
+import numpy as np
 import pytest
 import tiny
 from absl import flags
@@ -84,6 +85,14 @@ def finished_run(tmp_path_factory):
   with _compiling_fast():
     api.train(tiny.run_config(), str(folder))
   return folder
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_in_any_order(request):
+  """A module's `_RNG` starts anew in every test: workers divide the tests as it comes."""
+  rng = getattr(request.module, "_RNG", None)
+  if rng is not None:
+    rng.bit_generator.state = np.random.default_rng(0).bit_generator.state
 
 
 @pytest.fixture(autouse=True)
