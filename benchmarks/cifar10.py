@@ -24,7 +24,7 @@ from protojax import environment, recipes
 from protojax.data import pipeline
 from protojax.evals import knn, linear
 from protojax.metrics import verdicts
-from protojax.training import evaluation, loop, programs, workdir
+from protojax.training import datasets, evaluation, programs, workdir
 
 PROTOTYPES = {
   "dino joint": "configs/dino_cifar10.py",
@@ -92,7 +92,7 @@ def floors(data_dir: str) -> dict[str, dict]:
   """{floor: {"measures", "protocol", "environment"}}, the protocol of the rows."""
   config = recipes.load("configs/frozen_cifar10.py")
   config.data.data_dir = data_dir
-  train_source, bank, test = loop.build_sources(config)
+  train_source, bank, test = datasets.of_run(config)
   config = configs.resolve(config, len(train_source))
 
   def pixels(data):

@@ -21,8 +21,9 @@ cifar10 and cifar100 come from their authors' archives; a download that was cut 
 same command, and --archive=FILE takes one that is there already.
 
 Images of folder, tar and parquet are squashed to SIZE x SIZE pixels, Pillow's bicubic, as training
-with --config.data.image_size=SIZE would do at every step, and stored as JPEG of quality 95 without
-chroma subsampling. Their original height and width are kept beside them: crops are drawn as from
+with --config.data.image_size=SIZE would do at every step, and stored as JPEG of --quality=95 with
+its colours in full resolution; below 95 they have half of it, as in most photos, and decoding is
+faster (docs/data.md). Their original height and width are kept beside them: crops are drawn as from
 the original. Images that cannot be read are left out and named."""
 
 
@@ -46,6 +47,7 @@ def _of_images(
   name: str,
   splits_asked: str | None,
   size: int,
+  quality: int,
   num_workers: int | None,
 ) -> tuple[str, str, dict[str, int]]:
   prepared.folder(out, name, "1.0.0")
@@ -65,6 +67,7 @@ def _of_images(
       )
   skipped: list[str] = []
   options = {"root": data_dir, "size": size, "num_workers": num_workers, "skipped": skipped}
+  options["quality"] = quality
   splits = {
     split: _shown(prepared.smaller(one, **options), split, len(one)) for split, one in found.items()
   }
@@ -102,6 +105,9 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument("paths", nargs="+", metavar="[IN] OUT")
   parser.add_argument("--archive", help="of cifar10 or cifar100, downloaded before")
   parser.add_argument("--size", type=int, default=256, help="pixels, data.image_size (256)")
+  parser.add_argument(
+    "--quality", type=int, default=prepared.QUALITY, help="of JPEG, 1 to 100 (95)"
+  )
   parser.add_argument("--name", help="of the data set, data.name; else as IN is called")
   parser.add_argument("--splits", help="train,test: which to take; else all there are")
   parser.add_argument("--num_workers", type=int, help="processes that decode; 0: threads")
@@ -112,6 +118,8 @@ def main(argv: Sequence[str]) -> None:
     raise errors.UserError(f"{args.kind} takes {places}; protojax prepare --help")
   if args.size < 1:
     raise errors.UserError(f"--size={args.size} must be at least 1 pixel")
+  if not 1 <= args.quality <= 100:
+    raise errors.UserError(f"--quality={args.quality} must be 1 to 100")
   out = args.paths[-1]
   if of_archive:
     name, version, counts = _of_archive(args.kind, out, args.archive)
@@ -124,7 +132,7 @@ def main(argv: Sequence[str]) -> None:
         "and _, none of " + ", ".join(sources.KINDS)
       )
     name, version, counts = _of_images(
-      args.kind, args.paths[0], out, name, args.splits, args.size, args.num_workers
+      args.kind, args.paths[0], out, name, args.splits, args.size, args.quality, args.num_workers
     )
   place = pathlib.Path(out).expanduser() / name / version
   said = ", ".join(f"{split} {count:,}" for split, count in counts.items())

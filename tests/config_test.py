@@ -7,7 +7,7 @@ import pytest
 
 from protojax import api, errors, methods, recipes, trees
 from protojax import config as configs
-from protojax.training import loop, programs, sharding
+from protojax.training import datasets, loop, programs, sharding
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 RECIPES = sorted(p for p in CONFIGS.glob("*.py") if p.stem != "common")
@@ -39,7 +39,7 @@ _TRACED = [
 @pytest.mark.parametrize("path", _TRACED, ids=lambda p: p.stem)
 def test_debug_step_of_a_recipe_traces(path):
   config = recipes.load(f"{path}:debug")
-  train_source, bank, test = loop.build_sources(config)
+  train_source, bank, test = datasets.of_run(config)
   assert test is not None
   program = programs.Program(configs.resolve(config, len(train_source)), bank.num_classes)
   state, metrics = program.trace().out_info

@@ -18,7 +18,7 @@ from protojax import cli, errors, evaluate, pretrained, recipes
 from protojax import config as configs
 from protojax.data import sources
 from protojax.evals import clustering, knn, long_tail, protocols, result_files
-from protojax.training import checkpoint, loop, programs, workdir
+from protojax.training import checkpoint, datasets, programs, workdir
 
 pytestmark = [
   pytest.mark.xdist_group("evaluate"),  # one worker: its tests share a fixture that is costly
@@ -38,7 +38,7 @@ def run(tmp_path_factory):
   config.model.update({"depth": 1, "width": 32, "heads": 2})
   config.data.imbalance = 10.0
   config.method.num_prototypes = 32
-  config = configs.resolve(config, len(loop.build_sources(config)[0]))
+  config = configs.resolve(config, len(datasets.of_run(config)[0]))
   folder = workdir.claim(str(tmp_path_factory.mktemp("evaluate") / "run"), config)
   program = programs.Program(config)
   with contextlib.closing(checkpoint.Checkpoints(folder)) as checkpoints:
@@ -163,7 +163,7 @@ def test_content_changes_with_an_image_a_label_or_the_order():
 def test_long_tail_takes_the_images_the_run_was_trained_on(run):
   result = _result(run, "long_tail")
   model = pretrained.load(str(run))
-  data = loop.build_sources(model.config)[0]
+  data = datasets.of_run(model.config)[0]
   assert result["protocol"]["bank"]["images"] == len(data) < 1442
   assert result["protocol"]["bank"]["split"] == "train, imbalance 10, seed 0"
   split = long_tail.splits(data.labels, 10)

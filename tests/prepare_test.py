@@ -179,8 +179,24 @@ def test_prepared_photos_keep_sizes_labels_and_all_but_the_loss_of_jpeg(photos, 
   # The JPEG is of the very pixels that training would have made, so a second squash changes none.
   image = Image.open(io.BytesIO(after._read([0])[0][0]))
   assert image.format == "JPEG" and image.size == (24, 24)
-  jpeg = prepared._jpeg(want["image"][0])
+  jpeg = prepared._jpeg(want["image"][0], 95)
   np.testing.assert_array_equal(sources.decode(jpeg), got["image"][0])
+
+
+def test_a_lower_quality_takes_less_and_halves_the_resolution_of_colours(photos, small, tmp_path):
+  prepare.main(["folder", str(photos), str(tmp_path), "--size=24", "--name=small", "--quality=85"])
+  files = []
+  for root in (small, tmp_path):
+    of_root = sources.build("small", split="train", data_dir=root)
+    files.append([found[0] for found in of_root._read(list(range(len(of_root))))])
+  assert sum(map(len, files[1])) < 0.9 * sum(map(len, files[0]))
+  layers = [Image.open(io.BytesIO(one[0])).layer for one in files]
+  assert [[part[1:3] for part in of_one] for of_one in layers] == [
+    [(1, 1), (1, 1), (1, 1)],
+    [(2, 2), (1, 1), (1, 1)],
+  ]
+  with pytest.raises(errors.UserError, match="--quality=0 must be 1 to 100"):
+    prepare.main(["folder", str(photos), str(tmp_path), "--name=other", "--quality=0"])
 
 
 def test_what_cannot_be_read_is_left_out_and_named(photos, tmp_path, capsys):
@@ -195,7 +211,7 @@ def test_what_cannot_be_read_is_left_out_and_named(photos, tmp_path, capsys):
 
 def test_an_interrupted_prepare_leaves_nothing_and_starts_over(tmp_path, monkeypatch):
   features = {"image": tfds.features.Image(shape=(None, None, 3))}
-  example = {"image": prepared._jpeg(np.zeros((4, 4, 3), np.uint8))}
+  example = {"image": prepared._jpeg(np.zeros((4, 4, 3), np.uint8), 95)}
 
   def stopped():
     yield example

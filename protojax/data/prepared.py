@@ -1,6 +1,7 @@
 """Writes data sets as TFDS prepares them, array_record in a folder, without TensorFlow."""
 
 import errno
+import functools
 import io
 import json
 import os
@@ -16,7 +17,8 @@ from PIL import Image
 from protojax import errors
 from protojax.data import decoding, pipeline, sources
 
-QUALITY = 95  # of JPEG, without chroma subsampling
+QUALITY = 95  # of JPEG
+_FULL_COLOUR = 95  # quality from which on chroma is not subsampled
 _SHARD = 2**30  # bytes after which a new file begins
 _BATCH = 256  # images encoded at a time
 _MANY = 10_000  # images for which processes are worth their start
@@ -146,12 +148,18 @@ def features_of(source: sources.Source) -> dict[str, Any]:
 
 
 def smaller(
-  source: sources.Source, *, root: str, size: int, num_workers: int | None, skipped: list[str]
+  source: sources.Source,
+  *,
+  root: str,
+  size: int,
+  num_workers: int | None,
+  skipped: list[str],
+  quality: int = QUALITY,
 ) -> Iterator[dict[str, int | bytes]]:
   """Every readable image of a source as a JPEG of the size that training stores, in its order.
 
   It is squashed to `size` x `size` as `pipeline.batches` does it, Pillow's bicubic, so that with
-  `data.image_size` of the same number training gets the same pixels but for what JPEG of QUALITY
+  `data.image_size` of the same number training gets the same pixels but for what JPEG
   loses; height and width before that go along, so crops are drawn as from the original.
 
   Args:
@@ -160,6 +168,7 @@ def smaller(
     size: pixels.
     num_workers: processes that decode; 0 uses threads, None chooses.
     skipped: takes the names of images that cannot be read.
+    quality: of JPEG, 1 to 100; below 95 its colours have half the resolution.
 
   Raises:
     UserError: if 100 images in a row cannot be read.
@@ -171,11 +180,12 @@ def smaller(
     num_workers = decoding.fit(wanted, asked=False, **shape)
   batches = pipeline.sequential(source, batch_size=_BATCH, image_size=size, num_workers=num_workers)
   log = pipeline.SkippedLog(source.describe)
+  encode = functools.partial(_jpeg, quality=quality)
   with futures.ThreadPoolExecutor() as pool:
     for batch in batches:
       skipped += log.update(batch["skipped"])
       rows = batch["mask"].nonzero()[0]
-      for row, jpeg in zip(rows, pool.map(_jpeg, batch["image"][rows]), strict=True):
+      for row, jpeg in zip(rows, pool.map(encode, batch["image"][rows]), strict=True):
         name = source.describe(int(batch["index"][row])).removeprefix(f"{above}/")
         example: dict[str, int | bytes] = {"id": name.encode(), "image": jpeg}
         if source.num_classes:
@@ -184,7 +194,8 @@ def smaller(
         yield example | dict(sides)
 
 
-def _jpeg(image: np.ndarray) -> bytes:
+def _jpeg(image: np.ndarray, quality: int) -> bytes:
   file = io.BytesIO()
-  Image.fromarray(image).save(file, "jpeg", quality=QUALITY, subsampling=0)
+  colour = "4:4:4" if quality >= _FULL_COLOUR else "4:2:0"
+  Image.fromarray(image).save(file, "jpeg", quality=quality, subsampling=colour)
   return file.getvalue()

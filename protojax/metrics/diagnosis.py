@@ -242,7 +242,7 @@ def words(
       f"prototypes point the same way (mean cosine {spectrum['mean_cosine']:.2f}): if the features "
       "do too, they are near without being redundant; embeddings tell"
     )
-  if spectrum["rankme"] < _FLAT * spectrum["largest_possible"] and well:
+  if spectrum["rankme"] < _FLAT * spectrum["largest_possible"] and not verdict.collapsed:
     out.append(
       f"they span about {spectrum['rankme']:.0f} of {spectrum['largest_possible']} directions "
       "(RankMe)"

@@ -38,6 +38,8 @@ LIMITS = {
   # Copies beyond those of random prototypes, share of K. Decoupled prototypes have under .001
   # (CAPI, arXiv 2510.20108), joint ones .9; a tenth of all is worth a warning.
   "copies": 0.1,
+  # Beyond those of random prototypes, share of K with another nearer than `NEAR`.
+  "bunched": 0.1,
   # Prototype spacing over feature spread: copies give 0, equal spacing about 1.
   "relative_uniqueness": 0.5,
   # Used, over what random prototypes would be of the same embeddings (docs/collapse.md has both).
@@ -55,6 +57,7 @@ LIMITS = {
 # Nothing ill was seen, and too little for an "ok".
 OPEN = ("warming up", "too early", "not judged", "no collapse", "unique, use unknown")
 HEADLINE = collapse.THRESHOLDS[0]  # cosine distance of the one uniqueness that is always shown
+NEAR = collapse.THRESHOLDS[3]  # of prototypes that bunch and are no copies yet
 
 
 class Verdict(NamedTuple):
@@ -118,15 +121,16 @@ def judge(
   non-finite, warming up, aliased teacher, dead projector, uniform collapse, one-hot collapse,
   representation collapse, cluster collapse, dimensional collapse, partial prototype collapse (or
   narrow cone: many near prototypes because the features are near); then what is no collapse: worse
-  than at the start, unique but unused, nothing learned yet, little learned yet. Where none holds it
-  is one of `OPEN`, or ok.
+  than at the start, prototypes bunch, unique but unused, nothing learned yet, little learned yet.
+  Where none holds it is one of `OPEN`, or ok.
 
   An untrained net looks collapsed: its features are bunched, its centred targets uniform, its
   teacher equal to the student. So before `grace_steps` only values that are not finite count.
 
   Args:
     measures: {name in metrics.jsonl: value or None}; read are train/{loss, cross_entropy, ln_k,
-      target_entropy}, collapse/{unique_0.025, unique_0.025_random, drift, used, perplexity (both
+      target_entropy}, collapse/{unique_0.025 and unique_0.25 (both
+      also _random), drift, used, perplexity (both
       also of the sample), used_random, used_most, feature_std, mean_cosine, embedding_cosine,
       rankme, teacher_distance, relative_uniqueness}, probe/knn and floor/{knn, knn_pixels,
       knn_untrained, knn_start, test_images, loss_start}.
@@ -159,7 +163,7 @@ def judge(
   late = step is None or step >= LIMITS["sample_grace"] * grace_steps
   ended = step is not None and step == num_steps
   found = list(_findings(measures, num_prototypes, step, late, prototypes, advise))
-  found += _idle(measures, num_prototypes, late or ended, advise)
+  found += _idle(measures, num_prototypes, late or ended, prototypes, advise)
   if not found:
     label, why = _unseen(measures, num_prototypes, step)
     return Verdict(label, why + _well(measures, num_prototypes, prototypes), False)
@@ -201,7 +205,7 @@ def _knn(measures) -> float | None:
   return measures.get("probe/knn") if same is None else same
 
 
-def _idle(measures, num_prototypes, late, advise):
+def _idle(measures, num_prototypes, late, prototypes, advise):
   """The verdicts on a run that did not collapse and is not well, in the order of `judge`."""
   get, limit = measures.get, LIMITS
   knn, start, pixels = _knn(measures), _start(measures), get("floor/knn_pixels")
@@ -220,6 +224,8 @@ def _idle(measures, num_prototypes, late, advise):
     said += [f"loss {loss:.2f}, at the start {first:.2f}, ln K {chance:.2f}"] if rises else []
     advice = advise("lower optim.lr", "raise optim.warmup_steps", "raise batch_size")
     yield Verdict("worse than at the start", f"{'; '.join(said)}: {advice}", False)
+  if prototypes in ("learned", "mixture") and late:
+    yield from _bunched(measures, num_prototypes, prototypes)
   if num_prototypes and late:
     yield from _unused(measures, num_prototypes, advise)
   if knn is None or start is None or worse:
@@ -237,13 +243,29 @@ def _idle(measures, num_prototypes, late, advise):
     )
 
 
+def _bunched(measures, num_prototypes, prototypes):
+  """Prototypes that move onto one another and are not copies yet."""
+  unique, null = (measures.get(f"collapse/unique_{NEAR}{end}") for end in ("", "_random"))
+  if _are_copies(measures) or unique is None or null is None or null - unique <= LIMITS["bunched"]:
+    return
+  advice = {"mixture": "raise mixture.horizon_steps"}.get(
+    prototypes, "set method.prototypes=mixture, or lower method.num_prototypes"
+  )
+  yield Verdict(
+    "prototypes bunch",
+    f"{unique:.0%} of {num_prototypes} prototypes are unique at cosine distance {NEAR} (random "
+    f"ones: {null:.0%}), so they move onto one another, as before they are copies: {advice}",
+    False,
+  )
+
+
 def _unused(measures, num_prototypes, advise):
   """Prototypes that are apart and take no images: of all images if they were looked at."""
   get = measures.get
   of = "collapse/used" if get("collapse/used") is not None else "collapse/used_sample"
   used, most = get(of), get(f"{of}_most")
-  unique, null = (get(f"collapse/unique_{HEADLINE}{end}") for end in ("", "_random"))
-  if used is None or (unique is not None and (null or 1.0) - unique > LIMITS["copies"]):
+  unique = get(f"collapse/unique_{HEADLINE}")
+  if used is None or _are_copies(measures):
     return
   # Random ones are measured on the sample in training; there both are of the sample.
   pairs = [(get(f"{k}"), get(f"{k}_random")) for k in ("collapse/used", "collapse/used_sample")]
@@ -376,12 +398,18 @@ def _findings(measures, num_prototypes, step, late, prototypes, advise):
         "raise batch_size, or take a wider augment.local_scale",
         True,
       )
-  unique, null = (get(f"collapse/unique_{HEADLINE}{end}") for end in ("", "_random"))
-  if unique is not None and (1.0 if null is None else null) - unique > limit["copies"]:
-    yield _copies(measures, num_prototypes, prototypes, unique, null)
+  if _are_copies(measures):
+    yield _copies(measures, num_prototypes, prototypes)
 
 
-def _copies(measures, num_prototypes, prototypes, unique, null) -> Verdict:
+def _are_copies(measures) -> bool:
+  """Whether more prototypes are copies than of as many random ones, by `LIMITS`."""
+  unique, null = (measures.get(f"collapse/unique_{HEADLINE}{end}") for end in ("", "_random"))
+  return unique is not None and (1.0 if null is None else null) - unique > LIMITS["copies"]
+
+
+def _copies(measures, num_prototypes, prototypes) -> Verdict:
+  unique, null = (measures.get(f"collapse/unique_{HEADLINE}{end}") for end in ("", "_random"))
   copies = (
     f"{1 - unique:.0%} of {num_prototypes} prototypes are copies (random ones: "
     f"{_show(None if null is None else 1 - null, '.0%')}; {_prototypes(measures)})"

@@ -12,7 +12,6 @@ from protojax import files
 from protojax.reports import curves, numbers, record
 
 _COLUMNS = ("unique .25", "unique .5", "used", "k-NN", "linear")
-_BUNCHED = 0.5  # of what is unique among random ones, and less
 _NAME = 24  # characters of a row's name
 _COLOURS = ("#0069a8", "#c94f00", "#00805c", "#a3327f", "#8a6d00", "#56636f")  # of the page
 _MUTED = "#9a9a9a"
@@ -56,18 +55,9 @@ def table(runs: Sequence[record.Record]) -> list[str]:
 
 
 def _said(run: record.Record) -> str:
-  """The verdict on a run, and whether its prototypes bunch without being copies."""
+  """The verdict on a run."""
   _, label, sentence = numbers.verdict(run)
-  text = f"{_short(run.name)}: {label}" + f". {sentence}" * (label != "ok")
-  found, tag = _latest(run), _tag(run)
-  for distance in ("0.5", "0.25"):
-    unique, random = (found.get(f"collapse/{tag}unique_{distance}{end}") for end in ("", "_random"))
-    if unique is not None and random is not None and unique < _BUNCHED * random:
-      return (
-        f"{text.rstrip('.')}; but its prototypes bunch: at a distance of {distance.lstrip('0')} "
-        f"{unique:.0%} are unique, of random ones {random:.0%}"
-      )
-  return text
+  return f"{_short(run.name)}: {label}" + f". {sentence}" * (label != "ok")
 
 
 def _of_run(run: record.Record) -> _Row:

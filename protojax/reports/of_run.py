@@ -9,7 +9,7 @@ import jax
 from protojax import config as configs
 from protojax import errors, files, pretrained, progress
 from protojax.reports import comparison, gallery, page, picture, record
-from protojax.training import loop, workdir
+from protojax.training import datasets, workdir
 
 OF_SEVERAL = "comparison.html"
 
@@ -88,7 +88,7 @@ def pictures(run: record.Record, limit: int = gallery.LIMIT) -> gallery.Pictures
     config = configs.restored(run.config.to_dict())
   except (AttributeError, KeyError, TypeError, ValueError):
     return "config.json is missing or of another version."
-  arrays, train = run.arrays, _or_error(loop.pretraining_source, config)
+  arrays, train = run.arrays, _or_error(datasets.pretraining, config)
   model = bank = _or_error(pretrained.load, str(run.folder))
   if isinstance(model, pretrained.Trained):
     bank = _or_error(pretrained.source, model, "train")

@@ -269,7 +269,8 @@ def log_line(
     if value is not None:
       known = name == at_chance and chance is not None
       parts.append(f"{name} {value:{form}}" + (f" (ln K {chance:.2f})" if known else ""))
-  parts += [] if verdict is None else [f"[{verdict.label}]"]
+  if verdict is not None:  # beside a number, where a line is folded
+    parts[-1] += f"  [{verdict.label}]"
   lines = [parts[0]]
   for part in parts[1:]:
     if len(lines[-1]) + 2 + len(part) <= _COLUMNS:

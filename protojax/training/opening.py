@@ -25,7 +25,7 @@ def lines(
 
   Args:
     program: of the run.
-    train, bank, test: as of `loop.build_sources`.
+    train, bank, test: as of `datasets.of_run`.
     folder: workdir.
   """
   config, mesh = program.config, program.mesh

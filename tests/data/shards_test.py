@@ -17,7 +17,7 @@ from protojax import config as configs
 from protojax import errors, prepare
 from protojax.data import pipeline, sources
 from protojax.data.sources import tar
-from protojax.training import loop
+from protojax.training import datasets
 
 _COUNT = 1000
 _NAMES = ["bee", "ant", "cat"]  # not in the order of the alphabet
@@ -281,10 +281,10 @@ def test_shards_without_test_images_train_without_a_probe(kind, tmp_path, shards
   config = configs.default()
   config.data.update({"name": kind, "data_dir": str(shards)})
   if kind == "parquet":
-    train, bank, test = loop.build_sources(config)
+    train, bank, test = datasets.of_run(config)
     assert train is bank and len(test) == 10 and test.class_names == tuple(_NAMES)
   for path in shards.glob(f"*train*.{kind}"):
     (tmp_path / path.name).symlink_to(path)
   config.data.data_dir = str(tmp_path)
-  train, bank, test = loop.build_sources(config)
+  train, bank, test = datasets.of_run(config)
   assert train is bank and len(train) == _COUNT and test is None

@@ -121,9 +121,11 @@ def test_rows_that_are_zero_or_not_finite_are_named():
 
 
 def test_bunched_prototypes_are_told_from_copies():
-  centres = _unit(_rows(60, 64))
-  weights = np.repeat(centres, 5, axis=0) + 0.05 * _rows(300, 64)
-  result, said = _words(weights)
+  centres = np.repeat(_unit(_rows(60, 64)), 5, axis=0)
+  result, said = _words(centres + 0.05 * _rows(300, 64))  # about .14 from each other
+  assert result["unique"]["unique"][0] == 300
+  assert said[0].startswith("prototypes bunch: 20% of 300 prototypes are unique at cosine distance")
+  result, said = _words(centres + 0.09 * _rows(300, 64))  # about .34
   assert result["unique"]["unique"][0] == 300
   assert said[0].startswith("unique") and "bunch, without being copies" in said[1]
 

@@ -278,6 +278,10 @@ LEARNS = {
     ({"train/loss": 8.61, "train/target_entropy": None}, "worse than at the start"),
     ({"train/loss": 9.0, "train/cross_entropy": 7.0}, "ok"),  # of several terms
     ({"train/loss": 8.61, "floor/loss_start": None}, "ok"),
+    ({"collapse/unique_0.25": 0.89, "collapse/unique_0.25_random": 1.0}, "prototypes bunch"),
+    ({"collapse/unique_0.25": 0.91, "collapse/unique_0.25_random": 1.0}, "ok"),
+    ({"collapse/unique_0.25": 0.4, "collapse/unique_0.25_random": 0.45}, "ok"),  # few dimensions
+    ({"collapse/unique_0.25": 0.4}, "ok"),  # of random ones nothing is known
     ({"collapse/used": 0.051}, "ok"),
     ({"collapse/used": 0.049}, "unique but unused"),
     ({"collapse/used": 0.049, "collapse/unique_0.025": None}, "unique but unused"),
@@ -307,6 +311,13 @@ def test_what_is_no_collapse_is_told_with_its_numbers():
   )
   again = judge({"floor/knn_start": 0.72}).sentence
   assert "is not above the net it started from's 72.0%" in again
+  near = {"collapse/unique_0.25": 0.73, "collapse/unique_0.25_random": 1.0}
+  assert "73% of 4096 prototypes are unique at cosine distance 0.25 (random ones: 100%)" in (
+    judge(near).sentence
+  )
+  assert judge(near | {"collapse/unique_0.025": 0.5}).sentence.count("also") == 0
+  assert judge(near, prototypes="kmeans").label == "ok"  # means of features lie where those do
+  assert "raise mixture.horizon_steps" in judge(near, prototypes="mixture").sentence
   used = {"collapse/used": 0.049, "collapse/used_random": 0.5}
   assert "4.9% are used; random ones on the same embeddings: 50.0%" in judge(used).sentence
 

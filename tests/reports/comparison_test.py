@@ -5,6 +5,7 @@ import json
 import matplotlib.image
 import numpy as np
 import pytest
+import tiny
 from matplotlib import axes
 
 from protojax.reports import comparison, record
@@ -13,7 +14,7 @@ from protojax.reports import comparison, record
 def _run(folder, final, lines=(), pixels=32, **arrays):
   """A workdir of a run that ended with `final`, or that has not if that is None."""
   (folder / "eval" / "final").mkdir(parents=True)
-  config = {"augment": {"global_size": pixels}, "num_steps": 4}
+  config = tiny.config(num_steps=4, augment__global_size=pixels).to_dict()
   (folder / "config.json").write_text(json.dumps(config))
   (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
   if final is not None:
@@ -60,12 +61,12 @@ def test_a_row_has_the_final_measures_and_floors_are_said_once(tmp_path):
   ]
 
 
-def test_prototypes_that_bunch_are_named_beside_random_ones(tmp_path):
+def test_the_verdict_on_each_run_stands_below(tmp_path):
   one = _run(tmp_path / "joint", _FINAL)
-  two = _run(tmp_path / "decoupled", _FINAL | {"collapse/unique_0.5": 0.4})
+  two = _run(tmp_path / "decoupled", _FINAL | {"collapse/unique_0.25": 0.95})
   said = " ".join(_lines(one, two))
-  assert "bunch: at a distance of .5 25% are unique, of random ones 75% decoupled:" in said
-  assert said.count("bunch") == 1
+  assert "joint: prototypes bunch. 88% of 32 prototypes are unique at cosine distance" in said
+  assert "decoupled: too early. 4 updates are too few" in said and said.count("bunch") == 1
 
 
 def test_floors_that_differ_name_their_run(tmp_path):

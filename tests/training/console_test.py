@@ -104,6 +104,9 @@ def test_log_line_is_the_documented_one():
   ]
   folded = _line(1200, measures | {"train/cross_entropy": 7.9}).splitlines()
   assert len(folded) == 2 and all(len(line) <= 80 for line in folded)
+  wide = looked | {"collapse/rankme": 1432.0}
+  last = _line(1200, wide, label="little learned yet").splitlines()[-1]
+  assert last == "  knn 71.2%  [little learned yet]"
 
 
 def test_log_line_leaves_out_what_was_not_measured():

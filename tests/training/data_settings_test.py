@@ -11,7 +11,7 @@ from protojax import config as configs
 from protojax import convert, embed, errors, evaluate, pretrained
 from protojax.data import sources
 from protojax.reports import gallery
-from protojax.training import data_settings, loop
+from protojax.training import data_settings, datasets, loop
 
 pytestmark = [
   pytest.mark.xdist_group("data_settings"),  # one worker: they share the run
@@ -73,7 +73,7 @@ def test_it_goes_on_with_the_numbers_it_found(run, cells, monkeypatch):
   monkeypatch.setattr(data_settings, "channel_statistics", measured.append)
   monkeypatch.setattr(sources, "measured_range", measured.append)
   config = data_settings.recalled(_config(cells), str(run))
-  train, _, _ = loop.build_sources(config)
+  train, _, _ = datasets.of_run(config)
   config = data_settings.completed(configs.resolve(config, len(train)), train)
   assert measured == []
   assert json.loads(config.to_json_best_effort()) == json.loads((run / "config.json").read_text())
@@ -136,14 +136,12 @@ def test_the_probe_is_off_where_held_out_images_have_no_classes(cells, tmp_path,
   for split in ("train", "val"):
     shutil.copytree(cells / "train", tmp_path / split)
   config = _config(tmp_path)
-  assert loop.build_sources(config)[2].class_names == ("healthy", "ill")
+  assert datasets.of_run(config)[2].class_names == ("healthy", "ill")
   shutil.rmtree(tmp_path / "val")
-  assert (
-    loop.build_sources(config)[2] is None and "has no folder 'test', nor another" in caplog.text
-  )
+  assert datasets.of_run(config)[2] is None and "has no folder 'test', nor another" in caplog.text
   (tmp_path / "val").mkdir()
   shutil.copy(cells / "val" / "ill" / "0.npy", tmp_path / "val")
-  assert loop.build_sources(config)[2] is None and "val has no class folders" in caplog.text
+  assert datasets.of_run(config)[2] is None and "val has no class folders" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,16 @@ import safetensors.numpy
 import tiny
 
 from protojax import errors
-from protojax.training import checkpoint, console, evaluation, export, loop, programs, workdir
+from protojax.training import (
+  checkpoint,
+  console,
+  datasets,
+  evaluation,
+  export,
+  loop,
+  programs,
+  workdir,
+)
 
 pytestmark = [
   pytest.mark.xdist_group("train"),  # one worker: they share the run `whole`
@@ -44,7 +53,7 @@ PCL = tiny.RUN | {
 def _target(recipe):
   """What a checkpoint of a run of `recipe` with its changes is restored into."""
   config = tiny.run_config(recipe, PCL if recipe == "pcl_cifar10" else tiny.RUN)
-  resolved = loop.configs.resolve(config, len(loop.build_sources(config)[0]))
+  resolved = loop.configs.resolve(config, len(datasets.of_run(config)[0]))
   return programs.Program(resolved, 10).restore_target()
 
 
@@ -95,7 +104,7 @@ def test_stopped_and_resumed_run_equals_the_whole_one_to_the_bit(
   folder = tmp_path / "run"
   with monkeypatch.context() as patch:
     _stop_after(patch, 3)
-    patch.setattr(loop.sources.Source, "in_memory", False)
+    patch.setattr(datasets.sources.Source, "in_memory", False)
     with pytest.raises(errors.Interrupted, match="stopped at step 3"):
       loop.run(tiny.run_config(**{"data.num_workers": 1}), str(folder))
   said = (folder / "train.log").read_text()
@@ -368,7 +377,7 @@ def test_two_processes_train_and_resume_as_one(whole, tmp_path):
   for process in processes:
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
-    assert "resumed at step 4" in output and "digits/train lies on the devices" in output
+    assert "\nresumed at step 4\n" in output and "\ndigits/train lies on the devices" in output
   losses = _losses(folder)
   assert set(losses) == set(range(1, 7)) and losses == _losses(folder, "first.jsonl")
   for step, loss in _losses(whole).items():

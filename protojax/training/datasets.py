@@ -1,0 +1,84 @@
+"""The images that a run needs: to train on, to search and to test on."""
+
+import pathlib
+
+from absl import logging
+
+from protojax import errors
+from protojax.data import sources
+
+
+def pretraining(config) -> sources.Source:
+  """The images that `config` trains on.
+
+  Raises:
+    UserError: if they are missing.
+  """
+  data = config.data
+  return sources.build(
+    data.name,
+    split=data.split,
+    data_dir=data.data_dir,
+    imbalance=data.imbalance,
+    seed=config.seed,
+    channels=data.channels,
+    value_range=data.value_range,
+  )
+
+
+def of_run(config) -> tuple[sources.Source, sources.Source, sources.Source | None]:
+  """The images that a run needs: (to train on, the bank, labelled test images or None).
+
+  The bank is what collapse is measured on and, where it has labels, what k-NN searches.
+
+  Raises:
+    UserError: if data is missing, or a probe was asked of data without labels.
+  """
+  data, probe = config.data, config.probe
+  train = pretraining(config)
+  seen_alike = {"channels": data.channels, "value_range": train.value_range}
+  name, data_dir = probe.name or data.name, probe.data_dir or data.data_dir
+  own = (name, data_dir) == (data.name, data.data_dir)
+  test_split = sources.find_split(name, probe.test_split, data_dir)
+  if name == "folder" and own and not (pathlib.Path(data_dir).expanduser() / test_split).is_dir():
+    logging.info(
+      "k-NN and linear probe are off: %s has no folder %r, nor another of %s; name labelled images "
+      "with config.probe.name and config.probe.data_dir",
+      data_dir,
+      probe.test_split,
+      ", ".join(sources.HELD_OUT),
+    )
+    return train, train, None
+  if name in sources.SHARDS and own:
+    splits = sorted(sources.shards.found(data_dir, f".{name}"))
+    if probe.test_split not in splits:
+      logging.info(
+        "k-NN and linear probe are off: the shards in %s are of the splits %s, not %r; choose with "
+        "config.probe.test_split",
+        data_dir,
+        ", ".join(splits),
+        probe.test_split,
+      )
+      return train, train, None
+  same = own and probe.train_split == data.split and data.imbalance is None
+  bank = (
+    train if same else sources.build(name, split=probe.train_split, data_dir=data_dir, **seen_alike)
+  )
+  if own and not bank.num_classes:
+    logging.info("k-NN and linear probe are off: %s has no labels", bank.name)
+    return train, bank, None
+  sources.require_labels(bank, "probe.train_split")
+  seen_alike["value_range"] = bank.value_range
+  test = sources.build(name, split=test_split, data_dir=data_dir, **seen_alike)
+  if own and name == "folder" and not test.num_classes:
+    logging.info(
+      "k-NN and linear probe are off: %s has no class folders as %s has", test.name, bank.name
+    )
+    return train, bank, None
+  sources.require_labels(test, "probe.test_split")
+  if bank.class_names != test.class_names:
+    raise errors.UserError(
+      f"{bank.name} and {test.name} have different classes ({bank.num_classes} and "
+      f"{test.num_classes}): give both the same class_names (of a folder: the same sub-folders)"
+    )
+  return train, bank, test
