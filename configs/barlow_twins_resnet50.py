@@ -4,7 +4,10 @@ r"""Barlow Twins (arXiv 2103.03230), ResNet-50, ImageNet-1k, 1,000 epochs: the p
     --workdir=runs/barlow_twins_resnet50 --config.data.data_dir=$PROTOJAX_DATA_DIR
 
 The published learning rate of biases and norms, .0048 where that of weights is .2, is here a loss
-times .024: LARS sees the loss's scale in the weight decay only, the others do.
+times .024: LARS sees the loss's scale in the weight decay only, the others do. What also differs:
+the authors sum the cross-correlation over their W processes outside of autograd, so each process
+has the gradient of its own part, and the mean over processes is 1/W of the true one. So biases and
+norms learn W times as slowly there as here, and weights decay W times as much.
 
 Cost: not measured here. The authors report 73.5 % linear for their PyTorch code.
 """

@@ -19,8 +19,9 @@ def get_config(mode: str = ""):
   config.eval_every = 6000
   config.save_every = 1000
   config.method.update({"num_prototypes": 1000, "more_classifiers": (2000, 4000, 8000)})
-  config.augment.num_local = 6
-  config.model.name = "resnet50"
+  # DINO's views, but that the second global one is the blurred one.
+  config.augment.update({"num_local": 6, "blur_prob": (0.1, 1.0, 0.5)})
+  config.model.update({"name": "resnet50", "joint_norm": True, "zero_init_residual": False})
   config.head.update(
     {
       "layers": 2,
@@ -39,6 +40,7 @@ def get_config(mode: str = ""):
       "warmup_epochs": 10.0,
       "weight_decay": 1e-6,
       "final_weight_decay": 1e-6,
+      "decay_all": True,
       "clip": 0.0,
       "freeze_prototypes_epochs": 0.0,
     }

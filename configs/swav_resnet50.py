@@ -23,7 +23,7 @@ def get_config(mode: str = ""):
     "blur_prob": (0.5, 0.5, 0.5), "solarize_prob": (0.0, 0.0, 0.0),
     "std": (0.228, 0.224, 0.225),
   })  # fmt: skip
-  config.model.update({"name": "resnet50", "joint_norm": True})
+  config.model.update({"name": "resnet50", "joint_norm": True, "zero_init_residual": False})
   config.head.update(
     {
       "layers": 2,
@@ -50,6 +50,7 @@ def get_config(mode: str = ""):
       "warmup_epochs": 0.0,
       "weight_decay": 1e-6,
       "final_weight_decay": 1e-6,
+      "decay_all": True,
       "clip": 0.0,
       "freeze_prototypes_steps": 5005,
     }

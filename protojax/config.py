@@ -184,6 +184,7 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
       "warmup_steps": 0,  # replaces warmup_epochs when not 0
       "weight_decay": 0.04,
       "final_weight_decay": 0.4,
+      "decay_all": False,  # norms and biases too; under LARS they are then adapted as weights are
       "decay_embeddings": True,  # tokens and position embeddings
       "decay_prototypes": True,  # learned ones
       "clip": 3.0,  # per tensor; 0 turns it off

@@ -42,12 +42,18 @@ def decay_mask(params: PyTree, options) -> PyTree:
 
   By name, not by shape alone: a fused bias may have two dimensions. Tokens, position
   embeddings and learned prototypes (v, and their norms g [K, 1]) do decay, as in DINO's code,
-  unless `optim.decay_embeddings` or `optim.decay_prototypes` is False. Under Adam, which is
-  PyTorch's, biases and scales do too. LARS adapts the parameters that decay.
+  unless `optim.decay_embeddings` or `optim.decay_prototypes` is False. With `optim.decay_all`, as
+  in the published SwAV, Self-Classifier and PCL, biases and scales do too, and under Adam, which is
+  PyTorch's, in any case. LARS adapts the parameters that decay.
 
   >>> import ml_collections
   >>> options = ml_collections.ConfigDict(
-  ...   {"name": "adamw", "decay_embeddings": False, "decay_prototypes": True}
+  ...   {
+  ...     "name": "adamw",
+  ...     "decay_all": False,
+  ...     "decay_embeddings": False,
+  ...     "decay_prototypes": True,
+  ...   }
   ... )
   >>> params = {"kernel": jnp.ones((4, 2)), "bias": jnp.ones(2), "cls_token": jnp.ones((1, 1, 4))}
   >>> decay_mask(params, options)
@@ -55,18 +61,19 @@ def decay_mask(params: PyTree, options) -> PyTree:
 
   Args:
     params: nested dicts of arrays.
-    options: `config.optim`; reads `name`, `decay_embeddings` and `decay_prototypes`.
+    options: `config.optim`; reads `name`, `decay_all`, `decay_embeddings`, `decay_prototypes`.
 
   Returns:
     Pytree of bool, like `params`.
   """
   exempt = () if options.decay_embeddings else _EMBEDDINGS
   exempt += () if options.decay_prototypes else ("v", "g")
+  everything = options.decay_all or options.name == "adam"
 
   def decays(path, leaf):
     name = jax.tree_util.keystr(path[-1:], simple=True)
     is_weight = leaf.ndim >= 2 and name not in ("bias", "scale")
-    return (is_weight or options.name == "adam") and name not in exempt
+    return (is_weight or everything) and name not in exempt
 
   return jax.tree_util.tree_map_with_path(decays, params)
 
@@ -86,9 +93,11 @@ def _adapt(options, rate, decay) -> optax.GradientTransformation:
   """Layer-wise adaptation of LARS (arXiv 1708.03888) in the form of SwAV's and solo-learn's code.
 
   Weights: (g + decay w) * trust |w| / (|g| + decay |w| + 1e-8), plain g where either norm is 0.
-  Everything else: plain g. `optim.lars_clip` divides the ratio by the learning rate and cuts it at
-  1, so that no weight moves faster than under SGD. `optax.lars` puts |g + decay w| in the
-  denominator, decays zero-norm weights and multiplies by the learning rate before the momentum.
+  Everything that does not decay: plain g; with `optim.decay_all` that is nothing, as under apex's
+  LARC, which SwAV and Self-Classifier were trained with. `optim.lars_clip` divides the ratio by the
+  learning rate and cuts it at 1, so that no weight moves faster than under SGD. `optax.lars` puts
+  |g + decay w| in the denominator, decays zero-norm weights and multiplies by the learning rate
+  before the momentum.
   """
 
   def update(grads, state, params):
@@ -163,12 +172,12 @@ def build(config, *, num_steps: int, batch_size: int) -> optax.GradientTransform
 
   Order of a step, as in DINO's code: clip, freeze, moments, decay, learning rate. AdamW decays
   decoupled, w (1 - lr wd) - lr m / (sqrt(v) + 1e-8); Adam, SGD and LARS add the decay to the
-  gradient, Adam that of biases and scales too; SGD and LARS take `optim.beta1` as momentum.
+  gradient; what decays is said in `decay_mask`; SGD and LARS take `optim.beta1` as momentum.
 
   Args:
     config: reads `optim.{name, lr, final_lr, warmup_steps, weight_decay, final_weight_decay, clip,
-      clip_mode, decay_embeddings, decay_prototypes, trust, lars_clip, freeze_prototypes_steps,
-      beta1, beta2}`.
+      clip_mode, decay_all, decay_embeddings, decay_prototypes, trust, lars_clip,
+      freeze_prototypes_steps, beta1, beta2}`.
     num_steps: length of the schedules.
     batch_size: global, scales `optim.lr`.
 

@@ -26,6 +26,7 @@ def _config(**changes):
     "beta2": 0.999,
     "trust": 0.001,
     "lars_clip": False,
+    "decay_all": False,
     "decay_embeddings": True,
     "decay_prototypes": True,
   } | changes
@@ -75,8 +76,10 @@ def _schedules(steps, warmup, peak):
   return lr, wd
 
 
-def _reference(name, params, grads, *, clip, mode, freeze, steps, trust=0.001, lars_clip=False):
-  """Parameters after every step, by the formulas of torch's AdamW, Adam, SGD and SwAV's LARS."""
+def _reference(name, params, grads, *, clip, mode, freeze, steps, **options):
+  """Parameters after every step, by the formulas of torch's AdamW, Adam, SGD and apex's LARC."""
+  trust, lars_clip = options.get("trust", 0.001), options.get("lars_clip", False)
+  every = name == "adam" or options.get("decay_all", False)
   lr, wd = _schedules(steps, 3, 0.02)
   w = dict(params)
   m = {k: np.zeros_like(x) for k, x in w.items()}
@@ -89,7 +92,8 @@ def _reference(name, params, grads, *, clip, mode, freeze, steps, trust=0.001, l
       g = g * min(1.0, clip / (norm + 1e-6)) if clip else g
       if k.startswith("prototypes") and step < freeze:
         continue
-      decay = wd[step] if name == "adam" or k.rpartition(".")[2] in _DECAYED else 0.0
+      decays = every or k.rpartition(".")[2] in _DECAYED
+      decay = wd[step] if decays else 0.0
       count[k] += 1
       if name in ("adamw", "adam"):
         if name == "adamw":
@@ -103,7 +107,7 @@ def _reference(name, params, grads, *, clip, mode, freeze, steps, trust=0.001, l
         continue
       if name == "sgd":
         g = g + decay * w[k]
-      elif k.rpartition(".")[2] in _DECAYED:
+      elif decays:
         norm_w, norm_g = np.linalg.norm(w[k].ravel()), np.linalg.norm(g.ravel())
         ratio = trust * norm_w / (norm_g + decay * norm_w + 1e-8)
         if lars_clip:
@@ -125,15 +129,26 @@ def _train(config, params, grads, steps):
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "lars"])
-@pytest.mark.parametrize(("mode", "clip"), [("tensor", 0.5), ("global", 0.5), ("tensor", 0.0)])
-def test_nine_steps_match_numpy_in_float64(name, mode, clip):
+@pytest.mark.parametrize(
+  ("mode", "clip", "decay_all"),
+  [("tensor", 0.5, False), ("global", 0.5, False), ("tensor", 0.0, False), ("tensor", 0.0, True)],
+)
+def test_nine_steps_match_numpy_in_float64(name, mode, clip, decay_all):
   config = _config(name=name, clip=clip, clip_mode=mode, freeze_prototypes_steps=4)
+  config.optim.decay_all = decay_all
   start = _params()
   # Gradients on both sides of the clip.
   grads = [jax.tree.map(lambda x, s=s: x * 0.05 * s, _params(s)) for s in range(1, 10)]
   trained, _ = _train(config, start, grads, 9)
   expected = _reference(
-    name, _flat(start), [_flat(g) for g in grads], clip=clip, mode=mode, freeze=4, steps=9
+    name,
+    _flat(start),
+    [_flat(g) for g in grads],
+    clip=clip,
+    mode=mode,
+    freeze=4,
+    steps=9,
+    decay_all=decay_all,
   )
   for key, value in _flat(trained).items():
     np.testing.assert_allclose(value, expected[key], rtol=2e-5, atol=2e-6, err_msg=key)
@@ -173,8 +188,9 @@ def test_what_decays_is_decided_by_name_and_dimensions(changes, exempt):
     "prototypes.g",
   } - exempt
   assert len(mask) == len(_flat(_params()))
-  every = _flat(optim.decay_mask(_params(), _config(name="adam", **changes).optim))
-  assert {k for k, v in every.items() if not v} == exempt
+  for wider in ({"name": "adam"}, {"decay_all": True}):
+    every = _flat(optim.decay_mask(_params(), _config(**wider, **changes).optim))
+    assert {k for k, v in every.items() if not v} == exempt
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "lars", "sgd"])
