@@ -48,6 +48,7 @@ def diagnose(
   data_dir: str | None = None,
   split: str | None = None,
   limit: int = 0,
+  heads: int | None = None,
   step: int | None = None,
   rows: str | None = None,
 ) -> diagnosis.Diagnosis:
@@ -74,6 +75,7 @@ def diagnose(
       prototypes are of a known layout: those of DINO, iBOT (class tokens) and SwAV.
     data_dir, split: of the images; None takes the run's own and "train".
     limit: images at most, evenly spread; 0 takes all.
+    heads: of attention, of a file whose network `data` is run through; None: width / 64.
     step: checkpoint of a run; None takes the newest.
     rows: what the rows of a file's lone matrix are, where nothing in it says so: "prototypes", or
       "features" of images, which are described and not judged.
@@ -84,9 +86,9 @@ def diagnose(
   """
   arguments = {"embeddings": embeddings, "key": key, "transpose": transpose or None}
   arguments |= {"which": which, "data": data, "data_dir": data_dir, "split": split}
-  arguments |= {"limit": limit or None, "step": step, "rows": rows}
+  arguments |= {"limit": limit or None, "heads": heads, "step": step, "rows": rows}
   given: dict[str, Any] = {name: value for name, value in arguments.items() if value is not None}
-  idle = next((name for name in ("data_dir", "split", "limit") if name in given), "")
+  idle = next((name for name in ("data_dir", "split", "limit", "heads") if name in given), "")
   if idle and data is None:
     raise errors.UserError(f"{idle} says nothing without data: add data=run, or leave it out")
   if data is not None and embeddings is not None:
@@ -112,7 +114,7 @@ def diagnose(
     else:
       kind, examine = f"{what}, a file of arrays", _diagnose_file
       allowed = ("embeddings", "key", "transpose", "which", "data", "data_dir", "split", "limit")
-      allowed += ("rows",)
+      allowed += ("heads", "rows")
   for name in given:
     if name not in allowed:
       raise errors.UserError(f"{name} means nothing for {kind}: leave it out")
@@ -248,12 +250,13 @@ def _arrays_of_file(
   data_dir: str | None = None,
   split: str | None = None,
   limit: int = 0,
+  heads: int | None = None,
 ) -> tuple[dict[str, Any], Any, list[str]]:
   """What `_arrays_of_run` gives, of another library's checkpoint; sets by the file's names."""
   if data == "run":
     raise errors.UserError(f"data=run is for runs of protojax: name a data set for {path}")
   try:
-    done = importers.convert(path, which=which)
+    done = importers.convert(path, which=which, heads=heads)
   except errors.UserError as error:
     raise errors.UserError(
       f"data={data} needs a backbone and a head that protojax knows, to run them: {error}; save "

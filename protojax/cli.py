@@ -9,6 +9,9 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
+from absl import flags
+from absl import logging as absl_logging
+
 from protojax import errors, progress
 
 
@@ -98,9 +101,26 @@ def _hush() -> None:
       logger.setLevel(level)
 
 
+class _Plain(logging.Formatter):
+  """A line of the log as a run's own lines are: no clock, no file; a warning is called one."""
+
+  def format(self, record: logging.LogRecord) -> str:
+    head = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+    return head + super().format(record)
+
+
+def _plain_log() -> None:
+  """The log of protojax on the terminal, from INFO on."""
+  flags.FLAGS(["protojax"])  # absl's own, at their defaults: its log waits for them
+  absl_logging.use_absl_handler()
+  absl_logging.get_absl_handler().setFormatter(_Plain())
+  absl_logging.set_verbosity(absl_logging.INFO)
+
+
 def guarded(call: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> Any:
   """Runs `call(argv)`; a user's mistake becomes one line and status 2, an asked stop status 143."""
   _hush()
+  _plain_log()
   try:
     return call(argv)
   except errors.UserError as error:

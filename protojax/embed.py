@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
-from absl import logging
 
 from protojax import __version__, cli, errors, files, pretrained, progress, sizes
 
@@ -215,7 +214,6 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--limit", type=int, default=0, help="images at most, evenly spread; 0: all")
   parser.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
   args = parser.parse_args(argv)
-  logging.set_verbosity(logging.INFO)  # what a folder holds
   out = pathlib.Path(args.out).expanduser()
   _writer(out)
   if out.exists() and not args.overwrite:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import logging
 
 from protojax import cli, errors, pretrained
 from protojax.data import sources
@@ -299,7 +298,6 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--overwrite", action="store_true", help="replace results made otherwise")
   parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="workdirs or result.json")
   args = parser.parse_args(argv)
-  logging.set_verbosity(logging.INFO)  # what a folder holds
   if args.compare:
     print("\n".join(result_files.compare(*args.compare, args.protocol)))
     return

@@ -2,7 +2,6 @@
 
 import argparse
 import faulthandler
-import logging as std_logging
 import pathlib
 import re
 import shlex
@@ -184,22 +183,10 @@ def _connect(args: argparse.Namespace) -> None:
     )
 
 
-class _Plain(std_logging.Formatter):
-  """A line of the log as the run's own lines are: no clock, no file; a warning is called one."""
-
-  def format(self, record: std_logging.LogRecord) -> str:
-    head = f"{record.levelname.lower()}: " if record.levelno >= std_logging.WARNING else ""
-    return head + super().format(record)
-
-
 def main(argv: Sequence[str]) -> None:
   """The program; see --help."""
   config, args = parse(argv)
   faulthandler.enable(sys.__stderr__)
-  flags.FLAGS(["protojax"])  # absl's own, at their defaults: its log waits for them
-  logging.use_absl_handler()
-  logging.get_absl_handler().setFormatter(_Plain())
-  logging.set_verbosity(logging.INFO)
   _connect(args)
   from protojax import api
 

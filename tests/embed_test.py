@@ -33,10 +33,13 @@ def images(tmp_path_factory):
   return root
 
 
-def test_npz_and_parquet_hold_the_same_rows_with_their_files(run, images, tmp_path, capsys):
+def test_npz_and_parquet_hold_the_same_rows_with_their_files(run, images, tmp_path, capsys, caplog):
   common = [str(run), "--data=folder", f"--data_dir={images}"]
   embed.main([*common, f"--out={tmp_path / 'new' / 'a.npz'}"])
   embed.main([*common, f"--out={tmp_path / 'a.parquet'}"])
+  assert [r.getMessage() for r in caplog.records if "cannot be read" in r.getMessage()] == [
+    f"{images / 'dog/5.png'} cannot be read and is left out"
+  ] * 2
   said = capsys.readouterr().out.splitlines()
   assert len(said) == 2 and said[0].endswith("1 could not be read") and "4 images" in said[0]
   arrays = np.load(tmp_path / "new" / "a.npz")

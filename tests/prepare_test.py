@@ -12,8 +12,10 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from protojax import config as configs
 from protojax import errors, prepare
 from protojax.data import cifar, pipeline, prepared, sources
+from protojax.training import datasets
 
 
 def _archive(kind, path, train=20, test=10):
@@ -181,6 +183,32 @@ def test_prepared_photos_keep_sizes_labels_and_all_but_the_loss_of_jpeg(photos, 
   assert image.format == "JPEG" and image.size == (24, 24)
   jpeg = prepared._jpeg(want["image"][0], 95)
   np.testing.assert_array_equal(sources.decode(jpeg), got["image"][0])
+
+
+def test_prepared_images_are_called_as_their_files(small):
+  test = sources.build("small", split="test", data_dir=small)
+  assert [test.describe(i) for i in (0, 1)] == ["test/a/03.jpg", "test/a/11.jpg"]
+
+
+def test_a_prepared_set_trains_without_a_test_split_and_refuses_one_that_is_searched_too(
+  photos, tmp_path, caplog
+):
+  prepare.main(["folder", str(photos / "train"), str(tmp_path), "--size=24", "--name=one"])
+  config = configs.default("dino")
+  config.data.update({"name": "one", "data_dir": str(tmp_path)})
+  caplog.set_level("INFO")
+  train, bank, test = datasets.of_run(config)
+  assert bank is train and test is None
+  assert "are off: one has the splits train, not 'test'; take parts for" in caplog.text
+  config.probe.test_split = "train[80%:]"
+  with pytest.raises(errors.UserError, match=r"6 images of .*=train\[80%:\] are in .*=train too"):
+    datasets.of_run(config)
+  config.probe.train_split = "train[:80%]"
+  _, bank, test = datasets.of_run(config)
+  assert (len(bank), len(test)) == (23, 6)
+  config.probe.test_split = "tst"
+  with pytest.raises(errors.UserError, match="no split 'tst' .* train, and slices"):
+    datasets.of_run(config)
 
 
 def test_a_lower_quality_takes_less_and_halves_the_resolution_of_colours(photos, small, tmp_path):

@@ -338,12 +338,12 @@ def test_names_from_outside_are_text_and_never_markup(tmp_path):
 
 
 def test_collapse_is_said_in_words_not_by_colour_alone(tmp_path):
-  ill = _FINAL | {"collapse/feature_std": 0.001}
+  ill = _FINAL | {"collapse/feature_std": 0.001, "step": 100}
   parsed, text = _page(_run(tmp_path / "run", measures=ill))
   assert "representation collapse" in parsed.text and 'class="run bad"' in text
   assert "✕" in parsed.text
   early = records.read([_run(tmp_path / "early")])[0]
-  assert numbers.verdict(early)[:2] == ("open", "too early")
+  assert numbers.verdict(early)[:2] == ("open", "warming up")
   late = _run(
     tmp_path / "well", measures=_FINAL | {"step": 500}, config=_CONFIG | {"num_steps": 500}
   )

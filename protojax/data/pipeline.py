@@ -306,6 +306,7 @@ def _of_worker(error: RuntimeError) -> Exception:
   if not code:
     return error
   reason = {
+    -signal.SIGTERM: "told to stop, as the whole job was: the same command goes on",
     -signal.SIGBUS: "no shared memory was left for its images: give more, in Docker --shm-size=8g "
     "or --ipc=host, or set config.data.num_workers=0",
     -signal.SIGKILL: "killed, perhaps for want of memory: lower config.data.num_workers",

@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import json
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -120,7 +121,10 @@ def _results(path: str, protocol: str) -> dict[str, dict]:
     result = read(where)
     return {result["protocol"]["name"]: result}
   root = folder(path)
-  found = [file for file in sorted(root.glob("*/result.json")) if file.parent.name != "final"]
+  # Beside those of `protojax evaluate` lie what training measured, at its end and before it was
+  # extended.
+  of_training = re.compile(r"final|step_\d+")
+  found = sorted(f for f in root.glob("*/result.json") if not of_training.fullmatch(f.parent.name))
   if not found:
     raise errors.UserError(
       f"there is no eval/*/result.json in {path}: run protojax evaluate --workdir={path} first"

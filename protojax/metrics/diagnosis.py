@@ -255,8 +255,8 @@ def words(
     )
   if "usage" not in result:
     out.append(
-      "whether they are used cannot be seen from weights: pass embeddings, or data for a run of "
-      "protojax; random prototypes that never moved look as unique as the best"
+      "whether they are used cannot be seen from weights: pass embeddings, or data where there is "
+      "a network to run on it; random prototypes that never moved look as unique as the best"
     )
   return verdict, out
 

@@ -42,6 +42,9 @@ LIMITS = {
   "bunched": 0.1,
   # Prototype spacing over feature spread: copies give 0, equal spacing about 1.
   "relative_uniqueness": 0.5,
+  # Mean cosine of features that are near one another; else near prototypes are copies, whatever
+  # their median distance, which copies of under half of K do not move.
+  "narrow": 0.8,
   # Used, over what random prototypes would be of the same embeddings (docs/collapse.md has both).
   "used_of_random": 0.5,
   # Share of K in use that is too few whatever random ones get, if the images could use four times
@@ -52,10 +55,9 @@ LIMITS = {
   "rise": 0.1,
   # Of the way from the untrained net's k-NN to that of raw pixels.
   "learned": 0.5,
-  "updates": 100,  # before which nothing is called well, however short the run
 }
 # Nothing ill was seen, and too little for an "ok".
-OPEN = ("warming up", "too early", "not judged", "no collapse", "unique, use unknown")
+OPEN = ("warming up", "not judged", "no collapse", "unique, use unknown")
 HEADLINE = collapse.THRESHOLDS[0]  # cosine distance of the one uniqueness that is always shown
 NEAR = collapse.THRESHOLDS[3]  # of prototypes that bunch and are no copies yet
 
@@ -165,7 +167,7 @@ def judge(
   found = list(_findings(measures, num_prototypes, step, late, prototypes, advise))
   found += _idle(measures, num_prototypes, late or ended, prototypes, advise)
   if not found:
-    label, why = _unseen(measures, num_prototypes, step)
+    label, why = _unseen(measures, num_prototypes)
     return Verdict(label, why + _well(measures, num_prototypes, prototypes), False)
   also = f" (also: {', '.join(v.label for v in found[1:])})" if found[1:] else ""
   return Verdict(found[0].label, found[0].sentence + also, any(v.collapsed for v in found))
@@ -177,19 +179,19 @@ def _can(change: str, settings: Mapping[str, object]) -> bool:
   return key in settings and str(settings[key]) != value
 
 
-def _unseen(measures, num_prototypes, step) -> tuple[str, str]:
+def _unseen(measures, num_prototypes) -> tuple[str, str]:
   """("ok", ""), or one of `OPEN` and what was not seen, where nothing ill was."""
   get = measures.get
-  if step is not None and step < LIMITS["updates"]:
-    return "too early", f"{step} updates are too few to call anything well; "
   seen = [get(f"collapse/{name}") for name in ("rankme", "feature_std")]
   codes, unique = _codes(measures, num_prototypes, sample=True), get(f"collapse/unique_{HEADLINE}")
   if num_prototypes and codes is None and unique is not None:
     return "unique, use unknown", "whether they are used was not measured; "
   if not any(v is not None for v in (*seen, codes, unique)):
     return "not judged", "nothing was measured yet that shows a collapse; "
-  if _start(measures) is not None and _knn(measures) is None:
-    return "no collapse", "whether it learns is seen at the first k-NN; "
+  if _knn(measures) is None:
+    labelled = _start(measures) is not None
+    when = "is seen at the first k-NN" if labelled else "is seen with labelled images alone"
+    return "no collapse", f"whether it learns {when}; "
   return "ok", ""
 
 
@@ -415,11 +417,17 @@ def _copies(measures, num_prototypes, prototypes) -> Verdict:
     f"{_show(None if null is None else 1 - null, '.0%')}; {_prototypes(measures)})"
   )
   relative = measures.get("collapse/relative_uniqueness")
-  if relative is not None and relative >= LIMITS["relative_uniqueness"]:
+  near = (measures.get(f"collapse/{k}_cosine") for k in ("embedding", "mean"))
+  cosine = next((value for value in near if value is not None), 0.0)
+  if (
+    relative is not None
+    and relative >= LIMITS["relative_uniqueness"]
+    and cosine >= LIMITS["narrow"]
+  ):
     return Verdict(
       "narrow cone",
       f"{copies}, but they stand {relative:.1f} times as far apart as features from theirs: the "
-      "features are near one another, not the prototypes redundant"
+      f"features are near one another (mean cosine {cosine:.2f}), not the prototypes redundant"
       + ("; set mixture.center_features=True" if prototypes == "mixture" else ""),
       False,
     )
@@ -480,8 +488,8 @@ def of_run(measures: Mapping[str, float | None], *, config, step: int) -> Verdic
     step: updates done.
   """
   # At a quarter of the warm-up the learning rate is high enough to have moved the net; a run so
-  # short that this never comes is judged at its end.
-  grace = min(max(100, config.optim.warmup_steps // 4), config.num_steps // 2)
+  # short that this never comes is judged from its half on, but never before 100 updates.
+  grace = max(100, min(config.optim.warmup_steps // 4, config.num_steps // 2))
   return judge(
     measures,
     num_prototypes=config.method.num_prototypes,

@@ -39,13 +39,15 @@ _ACCURACIES = (
     "softmax classifier trained by Adam beside the encoder on {bank}, tested on {test}",
   ),
 )
-_UNDER = "without training; {floor_bank} bank and {floor_test} test images, k-NN as above"
+_OF = "{floor_bank} bank and {floor_test} test images"
+_SMALL = "at most 16 px a side"
+_LOGISTIC = "logistic regression, the best of three strengths"
 _FLOORS = (
-  ("floor/knn", "k-NN accuracy, on the images of the floors", "%", _UNDER.partition("; ")[2]),
-  ("floor/knn_pixels", "k-NN accuracy, raw pixels", "%", f"{_UNDER}, at most 16 px a side"),
-  ("floor/linear_pixels", "Linear accuracy, raw pixels", "%", f"{_UNDER}, at most 16 px a side"),
-  ("floor/knn_untrained", "k-NN accuracy, untrained net", "%", _UNDER),
-  ("floor/knn_start", "k-NN accuracy, weights at the start", "%", _UNDER),
+  ("floor/knn", "k-NN accuracy, on the images of the floors", "%", f"{_OF}, k-NN as above"),
+  ("floor/knn_pixels", "k-NN accuracy, raw pixels", "%", f"{_OF}, k-NN as above; {_SMALL}"),
+  ("floor/linear_pixels", "Linear accuracy, raw pixels", "%", f"{_OF}, {_LOGISTIC}; {_SMALL}"),
+  ("floor/knn_untrained", "k-NN accuracy, untrained net", "%", f"{_OF}, k-NN as above"),
+  ("floor/knn_start", "k-NN accuracy, weights at the start", "%", f"{_OF}, k-NN as above"),
 )
 _TRAINING = (
   ("train/loss", "Loss", "", "training, mean of the last {log_every} steps"),
@@ -208,7 +210,8 @@ def _facts(run: records.Record, key: str) -> _Facts:
     pass
   protocol = run.results.get(records.FINAL, {}).get("protocol", {})
   facts |= protocol if isinstance(protocol, dict) else {}
-  if facts.get("limit") and f"({facts['limit']} of " not in str(facts["bank"]):  # older runs
+  size = re.search(r"\((\d+) images\)$", str(facts.get("bank")))  # of older runs the whole bank
+  if size and 0 < (facts.get("limit") or 0) < int(size[1]):
     facts["bank"] = f"{facts['bank']}, {facts['limit']} of them, evenly spread"
   for name in ("bank", "test"):
     count, _ = _value(run, f"floor/{name}_images")

@@ -7,6 +7,8 @@ from absl import logging
 from protojax import errors
 from protojax.data import sources
 
+_TEST = "test"  # the default of probe.test_split
+
 
 def pretraining(config) -> sources.Source:
   """The images that `config` trains on.
@@ -60,6 +62,17 @@ def of_run(config) -> tuple[sources.Source, sources.Source, sources.Source | Non
         probe.test_split,
       )
       return train, train, None
+  if own and sources.is_prepared(name) and probe.test_split == _TEST:
+    splits = sources.tfds.splits(name, data_dir)
+    if _TEST not in splits:
+      logging.info(
+        "k-NN and linear probe are off: %s has the splits %s, not %r; take parts for "
+        "config.probe.train_split and config.probe.test_split, as train[:80%%] and train[80%%:]",
+        name,
+        ", ".join(splits),
+        _TEST,
+      )
+      return train, train, None
   same = own and probe.train_split == data.split and data.imbalance is None
   bank = (
     train if same else sources.build(name, split=probe.train_split, data_dir=data_dir, **seen_alike)
@@ -70,6 +83,14 @@ def of_run(config) -> tuple[sources.Source, sources.Source, sources.Source | Non
   sources.require_labels(bank, "probe.train_split")
   seen_alike["value_range"] = bank.value_range
   test = sources.build(name, split=test_split, data_dir=data_dir, **seen_alike)
+  if sources.is_prepared(name):
+    both = sources.tfds.overlap(name, (probe.train_split, test_split), data_dir)
+    if both:
+      raise errors.UserError(
+        f"{both} images of probe.test_split={test_split} are in probe.train_split="
+        f"{probe.train_split} too, where each would be its own nearest neighbour: take parts that "
+        "share none, such as train[:80%] and train[80%:]"
+      )
   if own and name == "folder" and not test.num_classes:
     logging.info(
       "k-NN and linear probe are off: %s has no class folders as %s has", test.name, bank.name

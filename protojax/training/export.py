@@ -143,7 +143,8 @@ def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:
       return {name: opened.get_tensor(name) for name in opened.keys()}, info
   except (safetensors.SafetensorError, KeyError, TypeError, ValueError):
     raise errors.UserError(
-      f"{file} is damaged or was not exported by protojax: export it again from its run"
+      f"{file} is damaged or was not exported by protojax: export it again from its run; other "
+      "people's weights are converted first (protojax convert FILE FOLDER)"
     ) from None
 
 

@@ -142,7 +142,7 @@ def test_prototypes_that_few_images_use_are_not_ok():
   )
   assert joined.verdict == found.verdict and joined.sentences[0] == "by metrics"
   well = diagnosis.diagnose(weights[:196], embeddings=embeddings)
-  assert well.verdict.label == "ok" and well.sentences[0].endswith("; 100.0% are used")
+  assert well.verdict.label == "no collapse" and well.sentences[0].endswith("; 100.0% are used")
 
 
 def test_a_chain_is_told_from_groups():

@@ -14,7 +14,7 @@ from protojax.reports import comparison, record
 def _run(folder, final, lines=(), pixels=32, **arrays):
   """A workdir of a run that ended with `final`, or that has not if that is None."""
   (folder / "eval" / "final").mkdir(parents=True)
-  config = tiny.config(num_steps=4, augment__global_size=pixels).to_dict()
+  config = tiny.config(num_steps=400, augment__global_size=pixels).to_dict()
   (folder / "config.json").write_text(json.dumps(config))
   (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
   if final is not None:
@@ -26,7 +26,7 @@ def _run(folder, final, lines=(), pixels=32, **arrays):
 
 
 _FINAL = {
-  "step": 4,
+  "step": 400,
   "collapse/unique_0.025": 0.99,
   "collapse/unique_0.25": 0.875,
   "collapse/unique_0.5": 0.25,
@@ -66,7 +66,7 @@ def test_the_verdict_on_each_run_stands_below(tmp_path):
   two = _run(tmp_path / "decoupled", _FINAL | {"collapse/unique_0.25": 0.95})
   said = " ".join(_lines(one, two))
   assert "joint: prototypes bunch. 88% of 32 prototypes are unique at cosine distance" in said
-  assert "decoupled: too early. 4 updates are too few" in said and said.count("bunch") == 1
+  assert said.split("decoupled: ")[1].startswith("ok ") and said.count("bunch") == 1
 
 
 def test_floors_that_differ_name_their_run(tmp_path):

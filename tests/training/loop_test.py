@@ -336,7 +336,7 @@ from unittest import mock
 import jax
 from jax._src import compiler, distributed
 from jax.experimental import multihost_utils
-from protojax import main
+from protojax import cli, main
 from protojax.training import loop
 
 def keep(*program, write=compiler._cache_write):
@@ -346,7 +346,7 @@ def keep(*program, write=compiler._cache_write):
 compiler._cache_write = keep
 folder, *arguments = sys.argv[1:]
 arguments.append(f"--workdir={folder}")
-main.main(arguments)
+cli.guarded(main.main, arguments)
 if jax.process_index() == 0:
   shutil.copy(f"{folder}/metrics.jsonl", f"{folder}/first.jsonl")
   shutil.rmtree(f"{folder}/checkpoints/6")

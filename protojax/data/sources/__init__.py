@@ -35,9 +35,11 @@ __all__ = [
   "build",
   "decode",
   "find_split",
+  "is_prepared",
   "read_items",
   "require_labels",
   "shards",
+  "tfds",
 ]
 
 SHARDS = ("parquet", "tar")  # kinds whose files say by their names which split they are
@@ -48,6 +50,7 @@ KINDS = {  # (split, data_dir) -> Source
   "parquet": parquet.build,
   "tar": tar.build,
 }
+_MODULE = r"[^\W\d]\w*(\.[^\W\d]\w*)+"  # my_package.my_source
 _FIRST = 8  # images of a user's source that are read at once: one damaged file is no mistake in it
 
 
@@ -94,13 +97,18 @@ def build(
   _check_range(value_range, channels)
   if name in KINDS:
     source = KINDS[name](split, data_dir)
-  elif re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", name):
+  elif re.fullmatch(_MODULE, name):
     source = _of_module(name, split, data_dir, channels)
   else:
     source = tfds.build(name, split, data_dir)
   source.channels = channels
   source.value_range = measured_range(source) if value_range is None else value_range
   return source if imbalance is None else long_tail(source, imbalance, seed)
+
+
+def is_prepared(name: str) -> bool:
+  """Whether `name` is that of a TFDS data set, whose splits can be sliced."""
+  return name not in KINDS and not re.fullmatch(_MODULE, name)
 
 
 def find_split(

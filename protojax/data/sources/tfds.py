@@ -2,6 +2,7 @@
 
 import functools
 import os
+import pathlib
 import re
 from typing import Any
 
@@ -27,20 +28,9 @@ def build(name: str, split: str | None, data_dir: str | os.PathLike | None) -> s
   Raises:
     UserError: if there is no such data set or split, or no images in it.
   """
-  root = source.folder_of(data_dir, name)
-  wanted, _, version = name.partition(":")
-  folders = [i.parent for i in (root / wanted).glob(f"{version or '*'}/dataset_info.json")]
-  if not folders:
-    infos = [*root.glob("*/*/dataset_info.json"), *root.glob("*/*/*/dataset_info.json")]
-    prepared = sorted({i.parent.parent.relative_to(root).as_posix() for i in infos})
-    raise errors.UserError(
-      f"no data set {name!r} is prepared in {root}: there are {source.listed(prepared, 10)} "
-      "(for image files, the name is folder)"
-    )
-  import tensorflow_datasets as tfds  # slow to import, and only for this source
+  builder, root = _builder(name, data_dir)
+  import tensorflow_datasets as tfds
 
-  newest = max(folders, key=lambda f: [int(n) for n in re.findall(r"\d+", f.name)])
-  builder = tfds.builder_from_directory(newest)
   features, splits = builder.info.features, builder.info.splits
   image = features["image"] if "image" in features else None
   if not isinstance(image, tfds.features.Image) or np.dtype(image.np_dtype).kind != "u":
@@ -55,7 +45,8 @@ def build(name: str, split: str | None, data_dir: str | os.PathLike | None) -> s
   if size < 1:
     raise errors.UserError(
       f"{name} in {root} has no split {split!r} with images in it: there are "
-      f"{source.listed(sorted(splits), 10)}, and slices such as train[:1000] or train[80%:]"
+      f"{source.listed(sorted(splits), 10)}, and slices, such as train[:80%] to search and "
+      "train[80%:] to test on"
     )
   raw = tfds.decode.DeserializeMethod.RAW_BYTES
   try:
@@ -69,7 +60,63 @@ def build(name: str, split: str | None, data_dir: str | os.PathLike | None) -> s
   classes = label.names if isinstance(label, tfds.features.ClassLabel) else ()
   smaller = all(side in features for side in ORIGINAL)
   read = functools.partial(_read, data, smaller)
-  return source.Source(f"{name}/{split}", np.arange(size), read, class_names=classes)
+  describe = functools.partial(_id, data, f"{name}/{split}") if smaller else None
+  return source.Source(
+    f"{name}/{split}", np.arange(size), read, describe=describe, class_names=classes
+  )
+
+
+def _builder(name: str, data_dir: str | os.PathLike | None) -> tuple[Any, pathlib.Path]:
+  """(what TFDS knows of a prepared data set, the folder it is in)."""
+  root = source.folder_of(data_dir, name)
+  wanted, _, version = name.partition(":")
+  folders = [i.parent for i in (root / wanted).glob(f"{version or '*'}/dataset_info.json")]
+  if not folders:
+    infos = [*root.glob("*/*/dataset_info.json"), *root.glob("*/*/*/dataset_info.json")]
+    prepared = sorted({i.parent.parent.relative_to(root).as_posix() for i in infos})
+    raise errors.UserError(
+      f"no data set {name!r} is prepared in {root}: there are {source.listed(prepared, 10)} "
+      "(for image files, the name is folder)"
+    )
+  import tensorflow_datasets as tfds  # slow to import, and only for this source
+
+  newest = max(folders, key=lambda f: [int(n) for n in re.findall(r"\d+", f.name)])
+  return tfds.builder_from_directory(newest), root
+
+
+def overlap(name: str, pair: tuple[str, str], data_dir: str | os.PathLike | None) -> int:
+  """How many records two splits of a data set share, such as train and train[80%:]."""
+  import tensorflow_datasets as tfds
+
+  known = _builder(name, data_dir)[0].info.splits
+
+  def spans(split: str) -> list[tuple[str, int, int]]:
+    parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(known)
+    return [
+      (p.splitname, p.from_ or 0, known[p.splitname].num_examples if p.to is None else p.to)
+      for p in parts
+    ]
+
+  return sum(
+    max(0, min(end, other_end) - max(begin, other_begin))
+    for one, begin, end in spans(pair[0])
+    for other, other_begin, other_end in spans(pair[1])
+    if one == other
+  )
+
+
+def splits(name: str, data_dir: str | os.PathLike | None) -> list[str]:
+  """The splits of a prepared data set."""
+  return sorted(_builder(name, data_dir)[0].info.splits)
+
+
+def _id(data: Any, name: str, record: int) -> str:
+  """The file that `protojax prepare` made a record of, below the folder that it was in."""
+  from tensorflow_datasets.proto import tf_example_pb2
+
+  example = tf_example_pb2.Example.FromString(data.__getitems__([record])[0])
+  found = example.features.feature["id"].bytes_list.value
+  return found[0].decode() if found else f"{name}[{record}]"
 
 
 def _read(data: Any, smaller: bool, records: list[int]) -> list[tuple]:
