@@ -1,9 +1,11 @@
 """What the programs `protojax <verb>` share: one line for a mistake, no traceback."""
 
 import argparse
+import atexit
 import difflib
 import errno
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -117,10 +119,26 @@ def _plain_log() -> None:
   absl_logging.set_verbosity(absl_logging.INFO)
 
 
+_interrupted = False  # by Ctrl-C, and the program is about to end
+
+
+def _leave() -> None:
+  """Ends an interrupted process here, the last of what atexit does.
+
+  Taking XLA down after a compilation that was interrupted crashes (jax 0.10.2).
+  """
+  if _interrupted:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(130)
+
+
 def guarded(call: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> Any:
   """Runs `call(argv)`; a user's mistake becomes one line and status 2, an asked stop status 143."""
+  global _interrupted
   _hush()
   _plain_log()
+  atexit.register(_leave)
   try:
     return call(argv)
   except errors.UserError as error:
@@ -139,6 +157,7 @@ def guarded(call: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> Any:
     sys.exit(2)
   except KeyboardInterrupt:
     progress.write("protojax: interrupted")
+    _interrupted = True
     sys.exit(130)
   finally:
     progress.end()

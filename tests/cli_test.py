@@ -45,8 +45,13 @@ def _raise(error):
     (KeyboardInterrupt(), 130, "protojax: interrupted"),
   ],
 )
-def test_what_ends_a_program_is_one_line_with_its_status(capsys, error, status, line):
+def test_what_ends_a_program_is_one_line_with_its_status(capsys, monkeypatch, error, status, line):
+  left = []
+  monkeypatch.setattr(cli, "_interrupted", False)
+  monkeypatch.setattr(cli.os, "_exit", left.append)
   assert _outcome(capsys, _raise(error)) == (status, [line])
+  cli._leave()  # as atexit does; after Ctrl-C XLA is not taken down
+  assert left == [130] * (status == 130)
 
 
 @pytest.mark.parametrize(
