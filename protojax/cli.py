@@ -6,6 +6,7 @@ import difflib
 import errno
 import logging
 import os
+import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -111,11 +112,19 @@ class _Plain(logging.Formatter):
     return head + super().format(record)
 
 
+def _ours(record: logging.LogRecord) -> bool:
+  """Whether a line of the log is for the user: a note of another library is not."""
+  parts = pathlib.PurePath(record.pathname).parts
+  return record.levelno >= logging.WARNING or "site-packages" not in parts or "protojax" in parts
+
+
 def _plain_log() -> None:
   """The log of protojax on the terminal, from INFO on."""
   flags.FLAGS(["protojax"])  # absl's own, at their defaults: its log waits for them
   absl_logging.use_absl_handler()
-  absl_logging.get_absl_handler().setFormatter(_Plain())
+  handler = absl_logging.get_absl_handler()
+  handler.setFormatter(_Plain())
+  handler.python_handler.addFilter(_ours)
   absl_logging.set_verbosity(absl_logging.INFO)
 
 

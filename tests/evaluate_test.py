@@ -221,7 +221,9 @@ def test_a_result_made_otherwise_is_not_replaced_without_overwrite(run, capsys):
 
 def test_compare_shows_both_and_the_difference_of_two_steps(run, tmp_path, capsys):
   copy = shutil.copytree(run, tmp_path / "run")
-  shutil.copytree(copy / "eval" / "final", copy / "eval" / "step_1")  # as of an extended run
+  (copy / "eval" / "step_1").mkdir()  # as of an extended run
+  measured = {"measures": {"probe/knn": 0.5}, "protocol": {"bank": "digits/train"}}
+  (copy / "eval" / "step_1" / "result.json").write_text(json.dumps(measured))
   _evaluate(f"--workdir={copy}", "--protocol=knn", "--step=1", "--overwrite")
   capsys.readouterr()
   _evaluate("--compare", run / "eval" / "knn" / "result.json", copy, "--protocol=knn")

@@ -256,7 +256,7 @@ def _bunched(measures, num_prototypes, prototypes):
   yield Verdict(
     "prototypes bunch",
     f"{unique:.0%} of {num_prototypes} prototypes are unique at cosine distance {NEAR} (random "
-    f"ones: {null:.0%}), so they move onto one another, as before they are copies: {advice}",
+    f"ones: {null:.0%}): they draw together, which is how copies begin; {advice}",
     False,
   )
 
