@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import pathlib
-import subprocess
 import sys
 
 import foreign_layouts as layouts
@@ -16,7 +15,7 @@ import pytest
 import safetensors.numpy
 import tiny
 
-from protojax import convert, errors, pretrained
+from protojax import cli, convert, errors, pretrained
 from protojax.interop import compiled, importers, names, settings
 from protojax.models import encoder as encoders
 from protojax.training import export, programs, workdir
@@ -483,19 +482,15 @@ def test_a_run_is_converted_from_its_exported_encoder(tmp_path, capsys):
   assert "matched 30 of 30 tensors of the backbone" in capsys.readouterr().out
 
 
-def test_the_program_says_what_it_did_and_a_mistake_is_status_2(tmp_path):
-  file, out = _save(tmp_path, layouts.vit()), tmp_path / "out"
-  environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-
-  def run(*arguments):
-    command = [sys.executable, "-m", "protojax.convert", *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-
-  done = run(file, out)
-  assert done.returncode == 0 and "matched 30 of 30" in done.stdout, done.stderr
-  done = run(file, out)
-  assert done.returncode == 2 and done.stdout == ""
-  assert done.stderr.startswith("protojax: ") and len(done.stderr.splitlines()) == 1
+def test_the_program_says_what_it_did_and_a_mistake_is_status_2(tmp_path, capfd):
+  arguments = [str(_save(tmp_path, layouts.vit())), str(tmp_path / "out")]
+  cli.guarded(convert.main, arguments)
+  assert "matched 30 of 30" in capfd.readouterr().out
+  with pytest.raises(SystemExit) as ended:
+    cli.guarded(convert.main, arguments)
+  done = capfd.readouterr()
+  assert ended.value.code == 2 and done.out == ""
+  assert done.err.startswith("protojax: ") and len(done.err.splitlines()) == 1
 
 
 def test_heads_are_taken_as_dinos_only_where_nothing_says():

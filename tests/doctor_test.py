@@ -1,8 +1,6 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
 
 import foreign_layouts
 import jax
@@ -12,7 +10,7 @@ import safetensors.numpy
 import tiny
 import torch_format as made
 
-from protojax import api, convert, doctor, errors, pretrained
+from protojax import api, cli, convert, doctor, errors, pretrained
 from protojax.interop import tensor_files
 from protojax.metrics import collapse
 from protojax.training import checkpoint, programs, workdir
@@ -301,9 +299,10 @@ def test_a_mistake_is_one_line(full, flags, said):
   assert "\n" not in str(caught.value)
 
 
-def test_the_program_ends_with_one_line_and_status_2(tmp_path):
+def test_the_program_ends_with_one_line_and_status_2(tmp_path, capfd):
   made.save(tmp_path / "x.pth", {"w": np.ones(3), "bad": made.Global("posix", "system")})
-  command = [sys.executable, "-m", "protojax.doctor", str(tmp_path / "x.pth")]
-  done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-  assert done.returncode == 2 and done.stdout == ""
-  assert done.stderr.startswith("protojax: ") and len(done.stderr.splitlines()) == 1
+  with pytest.raises(SystemExit) as ended:
+    cli.guarded(doctor.main, [str(tmp_path / "x.pth")])
+  done = capfd.readouterr()
+  assert ended.value.code == 2 and done.out == ""
+  assert done.err.startswith("protojax: ") and len(done.err.splitlines()) == 1

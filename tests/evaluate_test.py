@@ -3,11 +3,8 @@
 import contextlib
 import io
 import json
-import os
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -396,18 +393,13 @@ def test_mistakes_are_one_line(run, arguments, words):
   _refused(words, f"--workdir={run}", "--protocol=knn", *arguments)
 
 
-def test_a_folder_without_a_run_is_one_line_and_status_2(tmp_path):
-  done = subprocess.run(
-    [sys.executable, "-m", "protojax.evaluate", f"--workdir={tmp_path}"],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    env={**os.environ, "JAX_NUM_CPU_DEVICES": "2"},
-    timeout=300,
-  )
-  assert done.returncode == 2 and done.stdout == ""
-  assert len([line for line in done.stderr.splitlines() if line.startswith("protojax: ")]) == 1
-  assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+def test_a_folder_without_a_run_is_one_line_and_status_2(tmp_path, capfd):
+  with pytest.raises(SystemExit) as ended:
+    cli.guarded(evaluate.main, [f"--workdir={tmp_path}"])
+  done = capfd.readouterr()
+  assert ended.value.code == 2 and done.out == ""
+  assert done.err.startswith("protojax: ") and len(done.err.splitlines()) == 1
+  assert not list(tmp_path.iterdir())
 
 
 def test_nothing_to_judge_is_one_line():
