@@ -30,6 +30,11 @@ def _linked(text: str) -> str:
   return text.replace("](CONTRIBUTING.md", "](contributing.md").replace("](README.md", "](index.md")
 
 
+def on_page_markdown(markdown, **_):
+  """In docs/ the README is one folder up; on the site it is the first page."""
+  return markdown.replace("](../README.md", "](index.md")
+
+
 def on_config(config):
   """Adds the reference to the navigation."""
   config.nav.append({"Reference": [{room: f"reference/{room}.md"} for room in _rooms()]})
