@@ -143,7 +143,10 @@ def _leave() -> None:
 
 
 def guarded(call: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> Any:
-  """Runs `call(argv)`; a user's mistake becomes one line and status 2, an asked stop status 143."""
+  """Runs `call(argv)`; a user's mistake becomes one line and status 2.
+
+  A run that was asked to stop ends with 143 (SIGTERM) or 130 (Ctrl-C), as shells have it.
+  """
   global _interrupted
   _hush()
   _plain_log()
@@ -155,7 +158,7 @@ def guarded(call: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> Any:
     sys.exit(2)
   except errors.Interrupted as stop:
     progress.write(f"protojax: {with_flags(str(stop))}")
-    sys.exit(143)
+    sys.exit(128 + stop.number)
   except OSError as error:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
       raise

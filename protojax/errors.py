@@ -1,5 +1,6 @@
 """What ends a program in one line: a mistake of the user (and checks that find it), a stop."""
 
+import signal
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,13 +14,13 @@ class UserError(ValueError):
 
 
 class Interrupted(Exception):
-  """The run was asked to stop and has saved state `step`."""
+  """The run was asked to stop, by this signal, and has saved state `step`."""
 
-  def __init__(self, step: int):
+  def __init__(self, step: int, number: int = signal.SIGTERM):
     super().__init__(
       f"stopped at step {step}; run the same command (without config.overwrite) to go on"
     )
-    self.step = step
+    self.step, self.number = step, number
 
 
 def require_positive(options: Mapping[str, Any], *names: str) -> None:

@@ -157,7 +157,7 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
         save(step, state)
       if stop.asked(step):
         save(step, state)
-        raise errors.Interrupted(step)
+        raise errors.Interrupted(step, stop.number)
       if program.refresh and step >= program.method.refresh_from:
         if step % config.steps_per_epoch == 0:
           embeddings = view.embeddings(state, train_source)

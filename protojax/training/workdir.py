@@ -38,6 +38,7 @@ class Stop:
 
   def __init__(self):
     self._asked, self._old = False, {}
+    self.number = signal.SIGTERM  # by which this process was asked; another may have been
 
   def __enter__(self):
     if threading.current_thread() is threading.main_thread():
@@ -48,7 +49,7 @@ class Stop:
     del frame
     if self._asked and number == signal.SIGINT:
       raise KeyboardInterrupt
-    self._asked = True
+    self._asked, self.number = True, number
 
   def __exit__(self, *unused):
     for number, handler in self._old.items():
