@@ -1,7 +1,8 @@
 r"""CARP (Silva, Ramírez Rivera, NeurIPS 2023), ResNet-50, ImageNet-1k: the published recipe.
 
-Prototypes are learned or, in mode "gmm", decoupled (arXiv 2510.20108): the pair whose k-NN the
-paper has at 67.7 and 69.5 %.
+Prototypes are learned or, in mode "gmm", decoupled: the pair whose k-NN a figure of arXiv
+2510.20108 has at 67.7 and 69.5 %. It does not name the backbone; 67.7 is what CARP's authors report
+for this one.
 
   protojax train --config=carp_resnet50 --workdir=runs/carp_resnet50 \
     --config.data.data_dir=$PROTOJAX_DATA_DIR

@@ -34,7 +34,8 @@ def of_run(config) -> tuple[sources.Source, sources.Source, sources.Source | Non
   The bank is what collapse is measured on and, where it has labels, what k-NN searches.
 
   Raises:
-    UserError: if data is missing, or a probe was asked of data without labels.
+    UserError: if data is missing, a probe was asked of data without labels, or parts of a data set
+      that are searched and tested on share images.
   """
   data, probe = config.data, config.probe
   train = pretraining(config)

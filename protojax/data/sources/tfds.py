@@ -85,7 +85,10 @@ def _builder(name: str, data_dir: str | os.PathLike | None) -> tuple[Any, pathli
 
 
 def overlap(name: str, pair: tuple[str, str], data_dir: str | os.PathLike | None) -> int:
-  """How many records two splits of a data set share, such as train and train[80%:]."""
+  """How many records two splits of a data set share, such as train and train[80%:].
+
+  Both are splits that `build` takes; a UserError for a data set that is not there.
+  """
   import tensorflow_datasets as tfds
 
   known = _builder(name, data_dir)[0].info.splits
