@@ -6,7 +6,6 @@ import difflib
 import errno
 import logging
 import os
-import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -114,8 +113,9 @@ class _Plain(logging.Formatter):
 
 def _ours(record: logging.LogRecord) -> bool:
   """Whether a line of the log is for the user: a note of another library is not."""
-  parts = pathlib.PurePath(record.pathname).parts
-  return record.levelno >= logging.WARNING or "site-packages" not in parts or "protojax" in parts
+  # Below site-packages: an environment may lie in a clone that is called protojax.
+  _, installed, inside = record.pathname.rpartition("/site-packages/")
+  return record.levelno >= logging.WARNING or not installed or inside.startswith("protojax/")
 
 
 def _plain_log() -> None:

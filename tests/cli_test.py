@@ -65,7 +65,8 @@ def test_what_ends_a_program_is_one_line_with_its_status(capsys, monkeypatch, er
   [
     ("/venv/site-packages/protojax/data/cache.py", logging.INFO, "a note"),
     ("/clone/protojax/data/cache.py", logging.WARNING, "warning: a note"),
-    ("/venv/site-packages/tensorflow_datasets/core/dataset_info.py", logging.INFO, None),
+    ("/protojax/.venv/site-packages/tensorflow_datasets/info.py", logging.INFO, None),
+    ("/protojax/protojax/data/cache.py", logging.INFO, "a note"),
     ("/venv/site-packages/orbax/checkpoint.py", logging.WARNING, "warning: a note"),
   ],
 )
