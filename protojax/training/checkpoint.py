@@ -230,12 +230,13 @@ class Checkpoints:
     return None
 
   def check_errors(self) -> None:
-    """Raises what a save in the background has raised by now, without waiting for it."""
-    if self._manager is not None:
-      with self._reporting():
-        self._manager.check_for_errors()
-        if not self._manager.is_saving_in_progress():
-          self.wait()  # the first call misses errors of array data, this one does not
+    """Raises what a save in the background has raised by now, without waiting for it.
+
+    orbax's own `check_for_errors` forgets the error it raises. Asked in the moment before orbax's
+    last thread looks, it lets that one believe in the save and delete the oldest checkpoint for it.
+    """
+    if self._manager is not None and not self._manager.is_saving_in_progress():
+      self.wait()
 
   def wait(self) -> None:
     """Returns when the last save is on disk."""

@@ -7,10 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -365,6 +367,33 @@ def test_failure_of_the_last_save_surfaces_at_close(tmp_path, monkeypatch):
   with pytest.raises(errors.UserError, match="no space left .* 1 in .*; there is none before it"):
     saved.close()
   assert _steps(tmp_path) == [] and _read(tmp_path) is None
+
+
+def test_error_asked_for_early_costs_no_checkpoint(tmp_path, monkeypatch):
+  """orbax deletes the oldest for a new one: not for one that failed, whoever heard of it first."""
+
+  seal, finish = checkpoint.Checkpoints._seal, ocp.CheckpointManager._wait_for_checkpointers
+  asked = threading.Event()
+
+  def full(self):
+    if self._newest == 3:
+      raise OSError(28, "No space left on device")
+    seal(self)
+
+  def late(self):
+    assert asked.wait(20)
+    finish(self)
+
+  monkeypatch.setattr(checkpoint.Checkpoints, "_seal", full)
+  saved = _two_checkpoints(tmp_path)
+  monkeypatch.setattr(ocp.CheckpointManager, "_wait_for_checkpointers", late)
+  saved.save(3, _state(3), META)
+  saved._manager._checkpointer._async_manager._thread.join()  # it has failed by now
+  saved.check_errors()
+  asked.set()
+  with pytest.raises(errors.UserError, match=_FULL):
+    saved.close()
+  _check_intact(tmp_path)
 
 
 def test_folder_may_move(tmp_path):
