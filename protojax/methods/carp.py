@@ -49,15 +49,16 @@ def make(config) -> base.Method:
     teacher = assignment.partition(scores.teacher, order, size)  # [B, 2, P, n]
     consistency = losses.carp_consistency(student, teacher)
     spread = losses.carp_entropy(student, teacher)
+    value = consistency + spread
     q = jax.nn.softmax(teacher)
     metrics = {
-      "loss": consistency + spread,
+      "loss": value,
       "ln_k": jnp.float32(math.log(size)),  # of a student that says nothing: K is a block's size
       "consistency": consistency,
       "entropy_gap": spread,
       "target_entropy": losses.entropy(q).mean(),
       "mean_entropy": math.log(size) - spread,
     }
-    return consistency + spread, base.LossOut(metrics, scores.stats)
+    return value, base.LossOut(metrics, scores.stats)
 
   return networks.method._replace(loss=loss)
