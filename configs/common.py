@@ -24,13 +24,38 @@ def finish_joint_or_mixture(config, mode: str):
   return finish(config, mode, "gmm")
 
 
+def paper_mixture(config) -> None:
+  """The mixture of arXiv 2510.20108 as far as it can be read, in place of the library's.
+
+  Published: components with weights, means and diagonal covariances; responsibilities by annealed
+  posterior; forgetting by responsibility; one EM step before each loss, on the teacher's features
+  of the global views; means on the sphere. Not published and chosen here: the form of the
+  forgetting and its window (eta = .999), beta from .1 to 1 over half of the run, which the recipe
+  says in steps or epochs, variances from 1 / D and their floor, means that start as random
+  directions. The weights stay uniform, see `mixture.Options.mass`.
+  """
+  config.method.em_order = "before_loss"
+  config.mixture.update(
+    {
+      "covariance": "diagonal",
+      "mass": "ca",
+      "window": 1000.0,
+      "use_pi": True,
+      "balanced": False,
+      "center_features": False,
+      "beta": 0.1,
+      "beta_final": 1.0,
+    }
+  )
+
+
 def imagenet(method: str, *, num_epochs: float, batch_size: int):
   """The defaults, which are DINO's for ViT-S/16, on ImageNet-1k in bfloat16."""
   config = configs.default(method)
   config.num_epochs = num_epochs
   config.batch_size = batch_size
   config.precision = "bfloat16"
-  config.data.update({"name": "imagenet2012", "image_size": 256})
+  config.data.update({"name": "imagenet2012", "image_size": 384})
   config.probe.update({"test_split": "validation", "batch_size": 256, "crop": 0.875})
   config.eval_every = 25_000
   config.save_every = 2500
@@ -146,32 +171,66 @@ def redundancy_resnet50(method: str):
   return config
 
 
-def falcon_resnet_cifar10(model: str):
-  """CIFAR-10 as the code of arXiv 2410.04959 has it: two asymmetric views, Adam with L2, batch 64.
+def solo_cifar10(method: str, model: str):
+  """CIFAR-10 as solo-learn has it, whose fork is the published code of FALCON and GEDI.
 
-  16,384 codes; `head.bottleneck` and the length of the run are left to the recipe.
+  Two asymmetric views; LARS of batches of 256, ten epochs of warm-up. The head, the rates and the
+  length of the run are left to the recipe.
   """
-  config = configs.default("falcon")
-  config.batch_size = 64
+  config = configs.default(method)
+  config.batch_size = 256
   config.eval_every = 20_000
-  config.save_every = 5000
+  config.save_every = 2000
   config.data.update({"name": "cifar10", "image_size": 32})
   config.augment.update({
     "global_size": 32, "global_scale": (0.08, 1.0), "num_local": 0, "blur_prob": (0.0, 0.0, 0.0),
     "mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616),
   })  # fmt: skip
   config.model.update({"name": model, "zero_init_residual": False})
-  config.head.update({"layers": 1, "norm_output": True, "init": "uniform", "l2": False})
-  config.method.num_prototypes = 16_384
+  config.head.update({"init": "uniform", "l2": False})
   config.optim.update(
     {
-      "name": "adam",
-      "lr": 1e-3,
+      "name": "lars",
+      "lr": 0.3,
       "final_lr": 0.0,
       "weight_decay": 1e-4,
       "final_weight_decay": 1e-4,
       "warmup_epochs": 10.0,
+      "warmup_start": 3e-5,
       "clip": 0.0,
+      "freeze_prototypes_epochs": 0.0,
     }
   )
+  return config
+
+
+def falcon_resnet_cifar10(model: str):
+  """CIFAR-10 as the code of arXiv 2410.04959 has it for its own method: Adam with L2, batch 64.
+
+  16,384 codes; `head.bottleneck` and the length of the run are left to the recipe.
+  """
+  config = solo_cifar10("falcon", model)
+  config.batch_size = 64
+  config.save_every = 5000
+  config.head.update({"layers": 1, "norm_output": True})
+  config.method.num_prototypes = 16_384
+  # 3e-5 for the batch at the start.
+  config.optim.update({"name": "adam", "lr": 1e-3, "warmup_start": 1.2e-4})
+  return config
+
+
+def gedi_solo_cifar10(model: str):
+  """GEDI without the generative term, as that code has it: 2,048 clusters, LARS on everything."""
+  config = solo_cifar10("gedi", model)
+  config.head.update(
+    {
+      "layers": 2,
+      "hidden": 2048,
+      "bottleneck": 512,
+      "norm": "batch",
+      "activation": "relu",
+    }
+  )
+  config.method.update({"prototypes": "learned", "num_prototypes": 2048})
+  config.optim.decay_all = True
   return config

@@ -3,11 +3,10 @@ r"""FALCON / CPLearn (arXiv 2410.04959), CIFAR-10, ResNet-18: the recipe of the 
   protojax train --config=falcon_resnet18_cifar10 \
     --workdir=runs/falcon_resnet18_cifar10 --config.data.data_dir=$PROTOJAX_DATA_DIR
 
-16,384 codes of 2,048 dimensions behind a tanh, Adam with L2, batches of 64. Ours differs in four
-ways: bfloat16 instead of float16, a warm-up that starts at 0 instead of 3e-5, running statistics
-that move once a step instead of once a view, and the online probe, which sees images without
-augmentation and has an optimizer of its own. Modes: "" the code, "l2"
-cosines, as the paper's first version has them, "debug" a minute's run.
+16,384 codes of 2,048 dimensions behind a tanh, Adam with L2, batches of 64. Ours differs in three
+ways: bfloat16 instead of float16, running statistics that move once a step instead of once a view,
+and the online probe, which sees images without augmentation and has an optimizer of its own. Modes:
+"" the code, "l2" cosines, as the paper's first version has them, "debug" a minute's run.
 
 Cost and result: not measured yet. The authors name 8 hours on an A100 for their PyTorch code.
 """

@@ -1,9 +1,12 @@
 r"""iBOT (arXiv 2111.07832), ViT-S/16, ImageNet-1k, 800 epochs: the published recipe.
 
 One set of 8,192 prototypes for class and patch tokens, as in the released models, whose norms are
-trained. The learning rate's end, its warm-up and clipping are the defaults of DINO's code.
+trained. The learning rate's end, its warm-up and clipping are the defaults of DINO's code. In mode
+"gmm" they are the means of the library's mixture, which is fed by all of the teacher's tokens.
 
   protojax train --config=ibot_vit_s --workdir=runs/ibot_vit_s \
+    --config.data.data_dir=$PROTOJAX_DATA_DIR
+  protojax train --config=ibot_vit_s:gmm --workdir=runs/ibot_gmm_vit_s \
     --config.data.data_dir=$PROTOJAX_DATA_DIR
 
 Cost: not measured here. The authors report 75.2 % k-NN and 77.9 % linear for their PyTorch code.
@@ -23,10 +26,9 @@ def get_config(mode: str = ""):
   )
   config.method.update(
     {
-      "prototypes": "learned",
       "num_prototypes": 8192,
       "train_prototype_norm": True,
       "shared_head": True,
     }
   )
-  return common.finish(config, mode)
+  return common.finish_joint_or_mixture(config, mode)

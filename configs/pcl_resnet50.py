@@ -3,8 +3,8 @@ r"""PCL v2 (arXiv 2005.04966), ResNet-50, ImageNet-1k, 200 epochs: the published
   protojax train --config=pcl_resnet50 --workdir=runs/pcl_resnet50 \
     --config.data.data_dir=$PROTOJAX_DATA_DIR
 
-The augmentation is that of the authors' code with --aug-plus, which crops bilinearly, ours
-bicubically.
+The augmentation is that of the authors' code with --aug-plus.
+
 Cost: not measured here. The authors report 67.6 % linear for their PyTorch code.
 """
 

@@ -4,8 +4,8 @@ r"""SwAV (arXiv 2006.09882), ResNet-50, ImageNet-1k: the published recipe for a 
     --config.data.data_dir=$PROTOJAX_DATA_DIR
 
 The length, 200 epochs, is a choice, not a constant of the method. The published recipe for a batch
-of 4,096 differs in: optim.lr=.3 (per 256), optim.final_lr=.0048, optim.warmup_epochs=10 (there from
-.3, here from 0), method.queue_length=0, optim.freeze_prototypes_steps=313.
+of 4,096 differs in: optim.lr=.3, optim.warmup_start=.01875 (both per 256), optim.final_lr=.0048,
+optim.warmup_epochs=10, method.queue_length=0, optim.freeze_prototypes_steps=313.
 
 Cost and result: not measured yet.
 """
@@ -21,7 +21,7 @@ def get_config(mode: str = ""):
     "global_scale": (0.14, 1.0), "local_scale": (0.05, 0.14), "num_local": 6,
     "brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2,
     "blur_prob": (0.5, 0.5, 0.5), "solarize_prob": (0.0, 0.0, 0.0),
-    "std": (0.228, 0.224, 0.225),
+    "std": (0.228, 0.224, 0.225), "interpolation": "bilinear",
   })  # fmt: skip
   config.model.update({"name": "resnet50", "joint_norm": True, "zero_init_residual": False})
   config.head.update(

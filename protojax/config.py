@@ -56,7 +56,9 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
       "name": "digits",
       "data_dir": config_dict.placeholder(str),
       "split": "train",
-      "image_size": 256,  # storage size of the host pipeline, pixels
+      # Pixels of the square that each image is stored as: half as much again as the larger views,
+      # so that their crops are nearly as sharp as from the file (docs/data.md).
+      "image_size": 384,
       "channels": 3,  # 1: grey; or as many as the files have (docs/images.md)
       # Of images of more than 8 bits: (low, high), what becomes black and white, numbers or one for
       # each channel; None: from a sample at the start.
@@ -99,6 +101,7 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
     "local_size": config_dict.FieldReference(96, field_type=object),
     "local_scale": (0.05, 0.4),
     "num_local": 8,
+    "interpolation": "bicubic",  # of the crops; or bilinear, torchvision's default
     "flip": 0.5,
     "brightness": 0.4,
     "contrast": 0.4,
@@ -123,6 +126,9 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
       "registers": 0,
       "layer_scale": config_dict.placeholder(float),
       "norm_eps": 1e-6,  # of layer norms
+      # Patches added to the side of the grid that position embeddings are interpolated to: .1 as
+      # DINO's and iBOT's code and checkpoints have it; MSN's: 0.
+      "position_offset": 0.1,
       "attention": "xla",  # or cudnn: NVIDIA's fused kernel, for bfloat16 on their GPUs
       "stem": "imagenet",  # ResNets: imagenet, cifar or cifar_pad2
       "zero_init_residual": True,
@@ -161,18 +167,23 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
       "horizon_steps": 0.0,
       "horizon_epochs": 0.0,
       "horizon_final": config_dict.placeholder(float),  # None: no change; see anneal_steps
+      # Rows of responsibility in which a component forgets a factor e; None: by the horizon.
+      "window": config_dict.placeholder(float),
       "mass": "ca",
       "covariance": "isotropic",
       "kappa": 100.0,  # 1 / temperature of the posterior over cosines
       "learn_kappa": False,
       "beta": 1.0,
       "beta_final": config_dict.placeholder(float),
-      "anneal_steps": 0,  # horizon and beta move to their final values over these steps
+      "anneal_epochs": 0.0,  # horizon and beta move to their final values over these
+      "anneal_steps": 0,  # replaces anneal_epochs when not 0
       "balanced": True,
       "balance_steps": 3,
-      "use_pi": True,
+      "use_pi": True,  # changes nothing with mass ca, whose weights stay uniform
       "center_features": True,
       "reseed": False,
+      "variance_floor": config_dict.placeholder(float),  # None: max(1e-4, .05 / D)
+      "momentum": 0.99,  # of the running usage and mean of the features
     }
   )
   config.optim = ml_collections.ConfigDict(
@@ -182,13 +193,17 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
       "final_lr": 1e-6,
       "warmup_epochs": 10.0,
       "warmup_steps": 0,  # replaces warmup_epochs when not 0
+      "warmup_start": 0.0,  # learning rate at step 0, per 256 images
+      # Schedules of learning rate, weight decay and the teacher's momentum are those of a run so
+      # many times as long, which this one leaves early.
+      "schedule_scale": 1.0,
       "weight_decay": 0.04,
       "final_weight_decay": 0.4,
       "decay_all": False,  # norms and biases too; under LARS they are then adapted as weights are
       "decay_embeddings": True,  # tokens and position embeddings
       "decay_prototypes": True,  # learned ones
-      "clip": 3.0,  # per tensor; 0 turns it off
-      "clip_mode": "tensor",
+      "clip": 3.0,  # longest gradient; 0 turns it off
+      "clip_mode": "tensor",  # each; or global: all together; encoder: all but the prototypes'
       "trust": 0.001,  # of LARS: length of a step over that of the weights, at learning rate 1
       "lars_clip": False,  # LARS no faster than SGD: trust ratio over learning rate, at most 1
       "freeze_prototypes_epochs": 1.0,
@@ -199,7 +214,8 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
   )
   config.teacher = ml_collections.ConfigDict(
     {
-      "momentum": 0.996,  # at the start; a cosine takes it to 1, but for PCL
+      "momentum": 0.996,  # at the start
+      "schedule": "cosine",  # or linear: to 1; PCL's momentum stays
     }
   )
   config.mesh = ml_collections.ConfigDict(
@@ -334,6 +350,10 @@ def resolve(config: ml_collections.ConfigDict, num_records: int) -> ml_collectio
     if not mixture.horizon_steps:
       epochs = mixture.horizon_epochs * config.steps_per_epoch
       mixture.horizon_steps = float(epochs or 2 * config.num_steps)
+    if not mixture.anneal_steps:
+      # At most half of the run, so that a short one arrives.
+      steps = round(mixture.anneal_epochs * config.steps_per_epoch)
+      mixture.anneal_steps = min(steps, config.num_steps // 2)
     for section, key, default in (
       (config.probe, "name", config.data.name),
       (config.probe, "data_dir", config.data.data_dir),

@@ -15,12 +15,12 @@ _DESCRIPTION = """\
 Makes a data set in the folder OUT, as array_record, for --config.data.data_dir=OUT.
 
   protojax prepare cifar10 OUT        downloads, checks and stores it without loss
-  protojax prepare folder IN OUT --size=256      images below IN (or tar, or parquet)
+  protojax prepare folder IN OUT --size=384      images below IN (or tar, or parquet)
 
 cifar10 and cifar100 come from their authors' archives; a download that was cut off goes on with the
 same command, and --archive=FILE takes one that is there already.
 
-Images of folder, tar and parquet are squashed to SIZE x SIZE pixels, Pillow's bicubic, as training
+Images of folder, tar and parquet are made SIZE pixels high and wide at most, as training
 with --config.data.image_size=SIZE would do at every step, and stored as JPEG of --quality=95 with
 its colours in full resolution; below 95 they have half of it, as in most photos, and decoding is
 faster (docs/data.md). Their original height and width are kept beside them: crops are drawn as from
@@ -104,7 +104,7 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument("kind", choices=[*cifar.ARCHIVES, "folder", *sources.SHARDS])
   parser.add_argument("paths", nargs="+", metavar="[IN] OUT")
   parser.add_argument("--archive", help="of cifar10 or cifar100, downloaded before")
-  parser.add_argument("--size", type=int, default=256, help="pixels, data.image_size (256)")
+  parser.add_argument("--size", type=int, default=384, help="pixels, data.image_size (384)")
   parser.add_argument(
     "--quality", type=int, default=prepared.QUALITY, help="of JPEG, 1 to 100 (95)"
   )

@@ -19,6 +19,11 @@ import optax
 Schedule = Callable[[jax.Array | int], jax.Array]
 
 
+def stretched(num_steps: int, scale: float) -> int:
+  """Length of schedules that a run of `num_steps` leaves early, at 1 / scale of their way."""
+  return int(num_steps * scale)
+
+
 def constant(value: float) -> Schedule:
   """The same `value` at every step."""
   return lambda step: jnp.float32(value)
@@ -47,10 +52,24 @@ def cosine(start: float, end: float, num_steps: int) -> Schedule:
   return schedule
 
 
-def warmup_cosine(peak: float, final: float, *, warmup_steps: int, num_steps: int) -> Schedule:
-  """Linear from 0 to `peak`, both included, then half a cosine from `peak` towards `final`.
+def linear(start: float, end: float, num_steps: int) -> Schedule:
+  """Linear from `start` at step 0 towards `end`, which step `num_steps` would reach."""
+  count = max(num_steps, 1)
 
-  Step 0 has the value 0; the last step of the warm-up and the first of the cosine both have `peak`.
+  def schedule(step):
+    index = jnp.clip(jnp.asarray(step, jnp.int32), 0, count - 1)
+    return _ramp(start, end, index, count + 1)
+
+  return schedule
+
+
+def warmup_cosine(
+  peak: float, final: float, *, warmup_steps: int, num_steps: int, start: float = 0.0
+) -> Schedule:
+  """Linear from `start` to `peak`, both included, then half a cosine from `peak` towards `final`.
+
+  Step 0 has the value `start`; the last step of the warm-up and the first of the cosine both have
+  `peak`.
 
   >>> rate = warmup_cosine(1.0, 0.0, warmup_steps=3, num_steps=7)
   >>> [round(float(rate(step)), 2) for step in range(7)]
@@ -62,10 +81,11 @@ def warmup_cosine(peak: float, final: float, *, warmup_steps: int, num_steps: in
     warmup_steps: points of the linear part; 0 leaves it out. With `num_steps` or more of them the
       run ends inside the warm-up.
     num_steps: length of the run, warm-up included.
+    start: value at step 0, where there is a warm-up.
   """
 
   def warmup(step):
-    return _ramp(0.0, peak, jnp.asarray(step, jnp.int32), warmup_steps)
+    return _ramp(start, peak, jnp.asarray(step, jnp.int32), warmup_steps)
 
   decay = cosine(peak, final, num_steps - warmup_steps)
   return optax.join_schedules([warmup, decay], [warmup_steps])

@@ -115,6 +115,14 @@ def test_epochs_become_steps_and_the_original_stays():
   assert config.num_steps == 0 and config.probe.name is None and out.probe.name == "digits"
 
 
+@pytest.mark.parametrize(("epochs", "steps"), [(5.0, 50), (30.0, 150)])
+def test_annealing_in_epochs_is_at_most_half_of_the_run(epochs, steps):
+  config = configs.default()
+  config.update({"batch_size": 10, "num_epochs": 30.0})
+  config.mixture.update({"anneal_epochs": epochs, "beta": 0.1, "beta_final": 1.0})
+  assert configs.resolve(config, 105).mixture.anneal_steps == steps
+
+
 def test_warmup_that_is_asked_for_in_steps_is_kept():
   config = configs.default()
   config.update({"batch_size": 10, "num_steps": 50})

@@ -88,6 +88,17 @@ def test_run_shorter_than_its_warmup_stays_in_it():
   np.testing.assert_allclose(_every(schedule, 0, 5), np.arange(5) / 10, rtol=1e-6)
 
 
+def test_warmup_may_start_above_zero():
+  schedule = schedules.warmup_cosine(1.0, 0.0, warmup_steps=5, num_steps=9, start=0.2)
+  np.testing.assert_allclose(_every(schedule, 0, 5), [0.2, 0.4, 0.6, 0.8, 1.0], rtol=1e-6)
+
+
+def test_linear_approaches_its_end_and_stops_before():
+  schedule = schedules.linear(0.004, 0.0, 8)
+  np.testing.assert_allclose(_every(schedule, 0, 8), 0.004 * (1 - np.arange(8) / 8), rtol=1e-6)
+  assert float(schedule(99)) == float(schedule(7)) > 0
+
+
 def test_steps_beyond_the_end_keep_the_last_value():
   schedule = schedules.cosine(1.0, 0.1, 50)
   assert float(schedule(49)) == float(schedule(50)) == float(schedule(10_000)) > 0.1
@@ -110,6 +121,7 @@ def test_per_epoch_linear_of_no_and_one_epoch():
   [
     schedules.constant(0.3),
     schedules.cosine(0.3, 0.1, 10),
+    schedules.linear(0.3, 0.1, 10),
     schedules.warmup_cosine(0.3, 0.1, warmup_steps=3, num_steps=10),
     schedules.per_epoch_linear(0.3, 0.1, warmup_epochs=3, steps_per_epoch=2),
   ],

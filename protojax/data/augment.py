@@ -39,8 +39,8 @@ def make(config) -> Callable[[jax.Array, dict[str, jax.Array]], dict[str, jax.Ar
 
   Args:
     config: `global_size`, `local_size` in pixels, a side or (height, width); `num_local`;
-      `global_scale`, `local_scale`,
-      (low, high) fractions of the image's area; `flip`, `jitter_prob`, `gray_prob`, probabilities;
+      `global_scale`, `local_scale`, (low, high) fractions of the image's area; `interpolation` of
+      the crops, "bicubic" or "bilinear"; `flip`, `jitter_prob`, `gray_prob`, probabilities;
       `brightness`, `contrast`, `saturation`, `hue`, strengths; `blur_prob` and `solarize_prob`,
       one probability each for the first global view, the second, the local ones; `blur_sigma`,
       (low, high) in pixels of the view; `mean`, `std` of the C channels. Where C is not 3,
@@ -49,8 +49,8 @@ def make(config) -> Callable[[jax.Array, dict[str, jax.Array]], dict[str, jax.Ar
   Returns:
     augment(key, batch) -> {"global": [B, 2, S, S, C], "local": [B, L, s, s, C]}, float32,
     normalised; "local" is absent when `num_local` is 0. `key` is a typed key that the caller has
-    folded with seed and step. `batch` has "image" [B, H, W, C] uint8, squashed from any shape, and
-    "size" [B, 2] int32, the height and width it had: area and aspect are those of the original.
+    folded with seed and step. `batch` has "image" [B, S, S, C] uint8 as `decoding.store` makes it
+    of an original of "size" [B, 2] int32, height and width: area and aspect are those of that.
     Steps that no view of a group asks for are not compiled.
 
   Raises:
@@ -71,10 +71,11 @@ def make(config) -> Callable[[jax.Array, dict[str, jax.Array]], dict[str, jax.Ar
       boxes = sample_boxes(
         u["area"], u["aspect"], u["top"], u["left"], batch["size"], scale, width / height
       )
-      boxes = _to_storage(boxes, batch["size"], batch["image"].shape[1:3])
+      stored = _stored(batch["size"], batch["image"].shape[1:3])
+      boxes *= jnp.tile(stored / batch["size"], (1, 2))[:, None, :]
       mirrored = jnp.stack([boxes[..., i] for i in (0, 3, 2, 1)], axis=-1)
       boxes = jnp.where(u["flip"][..., None] < config.flip, mirrored, boxes)
-      x = resize.crop_resize(batch["image"], boxes, size)
+      x = resize.crop_resize(batch["image"], boxes, size, config.interpolation, stored)
       x = _recolor(x, u, config, kinds[group])
       views[name] = _normalize(x, config.mean, config.std)
     return views
@@ -100,9 +101,10 @@ def evaluate(
     std: C numbers.
     crop: side of the centre crop over the side of the image; .875 is "resize 256, crop 224" at
       size 224.
-    original: [B, 2] int32, height and width before the image was squashed. If given, the crop is
-      from the centre square of the original, as after a resize of its shorter side; where `size`
-      is no square, from the largest centred box of its shape. Else from the whole squashed image.
+    original: [B, 2] int32, height and width of what `decoding.store` made `images` of. If given,
+      the crop is from the centre square of the original, as after a resize of its shorter side;
+      where `size` is no square, from the largest centred box of its shape. Else all of `images`
+      is image.
 
   Returns:
     [B, height, width, C] float32, normalised.
@@ -113,13 +115,13 @@ def evaluate(
   if not 0.0 < crop <= 1.0:
     raise errors.UserError(f"evaluation crop={crop} must be in (0, 1]")
   batch, height, width = images.shape[:3]
-  side = jnp.ones((batch, 2))
+  stored, side = jnp.tile(jnp.array([[height, width]]), (batch, 1)), jnp.ones((batch, 2))
   if original is not None:
-    side = _largest(original, size) / original
+    stored, side = _stored(original, (height, width)), _largest(original, size) / original
   margin = (1.0 - crop * side) / 2.0
   corners = jnp.concatenate([margin, 1.0 - margin], axis=1)
-  boxes = corners * jnp.array([height, width, height, width], jnp.float32)[None, :]
-  x = resize.crop_resize(images, boxes[:, None, :], size)
+  boxes = corners * jnp.tile(stored, (1, 2))
+  x = resize.crop_resize(images, boxes[:, None, :], size, stored=stored)
   return _normalize(x, mean, std)[:, 0]
 
 
@@ -194,10 +196,9 @@ def draw(key: jax.Array, batch: int, views: int) -> dict[str, jax.Array]:
   return {name: part if n > 1 else part[..., 0] for (name, n), part in parts}
 
 
-def _to_storage(boxes: jax.Array, sizes: jax.Array, shape: tuple[int, int]) -> jax.Array:
-  """[B, V, 4] boxes from pixels of the originals to (fractional) pixels of the stored images."""
-  ratio = jnp.array(shape, jnp.float32)[None, :] / sizes.astype(jnp.float32)
-  return boxes * jnp.tile(ratio, (1, 2))[:, None, :]
+def _stored(originals: jax.Array, shape: tuple[int, int]) -> jax.Array:
+  """`decoding.stored_shape` of originals [B, 2]: int32 [B, 2]."""
+  return jnp.minimum(originals, jnp.array(shape)[None, :])
 
 
 def _recolor(x: jax.Array, u: dict[str, jax.Array], config, kinds: tuple[int, ...]) -> jax.Array:
@@ -246,6 +247,8 @@ def _check(config) -> None:
   def refuse(name, rule):
     raise errors.UserError(f"augment.{name}={config[name]} {rule}")
 
+  if config.interpolation not in resize.INTERPOLATIONS:
+    refuse("interpolation", f"is unknown: choose {' or '.join(resize.INTERPOLATIONS)}")
   for name in ("global_scale", "local_scale", "blur_sigma"):
     if len(config[name]) != 2 or not 0.0 < config[name][0] <= config[name][1]:
       refuse(name, "must be two numbers (low, high) with 0 < low <= high")

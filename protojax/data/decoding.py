@@ -60,21 +60,49 @@ def cores() -> int:
     return count
 
 
-def squash(image: np.ndarray, size: int) -> np.ndarray:
-  """uint8 [H, W, C] -> [size, size, C], Pillow's bicubic; an image of that shape is left alone."""
-  if image.shape[:2] == (size, size):
+def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
+  """uint8 [H, W, C] -> [height, width, C], Pillow's bicubic; one of that shape is left alone."""
+  if image.shape[:2] == (height, width):
     return image
 
-  def resized(x):
-    return np.asarray(Image.fromarray(x).resize((size, size), Image.Resampling.BICUBIC))
+  def one(x):
+    return np.asarray(Image.fromarray(x).resize((width, height), Image.Resampling.BICUBIC))
 
   if image.shape[2] == 3:
-    return resized(image)
-  return np.stack([resized(image[..., c]) for c in range(image.shape[2])], axis=-1)
+    return one(image)
+  return np.stack([one(image[..., c]) for c in range(image.shape[2])], axis=-1)
+
+
+def stored_shape(size: tuple[int, int], image_size: int) -> tuple[int, int]:
+  """(height, width) at which an original of `size` lies in the square: each side S at most."""
+  return min(size[0], image_size), min(size[1], image_size)
+
+
+def store(image: np.ndarray, size: tuple[int, int], image_size: int) -> np.ndarray:
+  """An image as it goes into a batch, at the top left of a square that is black elsewhere.
+
+  A side longer than S is shrunk to S, by itself, so that as much as possible of the original is
+  kept; crops are drawn in its shape, which undoes that. An image of S x S or less stays as it is.
+
+  Args:
+    image: uint8 [H, W, C].
+    size: height and width of the original, of which `image` may be a copy of another shape.
+    image_size: S, pixels.
+
+  Returns:
+    uint8 [S, S, C].
+  """
+  height, width = stored_shape(size, image_size)
+  image = resized(image, height, width)
+  if (height, width) == (image_size, image_size):
+    return image
+  square = np.zeros((image_size, image_size, image.shape[2]), np.uint8)
+  square[:height, :width] = image
+  return square
 
 
 def rate(source: sources.Source, image_size: int) -> float:
-  """Images a second that one core reads, decodes and squashes, measured once on a few of them.
+  """Images a second that one core reads, decodes and stores, measured once on a few of them.
 
   Args:
     source: from `sources.build`.
@@ -86,7 +114,7 @@ def rate(source: sources.Source, image_size: int) -> float:
     start = end = time.perf_counter()
     for done, record in enumerate(next(source.read([row])) for row in rows):
       if isinstance(record, dict):
-        squash(record["image"], image_size)
+        store(record["image"], record["size"], image_size)
       end = time.perf_counter()
       if not done and len(rows) > 1:
         start = end  # the first finds nothing open

@@ -46,7 +46,7 @@ def batches(
     seed: any integer; different seeds give unrelated orders.
     step: number of the first batch.
     batch_size: B, global.
-    image_size: S; images of another shape are squashed to S x S (bicubic, aspect not kept).
+    image_size: S; every image lies at the top left of a square of S x S, see `decoding.store`.
     num_workers: processes that decode; 0 uses threads of this one; None chooses, see
       `decoding.plan`.
     process_index: h.
@@ -54,8 +54,8 @@ def batches(
 
   Returns:
     A generator (`close()` stops threads and processes) of {"image": uint8 [b, S, S, C], "index":
-    int32 [b], row in the source, "size": int32 [b, 2], height and width before the squash (of the
-    original where the source holds smaller copies), "label": int32 [b], -1 where there is none,
+    int32 [b], row in the source, "size": int32 [b, 2], height and width of the
+    original, "label": int32 [b], -1 where there is none,
     "skipped": int32 [b], the corrupt row that was replaced, or -1}, b = B / H, C the source's
     channels. Reading on raises UserError if 100 records in a row are corrupt.
 
@@ -201,8 +201,8 @@ class _Chunks:
     readable, record = self._readable(row, record)
     image = record["image"]
     skipped = -1 if readable == row else row
-    squashed = decoding.squash(image, self.image_size)
-    return _record(squashed, readable, record["size"], record["label"], skipped)
+    stored = decoding.store(image, record["size"], self.image_size)
+    return _record(stored, readable, record["size"], record["label"], skipped)
 
   def _readable(self, row: int, record) -> tuple[int, dict]:
     """The first of row, row + 1, ... that is not corrupt, and its record."""

@@ -158,9 +158,9 @@ def smaller(
 ) -> Iterator[dict[str, int | bytes]]:
   """Every readable image of a source as a JPEG of the size that training stores, in its order.
 
-  It is squashed to `size` x `size` as `pipeline.batches` does it, Pillow's bicubic, so that with
-  `data.image_size` of the same number training gets the same pixels but for what JPEG
-  loses; height and width before that go along, so crops are drawn as from the original.
+  Sides longer than `size` are shrunk as `decoding.store` does it, so that with `data.image_size` of
+  the same number training gets the same pixels but for what JPEG loses; height and width before
+  that go along, so crops are drawn as from the original.
 
   Args:
     source: from `sources.build`.
@@ -185,7 +185,12 @@ def smaller(
     for batch in batches:
       skipped += log.update(batch["skipped"])
       rows = batch["mask"].nonzero()[0]
-      for row, jpeg in zip(rows, pool.map(encode, batch["image"][rows]), strict=True):
+      shapes = [decoding.stored_shape(batch["size"][row], size) for row in rows]
+      images = [
+        batch["image"][row, :height, :width]
+        for row, (height, width) in zip(rows, shapes, strict=True)
+      ]
+      for row, jpeg in zip(rows, pool.map(encode, images), strict=True):
         name = source.describe(int(batch["index"][row])).removeprefix(f"{above}/")
         example: dict[str, int | bytes] = {"id": name.encode(), "image": jpeg}
         if source.num_classes:

@@ -7,12 +7,13 @@ of the student is pulled to the uniform one. Both sides are scored by the studen
 which no average follows. `method.prototypes` chooses between learned ones, a mixture (arXiv
 2510.20108) and frozen ones.
 
-What differs from the published code: batch norm in the head is over one view at a time; learned
-prototypes are weight-normalised, where that code normalises them in the loss, clipped like all
-else, and decay unless `optim.decay_prototypes` is False, as published; the patch embedding starts
-as in DINO, there by Kaiming's rule; schedules end with the run, where that code stretches some by a
-quarter; the teacher's momentum rises by a cosine, there linearly. Left out: other priors than the
-uniform one (PMSN).
+What differs from the published code: batch norm in the head is over one view at a time, there over
+the local ones together; the patch embedding starts as in DINO, there by Kaiming's rule. Switches,
+set as published in configs/msn_vit_s.py: prototypes that neither decay (`optim.decay_prototypes`)
+nor are clipped with the encoder (`optim.clip_mode`), schedules of a run a quarter longer
+(`optim.schedule_scale`), a teacher's momentum that rises linearly (`teacher.schedule`), position
+embeddings interpolated without DINO's offset (`model.position_offset`). Left out: other priors than
+the uniform one (PMSN).
 
 The cross entropy is at least the entropy of the targets, the prior's term at least 0.
 """

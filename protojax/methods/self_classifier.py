@@ -29,6 +29,7 @@ OPTIONS = {
   "train_prototype_norm": True,
   "row_temp": 0.1,  # of the softmax over classes, the predictions
   "column_temp": 0.05,  # of the softmax over the batch, the targets
+  "eps": 1e-12,  # added to what the predictions' logarithm is taken of
   "more_classifiers": (),  # sizes of further classifiers on the same embedding, e.g. (2000, 4000)
 }
 
@@ -47,20 +48,21 @@ def targets(scores: jax.Array, temperature: float) -> jax.Array:
   return jax.nn.softmax(jax.nn.log_softmax(logits, axis=0), axis=-1)
 
 
-def log_predictions(scores: jax.Array, temperature: float) -> jax.Array:
+def log_predictions(scores: jax.Array, temperature: float, eps: float) -> jax.Array:
   """Log of the softmax over classes, each column then divided by its mean over the batch, over K.
 
   Args:
     scores: [B, V, K] of the global batch, any float dtype.
     temperature: positive.
+    eps: positive.
 
   Returns:
-    [B, V, K] float32, ln(B / K p + 1e-12) where p is the softmax over its column's sum.
+    [B, V, K] float32, ln(B / K p + eps) where p is the softmax over its column's sum.
   """
   logits = losses.full(scores) / temperature
   log_p = jax.nn.log_softmax(jax.nn.log_softmax(logits, axis=-1), axis=0)
   batch, _, num_classes = scores.shape
-  return jnp.logaddexp(log_p + math.log(batch / num_classes), math.log(1e-12))
+  return jnp.logaddexp(log_p + math.log(batch / num_classes), math.log(eps))
 
 
 def cross_entropy(q: jax.Array, log_p: jax.Array) -> jax.Array:
@@ -95,7 +97,7 @@ def make(config) -> base.Method:
       f"method.num_prototypes={sizes[0]} with method.more_classifiers={sizes[1:]}: give each 2 "
       "classes or more, and set method.more_classifiers=() unless method.prototypes=learned"
     )
-  errors.require_positive(options, "row_temp", "column_temp")
+  errors.require_positive(options, "row_temp", "column_temp", "eps")
   joined_config = config.copy_and_resolve_references()
   joined_config.method.num_prototypes = sum(sizes)
   net = student.build_with_prototypes(joined_config)
@@ -110,7 +112,7 @@ def make(config) -> base.Method:
     z, state, stats = net.embed(trained, frozen, views, key)
     scores = list(split(net.scores(state, z)).values())
     q = [targets(s, options.column_temp) for s in scores]
-    log_p = [log_predictions(s, options.row_temp) for s in scores]
+    log_p = [log_predictions(s, options.row_temp, options.eps) for s in scores]
 
     def mean(function, *lists):
       return sum(map(function, *lists)) / len(sizes)

@@ -49,7 +49,7 @@ def build(config: ml_collections.ConfigDict, *, mask_token: bool = False) -> Enc
     config: `model.name` is one of vit_tiny, vit_small, vit_base, resnet8, resnet18, resnet50.
       Optional, absent or None for the default: `precision`; of the transformers
       model.{patch_size, image_size, width, depth, heads, drop_path, registers, layer_scale,
-      norm_eps, attention, remat}; of the ResNets
+      norm_eps, position_offset, attention, remat}; of the ResNets
       model.{width (resnet8), stem, zero_init_residual, joint_norm, remat};
       head.{layers, hidden, bottleneck, norm, norm_output, activation, bias, init, l2}. A field
       that the named model does not have is ignored, so that `model.name` can be switched alone.
@@ -79,6 +79,7 @@ def build(config: ml_collections.ConfigDict, *, mask_token: bool = False) -> Enc
       registers="registers",
       layer_scale="layer_scale",
       norm_eps="norm_eps",
+      position_offset="position_offset",
       attention="attention",
       remat="remat",
     )

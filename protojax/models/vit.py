@@ -209,6 +209,7 @@ class ViT(nn.Module):
     registers: tokens without position that only take part in attention.
     layer_scale: start of LayerScale's factors; None builds none.
     norm_eps: what every layer norm adds to the variance.
+    position_offset: of `position_weights`, where other sizes interpolate the position embedding.
     attention: who computes it, "xla" or "cudnn" (a fused kernel of NVIDIA's; bfloat16 on their
       GPUs only).
     mask_token: whether there is a learned token, 0 at the start, to put in the place of patches.
@@ -225,6 +226,7 @@ class ViT(nn.Module):
   registers: int = 0
   layer_scale: float | None = None
   norm_eps: float = 1e-6
+  position_offset: float = 0.1
   attention: str = "xla"
   mask_token: bool = False
   remat: bool = False
@@ -303,7 +305,7 @@ class ViT(nn.Module):
     if grid == own:
       return embedding
     rows, columns = (
-      jnp.asarray(position_weights(new, old), jnp.float32)
+      jnp.asarray(position_weights(new, old, self.position_offset), jnp.float32)
       for new, old in zip(grid, own, strict=True)
     )
     patches = embedding[:, 1:].reshape(1, *own, self.width)

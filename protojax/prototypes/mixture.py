@@ -25,7 +25,6 @@ from protojax.prototypes import assignment
 Schedule = Callable[[jax.Array], jax.Array | float]  # number of past updates, int32 [] -> value
 
 _TINY = 1e-30
-_MOMENTUM = 0.99  # of the running usage and the running mean of the features
 _RESEED_BELOW = 0.1  # usage, in units of 1 / K, under which a component is moved
 _RESEED_MOST = 8  # components that one update moves
 _RESEED_NOISE = 1.0  # standard deviations of the batch; below 1, copies of few rows cost uniqueness
@@ -75,22 +74,25 @@ class Options(NamedTuple):
 
   Attributes:
     mass: where mass moves to. "ca" (the source): to the same value whenever a component is used,
-      so weights become uniform. "ema": to n_k; weights then follow usage where a batch holds many
+      so weights, which start uniform, are that to the bit for good, and `use_pi` changes nothing.
+      "ema": to n_k; weights then follow usage where a batch holds many
       rows a component (the fixed point is E[n_k^2] / E[n_k]: with few, hard ones it is uniform).
     covariance: "isotropic", one 1 / kappa for all, or "diagonal", that of the paper, from 1 / D and
-      never below max(1e-4, .05 / D).
+      never below `variance_floor`.
     learn_kappa: start at `kappa`, then follow the mean squared distance of features to means, over
       the horizon: the Gaussian D / distance or, for unit features and r = 1 - distance / 2, the
       von Mises-Fisher r (D - r^2) / (1 - r^2), at least 1 (Banerjee et al., JMLR 6, 2005); at most
       one over the least variance.
     beta: multiplies the log joint, log pi included; below 1 softens (deterministic annealing,
       Ueda and Nakano, Neural Networks 11(2), 1998). A number, or a function of past updates.
-    use_pi: weigh components by pi in the posterior, as the paper does.
+    use_pi: weigh components by pi in the posterior, as the paper does; for `mass` "ema".
     normalize: scale features to length 1 and project means on the sphere. If False, a plain
       Gaussian mixture; standardise the features then, their squares are kept in float32.
     balance_steps: of `assignment.log_sinkhorn`, where the mixture is `balanced`.
     reseed: move components with a running usage below .1 / K, the lowest 8 of them, to random rows
       of the batch plus noise of a standard deviation of the batch per dimension.
+    variance_floor: least variance of a dimension; None: max(1e-4, .05 / D).
+    momentum: of the running usage and the running mean of the features.
   """
 
   mass: str = "ca"
@@ -101,6 +103,8 @@ class Options(NamedTuple):
   normalize: bool = True
   balance_steps: int = 3
   reseed: bool = False
+  variance_floor: float | None = None
+  momentum: float = 0.99
 
 
 def weights(state: MixtureState) -> jax.Array:
@@ -196,14 +200,17 @@ def online_em(
   Raises:
     ValueError: for options out of range or in conflict; in `update` unless floats [..., D] come.
   """
-  mass, covariance, learn_kappa, beta, use_pi, normalize, balance_steps, reseed = options
-  floor = max(1e-4, 0.05 / max(dim, 1))  # of a variance
+  mass, covariance, learn_kappa, beta, use_pi, normalize, balance_steps, reseed = options[:8]
+  floor, momentum = options.variance_floor, options.momentum
+  if floor is None:
+    floor = max(1e-4, 0.05 / max(dim, 1))
   diagonal = covariance == "diagonal"
   positive = {
     "horizon_steps": horizon_steps,
     "window": window,
     "kappa": kappa,
     "beta": beta,
+    "variance_floor": floor,
   }
   for wrong, message in (
     (num_components < 2 or dim < 1, f"{num_components=}, {dim=}: need at least 2 and 1"),
@@ -213,6 +220,7 @@ def online_em(
     (learn_kappa and diagonal, "learn_kappa needs covariance='isotropic'"),
     (learn_kappa and callable(kappa), "learn_kappa starts from a number, not from a schedule"),
     (balance_steps < 1, f"{balance_steps=}: must be at least 1"),
+    (not 0.0 <= momentum < 1.0, f"{momentum=}: must be in [0, 1)"),
     *(
       (not (value is None or callable(value) or value > 0.0), f"{name}={value}: must be positive")
       for name, value in positive.items()
@@ -246,7 +254,7 @@ def online_em(
     old, rows = jax.lax.stop_gradient((state, _flatten(features, dim)))
     num_rows, step = rows.shape[0], state.step
     if center_features:
-      feature_mean = _running(old.feature_mean, rows.mean(axis=0), 1.0 - _MOMENTUM, step)
+      feature_mean = _running(old.feature_mean, rows.mean(axis=0), 1.0 - momentum, step)
       old = old._replace(feature_mean=feature_mean)
     log_q = log_posterior(
       old,
@@ -281,7 +289,7 @@ def online_em(
     sums = move(old.sums, batch_means)
     mean = sums / new_mass[:, None]
     means = jnp.where(received, losses.l2_normalize(mean) if normalize else mean, old.means)
-    usage = _MOMENTUM * old.usage + (1.0 - _MOMENTUM) * share
+    usage = momentum * old.usage + (1.0 - momentum) * share
     new = old._replace(step=step + 1, mass=new_mass, sums=sums, means=means, usage=usage)
     if diagonal:
       squares = move(old.squares, average(rows**2))

@@ -161,16 +161,20 @@ def _mixture(num: int, dim: int, config) -> PrototypeSet:
     config.beta,
   ):
     raise ValueError("horizon_final and beta_final need anneal_steps above 0")
+  if config.window is not None and config.horizon_final != config.horizon_steps:
+    raise ValueError(f"window={config.window} takes the place of a horizon: unset horizon_final")
 
   def ramp(start, final):
     if config.anneal_steps:
       return optax.linear_schedule(start, final, config.anneal_steps)
     return start
 
+  horizon = ramp(config.horizon_steps, config.horizon_final)
   em = mixture.online_em(
     num,
     dim,
-    horizon_steps=ramp(config.horizon_steps, config.horizon_final),
+    horizon_steps=horizon if config.window is None else None,
+    window=config.window,
     kappa=config.kappa,
     balanced=config.balanced,
     center_features=config.center_features,
@@ -182,6 +186,8 @@ def _mixture(num: int, dim: int, config) -> PrototypeSet:
       use_pi=config.use_pi,
       balance_steps=config.balance_steps,
       reseed=config.reseed,
+      variance_floor=config.variance_floor,
+      momentum=config.momentum,
     ),
   )
 

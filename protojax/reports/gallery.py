@@ -172,7 +172,8 @@ def _attention(model, bank) -> tuple[tuple[Picture, ...], ...]:
   if not config.model.name.startswith("vit"):
     raise errors.UserError(f"{config.model.name} has no attention")
   wanted = np.unique(np.arange(_IMAGES) * len(bank) // _IMAGES)
-  found = _read(bank, wanted, lambda image: decoding.squash(image, config.data.image_size))
+  side = config.data.image_size
+  found = _read(bank, wanted, lambda image: decoding.resized(image, side, side))
   if not found:
     raise errors.UserError(f"the images of {bank.name} cannot be read")
   images = np.stack([image for image, _ in found.values()])

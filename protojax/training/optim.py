@@ -22,6 +22,11 @@ from protojax import errors, schedules
 
 PyTree = Any
 
+_CLIP_MODES = {
+  "tensor": "per tensor",
+  "global": "of all together",
+  "encoder": "of the encoder together",
+}
 _EMBEDDINGS = ("cls_token", "mask_token", "pos_embed", "registers")
 
 
@@ -78,14 +83,20 @@ def decay_mask(params: PyTree, options) -> PyTree:
   return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def _clip(grads: PyTree, limit: float, mode: str) -> PyTree:
-  """Scales gradients by min(1, limit / (norm + 1e-6)), with the norm of each tensor or of all."""
+def _clip(grads: dict[str, PyTree], limit: float, mode: str) -> dict[str, PyTree]:
+  """Scales gradients by min(1, limit / (norm + 1e-6)), the norm of each tensor, or of all.
+
+  Mode "encoder" leaves those of the prototypes out and as they are.
+  """
 
   def factor(norm):
     return jnp.minimum(1.0, limit / (norm + 1e-6))
 
   if mode == "global":
     return optax.tree.scale(factor(optax.tree.norm(grads)), grads)
+  if mode == "encoder":
+    clipped = optax.tree.scale(factor(optax.tree.norm(grads["encoder"])), grads["encoder"])
+    return {**grads, "encoder": clipped}
   return jax.tree.map(lambda g: g * factor(optax.tree.norm(g)), grads)
 
 
@@ -136,29 +147,34 @@ def _peak(config, batch_size: int) -> float:
 
 def learning_rate(config, *, num_steps: int, batch_size: int) -> schedules.Schedule:
   """The schedule of the learning rate: warm-up to `optim.lr` per 256 images, then a cosine."""
+  options = config.optim
   return schedules.warmup_cosine(
     _peak(config, batch_size),
-    config.optim.final_lr,
-    warmup_steps=config.optim.warmup_steps,
-    num_steps=num_steps,
+    options.final_lr,
+    warmup_steps=options.warmup_steps,
+    num_steps=schedules.stretched(num_steps, options.schedule_scale),
+    start=options.warmup_start * batch_size / 256,
   )
 
 
 def weight_decay(config, *, num_steps: int) -> schedules.Schedule:
   """The schedule of the weight decay: cosine to `optim.final_weight_decay`."""
-  return schedules.cosine(config.optim.weight_decay, config.optim.final_weight_decay, num_steps)
+  options = config.optim
+  length = schedules.stretched(num_steps, options.schedule_scale)
+  return schedules.cosine(options.weight_decay, options.final_weight_decay, length)
 
 
 def describe(config) -> str:
   """Describes the optimizer in one line for the log: rule, rates, decay, clipping, freezing."""
   o = config.optim
-  clip = f"clip {o.clip:g} {'per tensor' if o.clip_mode == 'tensor' else 'global'}"
+  clip = f"clip {o.clip:g} {_CLIP_MODES.get(o.clip_mode)}"
   learned = config.method.prototypes == "learned"
   steps = o.freeze_prototypes_steps if learned else 0
   parts = [
     f"{o.name}: lr {o.lr:g} x {config.batch_size}/256 = {_peak(config, config.batch_size):g} -> "
     f"{o.final_lr:g}",
     f"{o.warmup_steps} warm-up steps" * bool(o.warmup_steps),
+    f"schedules {o.schedule_scale:g} times as long as the run" * (o.schedule_scale != 1.0),
     f"weight decay {o.weight_decay:g}"
     + f" -> {o.final_weight_decay:g}" * (o.final_weight_decay != o.weight_decay),
     clip if o.clip else "no clipping",
@@ -175,9 +191,9 @@ def build(config, *, num_steps: int, batch_size: int) -> optax.GradientTransform
   gradient; what decays is said in `decay_mask`; SGD and LARS take `optim.beta1` as momentum.
 
   Args:
-    config: reads `optim.{name, lr, final_lr, warmup_steps, weight_decay, final_weight_decay, clip,
-      clip_mode, decay_all, decay_embeddings, decay_prototypes, trust, lars_clip,
-      freeze_prototypes_steps, beta1, beta2}`.
+    config: reads `optim.{name, lr, final_lr, warmup_steps, warmup_start, schedule_scale,
+      weight_decay, final_weight_decay, clip, clip_mode, decay_all, decay_embeddings,
+      decay_prototypes, trust, lars_clip, freeze_prototypes_steps, beta1, beta2}`.
     num_steps: length of the schedules.
     batch_size: global, scales `optim.lr`.
 
@@ -185,9 +201,14 @@ def build(config, *, num_steps: int, batch_size: int) -> optax.GradientTransform
     UserError: for an unknown `optim.name` or `optim.clip_mode`.
   """
   options = config.optim
-  if options.clip_mode not in ("tensor", "global"):
+  if options.clip_mode not in _CLIP_MODES:
     raise errors.UserError(
-      f"optim.clip_mode={options.clip_mode!r} is unknown: choose tensor or global"
+      f"optim.clip_mode={options.clip_mode!r} is unknown: choose {', '.join(_CLIP_MODES)}"
+    )
+  if options.schedule_scale < 1.0:
+    raise errors.UserError(
+      f"optim.schedule_scale={options.schedule_scale} is less than 1: schedules would end before "
+      "the run"
     )
   start = _rule(options, 0.0, 0.0)
   rate = learning_rate(config, num_steps=num_steps, batch_size=batch_size)

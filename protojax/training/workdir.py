@@ -94,6 +94,7 @@ _FREE = (
   "num_epochs",
   "optim.warmup_epochs",
   "optim.freeze_prototypes_epochs",
+  "mixture.anneal_epochs",
 )
 
 
@@ -104,6 +105,7 @@ _OF_LENGTH = (
   "optim.freeze_prototypes_steps",
   "mixture.horizon_steps",
   "mixture.horizon_final",
+  "mixture.anneal_steps",
 )
 
 

@@ -154,18 +154,22 @@ def test_nearby_seeds_share_no_epoch(tmp_path):
   assert len(set(epochs)) == 16
 
 
-def test_images_are_squashed_by_pillow_bicubic_and_keep_their_size(tmp_path):
+def test_sides_that_are_too_long_are_shrunk_by_pillow_bicubic_and_the_others_stay(tmp_path):
   rng = np.random.default_rng(0)
   pixels = rng.integers(0, 256, (40, 25, 3), np.uint8)
   Image.fromarray(pixels).save(tmp_path / "a.png")
   Image.fromarray(pixels[:16, :16]).save(tmp_path / "b.png")
+  Image.fromarray(pixels[:9]).save(tmp_path / "c.png")
   data = sources.build("folder", split=None, data_dir=tmp_path)
-  (batch,) = take(pipeline.sequential(data, batch_size=2, image_size=16), 2)
+  (batch,) = take(pipeline.sequential(data, batch_size=3, image_size=16), 2)
   want = Image.fromarray(pixels).resize((16, 16), Image.Resampling.BICUBIC)
   np.testing.assert_array_equal(batch["image"][0], np.asarray(want))
   np.testing.assert_array_equal(batch["image"][1], pixels[:16, :16])
-  assert batch["size"].tolist() == [[40, 25], [16, 16]]
-  assert batch["label"].tolist() == [-1, -1]
+  want = Image.fromarray(pixels[:9]).resize((16, 9), Image.Resampling.BICUBIC)
+  np.testing.assert_array_equal(batch["image"][2, :9], np.asarray(want))
+  assert not batch["image"][2, 9:].any()
+  assert batch["size"].tolist() == [[40, 25], [16, 16], [9, 25]]
+  assert batch["label"].tolist() == [-1, -1, -1]
 
 
 def test_a_corrupt_image_is_replaced_by_the_next_readable_row(tmp_path):

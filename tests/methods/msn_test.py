@@ -115,7 +115,7 @@ def test_student_sees_part_of_one_view_and_the_teacher_all_of_the_other(monkeypa
   )
   np.testing.assert_array_equal(seen["global"], views["global"][:, :1])
   np.testing.assert_array_equal(seen["target"], views["global"][:, 1:])
-  assert seen["keep"].shape == (16, 1, 16 - 4)  # floor(.3 x 16) are left out
+  assert seen["keep"].shape == (16, 1, 11)  # floor(.7 x 16) stay
   np.testing.assert_allclose(
     value, out.metrics["cross_entropy"] + 0.5 * out.metrics["prior"], rtol=1e-6
   )
@@ -124,12 +124,20 @@ def test_student_sees_part_of_one_view_and_the_teacher_all_of_the_other(monkeypa
 
 def test_kept_patches_differ_by_view_and_come_from_all():
   keep = np.asarray(masking.keep(jax.random.key(0), 50, 2, dropped=0.5, num_patches=9))
-  assert keep.shape == (50, 2, 5) and keep.dtype == np.int32
-  assert all(len(set(row)) == 5 for row in keep.reshape(-1, 5))
+  assert keep.shape == (50, 2, 4) and keep.dtype == np.int32
+  assert all(len(set(row)) == 4 for row in keep.reshape(-1, 4))
   np.testing.assert_array_equal(np.unique(keep), np.arange(9))
-  assert len({tuple(sorted(row)) for row in keep.reshape(-1, 5)}) > 30
+  assert len({tuple(sorted(row)) for row in keep.reshape(-1, 4)}) > 30
   again = masking.keep(jax.random.key(0), 3, 2, dropped=0.5, num_patches=9)
   np.testing.assert_array_equal(again, keep[:3])  # whatever the batch
+
+
+@pytest.mark.parametrize(
+  ("dropped", "patches", "kept"), [(0.15, 196, 166), (0.3, 10, 7), (0.9, 10, 1), (0.0, 16, 16)]
+)
+def test_as_many_patches_stay_as_in_the_published_code(dropped, patches, kept):
+  keep = masking.keep(jax.random.key(0), 1, 1, dropped=dropped, num_patches=patches)
+  assert keep.shape == (1, 1, kept)
 
 
 def test_patches_left_out_have_no_influence_and_order_has_none():

@@ -31,10 +31,18 @@ def _networks(prototypes, **changes):
   return c, networks, variables.replace(teacher=_other(variables.teacher, 1))
 
 
-@pytest.mark.parametrize(("step", "momentum"), [(0, 0.9), (3, 0.95)])
-def test_teacher_keeps_a_cosine_of_its_momentum_over_the_run(step, momentum):
+@pytest.mark.parametrize(
+  ("step", "momentum", "changes"),
+  [
+    (0, 0.9, {}),
+    (3, 0.95, {}),
+    (2, 1.0 - 0.1 * (4 / 6), {"teacher__schedule": "linear"}),
+    (3, 1.0 - 0.1 * (9 / 12), {"teacher__schedule": "linear", "optim__schedule_scale": 2.0}),
+  ],
+)
+def test_teacher_keeps_a_cosine_of_its_momentum_over_the_run(step, momentum, changes):
   """Half way through a run of six steps, the momentum is half way to one."""
-  _, networks, variables = _networks("learned", method__train_prototype_norm=True)
+  _, networks, variables = _networks("learned", method__train_prototype_norm=True, **changes)
   stats = {"prototypes": (), "batch_stats": variables.carry["batch_stats"]}
   moved = jax.jit(networks.method.update)(variables, stats, jnp.int32(step))
   student = {"encoder": variables.encoder, "prototypes": variables.prototypes}

@@ -149,13 +149,16 @@ def test_mask_token_starts_at_zero_and_exists_only_where_asked_for():
   assert shapes == jax.tree.map(np.shape, init(small()))
 
 
-@pytest.mark.parametrize("height, width", [(8, 8), (24, 24), (8, 20), (16, 24)])
-def test_any_image_size_interpolates_the_position_embedding(height, width):
-  net = small()
+@pytest.mark.parametrize(
+  "height, width, offset",
+  [(8, 8, 0.1), (24, 24, 0.1), (8, 20, 0.1), (16, 24, 0.1), (8, 8, 0.0)],
+)
+def test_any_image_size_interpolates_the_position_embedding(height, width, offset):
+  net = small(position_offset=offset)
   params = random_params(net)
   table = np.asarray(params["pos_embed"][0], np.float64)
   grid = table[1:].reshape(4, 4, 24)
-  rows, columns = vit.position_weights(height // 4, 4), vit.position_weights(width // 4, 4)
+  rows, columns = (vit.position_weights(side // 4, 4, offset) for side in (height, width))
   patches = np.einsum("hi,wj,ijd->hwd", rows, columns, grid).reshape(-1, 24)
   x = images(2, height, width)
   expected = reference_vit(params, x, 3, 4, np.concatenate([table[:1], patches]))[:, 0]

@@ -288,13 +288,13 @@ def test_a_long_window_still_moves_every_component():
 # Weights.
 
 
-def unequal_usage(mass, steps=60):
+def unequal_usage(mass, steps=60, **options):
   """Three of four well separated components get 8, 16 and 40 of the 64 rows of every batch."""
   means = np.eye(4, D)
   rng = np.random.default_rng(0)
   labels = np.repeat([0, 1, 2], [8, 16, 40])
   features = means[labels] + 0.05 * rng.normal(size=(steps, 64, D))
-  tx = make(4, D, mass=mass, kappa=100.0, horizon_steps=2.0)
+  tx = make(4, D, mass=mass, kappa=100.0, horizon_steps=2.0, **options)
   state = tx.init(jax.random.key(0), means)
   state = state._replace(mass=jnp.asarray([0.2, 3.0, 1.0, 0.7]))
   state = state._replace(sums=state.mass[:, None] * state.means)
@@ -307,9 +307,8 @@ def test_ca_makes_the_weights_of_used_components_uniform():
   np.testing.assert_allclose(state.mass[3], 0.7, rtol=1e-6)  # unused
 
 
-def test_ema_makes_weights_proportional_to_usage(constants):
-  constants(_MOMENTUM=0.8)
-  state = unequal_usage("ema")
+def test_ema_makes_weights_proportional_to_usage():
+  state = unequal_usage("ema", momentum=0.8)
   np.testing.assert_allclose(state.mass[:3] * 64 / 4, [8, 16, 40], rtol=1e-3)
   np.testing.assert_allclose(state.usage, np.array([8, 16, 40, 0]) / 64, atol=1e-4)
 
@@ -348,6 +347,13 @@ def test_pi_changes_the_plain_posterior_and_not_the_balanced_one():
   np.testing.assert_allclose(usage(balanced=True), usage(balanced=True, use_pi=False), atol=1e-5)
 
 
+def test_weights_under_ca_stay_uniform_to_the_bit():
+  tx = make(mass="ca", balanced=False)
+  state, _ = run(tx, tx.init(jax.random.key(0)), batches(4))
+  np.testing.assert_array_equal(state.mass, np.ones(K, np.float32))
+  assert state.usage.max() > 1.1 * state.usage.min()
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 def test_learned_kappa_finds_the_concentration(normalize):
   """A fit to samples of von Mises-Fisher (kappa 60) and of Gaussians (kappa 4, sigma .5)."""
@@ -366,9 +372,11 @@ def test_learned_kappa_finds_the_concentration(normalize):
   np.testing.assert_allclose(state.kappa, 60.0 if normalize else 4.0, rtol=0.05)
 
 
-@pytest.mark.parametrize(("dim", "floor"), [(D, 0.05 / D), (1000, 1e-4)])
-def test_variances_stay_above_the_floor(dim, floor):
-  tx = make(K, dim, covariance="diagonal", horizon_steps=0.1, normalize=False)
+@pytest.mark.parametrize(
+  ("dim", "given", "floor"), [(D, None, 0.05 / D), (1000, None, 1e-4), (D, 1e-6, 1e-6)]
+)
+def test_variances_stay_above_the_floor(dim, given, floor):
+  tx = make(K, dim, covariance="diagonal", horizon_steps=0.1, normalize=False, variance_floor=given)
   means = np.arange(K)[:, None] * np.ones(dim)
   state, _ = run(tx, tx.init(jax.random.key(0), means), [np.repeat(means, 4, 0)] * 3)
   np.testing.assert_allclose(state.variances, np.full((K, dim), floor), rtol=1e-6)
@@ -477,9 +485,8 @@ def test_no_gradient_reaches_features_or_state(options, constants):
     np.testing.assert_array_equal(gradient, np.zeros(gradient.shape))
 
 
-def test_feature_mean_is_a_plain_mean_that_becomes_a_moving_one(constants):
-  constants(_MOMENTUM=0.5)
-  tx = make(center_features=True)
+def test_feature_mean_is_a_plain_mean_that_becomes_a_moving_one():
+  tx = make(center_features=True, momentum=0.5)
   features = batches(3)
   state, _ = run(tx, tx.init(jax.random.key(0)), features)
   means = features.astype(np.float64).mean(axis=1)
@@ -669,6 +676,8 @@ def test_three_steps_trace_once():
     ({"window": -1.0}, "window=-1.0: must be positive"),
     ({"kappa": 0.0}, "kappa=0.0: must be positive"),
     ({"beta": float("nan")}, "beta=nan: must be positive"),
+    ({"variance_floor": 0.0}, "variance_floor=0.0: must be positive"),
+    ({"momentum": 1.0}, "momentum=1.0: must be in [0, 1)"),
   ],
   ids=lambda x: x if isinstance(x, str) else "",
 )

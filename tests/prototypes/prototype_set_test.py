@@ -92,9 +92,29 @@ def test_horizon_schedule_is_the_config_s():
   assert gaps[0] < 1e-3 < 0.1 < gaps[1]
 
 
+def test_window_floor_and_momentum_are_the_config_s():
+  """A window of W rows is a horizon of W K / N steps, whatever the horizon of the config."""
+  features = jax.random.normal(jax.random.key(1), (64, 16))
+
+  def moved(**changes):
+    prototypes = _set("mixture", **{f"mixture__{k}": v for k, v in changes.items()})
+    return prototypes.move(prototypes.init(jax.random.key(0)), features)
+
+  by_window = moved(window=6.0, horizon_steps=1e6)
+  np.testing.assert_allclose(by_window.means, moved(horizon_steps=3.0).means, atol=1e-6)
+  floored = moved(covariance="diagonal", variance_floor=0.5)
+  np.testing.assert_array_equal(floored.variances, np.full((32, 16), 0.5, np.float32))
+  share = moved(momentum=0.0).usage
+  np.testing.assert_allclose(moved(momentum=0.5).usage, 0.5 / 32 + 0.5 * share, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
   ("changes", "words"),
   [
+    (
+      {"mixture__window": 5.0, "mixture__horizon_final": 2.0, "mixture__anneal_steps": 3},
+      "mixture: window=5.0 takes",
+    ),
     ({"method__num_prototypes": 1}, "num_prototypes=1: .*at least 2"),
     ({"mixture__covariance": "full"}, "mixture: .*covariance='full'"),
     ({"mixture__kappa": -1.0}, "mixture: kappa=-1.0"),

@@ -17,6 +17,8 @@ def _config(**changes):
     "lr": 0.01,
     "final_lr": 1e-4,
     "warmup_steps": 3,
+    "warmup_start": 0.0,
+    "schedule_scale": 1.0,
     "weight_decay": 0.04,
     "final_weight_decay": 0.4,
     "clip": 0.5,
@@ -261,17 +263,27 @@ def test_frozen_prototypes_keep_values_and_state_to_the_bit():
   assert int(state.step) == 3
 
 
-def test_tensor_clip_leaves_small_gradients_alone_where_the_global_one_does_not():
-  trained = {"encoder": {"a": jnp.zeros((1, 1)), "b": jnp.zeros((1, 1))}}
-  gradient = {"encoder": {"a": jnp.full((1, 1), 10.0), "b": jnp.full((1, 1), 0.1)}}
+def test_each_clip_takes_the_norm_that_it_says():
+  trained = {
+    "encoder": {"a": jnp.zeros((1, 1)), "b": jnp.zeros((1, 1))},
+    "prototypes": {"v": jnp.zeros((1, 1))},
+  }
+  gradient = {
+    "encoder": {"a": jnp.full((1, 1), 10.0), "b": jnp.full((1, 1), 0.1)},
+    "prototypes": {"v": jnp.full((1, 1), 30.0)},
+  }
   rates = {"name": "sgd", "warmup_steps": 0, "clip": 1.0, "lr": 0.5, "weight_decay": 0.0}
   after = {
     mode: _flat(_train(_config(**rates, clip_mode=mode), trained, [gradient], 5)[0])
-    for mode in ("tensor", "global")
+    for mode in ("tensor", "global", "encoder")
   }
   np.testing.assert_allclose(after["tensor"]["encoder.a"], -1.0, rtol=1e-5)
   np.testing.assert_allclose(after["tensor"]["encoder.b"], -0.1, rtol=1e-5)
-  np.testing.assert_allclose(after["global"]["encoder.b"], -0.01, rtol=1e-3)
+  total = np.hypot(10.0, 30.0)
+  np.testing.assert_allclose(after["global"]["encoder.b"], -0.1 / total, rtol=1e-3)
+  np.testing.assert_allclose(after["global"]["prototypes.v"], -30.0 / total, rtol=1e-3)
+  np.testing.assert_allclose(after["encoder"]["encoder.b"], -0.01, rtol=1e-3)
+  np.testing.assert_allclose(after["encoder"]["prototypes.v"], -30.0, rtol=1e-5)
 
 
 def test_encoder_alone_has_no_state_for_prototypes():
@@ -290,6 +302,23 @@ def test_logged_rate_is_the_scaled_one_that_is_applied():
     moved = float(before["encoder"]["w"][0] - after["encoder"]["w"][0])
     np.testing.assert_allclose(moved, rate(steps - 1), rtol=1e-3, atol=1e-9)
   np.testing.assert_allclose(rate(2), 0.02, rtol=1e-6)
+
+
+def test_schedules_of_a_longer_run_are_left_early():
+  """At 1.25 the last of 8 steps has the rate and the decay of step 7 of 10."""
+  config = _config(schedule_scale=1.25, warmup_start=0.005, warmup_steps=3)
+  rate = optim.learning_rate(config, num_steps=8, batch_size=512)
+  cosine = 1e-4 + 0.5 * (0.02 - 1e-4) * (1 + np.cos(np.pi * np.arange(5) / 7))
+  expected = [0.01, 0.015, 0.02, *cosine]
+  np.testing.assert_allclose([rate(step) for step in range(8)], expected, rtol=1e-5)
+  decay = optim.weight_decay(config, num_steps=8)
+  np.testing.assert_allclose(decay(7), 0.4 - 0.18 * (1 + np.cos(np.pi * 0.7)), rtol=1e-5)
+  assert "schedules 1.25 times as long as the run" in optim.describe(config)
+
+
+def test_schedules_shorter_than_the_run_are_refused():
+  with pytest.raises(errors.UserError, match="schedule_scale=0.5 .*end before the run"):
+    optim.build(_config(schedule_scale=0.5), num_steps=9, batch_size=512)
 
 
 def test_description_says_only_what_applies():

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from protojax import losses, schedules
+from protojax import errors, losses, schedules
 from protojax.methods import base
 from protojax.models import encoder as encoders
 from protojax.prototypes import prototype_set, weight_norm
@@ -43,15 +43,25 @@ def build(config, *, patches: bool = False, constant_momentum: bool = False) -> 
   "mask" and "keep" (see `encoder.embed`), are the student's.
 
   Args:
-    config: reads `model`, `head`, `teacher.momentum` and more.
+    config: reads `model`, `head`, `teacher.{momentum, schedule}`, `optim.schedule_scale` and more.
     patches: embed the patch tokens of the global views too.
-    constant_momentum: `teacher.momentum` stays as it is; by default it rises to 1 by a cosine.
+    constant_momentum: `teacher.momentum` stays as it is; by default it rises to 1 by a cosine, or
+      linearly.
+
+  Raises:
+    UserError: for an unknown `teacher.schedule`.
   """
   student_net = encoders.build(config, mask_token=patches)
   teacher_net = encoders.build(encoders.without_drop_path(config), mask_token=patches)
   # What the student adds: 1 - momentum, without the cancellation near 1.
   share = 1.0 - config.teacher.momentum
-  pace = schedules.cosine(share, 0.0, config.num_steps)
+  shapes = {"cosine": schedules.cosine, "linear": schedules.linear}
+  if config.teacher.schedule not in shapes:
+    raise errors.UserError(
+      f"teacher.schedule={config.teacher.schedule!r} is unknown: choose {' or '.join(shapes)}"
+    )
+  length = schedules.stretched(config.num_steps, config.optim.schedule_scale)
+  pace = shapes[config.teacher.schedule](share, 0.0, length)
 
   def init(key):
     size, channels = config.augment.global_size, config.data.channels
