@@ -17,7 +17,7 @@ def get_config(mode: str = ""):
   config.save_every = 5000
   config.augment.update({
     "num_local": 0, "global_scale": (0.2, 1.0), "saturation": 0.4,
-    "blur_prob": (0.5, 0.5, 0.5), "solarize_prob": (0.0, 0.0, 0.0),
+    "blur_prob": (0.5, 0.5, 0.5), "solarize_prob": (0.0, 0.0, 0.0), "interpolation": "bilinear",
   })  # fmt: skip
   config.model.update({"name": "resnet50", "zero_init_residual": False})
   config.head.update({"layers": 2, "bottleneck": 128, "activation": "relu", "init": "uniform"})
