@@ -1,11 +1,13 @@
-"""The README's two tables: every row at one equal budget, then its floors.
+"""The README's tables: every row at one equal budget, then its floors; three rows by seeds.
 
   python benchmarks/cifar10.py --data_dir=$PROTOJAX_DATA_DIR --workdir=runs/cifar10 [--rows ...]
+    [--seed 0]
 
 Runs each row with `python -m protojax.main` in a process of its own, one after another (rows that
 are done are not run again), writes what each left to docs/results/cifar10/ROW.json (measures, the
-protocol and environment of its result.json, config, commit) and prints Markdown tables of all that
-is there: the kinds of prototypes, and the methods. The full form of GEDI takes a tenth of the
+protocol and environment of its result.json, config, commit; ROW_seed1.json of seed 1) and prints
+Markdown tables of all that is there: the kinds of prototypes, mean and standard deviation of those
+with several seeds, and the methods. The full form of GEDI takes a tenth of the
 steps. "raw pixels" and "untrained encoder" are the floors: accuracies without any training.
 """
 
@@ -29,7 +31,7 @@ from protojax.training import datasets, evaluation, programs, workdir
 PROTOTYPES = {
   "dino joint": "configs/dino_cifar10.py",
   "dino frozen": "configs/frozen_cifar10.py",
-  "dino mixture, plain": "configs/gmm_cifar10.py:paper",
+  "dino mixture, paper": "configs/gmm_cifar10.py:paper",
   "dino mixture, balanced": "configs/gmm_cifar10.py",
   "carp joint": "configs/carp_cifar10.py",
   "carp mixture": "configs/carp_cifar10.py:gmm",
@@ -52,6 +54,7 @@ METHODS = {
   "vicreg": "configs/vicreg_cifar10.py",
 }
 ROWS = PROTOTYPES | METHODS
+SEEDS = ("dino frozen", "dino mixture, paper", "dino mixture, balanced")
 FLOORS = ("raw pixels", "untrained encoder")
 RESULTS = pathlib.Path(__file__).parents[1] / "docs" / "results" / "cifar10"
 # {measure: (head, factor, format)}
@@ -85,6 +88,18 @@ METHOD_COLUMNS = {
   "used": ("used %", 100, ".1f"),
   **_ACCURACY,
   "verdict": ("verdict", 1, ""),
+}
+
+
+SEED_COLUMNS = {
+  "unique_0.25": ("unique .25", 100, ".1f"),
+  "unique_0.5": (".5", 100, ".1f"),
+  "used": ("used %", 100, ".1f"),
+  "perplexity": ("perplexity", 1, ".0f"),
+  "drift": ("drift", 1, ".3f"),
+  "rankme": ("RankMe", 1, ".1f"),
+  "knn": ("k-NN %", 100, ".1f"),
+  "linear_fitted": ("linear %", 100, ".1f"),
 }
 
 
@@ -146,21 +161,27 @@ def least_loss(measures: dict, config) -> float | None:
   return None
 
 
-def publish(row: str, result: dict, config: dict | None, commit: str) -> None:
+def _file(row: str, seed: int) -> str:
+  return row.replace(",", "").replace(" ", "_") + f"_seed{seed}" * bool(seed)
+
+
+def publish(row: str, result: dict, config: dict | None, commit: str, seed: int = 0) -> None:
   """Writes docs/results/cifar10/ROW.json from a result.json, without the paths of the machine."""
   given = ["--workdir=runs/cifar10", "--config.data.data_dir=$PROTOJAX_DATA_DIR"]
   environment = {k: v for k, v in result["environment"].items() if k != "command"}
+  given += [f"--config.seed={seed}"] * bool(seed)
   recipe = [f"--config={ROWS[row]}", *given] if row in ROWS else []
   record = {"row": row, "commit": commit, "arguments": recipe, **result, "config": config}
   record["environment"] = environment
   RESULTS.mkdir(parents=True, exist_ok=True)
-  path = RESULTS / f"{row.replace(',', '').replace(' ', '_')}.json"
+  path = RESULTS / f"{_file(row, seed)}.json"
   path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
 
 
 def published() -> dict[str, dict]:
   """{row: measures, "verdict" and "least_loss"} of what was published, in the README's order."""
-  records = {r["row"]: r for r in (json.loads(p.read_text()) for p in RESULTS.glob("*.json"))}
+  found = (json.loads(p.read_text()) for p in RESULTS.glob("*.json"))
+  records = {r["row"]: r for r in found if not r["measures"].get("seed")}
   pixels, untrained = (records.get(floor, {}).get("measures", {}) for floor in FLOORS)
   known = {  # of all images of bank and test, as the rows
     "floor/knn_pixels": pixels.get("probe/knn"),
@@ -178,12 +199,32 @@ def published() -> dict[str, dict]:
   return out
 
 
+def by_seed() -> dict[str, list[dict]]:
+  """{row: measures of each of its seeds} of `SEEDS`, as far as published."""
+  found = [json.loads(p.read_text()) for p in sorted(RESULTS.glob("*.json"))]
+  return {row: [r["measures"] for r in found if r["row"] == row] for row in SEEDS}
+
+
+def seed_table() -> str:
+  """Mean and standard deviation over the seeds, in Markdown."""
+  head = "| row | seeds | " + " | ".join(c[0] for c in SEED_COLUMNS.values()) + " |"
+  lines = [head, "|---" * (len(SEED_COLUMNS) + 2) + "|"]
+  for row, runs in by_seed().items():
+    cells = []
+    for key, (_, scale, form) in SEED_COLUMNS.items():
+      values = [scale * _short(run)[key] for run in runs]
+      cells.append(f"{np.mean(values):{form}} ± {np.std(values, ddof=1):{form}}")
+    lines.append(f"| {row} | {len(runs)} | " + " | ".join(cells) + " |")
+  return "\n".join(lines)
+
+
 def tables() -> list[str]:
-  """The README's two, in Markdown, of what was published."""
+  """The README's, in Markdown, of what was published."""
   rows, out = published(), []
   for names, columns in ((PROTOTYPES, PROTOTYPE_COLUMNS), (METHODS, METHOD_COLUMNS)):
     last = FLOORS if names is PROTOTYPES else ()
     out.append(table({r: rows[r] for r in (*names, *last) if r in rows}, columns))
+  out.insert(1, seed_table())
   return out
 
 
@@ -206,6 +247,7 @@ if __name__ == "__main__":
   parser.add_argument("--data_dir", required=True)
   parser.add_argument("--workdir", default="runs/cifar10")
   parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), metavar="ROW")
+  parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--no_floors", action="store_true")
   arguments = parser.parse_args()
   commit = subprocess.run(
@@ -215,7 +257,7 @@ if __name__ == "__main__":
     for floor, result in floors(arguments.data_dir).items():
       publish(floor, result, None, commit)
   for row in arguments.rows:
-    folder = pathlib.Path(arguments.workdir) / row.replace(",", "").replace(" ", "_")
+    folder = pathlib.Path(arguments.workdir) / _file(row, arguments.seed)
     done = subprocess.run(
       [
         sys.executable,
@@ -224,11 +266,13 @@ if __name__ == "__main__":
         f"--config={ROWS[row]}",
         f"--workdir={folder}",
         f"--config.data.data_dir={arguments.data_dir}",
+        f"--config.seed={arguments.seed}",
       ],
       check=False,
     )
     if done.returncode:
       sys.exit(done.returncode)
     result = json.loads((folder / "eval" / "final" / "result.json").read_text())
-    publish(row, result, json.loads((folder / "config.json").read_text()), commit)
+    config = json.loads((folder / "config.json").read_text())
+    publish(row, result, config, commit, arguments.seed)
   print("\n\n".join(tables()))

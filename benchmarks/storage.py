@@ -2,24 +2,25 @@
 
   python -m benchmarks.storage [--sizes 256 320 384 448 512] [--draws 64]
 
-The published code crops the original file. Training here squashes each image to S x S on the host
-and crops that on the device. The originals are whole photos, of scikit-learn and matplotlib, whose
-longer side is brought to 500 pixels, about ImageNet's average. The same boxes are cut out of the
-original and out of what is stored:
+The published code crops the original file. The originals here are whole photos, of scikit-learn and
+matplotlib, whose longer side is brought to 500 pixels. The same boxes are cut out of the original
+and out of what is stored in a square of S x S:
 
   sharpness  energy of the gradient kept, over all draws: 1 is as sharp as from the original
   error      root mean square of the difference, in grey levels of 255
 
 for views of 224 pixels (.4 to 1 of the area), of 96 (.05 to .4), the smallest of these (.05 to .14)
-and the evaluation transform, resize 256 and crop 224. "fit" is the other way to store an image
-in S x S: its longer side is brought to S, the rest of the square stays empty. "per_cpu_s" is how
-many of these photos, as JPEG of quality 92, one core decodes and squashes, "prepared_per_cpu_s" how
-many that `protojax prepare` has made S x S. Prints one JSON line.
+and the evaluation transform, resize 256 and crop 224. Three ways to store: "cap", what
+`decoding.store` does, each side S at most; "squashed", each side S; "fit", the longer side S at
+most, the aspect kept. "per_cpu_s" is how many of these photos, as JPEG of quality 92, one core
+decodes and stores, "prepared_per_cpu_s" how many that `protojax prepare` has stored. Writes
+docs/results/storage.json and prints the table of docs/data.md.
 """
 
 import argparse
 import io
 import json
+import pathlib
 import statistics
 import time
 
@@ -34,6 +35,7 @@ from protojax.data import augment, decoding, resize
 from protojax.data.sources import pixels
 
 LONGER = 500
+RESULTS = pathlib.Path(__file__).parents[1] / "docs" / "results" / "storage.json"
 VIEWS = {  # name: (pixels, share of the area)
   "global": (224, (0.4, 1.0)),
   "local": (96, (0.05, 0.4)),
@@ -148,7 +150,7 @@ def measure(sizes: list[int], draws: int) -> dict:
         "fit": compare(originals, [fit(image, size) for image in originals], draws),
         "cap": compare(originals, [cap(image, size) for image in originals], draws),
         "per_cpu_s": rate(files, size),
-        "prepared_per_cpu_s": rate(encoded(squashed, 95), size),
+        "prepared_per_cpu_s": rate(encoded([cap(image, size) for image in originals], 95), size),
       }
     )
   return {
@@ -160,9 +162,24 @@ def measure(sizes: list[int], draws: int) -> dict:
   }
 
 
+def table(rows: list[dict]) -> str:
+  """Markdown."""
+  names = (*VIEWS, "evaluation")
+  head = ("size", "kB an image", *names, "files", "prepared")
+  lines = ["| " + " | ".join(head).replace("_", " ") + " |", "|---" * len(head) + "|"]
+  for row in rows:
+    kept = [f"{row['cap'][name][0]:.2f}" for name in names]
+    rates = (row["per_cpu_s"], row["prepared_per_cpu_s"])
+    cells = (row["size"], row["kilobytes"], *kept, *rates)
+    lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+  return "\n".join(lines)
+
+
 if __name__ == "__main__":
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--sizes", type=int, nargs="+", default=[256, 320, 384, 448, 512])
   parser.add_argument("--draws", type=int, default=64)
   arguments = parser.parse_args()
-  print(json.dumps(measure(arguments.sizes, arguments.draws)))
+  measured = measure(arguments.sizes, arguments.draws)
+  RESULTS.write_text(json.dumps(measured, indent=1) + "\n")
+  print(table(measured["rows"]))

@@ -55,7 +55,7 @@ def imagenet(method: str, *, num_epochs: float, batch_size: int):
   config.num_epochs = num_epochs
   config.batch_size = batch_size
   config.precision = "bfloat16"
-  config.data.update({"name": "imagenet2012", "image_size": 384})
+  config.data.update({"name": "imagenet2012", "image_size": 512})
   config.probe.update({"test_split": "validation", "batch_size": 256, "crop": 0.875})
   config.eval_every = 25_000
   config.save_every = 2500

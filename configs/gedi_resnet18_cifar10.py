@@ -5,7 +5,7 @@ r"""GEDI without the generative term on CIFAR-10, ResNet-18, 1,000 epochs: the r
 
 What differs: the loss is the mean over clusters, of both views (--config.method.legacy=True takes
 the released sum of the first); the last layer, there Linear(2048, 2048), is factored through 512
-dimensions; the encoder computes in bfloat16, there in float16.
+dimensions into rows of length 1; the encoder computes in bfloat16, there in float16.
 
 Cost and result: not measured yet.
 """

@@ -49,28 +49,57 @@ class Run(NamedTuple):
 C = Constant
 
 
-_ALL = (
-  C(
-    "blur",
-    "Pillow's Gaussian of radius .1 to 2",
-    note="differs because ours is a true Gaussian, Pillow's a sum of boxes, which differs below .5",
-  ),
-  C(
-    "what is cropped",
-    "the file",
-    "data.image_size",
-    None,
-    "each side of more than 384 pixels is shrunk to that first; switch data.image_size=512, which "
-    "leaves files of up to 512 alone",
-  ),
-  C(
-    "precision",
-    "float16 where it is safe",
-    "precision",
-    None,
-    "bfloat16, which accelerators of today have; losses and statistics in float32",
-  ),
+_FILE = C(
+  "what is cropped",
+  "the file",
+  "data.image_size",
+  None,
+  "the file too, but a side of more than 512 pixels is shrunk to that first",
 )
+_PILLOW_BLUR = C(
+  "blur",
+  "Pillow's Gaussian of radius .1 to 2",
+  note="differs because ours is a true Gaussian, Pillow's a sum of boxes, which differs below .5",
+)
+_FLOAT16 = C(
+  "precision",
+  "float16 where it is safe",
+  "precision",
+  None,
+  "bfloat16, which accelerators of today have; losses and statistics in float32",
+)
+_FLOAT32 = C(
+  "precision",
+  "float32",
+  "precision",
+  None,
+  "bfloat16 in the encoder's products; switch precision=float32",
+)
+_LEARNED = C("prototypes", "learned", "method.prototypes", "learned")
+_MEAN = C("mean subtracted", "ImageNet's", "augment.mean", (0.485, 0.456, 0.406))
+_NORMAL = C("start of the head", "normal, .02", "head.init", "normal")
+_UNIFORM = C("start of the head", "PyTorch's uniform", "head.init", "uniform")
+_BIASES = C(
+  "start of biases in the head",
+  "PyTorch's uniform",
+  note="differs because they start at 0",
+)
+_UNIT = C("features normalised", "yes", "head.l2", True)
+
+
+def _constant_decay(value, text):
+  return (
+    C("weight decay, start", text, "optim.weight_decay", value),
+    C("weight decay, end", text, "optim.final_weight_decay", value),
+  )
+
+
+def _running(published):
+  return C(
+    "running statistics move",
+    published,
+    note="differs because they move once a call of the encoder here",
+  )
 
 
 def _crops(scale, local_scale=None, num_local=0, *, interpolation="bicubic"):
@@ -80,6 +109,8 @@ def _crops(scale, local_scale=None, num_local=0, *, interpolation="bicubic"):
     C("local views", str(num_local), "augment.num_local", num_local),
     C("filter of the crops", interpolation, "augment.interpolation", interpolation),
     C("flip", ".5", "augment.flip", 0.5),
+    _FILE,
+    _MEAN,
   ]
   if num_local:
     constants += [
@@ -114,7 +145,8 @@ _VIT = (
 
 _ADAMW = (
   C("optimizer", "AdamW", "optim.name", "adamw"),
-  C("its betas", ".9, .999", "optim.beta2", 0.999),
+  C("its first beta", ".9", "optim.beta1", 0.9),
+  C("its second beta", ".999", "optim.beta2", 0.999),
   C("weight decay, start", ".04", "optim.weight_decay", 0.04),
   C("weight decay, end", ".4", "optim.final_weight_decay", 0.4),
   C("norms and biases decay", "no", "optim.decay_all", False),
@@ -147,6 +179,8 @@ DINO = Run(
     C("drop path", ".1", "model.drop_path", 0.1),
     C("offset of interpolated positions", ".1", "model.position_offset", 0.1),
     *_DINO_HEAD,
+    _NORMAL,
+    _LEARNED,
     C("prototypes K", "65,536", "method.num_prototypes", 65_536),
     C("prototypes' norms trained", "no", "method.train_prototype_norm", False),
     C("epochs", "100", "num_epochs", 100.0),
@@ -160,14 +194,17 @@ DINO = Run(
     C("what is clipped", "each tensor", "optim.clip_mode", "tensor"),
     C("prototypes stand still", "1 epoch", "optim.freeze_prototypes_epochs", 1.0),
     C("temperature of the student", ".1", "method.student_temp", 0.1),
-    C("temperature of the teacher", ".04", "method.teacher_temp", 0.04),
+    C("targets", "centred", "method.targets", "center"),
+    C("temperature of the teacher, start", ".04", "method.teacher_temp_start", 0.04),
+    C("temperature of the teacher, end", ".04", "method.teacher_temp", 0.04),
     C("its warm-up", "0 epochs", "method.teacher_temp_warmup_epochs", 0),
     C("momentum of the centre", ".9", "method.center_momentum", 0.9),
     C("momentum of the teacher, start", ".996", "teacher.momentum", 0.996),
     C("its way to 1", "cosine", "teacher.schedule", "cosine"),
     *_crops((0.4, 1.0), (0.05, 0.4), 8),
     *_DINO_COLOURS,
-    *_ALL,
+    _PILLOW_BLUR,
+    _FLOAT16,
   ),
 )
 
@@ -179,6 +216,8 @@ IBOT = Run(
     C("drop path", ".1", "model.drop_path", 0.1),
     C("offset of interpolated positions", ".1", "model.position_offset", 0.1),
     *_DINO_HEAD,
+    _NORMAL,
+    _LEARNED,
     C("prototypes K", "8,192", "method.num_prototypes", 8192),
     C("prototypes' norms trained", "yes", "method.train_prototype_norm", True),
     C("one set for class and patch tokens", "yes, on both sides", "method.shared_head", True),
@@ -188,9 +227,12 @@ IBOT = Run(
     C("learning rate per 256", "5e-4", "optim.lr", 5e-4),
     C("learning rate, end", "1e-6", "optim.final_lr", 1e-6),
     C("warm-up", "10 epochs", "optim.warmup_epochs", 10.0),
+    C("prototypes decay", "yes", "optim.decay_prototypes", True),
     C("longest gradient", "3 per tensor", "optim.clip", 3.0),
+    C("what is clipped", "each tensor", "optim.clip_mode", "tensor"),
     C("prototypes stand still", "1 epoch", "optim.freeze_prototypes_epochs", 1.0),
     C("temperature of the student", ".1", "method.student_temp", 0.1),
+    C("targets", "centred", "method.targets", "center"),
     C("temperature of class targets, start", ".04", "method.teacher_temp_start", 0.04),
     C("temperature of class targets, end", ".07", "method.teacher_temp", 0.07),
     C("temperature of patch targets, start", ".04", "method.patch_temp_start", 0.04),
@@ -209,9 +251,11 @@ IBOT = Run(
       "(tests/methods/ibot_test.py)",
     ),
     C("momentum of the teacher, start", ".996", "teacher.momentum", 0.996),
+    C("its way to 1", "cosine", "teacher.schedule", "cosine"),
     *_crops((0.25, 1.0), (0.05, 0.25), 10),
     *_DINO_COLOURS,
-    *_ALL,
+    _PILLOW_BLUR,
+    _FLOAT16,
   ),
 )
 
@@ -225,7 +269,11 @@ MSN = Run(
     C("layers of the head", "3", "head.layers", 3),
     C("hidden width of the head", "2,048", "head.hidden", 2048),
     C("dimension D", "256", "head.bottleneck", 256),
+    C("activation of the head", "GELU", "head.activation", "gelu"),
     C("norm in the head", "batch norm", "head.norm", "batch"),
+    _NORMAL,
+    _UNIT,
+    _running("once a resolution"),
     C(
       "views that share its statistics",
       "those of one size on one side",
@@ -234,7 +282,13 @@ MSN = Run(
       "one view at a time, so that the teacher's and the student's masked view are alike",
     ),
     C("start of the patch embedding", "Kaiming", note="differs because DINO's is the only one"),
+    _LEARNED,
     C("prototypes K", "1,024", "method.num_prototypes", 1024),
+    C(
+      "gradient of prototypes",
+      "summed over processes",
+      note="differs because ours is that of the mean loss, which Adam does not notice",
+    ),
     C("epochs", "800", "num_epochs", 800.0),
     C("batch", "1,024 (16 x 64)", "batch_size", 1024),
     *_ADAMW,
@@ -264,7 +318,8 @@ MSN = Run(
     C("prototypes of the teacher", "the student's", note="same: no average follows them"),
     *_crops((0.3, 1.0), (0.05, 0.3), 10, interpolation="bilinear"),
     *_colours((0.4, 0.4, 0.4, 0.1), (0.5, 0.5, 0.5), (0.0, 0.0, 0.0)),
-    *_ALL,
+    _PILLOW_BLUR,
+    _FLOAT32,
   ),
 )
 
@@ -280,6 +335,11 @@ SWAV = Run(
     C("dimension D", "128", "head.bottleneck", 128),
     C("norm in the head", "batch norm", "head.norm", "batch"),
     C("activation of the head", "ReLU", "head.activation", "relu"),
+    _UNIFORM,
+    _BIASES,
+    _UNIT,
+    _running("once a resolution"),
+    _LEARNED,
     C("prototypes K", "3,000", "method.num_prototypes", 3000),
     C(
       "prototypes of length 1",
@@ -293,7 +353,7 @@ SWAV = Run(
     C("trust coefficient", ".001", "optim.trust", 0.001),
     C("trust ratio clipped", "no", "optim.lars_clip", False),
     C("norms and biases decay and adapt", "yes", "optim.decay_all", True),
-    C("weight decay", "1e-6", "optim.weight_decay", 1e-6),
+    *_constant_decay(1e-6, "1e-6"),
     C("learning rate", ".6", "optim.lr", 0.6),
     C("learning rate, end", ".0006", "optim.final_lr", 6e-4),
     C("warm-up", "0 epochs", "optim.warmup_epochs", 0.0),
@@ -311,7 +371,8 @@ SWAV = Run(
     ),
     *_crops((0.14, 1.0), (0.05, 0.14), 6, interpolation="bilinear"),
     *_colours((0.8, 0.8, 0.8, 0.2), (0.5, 0.5, 0.5), (0.0, 0.0, 0.0), std=(0.228, 0.224, 0.225)),
-    *_ALL,
+    C("blur", "a Gaussian of sigma .1 to 2", "augment.blur_sigma", (0.1, 2.0)),
+    _FLOAT16,
   ),
 )
 
@@ -322,14 +383,28 @@ SELF_CLASSIFIER = Run(
     *_RESNET,
     C("last norm of a block starts at 0", "no", "model.zero_init_residual", False),
     C("statistics of views of one size", "joint", "model.joint_norm", True),
+    C(
+      "devices that share them",
+      "22 of 66",
+      note="differs because statistics are those of the global batch",
+    ),
+    _running("once a resolution"),
     C("layers of the head", "2", "head.layers", 2),
     C("hidden width of the head", "4,096", "head.hidden", 4096),
     C("dimension D", "128", "head.bottleneck", 128),
     C("norm in the head", "batch norm", "head.norm", "batch"),
     C("activation of the head", "leaky ReLU", "head.activation", "leaky_relu"),
+    _NORMAL,
+    _UNIT,
+    C("classifiers", "learned", "method.prototypes", "learned"),
     C("classes", "1,000, 2,000, 4,000, 8,000", "method.num_prototypes", 1000),
     C("classes of the others", "", "method.more_classifiers", (2000, 4000, 8000)),
     C("classifiers' norms trained", "yes", "method.train_prototype_norm", True),
+    C(
+      "trust ratio of classifiers",
+      "one each",
+      note="differs because the four are one array here, with one norm",
+    ),
     C("temperature over classes", ".1", "method.row_temp", 0.1),
     C("temperature over the batch", ".05", "method.column_temp", 0.05),
     C("epsilon of the logarithm", "1e-12", "method.eps", 1e-12),
@@ -342,8 +417,11 @@ SELF_CLASSIFIER = Run(
     C("batch", "4,092 (66 x 62)", "batch_size", 4092, "4,096, which powers of two divide"),
     C("optimizer", "SGD in apex's LARC", "optim.name", "lars"),
     C("its momentum", ".9", "optim.beta1", 0.9),
+    C("trust coefficient", ".001", "optim.trust", 0.001),
+    C("trust ratio clipped", "no", "optim.lars_clip", False),
     C("norms and biases decay and adapt", "yes", "optim.decay_all", True),
-    C("weight decay", "1e-6", "optim.weight_decay", 1e-6),
+    *_constant_decay(1e-6, "1e-6"),
+    C("classifiers stand still", "never", "optim.freeze_prototypes_epochs", 0.0),
     C("learning rate per 256", "4.8 for the batch", "optim.lr", 0.3),
     C("learning rate at the start, per 256", ".3 for the batch", "optim.warmup_start", 0.01875),
     C("learning rate, end", ".0048", "optim.final_lr", 4.8e-3),
@@ -351,7 +429,8 @@ SELF_CLASSIFIER = Run(
     C("longest gradient", "any", "optim.clip", 0.0),
     *_crops((0.4, 1.0), (0.05, 0.4), 6),
     *_colours((0.4, 0.4, 0.2, 0.1), (0.1, 1.0, 0.5), (0.0, 0.2, 0.0)),
-    *_ALL,
+    _PILLOW_BLUR,
+    _FLOAT32,
   ),
 )
 
@@ -364,6 +443,11 @@ PCL = Run(
     C("layers of the head", "2", "head.layers", 2),
     C("hidden width of the head", "2,048", "head.hidden", 2048),
     C("dimension D", "128", "head.bottleneck", 128),
+    C("norm in the head", "none", "head.norm", "none"),
+    C("activation of the head", "ReLU", "head.activation", "relu"),
+    _UNIFORM,
+    _BIASES,
+    _UNIT,
     C("clusters", "25,000, 50,000, 100,000", "method.num_prototypes", 100_000),
     C("clusters of the others", "", "method.coarse_clusters", (25_000, 50_000)),
     C("temperature", ".2", "method.temperature", 0.2),
@@ -374,11 +458,11 @@ PCL = Run(
     C(
       "images that k-means sees",
       "1,000 a centroid at most",
-      note="differs because ours sees all",
+      note="same: all, since 25,000 centroids allow 25 million",
     ),
     C(
       "prototypes a query is compared with",
-      "its own and 16,384 drawn ones",
+      "those of the device's batch and 16,384 drawn ones",
       note="differs because ours is compared with all: images of a cluster are no negatives",
     ),
     C("shuffled batch norm", "yes", note="differs because statistics are global"),
@@ -386,7 +470,7 @@ PCL = Run(
     C("batch", "256", "batch_size", 256),
     C("optimizer", "SGD", "optim.name", "sgd"),
     C("its momentum", ".9", "optim.beta1", 0.9),
-    C("weight decay", "1e-4", "optim.weight_decay", 1e-4),
+    *_constant_decay(1e-4, "1e-4"),
     C("norms and biases decay", "yes", "optim.decay_all", True),
     C("learning rate", ".03", "optim.lr", 0.03),
     C("learning rate, end", "0", "optim.final_lr", 0.0),
@@ -400,7 +484,8 @@ PCL = Run(
     C("momentum of the teacher", ".999", "teacher.momentum", 0.999),
     *_crops((0.2, 1.0), interpolation="bilinear"),
     *_colours((0.4, 0.4, 0.4, 0.1), (0.5, 0.5, 0.5), (0.0, 0.0, 0.0)),
-    *_ALL,
+    _PILLOW_BLUR,
+    _FLOAT32,
   ),
 )
 
@@ -413,13 +498,16 @@ _REDUNDANCY = (
   C("dimension D", "8,192", "head.bottleneck", 8192),
   C("norm in the head", "batch norm", "head.norm", "batch"),
   C("activation of the head", "ReLU", "head.activation", "relu"),
+  _UNIFORM,
+  C("features normalised", "no", "head.l2", False),
+  _running("once a view"),
   C("batch", "2,048", "batch_size", 2048),
   C("epochs", "1,000", "num_epochs", 1000.0),
   C("optimizer", "LARS", "optim.name", "lars"),
   C("its momentum", ".9", "optim.beta1", 0.9),
   C("trust coefficient", ".001", "optim.trust", 0.001),
   C("norms and biases decay and adapt", "no", "optim.decay_all", False),
-  C("weight decay", "1e-6", "optim.weight_decay", 1e-6),
+  *_constant_decay(1e-6, "1e-6"),
   C("learning rate per 256", ".2", "optim.lr", 0.2),
   C("learning rate, end", "a thousandth", "optim.final_lr", 1.6e-3),
   C("warm-up", "10 epochs", "optim.warmup_epochs", 10.0),
@@ -427,7 +515,8 @@ _REDUNDANCY = (
   C("longest gradient", "any", "optim.clip", 0.0),
   *_crops((0.08, 1.0)),
   *_DINO_COLOURS,
-  *_ALL,
+  _PILLOW_BLUR,
+  _FLOAT16,
 )
 
 BARLOW_TWINS = Run(
@@ -443,9 +532,14 @@ BARLOW_TWINS = Run(
       0.024,
     ),
     C(
-      "gradient",
-      "1 / W of the true one, of W processes",
-      note="differs because ours is the true one; LARS undoes it but in norms, biases and decay",
+      "decay of weights over their gradient",
+      "W times that of the true gradient, of W processes",
+      note="differs because the scale of the loss makes it 42 times that",
+    ),
+    C(
+      "gradient of norms and biases",
+      "1 / W of the true one",
+      note="differs because ours is the true one",
     ),
     *_REDUNDANCY,
   ),
@@ -453,7 +547,7 @@ BARLOW_TWINS = Run(
 
 VICREG = Run(
   "vicreg_resnet50",
-  "facebookresearch/vicreg at 08c8c0c and its README's run",
+  "facebookresearch/vicreg, main_vicreg.py at b42aa23, augmentations.py at cc1ef4f, README's run",
   (
     C(
       "biases in the head",
@@ -483,22 +577,30 @@ CARP = Run(
     C("norm in the head", "batch norm", "head.norm", "batch"),
     C("activation of the head", "GELU", "head.activation", "gelu"),
     C("features normalised", "no", "head.l2", False),
+    _NORMAL,
+    _running("once a resolution"),
+    _LEARNED,
     C("prototypes K", "65,536", "method.num_prototypes", 65_536),
     C("prototypes' norms trained", "no", "method.train_prototype_norm", False),
     C("prototypes a block", "512", "method.partition_size", 512),
     C("epochs of the best model", "400", "num_epochs", 400.0),
     C(
       "batch",
-      "32 a device and accumulated gradients",
+      "32 a device; gradients may be accumulated",
       "batch_size",
       None,
       "4,096, which is not in the code: as far as is remembered, the paper's",
+    ),
+    C(
+      "images of statistics, blocks and entropy",
+      "those of a microbatch, where gradients are accumulated",
+      note="differs because they are those of the global batch",
     ),
     C("optimizer", "LARS", "optim.name", "lars"),
     C("its momentum", ".9", "optim.beta1", 0.9),
     C("trust coefficient", ".001", "optim.trust", 0.001),
     C("norms and biases decay and adapt", "no", "optim.decay_all", False),
-    C("weight decay", "1e-6", "optim.weight_decay", 1e-6),
+    *_constant_decay(1e-6, "1e-6"),
     C("learning rate per 256", ".45", "optim.lr", 0.45),
     C("learning rate, end", ".0048", "optim.final_lr", 0.0048),
     C("warm-up", "0 epochs", "optim.warmup_epochs", 0.0),
@@ -506,6 +608,7 @@ CARP = Run(
     C("longest gradient", "any", "optim.clip", 0.0),
     C("prototypes stand still", "never", "optim.freeze_prototypes_epochs", 0.0),
     C("momentum of the teacher, start", ".99", "teacher.momentum", 0.99),
+    C("its way to 1", "cosine", "teacher.schedule", "cosine"),
     C(
       "teacher moves",
       "before the optimizer's step",
@@ -513,7 +616,8 @@ CARP = Run(
     ),
     *_crops((0.2, 1.0), (0.05, 0.2), 6),
     *_DINO_COLOURS,
-    *_ALL,
+    _PILLOW_BLUR,
+    _FLOAT16,
   ),
 )
 
@@ -521,6 +625,9 @@ _CIFAR = (
   C("views", "2 of 32 px", "augment.global_size", 32),
   C("their share of the image", "(0.08, 1)", "augment.global_scale", (0.08, 1.0)),
   C("filter of the crops", "bicubic", "augment.interpolation", "bicubic"),
+  C("local views", "0", "augment.num_local", 0),
+  C("flip", ".5", "augment.flip", 0.5),
+  C("mean subtracted", "CIFAR-10's", "augment.mean", (0.4914, 0.4822, 0.4465)),
   *_colours((0.4, 0.4, 0.2, 0.1), (0.0, 0.0, 0.0), (0.0, 0.2, 0.0), std=(0.2470, 0.2435, 0.2616)),
   C("epochs", "1,000", "num_epochs", 1000.0),
   C("warm-up", "10 epochs", "optim.warmup_epochs", 10.0),
@@ -529,8 +636,11 @@ _CIFAR = (
   C("its stem", "3 x 3, padding 2, no pool", "model.stem", "cifar_pad2"),
   C("last norm of a block starts at 0", "no", "model.zero_init_residual", False),
   C("longest gradient", "any", "optim.clip", 0.0),
-  C("weight decay", "1e-4", "optim.weight_decay", 1e-4),
-  _ALL[2],
+  *_constant_decay(1e-4, "1e-4"),
+  _UNIFORM,
+  _BIASES,
+  _running("once a view"),
+  _FLOAT16,
 )
 
 FALCON = Run(
@@ -549,11 +659,11 @@ FALCON = Run(
     C("optimizer", "Adam with L2", "optim.name", "adam"),
     C("learning rate per 256", ".001", "optim.lr", 1e-3),
     C("learning rate at the start, per 256", "3e-5 for the batch", "optim.warmup_start", 1.2e-4),
-    C(
-      "running statistics move",
-      "once a view",
-      note="differs because they move once a step here",
-    ),
+    C("its first beta", ".9", "optim.beta1", 0.9),
+    C("its second beta", ".999", "optim.beta2", 0.999),
+    C("norms and biases decay", "yes", note="same: under Adam everything does"),
+    C("images in the inverse temperature", "64, a device's batch", "method.tau_batch", 64),
+    C("codes", "random signs that never move", "method.prototypes", "dictionary"),
     *_CIFAR,
   ),
 )
@@ -569,21 +679,29 @@ GEDI = Run(
       "Linear(2048, 2048)",
       "head.bottleneck",
       None,
-      "it goes through 512 dimensions, since prototypes are rows over an embedding",
+      "it goes through 512 dimensions, since prototypes are rows over an embedding, which are of "
+      "length 1 here, without a bias",
     ),
+    C("layers of the head before it", "1", "head.layers", 1, "2, the second to 512 dimensions"),
+    C("norm in the head", "batch norm", "head.norm", "batch"),
+    C("activation of the head", "ReLU", "head.activation", "relu"),
+    _LEARNED,
     C("temperature", ".1", "method.temperature", 0.1),
-    C("weight of uniformity", ".5", "method.weight_uniformity", 0.5),
+    C("weight of uniformity", ".5 of a sum", "method.weight_uniformity", None, ".5 of a mean"),
     C("weight of invariance", ".05", "method.weight_invariance", 0.05),
     C(
       "uniformity",
-      "sum over clusters, of the first view",
+      "sum over clusters, of the first view; invariance from the second to the first",
       "method.legacy",
       True,
-      "the mean over clusters, of both views; switch method.legacy=True",
+      "the mean over clusters, 1 / 2,048 of that, and both terms in both directions; "
+      "switch method.legacy=True",
     ),
     C("batch", "256", "batch_size", 256),
     C("optimizer", "LARS", "optim.name", "lars"),
+    C("its momentum", ".9", "optim.beta1", 0.9),
     C("trust coefficient", ".001", "optim.trust", 0.001),
+    C("trust ratio clipped", "no", "optim.lars_clip", False),
     C("norms and biases decay and adapt", "yes", "optim.decay_all", True),
     C("learning rate per 256", ".3", "optim.lr", 0.3),
     C("learning rate at the start, per 256", "3e-5", "optim.warmup_start", 3e-5),
@@ -601,8 +719,9 @@ GMM = Run(
     C("order", "the mixture moves before the loss", "method.em_order", "before_loss"),
     C("prototypes in the loss", "the new ones, without gradient", note="same"),
     C("means on the sphere", "yes, as figures draw them", note="same: after every step"),
-    C("EM steps a batch", "1", note="same"),
-    C("forgetting", "by responsibility", "mixture.mass", "ca"),
+    C("forgetting", "by responsibility", note="same"),
+    C("form of the forgetting", "not public", "mixture.mass", None, "Celaya and Agostini's"),
+    C("EM steps a batch", "not public", note="differs because it is a choice: 1"),
     C(
       "eta",
       "not public",
@@ -610,7 +729,11 @@ GMM = Run(
       None,
       "a window of 1,000 rows, eta = .999: our choice",
     ),
-    C("weights in the posterior", "yes", "mixture.use_pi", True),
+    C(
+      "weights in the posterior",
+      "yes",
+      note="same, but with this forgetting they stay uniform and do nothing",
+    ),
     C(
       "beta",
       "rises; how far is not public",
@@ -626,11 +749,14 @@ GMM = Run(
       "1 / D, and max(1e-4, .05 / D): our choice",
     ),
     C("means, start", "not public", note="differs because it is a choice: random directions"),
-    C("balanced responsibilities", "no", "mixture.balanced", False),
-    C("centred features", "no", "mixture.center_features", False),
+    C("balanced responsibilities", "not mentioned", "mixture.balanced", None, "off"),
+    C("centred features", "not mentioned", "mixture.center_features", None, "off"),
+    C("prototypes K, of CARP", "65,536", "method.num_prototypes", 65_536),
+    C("dimension D, of CARP", "256", "head.bottleneck", 256),
+    C("targets of DINO", "not public", "method.targets", None, "centred, as without a mixture"),
     C(
       "loss and encoder",
-      "CARP, ResNet-50 (k-NN 67.7 to 69.5); DINO in the second version",
+      "CARP, k-NN 67.7 to 69.5 (ResNet-50, to judge by the number); DINO in the second version",
       note="differs because this is DINO's recipe for ViT-S; carp_resnet50:gmm is the other pair",
     ),
   ),

@@ -56,9 +56,8 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
       "name": "digits",
       "data_dir": config_dict.placeholder(str),
       "split": "train",
-      # Pixels of the square that each image is stored as: half as much again as the larger views,
-      # so that their crops are nearly as sharp as from the file (docs/data.md).
-      "image_size": 384,
+      # Longest side that is kept of an image, each side for itself, pixels (docs/data.md).
+      "image_size": 512,
       "channels": 3,  # 1: grey; or as many as the files have (docs/images.md)
       # Of images of more than 8 bits: (low, high), what becomes black and white, numbers or one for
       # each channel; None: from a sample at the start.

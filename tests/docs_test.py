@@ -10,6 +10,7 @@ read all the same. A command that this file does not know is an error.
 """
 
 import importlib
+import json
 import os
 import pathlib
 import re
@@ -26,7 +27,7 @@ import safetensors.numpy
 import torch_format
 from PIL import Image
 
-from benchmarks import cifar10, collapse_zoo, quickstart
+from benchmarks import cifar10, collapse_zoo, quickstart, storage
 from benchmarks.accelerator import collect
 from protojax import __main__, main
 
@@ -205,6 +206,14 @@ def test_tables_of_the_readme_are_those_of_the_published_results():
   shown = [line for line in readme.splitlines() if line.startswith("|") and line.count("|") > 10]
   rows = [line for table in cifar10.tables() for line in table.splitlines()]
   assert rows == shown
+
+
+def test_table_of_storage_sizes_is_that_of_its_results():
+  rows = json.loads(storage.RESULTS.read_text())["rows"]
+  page = (ROOT / "docs" / "data.md").read_text()
+  assert storage.table(rows) in page
+  (at_512,) = (row["cap"] for row in rows if row["size"] == 512)
+  assert all(kept == [1.0, 0.0] for kept in at_512.values())  # photos of 500 pixels: nothing lost
 
 
 def test_table_of_the_quickstart_is_that_of_its_published_results():

@@ -20,8 +20,8 @@ from protojax import errors, progress
 from protojax.data import pipeline, sources
 
 CHOICES = ("auto", "device", "off")
-# What cached data sets may take of a device's memory. CIFAR-10 is .15 GB, ImageNet-1k at 384 px
-# 567 GB over all devices together.
+# What cached data sets may take of a device's memory. CIFAR-10 is .15 GB, ImageNet-1k at 256 px
+# 252 GB over all devices together.
 SHARE = 1 / 8
 _DECODED = 1024  # images decoded at a time
 

@@ -6,8 +6,8 @@ each of several sets, which its query must find at the cluster's own temperature
 
 As published: one direction (view 0 asks, view 1 answers), constant teacher momentum, Euclidean
 k-means, centroids normalised afterwards. Different: a query is compared with all centroids of a set
-instead of 16,384 sampled ones, so that images of a cluster are no negatives of each other; k-means
-sees all images and starts once (published: `kmeans_restarts=5`); batch norm is not shuffled.
+instead of those of its batch and 16,384 sampled ones, so that images of a cluster are no negatives
+of each other; k-means starts once (published: `kmeans_restarts=5`); batch norm is not shuffled.
 Keys whose mean is 0 leave InfoNCE at ln(1 + queue_size exp(-1 / temperature)) or more.
 """
 
