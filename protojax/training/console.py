@@ -14,7 +14,7 @@ from protojax import errors, files, progress
 from protojax.data import pipeline, sources
 from protojax.metrics import measures as table
 from protojax.metrics import verdicts
-from protojax.training import metric_writer, wandb_run, workdir
+from protojax.training import metric_writer, optim, wandb_run, workdir
 
 _COLUMNS = 80
 
@@ -43,6 +43,9 @@ class RunLog:
     self._sums, self._count = {}, 0  # since the last line
     self._since, self._timed, self._waited = None, 0, 0.0  # since the clock was last set
     self._skipped = pipeline.SkippedLog(describe)
+    self._rate = optim.learning_rate(
+      config, num_steps=config.num_steps, batch_size=config.batch_size
+    )
     online = None
     if config.wandb:
       online = functools.partial(
@@ -105,6 +108,8 @@ class RunLog:
 
   def _line(self, done: int) -> None:
     means = {k: v / self._count for k, v in self._sums.items()}
+    with jax.transfer_guard("allow"):  # the step's number
+      means["train/learning_rate"] = float(self._rate(done - 1))
     if done == 1:  # of the net before its first update
       means["floor/loss_start"] = means.get("train/cross_entropy", means["train/loss"])
     now = time.perf_counter()

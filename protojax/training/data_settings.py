@@ -13,6 +13,7 @@ from protojax.data import sources
 
 _KEPT = (("data", "value_range"), ("augment", "mean"), ("augment", "std"))
 _SAMPLE = 1024  # images that mean and standard deviation are taken from
+_LOOKED_AT = 16  # images whose sides are compared with the square that they are stored in
 _LEAST_STD = 1.0 / 255.0  # a channel that never changes must not be divided by zero
 
 
@@ -43,6 +44,8 @@ def completed(
 ) -> ml_collections.ConfigDict:
   """A copy that names the held-out split, the range of deep images, mean and deviation.
 
+  Says so if the images are much smaller than the squares in which they are stored.
+
   Args:
     config: resolved.
     train: the images to train on.
@@ -57,6 +60,16 @@ def completed(
         "images of more than 8 bits: %s to %s become 0 to 255 (config.data.value_range)",
         *train.value_range,
       )
+    longest, square = _longest_side(train), config.data.image_size
+    if 0 < 2 * longest <= square:
+      logging.info(
+        "images of %s have %d pixels a side at most, of those looked at, and lie in squares of %d: "
+        "config.data.image_size=%d would save memory and time",
+        train.name,
+        longest,
+        square,
+        longest,
+      )
     if config.augment.mean is None or config.augment.std is None:
       mean, std = channel_statistics(train)
       config.augment.mean = config.augment.mean or mean
@@ -69,6 +82,13 @@ def completed(
         config.augment.std,
       )
   return config
+
+
+def _longest_side(data: sources.Source) -> int:
+  """In pixels, of 16 evenly spread images; 0 if none of them can be read."""
+  rows = np.unique(np.arange(_LOOKED_AT) * len(data) // _LOOKED_AT).tolist()
+  sizes = [r["size"] for r in data.read(rows) if not isinstance(r, sources.CorruptImage)]
+  return max((max(size) for size in sizes), default=0)
 
 
 def channel_statistics(data: sources.Source) -> tuple[tuple[float, ...], tuple[float, ...]]:

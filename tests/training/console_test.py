@@ -30,6 +30,15 @@ def test_a_line_is_the_mean_of_the_steps_since_the_last(tmp_path):
   assert _log(tmp_path, [8.0, 7.0, 5.0, 3.0], log_every=2) == {1: 8.0, 2: 7.0, 4: 4.0}
 
 
+def test_a_line_has_the_learning_rate_of_its_update(tmp_path):
+  rates = {"optim__lr": 0.32, "optim__final_lr": 0.0, "optim__warmup_steps": 2}
+  _log(tmp_path, [8.0, 7.0, 5.0, 3.0], log_every=1, batch_size=16, **rates)
+  lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  # Of a batch of 16: .02 at the peak, twice; half a cosine of two steps.
+  expected = [0.0, 0.02, 0.02, 0.01]
+  np.testing.assert_allclose([line["train/learning_rate"] for line in lines], expected, atol=1e-8)
+
+
 class _Terminal(io.StringIO):
   def isatty(self):
     return True

@@ -53,6 +53,16 @@ def run(cells, tmp_path_factory, compile_fast):
   return folder
 
 
+@pytest.mark.parametrize(("square", "said"), [(60, True), (59, False), (24, False)])
+def test_squares_of_twice_the_images_are_told(cells, caplog, square, said):
+  config = _config(cells)
+  config.data.image_size = square
+  caplog.set_level("INFO")
+  data_settings.completed(config, datasets.of_run(config)[0])
+  told = "30 pixels a side at most, of those looked at, and lie in squares of 60: config.data"
+  assert (told in caplog.text) == said
+
+
 def test_a_run_knows_what_it_found(run):
   config = json.loads((run / "config.json").read_text())
   highs = [511.0, 1023.0, 1023.0, 2047.0, 4095.0]
