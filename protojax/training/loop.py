@@ -150,7 +150,6 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
     plan = None
     if train_source not in cached and not train_source.in_memory:
       plan = program.decoders(train_source, batch_size=config.batch_size)
-      log.lines([str(plan)])
     stop = stack.enter_context(workdirs.Stop())
     for step in range(start, config.num_steps):
       if step > start and step % config.save_every == 0:

@@ -108,7 +108,7 @@ def test_stopped_and_resumed_run_equals_the_whole_one_to_the_bit(
     with pytest.raises(errors.Interrupted, match="stopped at step 3"):
       loop.run(tiny.run_config(**{"data.num_workers": 1}), str(folder))
   said = (folder / "train.log").read_text()
-  assert re.search(r"1 worker decodes about [\d,]+ img/s\n", said)
+  assert said.count("worker decodes") == 1
   assert re.search(r"1 worker decodes about [\d,]+ img/s; this step takes [\d,]+", said)
   caplog.set_level("INFO")
   with monkeypatch.context() as patch:
