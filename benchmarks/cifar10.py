@@ -224,7 +224,8 @@ def tables() -> list[str]:
   for names, columns in ((PROTOTYPES, PROTOTYPE_COLUMNS), (METHODS, METHOD_COLUMNS)):
     last = FLOORS if names is PROTOTYPES else ()
     out.append(table({r: rows[r] for r in (*names, *last) if r in rows}, columns))
-  out.insert(1, seed_table())
+  if all(len(runs) > 1 for runs in by_seed().values()):
+    out.insert(1, seed_table())
   return out
 
 
