@@ -47,6 +47,25 @@ def test_debug_step_of_a_recipe_traces(path):
   assert metrics["train/loss"].shape == ()
 
 
+_MODES = ["gmm_cifar10:paper"]
+if "PROTOJAX_TEST_ALL" in os.environ:
+  _MODES += [
+    "falcon_resnet8_cifar10:barlow_twins",
+    "falcon_resnet8_cifar10:gedi",
+    "falcon_resnet8_cifar10:self_classifier",
+    "falcon_resnet8_cifar10:swav",
+    "gmm_vit_s:paper",
+    "ibot_vit_s:gmm",
+    "carp_resnet50:gmm",
+  ]
+
+
+@pytest.mark.parametrize("name", _MODES)
+def test_a_mode_of_a_recipe_traces_at_its_real_size(name):
+  config = configs.resolve(recipes.load(name), 50_000)
+  assert programs.Program(config, 10).trace().out_info[1]["train/loss"].shape == ()
+
+
 @pytest.mark.usefixtures("compile_fast")
 @pytest.mark.parametrize("name", RUN)
 def test_debug_run_of_a_method_ends_with_measures_and_files(name, tmp_path, monkeypatch):
