@@ -273,6 +273,16 @@ def switch_method(config: ml_collections.ConfigDict, name: str) -> None:
         config.method[key] = fresh[key]
 
 
+_ELSEWHERE = {  # what other programs call it
+  "batch": "batch_size",
+  "epochs": "num_epochs",
+  "learning_rate": "optim.lr",
+  "out_dim": "method.num_prototypes",
+  "steps": "num_steps",
+  "wd": "optim.weight_decay",
+}
+
+
 def check_keys(overrides: Sequence[str], config: ml_collections.ConfigDict) -> None:
   """Refuses an override of a key that does not exist, naming the nearest one.
 
@@ -285,7 +295,8 @@ def check_keys(overrides: Sequence[str], config: ml_collections.ConfigDict) -> N
   known = trees.flat(config)
   for key in overrides:
     if key not in known and not any(k.startswith(key + ".") for k in known):
-      near = difflib.get_close_matches(key, known, 1, 0.4)
+      near = [_ELSEWHERE[key.rpartition(".")[2]]] if key.rpartition(".")[2] in _ELSEWHERE else []
+      near = near or difflib.get_close_matches(key, known, 1, 0.4)
       hint = f"did you mean config.{near[0]}?" if near else "see protojax/config.py for all keys"
       raise errors.UserError(f"unknown config key config.{key}: {hint}")
 
@@ -342,6 +353,16 @@ def resolve(config: ml_collections.ConfigDict, num_records: int) -> ml_collectio
       # At most a tenth of the run, so that a short one learns at all.
       steps = round(optim.warmup_epochs * config.steps_per_epoch)
       optim.warmup_steps = min(steps, config.num_steps // 10)
+    elif 2 * optim.warmup_steps > config.num_steps:
+      logging.warning(
+        "config.optim.warmup_steps=%d of %d steps: the learning rate %s; a tenth is %d",
+        optim.warmup_steps,
+        config.num_steps,
+        "is still rising at the end"
+        if optim.warmup_steps >= config.num_steps
+        else "rises for more than half of the run",
+        config.num_steps // 10,
+      )
     if not optim.freeze_prototypes_steps:
       steps = round(optim.freeze_prototypes_epochs * config.steps_per_epoch)
       optim.freeze_prototypes_steps = min(steps, config.num_steps // 10)

@@ -31,11 +31,12 @@ Writes what a trained encoder makes of images, one row an image.
 --layers, of features and patches: last; one by one block1, block2, ... of a ViT (through the final
 norm) and stage1 to stage4 of a ResNet; of features of a ViT also last4, last_avg, last4_avg.
 
-.npz holds the arrays filename [N], label [N] (-1: none), index [N]; features and patches [N, ...]
-float32, with several layers features_<layer>; embedding (or embedding_<set>) [N, D]; code (or
-code_<set>) [N]; and protocol, a JSON string that says what made them. It is written in one piece,
-so it must fit into memory. Parquet has the same as columns, protocol in the metadata of its schema,
-and is written as it goes; patches lie flat in it, protocol says their shape."""
+.npz holds the arrays filename [N], below the folder of the data; label [N] (-1: none), index [N];
+features and patches [N, ...] float32, with several layers features_<layer>; embedding (or
+embedding_<set>) [N, D]; code (or code_<set>) [N]; and protocol, a JSON string that says what made
+them. It is written in one piece, so it must fit into memory. Parquet has the same as columns,
+protocol in the metadata of its schema, and is written as it goes; patches lie flat in it, protocol
+says their shape."""
 
 WHAT = ("features", "patches", "embeddings", "codes")
 _ROW_GROUP = 64 << 20  # bytes of a Parquet file that are written at a time
@@ -100,6 +101,7 @@ def chunks(
   what: Sequence[str] = ("features",),
   layers: Sequence[str] = ("last",),
   limit: int = 0,
+  root: str | os.PathLike | None = None,
 ) -> Iterator[Columns]:
   """The columns of the file, {name: array [n, ...]}, in the order of the source, batch by batch.
 
@@ -109,13 +111,15 @@ def chunks(
     what: of `WHAT`.
     layers: of features and patches, see `pretrained.chunks`.
     limit: at most so many images, evenly spread; 0 takes all.
+    root: folder of the source, below which files are named; None leaves their names as they are.
 
   Raises:
     UserError: for an unknown layer, or codes of something without prototypes.
   """
+  above = f"{pathlib.Path(root).expanduser()}/" if root else ""
   for found in pretrained.chunks(model, source, parts=what, layers=layers, limit=limit):
     columns = {
-      "filename": np.array([source.describe(i) for i in found["index"]]),
+      "filename": np.array([source.describe(i).removeprefix(above) for i in found["index"]]),
       "label": found["label"],
       "index": found["index"],
     }
@@ -241,7 +245,8 @@ def main(argv: list[str]) -> None:
     "transform": f"{sizes.text(views.global_size)} px, centre crop {config.probe.crop:g}",
     "protojax": __version__,
   }
-  rows = chunks(model, source, what=what, layers=layers, limit=args.limit)
+  root = args.data_dir or config.probe.data_dir or config.data.data_dir
+  rows = chunks(model, source, what=what, layers=layers, limit=args.limit, root=root)
   with progress.during(f"writing {out}"):
     done = write(out, rows, protocol, wanted)
   shapes = ", ".join(f"{name} {shape}" for name, shape in done["shapes"].items())

@@ -56,8 +56,16 @@ def _sources(model: pretrained.Trained, args, names: Sequence[str]) -> dict[str,
   if args.data:
     roles = splits = ("train", sources.find_split(args.data, "test", args.data_dir))
   where = {"name": args.data, "data_dir": args.data_dir}
-  bank = pretrained.source(model, roles[0], **where)
-  test = pretrained.source(model, roles[1], **where, value_range=bank.value_range)
+  try:
+    bank = pretrained.source(model, roles[0], **where)
+    test = pretrained.source(model, roles[1], **where, value_range=bank.value_range)
+  except errors.UserError as error:
+    if args.data:
+      raise
+    raise errors.UserError(
+      f"the run has no labelled images to be judged by ({error}): name some with --data and "
+      "--data_dir, such as a folder of train/ and test/, each of one folder a class"
+    ) from None
   bank, test = Images(bank, splits[0]), Images(test, splits[1])
   found = {"bank": bank, "test": test}
   own = (probe.name, probe.data_dir) == (data.name, data.data_dir)

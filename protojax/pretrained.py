@@ -63,6 +63,14 @@ class Trained(NamedTuple):
   variables: Any
   mesh: jax.sharding.Mesh
 
+  def __repr__(self) -> str:
+    """One line: what it is, not the numbers in it."""
+    sets = {name: f"{x.shape[0]:,} x {x.shape[1]}" for name, x in self.prototypes.items()}
+    return (
+      f"Trained({self.path!r}, {self.config.model.name}, weights of the {self.weights}, "
+      f"step {self.step}, prototypes {sets or 'none'})"
+    )
+
   def preprocess(self, images: jax.Array) -> jax.Array:
     """The evaluation transform, for JAX code of your own; may be traced.
 

@@ -149,6 +149,22 @@ def test_warmup_that_is_asked_for_in_steps_is_kept():
   assert configs.resolve(config, 100).optim.warmup_steps == 40
 
 
+@pytest.mark.parametrize(
+  ("steps", "words"), [(150, "still rising at the end"), (390, "more than half"), (400, "")]
+)
+def test_a_warm_up_that_fills_a_shortened_run_is_told(steps, words, caplog):
+  config = recipes.load("gmm_cifar10")  # whose warm-up is 200 steps
+  config.num_steps = steps
+  configs.resolve(config, 50_000)
+  assert ("optim.warmup_steps=200" in caplog.text) == bool(words) and words in caplog.text
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("learning_rate", "lr"), ("wd", "weight_decay")])
+def test_names_of_other_programs_are_understood(typed, meant):
+  with pytest.raises(errors.UserError, match=rf"did you mean config.optim.{meant}\?"):
+    configs.check_keys([f"optim.{typed}"], configs.default())
+
+
 def test_batch_larger_than_the_source_is_refused():
   config = configs.default()
   config.num_steps = 5

@@ -114,6 +114,8 @@ def run(command: str, cwd: pathlib.Path, capsys, *, last: bool = False) -> None:
       pass  # needs the extra docs; that it knows every page is tested below
     case ["python", "docs/fidelity.py"]:
       pass  # writes a page here; fidelity_test holds the page against it
+    case ["bash", "launch/gpu_local.sh", *rest]:
+      main.parse(rest)
     case ["bash", "launch/test.sh", *_]:
       subprocess.run(["bash", "-n", "launch/test.sh"], cwd=ROOT, check=True)
     case ["bash", "launch/quickstart.sh"]:

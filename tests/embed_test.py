@@ -44,7 +44,7 @@ def test_npz_and_parquet_hold_the_same_rows_with_their_files(run, images, tmp_pa
   assert len(said) == 2 and said[0].endswith("1 could not be read") and "4 images" in said[0]
   arrays = np.load(tmp_path / "new" / "a.npz")
   table = parquet.read_table(tmp_path / "a.parquet")
-  files = [str(images / n) for n in ("cat/1.png", "cat/deep/2.png", "dog/3.png", "dog/4.png")]
+  files = ["cat/1.png", "cat/deep/2.png", "dog/3.png", "dog/4.png"]
   assert arrays["filename"].tolist() == table["filename"].to_pylist() == files
   assert arrays["label"].tolist() == table["label"].to_pylist() == [0, 0, 1, 1]
   np.testing.assert_array_equal(arrays["features"], np.array(table["features"].to_pylist()))

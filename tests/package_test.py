@@ -206,13 +206,21 @@ def test_tensorflow_datasets_comes_up_without_tensorflow():
 def test_every_folder_of_modules_is_a_package_that_gets_installed():
   folders = {file.parent for file in _files("protojax")}
   assert not [_name(folder) for folder in folders if not (folder / "__init__.py").exists()]
-  built = tomllib.loads((_ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-  packages = {_name(folder).replace("/", ".") for folder in folders}
+  project = tomllib.loads((_ROOT / "pyproject.toml").read_text())
+  built = project["tool"]["hatch"]["build"]["targets"]["wheel"]
   # And the recipes, where protojax/recipes.py looks for them.
-  assert set(built["packages"]) == packages | {"protojax.configs"}, (
-    "edit packages in pyproject.toml"
-  )
-  assert built["package-dir"] == {"protojax.configs": "configs"}
+  assert built["only-include"] == ["protojax", "configs"]
+  assert built["sources"] == {"configs": "protojax/configs"}
+
+
+def test_the_clone_s_own_folder_is_no_package_that_hides_it(tmp_path):
+  """Who cloned it runs Python in the folder above, where the clone is a folder called protojax."""
+  (tmp_path / "protojax").mkdir()
+  code = "import protojax; print(protojax.__file__)"
+  seen = subprocess.run(
+    [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+  ).stdout
+  assert pathlib.Path(seen.strip()) == _ROOT / "protojax" / "__init__.py"
 
 
 def test_public_functions_say_what_they_return():

@@ -60,6 +60,12 @@ def test_a_run_gives_what_its_training_measured(run, model):
   assert np.unique(codes).size / 32 == pytest.approx(result["collapse/used"])
 
 
+def test_a_model_prints_as_one_line(model):
+  line = repr(model)
+  assert len(line.splitlines()) == 1 and len(line) < 300
+  assert model.config.model.name in line and "prototypes {'prototypes': '" in line
+
+
 def test_arrays_of_images_are_seen_as_the_pipeline_sees_them(model):
   """Whatever their size, library and number: equal to `encoded` of the same images as a source."""
   rng = np.random.default_rng(0)

@@ -148,24 +148,26 @@ def ordered(
 
 
 class SkippedLog:
-  """Counts the corrupt records replaced in the batches it is shown.
+  """Counts and names the corrupt records that were replaced in the batches it is shown.
 
   Attributes:
-    count: replaced records so far, each time one was drawn.
+    count: corrupt records so far, each once, however often it was drawn.
 
   Args:
     describe: name of a row, `Source.describe`.
   """
 
   def __init__(self, describe: Callable[[int], str]):
-    self.count = 0
     self._describe = describe
-    self._named = set()
+    self._named: set[int] = set()
+
+  @property
+  def count(self) -> int:
+    return len(self._named)
 
   def update(self, skipped: np.ndarray) -> list[str]:
     """Takes "skipped" [b] of a batch; returns the names of rows that it did not name before."""
     rows = [int(row) for row in skipped if row >= 0]
-    self.count += len(rows)
     new = [row for row in dict.fromkeys(rows) if row not in self._named]
     self._named.update(new)
     return [self._describe(row) for row in new]

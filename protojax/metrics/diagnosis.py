@@ -330,7 +330,7 @@ def _page(name: str, result: Mapping[str, Any]) -> list[str]:
   shown = [row for row in measures.MEASURES if row.name not in counted]
   values = [(row, row.value(result["measures"])) for row in shown]
   return lines + [
-    f"  {row.title or row.name.replace('_', ' '):<19} "
+    f"  {row.title or row.label or row.name.replace('_', ' '):<19} "
     + (f"{value:.1%}" if row.is_share else f"{value:.4g}")
     for row, value in values
     if value is not None

@@ -28,9 +28,10 @@ class Measure(NamedTuple):
       share.
     short: its name in the log line; "" leaves it out there.
     title: its name in the report, where it has a row and a curve, and in the doctor; "" leaves it
-      out of the report, while the doctor shows it by `name`.
+      out of the report, while the doctor shows it by `label`, or by `name` without one.
     meaning: what the report says about it, half a sentence.
     has_random: whether its function also gives "NAME_random", the same of random prototypes.
+    label: see `title`.
   """
 
   name: str
@@ -41,6 +42,7 @@ class Measure(NamedTuple):
   title: str = ""
   meaning: str = ""
   has_random: bool = False
+  label: str = ""
 
   @property
   def of_sets(self) -> bool:
@@ -99,7 +101,6 @@ MEASURES = (
     _PROTOTYPES,
     _uniqueness,
     form=".0%",
-    short="unique",
     title="Unique at .025",
     meaning=f"{_GREEDY} .025",
     has_random=True,
@@ -109,6 +110,7 @@ MEASURES = (
       f"unique_0.{digits}",
       _PROTOTYPES,
       form=".0%",
+      short="unique.25" if digits == 25 else "",
       title=f"Unique at .{digits}",
       meaning=f"{_GREEDY} .{digits}",
       has_random=True,
@@ -124,7 +126,8 @@ MEASURES = (
     title="Used",
     meaning="share of K that is nearest to some image",
   ),
-  Measure("used_most", _CODES, form=".0%"),  # what so many images could use at most
+  # What so many images could use at most.
+  Measure("used_most", _CODES, form=".0%", label="could be used"),
   Measure("used_random", (*_CODES, "embeddings"), _usage_of_random, form=".0%"),
   Measure(
     "perplexity",

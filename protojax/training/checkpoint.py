@@ -25,7 +25,7 @@ from protojax import errors
 PyTree = Any
 _SEAL = "seal.json"
 _TEMPORARY = ".orbax-checkpoint-tmp"  # orbax's own suffix
-_START_ANEW = "choose another workdir or set config.overwrite=True"
+_START_ANEW = "choose another workdir or set config.overwrite=True, which deletes it"
 
 
 def _not_from_orbax(record) -> bool:

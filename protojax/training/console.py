@@ -244,7 +244,7 @@ def log_line(
   """The line of a step, of what was measured at this step; folded at 80 columns.
 
   step 1200/5000  eta 3:12  loss 7.91 (ln K 8.32)  H 6.10  img/s 1630  wait 1%
-  step 1200/5000  unique 100%  used 61%  rank 143  knn 71.2%  [ok]
+  step 1200/5000  unique.25 100%  used 61%  rank 143  knn 71.2%  [ok]
 
   The first is of training, the second of a look at the state. H is the entropy of the targets in
   nats; CE is the cross entropy, where the loss has more terms; the measures of collapse are those

@@ -185,6 +185,9 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
           )
     # Saved before it is measured: a stop from here on costs no step.
     save(config.num_steps, state)
+    checkpoints.wait()
+    if stop.ended():
+      raise errors.Interrupted(config.num_steps, stop.number)
     measures, arrays = view.final(state)
     log.measures(config.num_steps, measures)
     result = log.result | {"step": config.num_steps, "seed": config.seed, "seconds": seconds()}

@@ -64,6 +64,18 @@ class Stop:
       return self._asked
     if step % 10:
       return False
+    return self._any_asked()
+
+  def ended(self) -> bool:
+    """Whether any process was asked to stop by the end of the training.
+
+    From here on a signal ends this process as any other.
+    """
+    self.__exit__()
+    self._old = {}
+    return self._asked if jax.process_count() == 1 else self._any_asked()
+
+  def _any_asked(self) -> bool:
     return bool(multihost_utils.process_allgather(np.asarray(self._asked)).any())
 
 
@@ -150,7 +162,7 @@ def refuse_mismatch(before: dict, config) -> None:
   if differing and not longer:
     raise errors.UserError(
       f"the workdir holds a run with other settings: {_listed(differing)}: choose another "
-      "workdir or set config.overwrite=True"
+      "workdir or set config.overwrite=True, which deletes it"
     )
 
 
@@ -227,13 +239,14 @@ def claim(workdir: str, config) -> pathlib.Path:
     if config.resume == "never":
       raise errors.UserError(
         f"workdir={workdir} already holds a run and resume=never: choose another workdir or "
-        "set config.overwrite=True"
+        "set config.overwrite=True, which deletes it"
       )
     try:
       old = json.loads(known.read_text())
     except ValueError:
       raise errors.UserError(
-        f"{known} is not readable JSON: choose another workdir or set config.overwrite=True"
+        f"{known} is not readable JSON: choose another workdir or set config.overwrite=True, which "
+        "deletes it"
       ) from None
     refuse_mismatch(old, config)
     probe = json.loads(json.dumps(config.probe.to_dict()))

@@ -144,7 +144,8 @@ def test_what_was_found_and_what_was_left_out_is_one_line(tmp_path, caplog):
   source = sources.build("folder", split="train", data_dir=tmp_path)
   assert len(source) == 5 and source.class_names == ("cat", "dog")
   (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("folder")]
-  assert f"folder {tmp_path}: 5 images (4 .jpg, 1 .png), 2 classes; left out: " in line
+  found = "5 images (4 .jpg, 1 .png), 2 classes, its folders: cat, dog; left out: "
+  assert f"folder {tmp_path}: {found}" in line
   for part in (
     "1 .txt (not read)",
     "4 .heic (not read)",

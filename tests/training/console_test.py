@@ -96,6 +96,7 @@ def test_log_line_is_the_documented_one():
     "train/ln_k": 8.3178,
     "train/target_entropy": 6.10,
     "collapse/unique_0.025": 1.0,
+    "collapse/unique_0.25": 0.98,
     "collapse/used": 0.61,
     "collapse/used_sample": 0.2,
     "collapse/rankme": 143.2,
@@ -109,7 +110,7 @@ def test_log_line_is_the_documented_one():
     _line(1200, looked),
   ] == [
     "step 1200/5000  eta 3:11  loss 7.91 (ln K 8.32)  H 6.10  img/s 1630  wait 1%",
-    "step 1200/5000  unique 100%  used 61%  rank 143  knn 71.2%  [ok]",
+    "step 1200/5000  unique.25 98%  used 61%  rank 143  knn 71.2%  [ok]",
   ]
   folded = _line(1200, measures | {"train/cross_entropy": 7.9}).splitlines()
   assert len(folded) == 2 and all(len(line) <= 80 for line in folded)
@@ -157,7 +158,7 @@ def test_a_line_says_nothing_twice_nothing_old_and_fits_80_columns(tmp_path):
   nothing = np.zeros(config.batch_size, np.int32)
   train = {"train/loss": 5.07, "train/cross_entropy": 4.9, "train/ln_k": 4.34}
   train |= {"train/target_entropy": 3.3}
-  look = {"collapse/unique_0.025": 1.0, "collapse/used_sample": 0.5, "collapse/rankme": 143.0}
+  look = {"collapse/unique_0.25": 1.0, "collapse/used_sample": 0.5, "collapse/rankme": 143.0}
   with console.RunLog(tmp_path, config, start=0, describe=str) as log:
     log.floors(_FLOORS)
     for step in range(400):
@@ -176,7 +177,7 @@ def test_a_line_says_nothing_twice_nothing_old_and_fits_80_columns(tmp_path):
   assert [line.split()[1] for line in lines if "unique" in line] == [
     f"{step}/400" for step in (100, 200, 300, 400)
   ]
-  assert [line.split()[1] for line in lines if "knn" in line] == ["200/400", "400/400"]
+  assert sum("knn 62.0%" in line for line in said) == 2  # at 200 and at 400, where lines fold
   assert not [line for line in lines if "unique" in line and ("loss" in line or "img/s" in line)]
   # The sentence comes when the verdict changes, and at the end.
   assert sum(line.startswith("  little learned yet: ") for line in said) == 1

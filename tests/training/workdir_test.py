@@ -1,6 +1,8 @@
 """Whose folder it is."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -149,3 +151,14 @@ def test_settings_that_only_another_version_knows_are_not_compared():
   del old["mixture"]["beta"]
   old["optim"]["nesterov"] = True
   workdir.refuse_mismatch(old, _config())
+
+
+def test_a_signal_after_the_training_ends_the_program_as_any_other():
+  """Before the final evaluation, which may be long: nobody asks for it there any more."""
+  before = signal.getsignal(signal.SIGTERM)
+  with workdir.Stop() as stop:
+    assert not stop.asked(0)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.ended() and stop.number == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
+  assert signal.getsignal(signal.SIGTERM) == before

@@ -64,7 +64,7 @@ def build(split: str | None, data_dir: str | os.PathLike | None) -> source.Sourc
     root,
     f"{len(paths):,}",
     ", ".join(f"{n:,} {extension}" for extension, n in counts.most_common()),
-    f"{len(classes):,} classes" if classes else "no classes",
+    f"{len(classes):,} classes, its folders: {source.listed(classes)}" if classes else "no classes",
     _counts(left) or "nothing",
   )
   paths = [os.path.join(root, p) for p in paths]
