@@ -62,7 +62,10 @@ def draw(run: record.Record) -> pathlib.Path:
       axis.axhline(100 * value, color=_MUTED, linestyle=style, label=label)
   axis.set(title="Accuracy on the test images, %", xlabel="step")
   axis.set_xlim(left=0)
-  axis.legend(frameon=False)
+  if any(len(line.get_xdata()) for line in axis.lines):
+    axis.legend(frameon=False)
+  else:
+    axis.text(0.5, 0.5, "no labelled images", transform=axis.transAxes, ha="center", color=_MUTED)
 
   axis = axes[1, 0]
   if "nearest" in arrays:
