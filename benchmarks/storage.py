@@ -114,7 +114,7 @@ def compare(originals: list[np.ndarray], stored: list[np.ndarray], draws: int) -
 
 
 def rate(files: list[bytes], size: int, rounds: int = 5, repeat: int = 8) -> int:
-  """Images a second of CPU time, decoded and squashed."""
+  """Images a second of CPU time, decoded and stored."""
   rates = []
   for _ in range(rounds):
     start = time.process_time()

@@ -30,9 +30,9 @@ def paper_mixture(config) -> None:
   Published: components with weights, means and diagonal covariances; responsibilities by annealed
   posterior; forgetting by responsibility; one EM step before each loss, on the teacher's features
   of the global views; means on the sphere. Not published and chosen here: the form of the
-  forgetting and its window (eta = .999), beta from .1 to 1 over half of the run, which the recipe
-  says in steps or epochs, variances from 1 / D and their floor, means that start as random
-  directions. The weights stay uniform, see `mixture.Options.mass`.
+  forgetting and its window (eta = .999), beta from .1 to 1 over half of the run, variances from
+  1 / D and their floor, means that start as random directions. The weights stay uniform, see
+  `mixture.Options.mass`.
   """
   config.method.em_order = "before_loss"
   config.mixture.update(
@@ -45,6 +45,7 @@ def paper_mixture(config) -> None:
       "center_features": False,
       "beta": 0.1,
       "beta_final": 1.0,
+      "anneal_share": 0.5,
     }
   )
 

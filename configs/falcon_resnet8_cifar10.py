@@ -12,7 +12,7 @@ norm, a reconstruction (models/resnet.py): the published code has none.
 The heads, views and optimizers are those that the code has for CIFAR-10 and a ResNet-18, FALCON's
 batches of 64, the others' of 256. What is not published and is chosen here: 200 epochs; one
 classifier of 1,000 classes for Self-Classifier, with the head of its own code. For CIFAR-100 the
-paper doubles the width: --config.model.width=256 --config.head.bottleneck=256, with
+paper doubles the width: --config.model.width=256 (FALCON: --config.head.bottleneck=256 too), with
 --config.data.name=cifar100 and its --config.augment.mean="(.5071, .4865, .4409)"
 --config.augment.std="(.2673, .2564, .2762)".
 

@@ -17,5 +17,4 @@ def get_config(mode: str = ""):
   config = common.dino_cifar10()
   if mode == "paper":
     common.paper_mixture(config)
-    config.mixture.anneal_steps = config.num_steps // 2
   return common.finish(config, mode, "paper")

@@ -30,5 +30,4 @@ def get_config(mode: str = ""):
   )
   if mode == "paper":
     common.paper_mixture(config)
-    config.mixture.anneal_epochs = config.num_epochs / 2
   return common.finish(config, mode, "paper")

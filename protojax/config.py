@@ -174,8 +174,8 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
       "learn_kappa": False,
       "beta": 1.0,
       "beta_final": config_dict.placeholder(float),
-      "anneal_epochs": 0.0,  # horizon and beta move to their final values over these
-      "anneal_steps": 0,  # replaces anneal_epochs when not 0
+      "anneal_share": 0.0,  # of the run, in which horizon and beta move to their final values
+      "anneal_steps": 0,  # replaces anneal_share when not 0
       "balanced": True,
       "balance_steps": 3,
       "use_pi": True,  # changes nothing with mass ca, whose weights stay uniform
@@ -277,8 +277,10 @@ _ELSEWHERE = {  # what other programs call it
   "batch": "batch_size",
   "epochs": "num_epochs",
   "learning_rate": "optim.lr",
-  "out_dim": "method.num_prototypes",
+  "optim.learning_rate": "optim.lr",
+  "method.out_dim": "method.num_prototypes",
   "steps": "num_steps",
+  "optim.wd": "optim.weight_decay",
   "wd": "optim.weight_decay",
 }
 
@@ -295,7 +297,7 @@ def check_keys(overrides: Sequence[str], config: ml_collections.ConfigDict) -> N
   known = trees.flat(config)
   for key in overrides:
     if key not in known and not any(k.startswith(key + ".") for k in known):
-      near = [_ELSEWHERE[key.rpartition(".")[2]]] if key.rpartition(".")[2] in _ELSEWHERE else []
+      near = [_ELSEWHERE[key]] if key in _ELSEWHERE else []
       near = near or difflib.get_close_matches(key, known, 1, 0.4)
       hint = f"did you mean config.{near[0]}?" if near else "see protojax/config.py for all keys"
       raise errors.UserError(f"unknown config key config.{key}: {hint}")
@@ -370,10 +372,8 @@ def resolve(config: ml_collections.ConfigDict, num_records: int) -> ml_collectio
     if not mixture.horizon_steps:
       epochs = mixture.horizon_epochs * config.steps_per_epoch
       mixture.horizon_steps = float(epochs or 2 * config.num_steps)
-    if not mixture.anneal_steps:
-      # At most half of the run, so that a short one arrives.
-      steps = round(mixture.anneal_epochs * config.steps_per_epoch)
-      mixture.anneal_steps = min(steps, config.num_steps // 2)
+    if mixture.anneal_share and not mixture.anneal_steps:
+      mixture.anneal_steps = max(1, round(mixture.anneal_share * config.num_steps))
     for section, key, default in (
       (config.probe, "name", config.data.name),
       (config.probe, "data_dir", config.data.data_dir),

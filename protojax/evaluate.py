@@ -63,7 +63,7 @@ def _sources(model: pretrained.Trained, args, names: Sequence[str]) -> dict[str,
     if args.data:
       raise
     raise errors.UserError(
-      f"the run has no labelled images to be judged by ({error}): name some with --data and "
+      f"the run's own images cannot judge it ({error}): name labelled ones with --data and "
       "--data_dir, such as a folder of train/ and test/, each of one folder a class"
     ) from None
   bank, test = Images(bank, splits[0]), Images(test, splits[1])

@@ -69,14 +69,14 @@ def keep(key: jax.Array, batch: int, views: int, *, dropped: float, num_patches:
     key: typed key that the caller has folded with seed and step.
     batch: B.
     views: V.
-    dropped: share left out, in [0, 1); floor((1 - dropped) T) patches stay.
+    dropped: share left out, in [0, 1); floor((1 - dropped) T) patches stay, at least one.
     num_patches: T.
 
   Returns:
     int32 [B, V, floor((1 - dropped) T)], in random order.
   """
   # A hair more: .3 of 10 left out leaves 7, not 6.
-  count = math.floor((1.0 - dropped) * num_patches + 1e-6)
+  count = max(1, math.floor((1.0 - dropped) * num_patches + 1e-6))
 
   def one(key):
     return jax.random.permutation(key, num_patches)[:count].astype(jnp.int32)

@@ -219,7 +219,8 @@ def _views(config, train) -> tuple[tuple[Picture, ...], ...]:
   views = jax.device_get(jax.jit(augment.make(config.augment))(key, batch))
   mean, std = np.array(config.augment.mean), np.array(config.augment.std)
   rows = []
-  for i, image in enumerate(batch["image"]):
+  for i, square in enumerate(batch["image"]):
+    image = _as_it_was(square, batch["size"][i].tolist())
     row = [_picture(image, f"{train.name}, image {batch['index'][i]}")]
     for kind in views:  # "global", "local"
       for j, view in enumerate(views[kind][i, :_MOST_VIEWS]):
@@ -228,6 +229,14 @@ def _views(config, train) -> tuple[tuple[Picture, ...], ...]:
         row.append(_picture(_pixels(view * std + mean), text))
     rows.append(tuple(row))
   return tuple(rows)
+
+
+def _as_it_was(square: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+  """The image of `size` that `decoding.store` put into a square, in its own shape."""
+  height, width = decoding.stored_shape(size, len(square))
+  scale = max(height, width) / max(size)
+  shape = (max(1, round(side * scale)) for side in size)
+  return decoding.resized(square[:height, :width], *shape)
 
 
 def _read(source, indices: Sequence[int], prepare) -> dict[int, tuple[np.ndarray, int]]:

@@ -173,7 +173,11 @@ def describe(config) -> str:
   parts = [
     f"{o.name}: lr {o.lr:g} x {config.batch_size}/256 = {_peak(config, config.batch_size):g} -> "
     f"{o.final_lr:g}",
-    f"{o.warmup_steps} warm-up steps" * bool(o.warmup_steps),
+    (
+      f"{o.warmup_steps} warm-up steps"
+      + f" from {o.warmup_start * config.batch_size / 256:g}" * bool(o.warmup_start)
+    )
+    * bool(o.warmup_steps),
     f"schedules {o.schedule_scale:g} times as long as the run" * (o.schedule_scale != 1.0),
     f"weight decay {o.weight_decay:g}"
     + f" -> {o.final_weight_decay:g}" * (o.final_weight_decay != o.weight_decay),

@@ -106,7 +106,6 @@ _FREE = (
   "num_epochs",
   "optim.warmup_epochs",
   "optim.freeze_prototypes_epochs",
-  "mixture.anneal_epochs",
 )
 
 
@@ -122,8 +121,12 @@ _OF_LENGTH = (
 
 
 def _differing(before: dict, config) -> dict[str, tuple]:
-  """{key: (before, now)} of the settings that make another run; what only one side knows is not."""
-  old, new = (json.loads(json.dumps(trees.flat(c))) for c in (before, config))
+  """{key: (before, now)} of the settings that make another run.
+
+  What only the older one knows is none; what it does not know yet had its default then.
+  """
+  with_defaults = configs.restored(before) if "method" in before else before
+  old, new = (json.loads(json.dumps(trees.flat(c))) for c in (with_defaults, config))
   return {
     key: (old[key], value)
     for key, value in new.items()
@@ -145,7 +148,8 @@ def refuse_mismatch(before: dict, config) -> None:
 
   Args:
     before: config of the run that is there, nested dict.
-    config: resolved. Settings that only one side knows (another version's) are not compared.
+    config: resolved. Settings that it no longer has are not compared; those that the run did not
+      have yet, of an older version, had their defaults.
 
   Raises:
     UserError: one line that names every setting that differs, with both values.

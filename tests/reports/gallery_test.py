@@ -15,7 +15,7 @@ from sklearn import neighbors
 
 from protojax import api, errors, pretrained, report
 from protojax import config as configs
-from protojax.data import augment, sources
+from protojax.data import augment, decoding, sources
 from protojax.reports import gallery, of_run
 from protojax.reports import record as records
 from protojax.training import loop, workdir
@@ -196,3 +196,12 @@ def test_pictures_are_small_webp_that_show_the_image():
   shown = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
   assert shown.shape == (96, 64, 3) and not picture.tiny and len(data) < 4000
   assert shown[:40, :, 0].min() > 200 and shown[60:, :, 0].max() < 60
+
+
+@pytest.mark.parametrize(
+  ("size", "shape"), [((20, 60), (13, 40)), ((20, 30), (20, 30)), ((40, 40), (40, 40))]
+)
+def test_an_image_beside_its_views_has_its_shape_and_no_margin(size, shape):
+  image = np.random.default_rng(0).integers(100, 256, (*size, 3), np.uint8)
+  shown = gallery._as_it_was(decoding.store(image, size, 40), size)
+  assert shown.shape == (*shape, 3) and shown.min() > 50

@@ -162,3 +162,11 @@ def test_a_signal_after_the_training_ends_the_program_as_any_other():
     assert stop.ended() and stop.number == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == before
   assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_setting_that_an_older_version_lacked_had_its_default():
+  before = _config().to_dict()
+  del before["augment"]["interpolation"]
+  workdir.refuse_mismatch(before, _config())
+  with pytest.raises(errors.UserError, match="augment.interpolation bicubic -> bilinear"):
+    workdir.refuse_mismatch(before, _config(augment__interpolation="bilinear"))
