@@ -173,6 +173,9 @@ def publish(row: str, result: dict, config: dict | None, commit: str, seed: int 
   recipe = [f"--config={ROWS[row]}", *given] if row in ROWS else []
   record = {"row": row, "commit": commit, "arguments": recipe, **result, "config": config}
   record["environment"] = environment
+  if config is not None:
+    for part in (config["data"], config["probe"]):
+      part["data_dir"] = "$PROTOJAX_DATA_DIR"
   RESULTS.mkdir(parents=True, exist_ok=True)
   path = RESULTS / f"{_file(row, seed)}.json"
   path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
