@@ -64,9 +64,8 @@ def fit(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def cap(image: np.ndarray, size: int) -> np.ndarray:
-  """The image with each side at `size` pixels at most."""
-  height, width = (min(side, size) for side in image.shape[:2])
-  return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+  """The image as `decoding.store` keeps it: with each side at `size` pixels at most."""
+  return decoding.resized(image, *decoding.stored_shape(image.shape[:2], size))
 
 
 def cut(stored: np.ndarray, boxes: jax.Array, original: np.ndarray, size: int) -> np.ndarray:

@@ -75,8 +75,8 @@ class Options(NamedTuple):
   Attributes:
     mass: where mass moves to. "ca" (the source): to the same value whenever a component is used,
       so weights, which start uniform, are that to the bit for good, and `use_pi` changes nothing.
-      "ema": to n_k; weights then follow usage where a batch holds many
-      rows a component (the fixed point is E[n_k^2] / E[n_k]: with few, hard ones it is uniform).
+      "ema": to n_k; weights then follow usage where a batch holds many rows a component (the fixed
+      point is E[n_k^2] / E[n_k]: with few, hard ones it is uniform).
     covariance: "isotropic", one 1 / kappa for all, or "diagonal", that of the paper, from 1 / D and
       never below `variance_floor`.
     learn_kappa: start at `kappa`, then follow the mean squared distance of features to means, over
@@ -200,7 +200,9 @@ def online_em(
   Raises:
     ValueError: for options out of range or in conflict; in `update` unless floats [..., D] come.
   """
-  mass, covariance, learn_kappa, beta, use_pi, normalize, balance_steps, reseed = options[:8]
+  mass, covariance, beta = options.mass, options.covariance, options.beta
+  learn_kappa, use_pi = options.learn_kappa, options.use_pi
+  normalize, balance_steps, reseed = options.normalize, options.balance_steps, options.reseed
   floor, momentum = options.variance_floor, options.momentum
   if floor is None:
     floor = max(1e-4, 0.05 / max(dim, 1))
