@@ -5,6 +5,7 @@ rule and reads n/a.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -59,6 +60,7 @@ LIMITS = {
 # Nothing ill was seen, and too little for an "ok".
 OPEN = ("warming up", "not judged", "no collapse", "unique, use unknown")
 HEADLINE = collapse.THRESHOLDS[0]  # cosine distance of the one uniqueness that is always shown
+_SETTING = re.compile(r"\b(set|raise|lower) \w+\.\w")  # advice that a setting of ours follows
 NEAR = collapse.THRESHOLDS[3]  # of prototypes that bunch and are no copies yet
 
 
@@ -170,6 +172,8 @@ def judge(
     label, why = _unseen(measures, num_prototypes)
     return Verdict(label, why + _well(measures, num_prototypes, prototypes), False)
   also = f" (also: {', '.join(v.label for v in found[1:])})" if found[1:] else ""
+  if settings is None and _SETTING.search(found[0].sentence):  # maybe of another program
+    also = f", by protojax's names of settings{also}"
   return Verdict(found[0].label, found[0].sentence + also, any(v.collapsed for v in found))
 
 

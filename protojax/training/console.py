@@ -42,6 +42,7 @@ class RunLog:
     self._pending = None
     self._sums, self._count = {}, 0  # since the last line
     self._since, self._timed, self._waited = None, 0, 0.0  # since the clock was last set
+    self._trained = (0, 0.0)  # steps and seconds of this process, on lines that had a speed
     self._skipped = pipeline.SkippedLog(describe)
     self._rate = optim.learning_rate(
       config, num_steps=config.num_steps, batch_size=config.batch_size
@@ -117,14 +118,14 @@ class RunLog:
       seconds = now - self._since
       means["time/img_per_s"] = self._timed * self._config.batch_size / seconds
       means["time/data_wait"] = min(1.0, self._waited / seconds)
+      self._trained = self._trained[0] + self._timed, self._trained[1] + seconds
     if self._skipped.count:
       means["data/skipped"] = self._skipped.count
     self.result |= means
     self._writer.write(done, means)
     if "time/img_per_s" in means:
-      speed, wait = means["time/img_per_s"], means["time/data_wait"]
-      note = f"img/s {speed:.0f}  wait {wait:.0%}"
-      self._writer.progress(done, rate=speed / self._config.batch_size, note=note)
+      note = f"img/s {means['time/img_per_s']:.0f}  wait {means['time/data_wait']:.0%}"
+      self._writer.progress(done, rate=self._pace, note=note)
     looked_at = done == self._config.num_steps or not all(
       done % every for every in (self._config.monitor.every, self._config.eval_every)
     )
@@ -132,6 +133,12 @@ class RunLog:
     self._say(done, means, None if looked_at else self.verdict(done))
     self._sums, self._count = {}, 0
     self._since, self._timed, self._waited = time.perf_counter(), 0, 0.0
+
+  @property
+  def _pace(self) -> float | None:
+    """Steps a second so far: the time left must not jump with every line of a busy machine."""
+    steps, seconds = self._trained
+    return steps / seconds if seconds else None
 
   def floors(self, values: dict[str, float]) -> None:
     """Takes accuracies without training, see `evaluation.Snapshot.floors`; before the first step.
@@ -163,7 +170,8 @@ class RunLog:
     return verdicts.of_run(self.result, config=self._config, step=step)
 
   def _say(self, done: int, values: dict[str, float], verdict: verdicts.Verdict | None) -> None:
-    for line in log_line(done, values, verdict, config=self._config).splitlines():
+    pace = self._pace if "time/img_per_s" in values else None
+    for line in log_line(done, values, verdict, config=self._config, pace=pace).splitlines():
       self._writer.line(line)
 
   def _paragraph(self, head: str, text: str) -> None:
@@ -240,6 +248,7 @@ def log_line(
   verdict: verdicts.Verdict | None = None,
   *,
   config,
+  pace: float | None = None,
 ) -> str:
   """The line of a step, of what was measured at this step; folded at 80 columns.
 
@@ -254,12 +263,13 @@ def log_line(
     step: updates done.
     measures: values of this step, by their names in metrics.jsonl.
     verdict: from `verdicts.of_run`; None leaves it out.
-    config: resolved; reads num_steps and batch_size.
+    config: resolved; reads num_steps.
+    pace: steps a second, for the time that is left; None leaves it out.
   """
   speed, chance = measures.get("time/img_per_s"), measures.get("train/ln_k")
   cross_entropy = measures.get("train/cross_entropy")
   at_chance = "loss" if cross_entropy is None else "CE"  # what would be ln K
-  eta = (config.num_steps - step) * config.batch_size / speed if speed else None
+  eta = (config.num_steps - step) / pace if pace else None
   parts = [f"step {step}/{config.num_steps}"]
   for name, value, form in (
     ("eta", None if eta is None else progress.clock(eta), ""),

@@ -105,7 +105,10 @@ def test_advice_fits_what_the_run_has():
   alone = judge({"collapse/feature_std": 0.004, "collapse/teacher_distance": None})
   assert "teacher" not in alone.sentence and "raise batch_size" in alone.sentence
   codes = judge({"collapse/unique_0.025": 0.37}, prototypes="dictionary")
-  assert codes.sentence.endswith("raise head.bottleneck or lower method.num_prototypes")
+  said = "raise head.bottleneck or lower method.num_prototypes"
+  assert codes.sentence.endswith(f"{said}, by protojax's names of settings")  # whose is it?
+  own = judge({"collapse/unique_0.025": 0.37}, prototypes="dictionary", settings={})
+  assert own.sentence.endswith(said)
 
 
 def test_advice_does_not_tell_to_set_what_is_set():

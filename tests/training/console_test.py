@@ -86,8 +86,9 @@ _CONFIG = configs.default("dino")
 _CONFIG.update({"num_steps": 5000, "batch_size": 82})
 
 
-def _line(step, measures, *, label="ok"):
-  return console.log_line(step, measures, verdicts.Verdict(label, "", False), config=_CONFIG)
+def _line(step, measures, *, label="ok", **pace):
+  verdict = verdicts.Verdict(label, "", False)
+  return console.log_line(step, measures, verdict, config=_CONFIG, **pace)
 
 
 def test_log_line_is_the_documented_one():
@@ -105,14 +106,15 @@ def test_log_line_is_the_documented_one():
     "time/data_wait": 0.013,
   }
   looked = {k: v for k, v in measures.items() if k.startswith(("collapse/", "probe/"))}
+  trained = {k: v for k, v in measures.items() if k not in looked}
   assert [
-    console.log_line(1200, {k: v for k, v in measures.items() if k not in looked}, config=_CONFIG),
+    console.log_line(1200, trained, config=_CONFIG, pace=19.9),
     _line(1200, looked),
   ] == [
     "step 1200/5000  eta 3:11  loss 7.91 (ln K 8.32)  H 6.10  img/s 1630  wait 1%",
     "step 1200/5000  unique.25 98%  used 61%  rank 143  knn 71.2%  [ok]",
   ]
-  folded = _line(1200, measures | {"train/cross_entropy": 7.9}).splitlines()
+  folded = _line(1200, measures | {"train/cross_entropy": 7.9}, pace=19.9).splitlines()
   assert len(folded) == 2 and all(len(line) <= 80 for line in folded)
   wide = looked | {"collapse/rankme": 1432.0}
   last = _line(1200, wide, label="little learned yet").splitlines()[-1]
@@ -198,4 +200,19 @@ def test_summary_says_how_much_of_the_bank_was_searched(tmp_path, limit, said):
 
 
 def test_long_runs_have_hours():
-  assert "eta 2:16:40" in _line(0, {"time/img_per_s": 50.0})
+  assert "eta 2:16:40" in _line(0, {"time/img_per_s": 50.0}, pace=50.0 / 82)
+
+
+def test_a_slow_moment_moves_the_eta_by_its_share_of_the_run(tmp_path, monkeypatch):
+  now = [0.0]
+  monkeypatch.setattr(console.time, "perf_counter", lambda: now[0])
+  config = tiny.config(num_steps=100, log_every=10)
+  nothing = np.zeros(config.batch_size, np.int32)
+  with console.RunLog(tmp_path, config, start=0, describe=str) as log:
+    for step in range(51):
+      now[0] += 4.0 if step >= 40 else 1.0  # another program begins
+      log.step(step, {"train/loss": jnp.float32(1.0)}, skipped=nothing, waited=0.0)
+  (line,) = [line for line in _said(tmp_path) if line.startswith("step 50/100")]
+  # 50 steps are left. At the speed of the last ten that would be 3:20.
+  minutes, seconds = re.search(r"eta (\d+):(\d+)", line).groups()
+  assert 75 <= 60 * int(minutes) + int(seconds) <= 85
