@@ -19,7 +19,7 @@ from protojax.metrics import measures
 from protojax.models import encoder as encoders
 from protojax.models import features as backbone_layers
 from protojax.prototypes import scoring
-from protojax.training import checkpoint, encode, export, programs, sharding, train_step, workdir
+from protojax.training import checkpoint, encode, export, programs, sharding, train_step
 
 PyTree = Any
 _BATCH = 256  # images at a time, over all devices
@@ -202,7 +202,7 @@ def of_state(
   path: str | os.PathLike, program: programs.Program, state: train_step.TrainState, step: int
 ) -> Trained:
   """The encoder of a state of the run in `path` after `step` updates; all processes call it."""
-  weights, tree = workdir.encoder_of(state)
+  weights, tree = train_step.encoder_of(state)
   variables = train_step.variables_of(state)
   replicated = sharding.replicated(program.mesh)
   matrices = jax.jit(program.method.prototype_matrices, out_shardings=replicated)(variables)

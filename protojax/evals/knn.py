@@ -1,7 +1,8 @@
-"""Weighted k-nearest neighbours by cosine, exact, on the device (the protocol of arXiv 2104.14294).
+"""Weighted k-nearest neighbours by cosine, exact (the protocol of arXiv 2104.14294).
 
-The bank is sent to the device part by part, so it may be larger than the device's memory. Print k
-and the temperature beside every number: other settings move it by several points.
+Every device of this process has its share of the queries. The bank is sent to all of them part by
+part, so it may be larger than a device's memory. Print k and the temperature beside every number:
+other settings move it by several points.
 """
 
 import functools
@@ -11,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from protojax import errors, progress
+from protojax import errors, local_devices, progress
 from protojax.metrics import collapse
 
-# Similarities held at once, and numbers of the bank on the device at once: 256 MiB of float32.
+# Similarities held at once, and numbers of the bank on a device at once: 256 MiB of float32.
 _PAIRS = 2**26
 _PART = 2**26
 
@@ -25,18 +26,23 @@ def _merge(best, part, start, num, queries, *, chunk):
 
   What was found before stands first, and `top_k` takes the first of equals: the lower row.
   """
-  part = collapse.unit_rows(part)
-  k, rows = best[0].shape[1], start + jnp.arange(part.shape[0], dtype=jnp.int32)
 
-  def one(old):
-    query, nearest, found = old
-    similarity = jnp.matmul(part, query, precision=jax.lax.Precision.HIGHEST)
-    similarity = jnp.where(rows < num, similarity, -jnp.inf)  # the last part is padded
-    new, at = jax.lax.top_k(similarity, min(k, part.shape[0]))
-    nearest, order = jax.lax.top_k(jnp.concatenate([nearest, new]), k)
-    return nearest, jnp.concatenate([found, rows[at]])[order]
+  def share(of_queries, of_bank):
+    (queries, *best), (part, start, num) = of_queries, of_bank
+    part = collapse.unit_rows(part)
+    k, rows = best[0].shape[1], start + jnp.arange(part.shape[0], dtype=jnp.int32)
 
-  return jax.lax.map(one, (collapse.unit_rows(queries), *best), batch_size=chunk)
+    def one(old):
+      query, nearest, found = old
+      similarity = jnp.matmul(part, query, precision=jax.lax.Precision.HIGHEST)
+      similarity = jnp.where(rows < num, similarity, -jnp.inf)  # the last part is padded
+      new, at = jax.lax.top_k(similarity, min(k, part.shape[0]))
+      nearest, order = jax.lax.top_k(jnp.concatenate([nearest, new]), k)
+      return nearest, jnp.concatenate([found, rows[at]])[order]
+
+    return jax.lax.map(one, (collapse.unit_rows(queries), *best), batch_size=chunk)
+
+  return local_devices.by_share(share)((queries, *best), (part, start, num))
 
 
 def _check_k(k: int, num: int) -> None:
@@ -60,8 +66,8 @@ def nearest(
     bank: [N, D] features, any norm and float dtype; stays on the host but for one part.
     queries: [M, D].
     k: at most N.
-    chunk: queries compared with a part at a time; None fits 256 MiB of similarities.
-    part: bank rows on the device at a time; None fits 256 MiB.
+    chunk: queries that a device compares with a part at a time; None fits 256 MiB of similarities.
+    part: bank rows on a device at a time; None fits 256 MiB.
 
   Returns:
     (cosines float32 [M, k], bank rows int32 [M, k]).
@@ -71,11 +77,13 @@ def nearest(
   """
   num = len(bank)
   _check_k(k, num)
-  bank, queries = np.asarray(bank), jnp.asarray(queries)
+  bank, queries = np.asarray(bank), np.asarray(queries)
   part = min(num, part or max(1, _PART // bank.shape[1]))
-  chunk = min(chunk or max(1, min(1024, _PAIRS // part)), max(len(queries), 1))
+  share = -(-len(queries) // local_devices.mesh().size)
+  chunk = min(chunk or max(1, min(1024, _PAIRS // part)), max(share, 1))
   shape = len(queries), k
-  best = jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros(shape, jnp.int32)
+  best = np.full(shape, -np.inf, np.float32), np.zeros(shape, np.int32)
+  queries, *best = local_devices.split((queries, *best))
   with progress.during("k-NN, part of the bank", -(-num // part)) as line:
     for start in range(0, num, part):
       rows = bank[start : start + part]
@@ -83,8 +91,8 @@ def nearest(
       jax.block_until_ready(best)  # until here the host was a part ahead of the device
       line.to(start // part)
       best = _merge(best, rows, start, num, queries, chunk=chunk)
-    jax.block_until_ready(best)
-  return best
+    similarity, found = (jnp.asarray(np.asarray(x)[: shape[0]]) for x in best)
+  return similarity, found
 
 
 def _votes(similarity, classes, temperature, num_classes):

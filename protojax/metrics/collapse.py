@@ -4,14 +4,15 @@ Rows are compared by cosine distance 1 - cos(a, b) in float32; no K x K array is
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
-from protojax import losses
+from protojax import local_devices, losses
 
 PyTree = Any
 
@@ -40,12 +41,13 @@ def _distance(a: jax.Array, b: jax.Array) -> jax.Array:
 # Partial prototype collapse.
 
 
-@functools.partial(jax.jit, static_argnames="thresholds")
 def cover(prototypes: jax.Array, thresholds: Sequence[float] = THRESHOLDS) -> jax.Array:
   """Representative of every prototype in the greedy cover (arXiv 2510.20108, definition 2.1).
 
   In index order, the first row that nobody represents represents itself and all unrepresented rows
   nearer than the threshold (strictly). Depends on the order, does not chain.
+
+  Every device of this process compares each block with its share of the ones before.
 
   `uniqueness.measure` finds the same cover on the host: it is faster there, as it passes over
   blocks without near pairs, which a compiled loop cannot, and counts more; this one stays on the
@@ -58,7 +60,12 @@ def cover(prototypes: jax.Array, thresholds: Sequence[float] = THRESHOLDS) -> ja
   Returns:
     int32 [T, K], index of each row's representative; -1 for a row that is zero or not finite.
   """
-  num = prototypes.shape[0]
+  return _cover(local_devices.everywhere(prototypes), thresholds=tuple(thresholds))
+
+
+@functools.partial(jax.jit, static_argnames="thresholds")
+def _cover(prototypes: jax.Array, thresholds: Sequence[float]) -> jax.Array:
+  num, mesh = prototypes.shape[0], local_devices.mesh()
   block = min(_BLOCK, num)
   padding = -num % block
   rows = unit_rows(prototypes)
@@ -69,11 +76,12 @@ def cover(prototypes: jax.Array, thresholds: Sequence[float] = THRESHOLDS) -> ja
   owner = jnp.tile(owner, (len(thresholds), 1))
   local, limits = jnp.arange(block), jnp.asarray(thresholds, jnp.float32)
 
-  def one_block(b, owner):
-    start = b * block
+  def one_block(b, rows, owner):
+    start, device = b * block, jax.lax.axis_index(local_devices.AXIS)
     here = jax.lax.dynamic_slice_in_dim(rows, start, block)
 
-    def against(c, found):
+    def against(turn, found):
+      c = jnp.minimum(turn * mesh.size + device, b - 1)  # a device may have one less
       ids = c * block + local
       those = jax.lax.dynamic_slice_in_dim(owner, c * block, block, axis=1)
       leaders = jnp.where(those == ids[None, :], ids[None, :], free)  # [T, block]
@@ -82,7 +90,8 @@ def cover(prototypes: jax.Array, thresholds: Sequence[float] = THRESHOLDS) -> ja
       return jnp.minimum(found, jnp.where(near, leaders[:, None, :], free).min(axis=2))
 
     found = jax.lax.dynamic_slice_in_dim(owner, start, block, axis=1)
-    found = jax.lax.fori_loop(0, b, against, found)
+    found = jax.lax.fori_loop(0, -(-b // mesh.size), against, found)
+    found = jax.lax.pmin(found, local_devices.AXIS)
     distance = _distance(here, here)
 
     def one_row(i, found):
@@ -93,7 +102,15 @@ def cover(prototypes: jax.Array, thresholds: Sequence[float] = THRESHOLDS) -> ja
     found = jax.lax.fori_loop(0, block, one_row, found)
     return jax.lax.dynamic_update_slice_in_dim(owner, found, start, axis=1)
 
-  return jax.lax.fori_loop(0, (num + padding) // block, one_block, owner)[:, :num]
+  def all_blocks(rows, owner):
+    blocks = (num + padding) // block
+    return jax.lax.fori_loop(0, blocks, lambda b, owner: one_block(b, rows, owner), owner)
+
+  everywhere = PartitionSpec()
+  shared = jax.shard_map(
+    all_blocks, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False
+  )
+  return shared(rows, owner)[:, :num]
 
 
 def unique_counts(prototypes: jax.Array, thresholds: Sequence[float] = THRESHOLDS) -> jax.Array:
@@ -130,30 +147,46 @@ def random_unique(num: int, dim: int, thresholds: Sequence[float] = THRESHOLDS) 
   return counts
 
 
-@jax.jit
-def _nearest(queries: jax.Array, rows: jax.Array, skip_self: bool) -> jax.Array:
-  """float32 [N]: cosine distance of each of [N, D] to the nearest of [K, D]; inf without one."""
-  queries, rows = unit_rows(queries), unit_rows(rows)
-
-  def one(i):
-    distance = _distance(queries[i][None, :], rows)[0]
-    skipped = skip_self & (jnp.arange(rows.shape[0]) == i)
-    return jnp.maximum(jnp.where(skipped, jnp.inf, distance).min(), 0.0)
-
-  return jax.lax.map(one, jnp.arange(queries.shape[0]), batch_size=_ROWS)
+def _by_row(function: Callable, queries: jax.Array, rows: jax.Array) -> np.ndarray:
+  """[N] of (query [D], its number, unit rows [K, D]) -> number; each device has some queries."""
+  numbered = local_devices.split((queries, np.arange(len(queries), dtype=np.int32)))
+  out = _of_queries(numbered, local_devices.everywhere(rows), function=function)
+  return np.asarray(out)[: len(queries)]
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="function")
+def _of_queries(numbered, rows, *, function):
+  def share(numbered, rows):
+    queries, number = numbered
+    rows, queries = unit_rows(rows), unit_rows(queries)
+    return jax.lax.map(lambda q: function(*q, rows), (queries, number), batch_size=_ROWS)
+
+  return local_devices.by_share(share)(numbered, rows)
+
+
+def _nearest(query, number, rows):
+  """Cosine distance of a query to the nearest row: float32 []."""
+  del number
+  return jnp.maximum(_distance(query[None, :], rows)[0].min(), 0.0)
+
+
+def _nearest_other(query, number, rows):
+  """That of row `number` to the nearest other one; inf without one."""
+  distance = _distance(query[None, :], rows)[0]
+  others = jnp.arange(rows.shape[0]) != number
+  return jnp.maximum(jnp.where(others, distance, jnp.inf).min(), 0.0)
+
+
+def _most_similar(query, number, rows):
+  """Row of the largest cosine, of equal ones the first: int32 []."""
+  del number
+  similarity = jnp.matmul(rows, query, precision=jax.lax.Precision.HIGHEST)
+  return jnp.argmax(similarity).astype(jnp.int32)
+
+
 def nearest_prototypes(prototypes: jax.Array, embeddings: jax.Array) -> jax.Array:
   """int32 [N]: row of [K, D] with the largest cosine to each of [N, D]; of equal ones the first."""
-  rows, queries = unit_rows(prototypes), unit_rows(embeddings)
-
-  def one(query):
-    return jnp.argmax(jnp.matmul(rows, query, precision=jax.lax.Precision.HIGHEST)).astype(
-      jnp.int32
-    )
-
-  return jax.lax.map(one, queries, batch_size=_ROWS)
+  return jnp.asarray(_by_row(_most_similar, embeddings, prototypes))
 
 
 def nearest_distances(prototypes: jax.Array) -> jax.Array:
@@ -161,7 +194,7 @@ def nearest_distances(prototypes: jax.Array) -> jax.Array:
 
   Cosine distances; inf if K = 1.
   """
-  return _nearest(prototypes, prototypes, True)
+  return jnp.asarray(_by_row(_nearest_other, prototypes, prototypes))
 
 
 def nearest_quantiles(prototypes: jax.Array, quantiles=(0.05, 0.5, 0.95)) -> jax.Array:
@@ -183,7 +216,7 @@ def relative_uniqueness(prototypes: jax.Array, embeddings: jax.Array) -> jax.Arr
     embeddings: [N, D], any norm.
   """
   spacing = jnp.median(nearest_distances(prototypes))
-  spread = jnp.median(_nearest(embeddings, prototypes, False))
+  spread = jnp.median(_by_row(_nearest, embeddings, prototypes))
   return spacing / jnp.maximum(spread, jnp.finfo(jnp.float32).eps)
 
 

@@ -17,14 +17,17 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from jax.experimental import multihost_utils
 
 from protojax import errors
 
 PyTree = Any
 _SEAL = "seal.json"
 _TEMPORARY = ".orbax-checkpoint-tmp"  # orbax's own suffix
+_WORDS = 512  # bytes of what processes tell each other
 _START_ANEW = "choose another workdir or set config.overwrite=True, which deletes it"
 
 
@@ -60,6 +63,15 @@ def leaves(workdir: str | os.PathLike) -> dict[str, str] | None:
 def _one_line(error: Exception) -> str:
   first, *_ = str(error).strip().splitlines() or [""]
   return f"{type(error).__name__}: {first[:200]}"
+
+
+def _of_first(find: Callable[[], str | None]) -> str | None:
+  """What process 0 finds, in every process: a pod's hosts would read the same files again."""
+  if jax.process_count() == 1:
+    return find()
+  found = (find() or "" if jax.process_index() == 0 else "").encode()[:_WORDS]
+  told = multihost_utils.broadcast_one_to_all(np.frombuffer(found.ljust(_WORDS, b"\0"), np.uint8))
+  return bytes(told).rstrip(b"\0").decode(errors="replace") or None
 
 
 class Checkpoints:
@@ -212,7 +224,7 @@ class Checkpoints:
         f"there is no checkpoint {only} in {self._folder}: there are {', '.join(map(str, steps))}"
       )
     for step in steps if only is None else [only]:
-      reason = self._damage(step)
+      reason = _of_first(lambda step=step: self._damage(step))
       if reason is None:
         there = json.loads((self._folder / str(step) / _SEAL).read_text())["leaves"]
         target = abstract(there) if callable(abstract) else abstract

@@ -55,11 +55,21 @@ def chunks(
     batches = cache.sequential(cached, batch_size=size, limit=limit or None, keys=_KEYS)
   total, done = min(limit or len(data), len(data)), 0
   with progress.during(f"encoding {data.name}", total) as line, contextlib.closing(batches):
-    for batch, mask in batches:
-      out, keep = jax.device_get((forward(batch), mask))
+    for out, keep in _one_late((forward(batch), mask) for batch, mask in batches):
       yield jax.tree.map(lambda x, keep=keep: x[keep], out)
       done += size
       line.to(min(total, done))
+
+
+def _one_late(results: Iterator[PyTree]) -> Iterator[PyTree]:
+  """Fetches each of the results when the next one is under way: the device never waits for it."""
+  before = None
+  for result in results:
+    if before is not None:
+      yield jax.device_get(before)
+    before = result
+  if before is not None:
+    yield jax.device_get(before)
 
 
 def rows(

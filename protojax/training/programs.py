@@ -26,6 +26,8 @@ class Program:
     init: jitted (seed) -> state 0.
     step: jitted (state, batch, probe_batch) -> (state, metrics); donates the state.
     refresh: jitted (state, embeddings, index) -> state, donates the state; None without.
+    exported: jitted (state) -> (`train_step.encoder_of` it, {set: `prototypes.scoring.Scoring`}),
+      on every device.
 
   Args:
     config: resolved.
@@ -77,9 +79,15 @@ class Program:
       out_shardings=(self.shardings, sharding.replicated(self.mesh)),
       donate_argnums=0,
     )
+    replicated = sharding.replicated(self.mesh)
+    scoring = self.method.scoring or (lambda variables: {})
+
+    def exported(state):
+      return train_step.encoder_of(state)[1], scoring(train_step.variables_of(state))
+
+    self.exported = jax.jit(exported, out_shardings=replicated)
     self.refresh = None
     if self.method.refresh:
-      replicated = sharding.replicated(self.mesh)
       self.refresh = jax.jit(
         functools.partial(train_step.refresh, method=self.method),
         in_shardings=(self.shardings, replicated, replicated),

@@ -28,6 +28,15 @@ def variables_of(state: TrainState) -> base.Variables:
   return base.Variables(state.encoder, state.prototypes, state.teacher, state.carry)
 
 
+def encoder_of(state) -> tuple[str, dict]:
+  """("teacher", its {"params", "batch_stats"}), or those of the encoder where there is none."""
+  which = "teacher" if state.teacher != () else "encoder"
+  params = state.teacher["encoder"] if which == "teacher" else state.encoder
+  stats = state.carry.get("batch_stats", {})
+  stats = stats.get("teacher" if which == "teacher" else "student", {})
+  return which, {"params": params, "batch_stats": stats}
+
+
 def split(variables: base.Variables, learns_prototypes: bool) -> tuple[dict, base.Variables]:
   """(trained, frozen): what optax sees, and the rest with () in the trained places."""
   trained, frozen = {"encoder": variables.encoder}, variables.replace(encoder=())

@@ -1,6 +1,5 @@
 """What a run leaves behind, and who may write into it."""
 
-import functools
 import json
 import pathlib
 import shutil
@@ -15,7 +14,7 @@ from jax.experimental import multihost_utils
 
 from protojax import __version__, environment, errors, files, sizes, trees
 from protojax import config as configs
-from protojax.training import export, optim, sharding, train_step, wandb_run
+from protojax.training import export, optim, train_step, wandb_run
 
 REPORT = "report.html"  # the page about a run
 _OURS = (
@@ -277,26 +276,12 @@ def _write(workdir: str, path: pathlib.Path, content: dict) -> None:
     raise errors.UserError(f"cannot write to workdir={workdir}: {error.strerror}") from None
 
 
-def encoder_of(state) -> tuple[str, dict]:
-  """("teacher", its {"params", "batch_stats"}), or those of the encoder where there is none."""
-  which = "teacher" if state.teacher != () else "encoder"
-  params = state.teacher["encoder"] if which == "teacher" else state.encoder
-  stats = state.carry.get("batch_stats", {})
-  stats = stats.get("teacher" if which == "teacher" else "student", {})
-  return which, {"params": params, "batch_stats": stats}
-
-
 def export_encoder(folder: pathlib.Path, step: int, state, program) -> None:
   """Writes exported/: the encoder, the teacher where there is one, and its prototypes."""
-  config, (which, tree) = program.config, encoder_of(state)
-  scoring = program.method.scoring or (lambda variables: {})
-
-  @functools.partial(jax.jit, out_shardings=sharding.replicated(program.mesh))
-  def gather(tree, variables):
-    return tree, scoring(variables)
-
-  tree, prototypes = jax.device_get(gather(tree, train_step.variables_of(state)))
+  config, exported = program.config, program.exported(state)
   if jax.process_index() == 0:
+    tree, prototypes = jax.device_get(exported)
+    which, _ = train_step.encoder_of(state)
     info = {"weights": which, "step": step, "version": __version__}
     for section in ("model", "head", "method"):
       info[section] = config[section].to_dict()

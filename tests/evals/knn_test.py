@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from sklearn import datasets, neighbors
 
-from protojax import errors
+from protojax import errors, local_devices
 from protojax.evals import knn
 
 
@@ -164,3 +164,15 @@ def test_more_neighbours_than_images_are_refused_at_every_k():
   for ks in ((10, 231), (0, 10)):
     with pytest.raises(errors.UserError, match="choose 1 to 230"):
       knn.evaluate(bank, labels, queries, np.zeros(57, int), num_classes=num, ks=ks)
+
+
+def test_devices_share_the_queries_and_send_each_other_nothing():
+  queries, *best = local_devices.split(
+    (np.ones((64, 16)), np.zeros((64, 5)), np.zeros((64, 5), int))
+  )
+  part = jnp.ones((32, 16))
+  lowered = knn._merge.lower(tuple(best), part, 0, 32, queries, chunk=8)
+  text = lowered.compile().as_text()
+  assert "top-k" in text or "topk" in text.lower()
+  for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
+    assert collective not in text

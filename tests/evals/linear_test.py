@@ -2,10 +2,11 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from sklearn import datasets, linear_model, model_selection, preprocessing
 
-from protojax import errors
+from protojax import errors, local_devices
 from protojax.evals import linear
 
 
@@ -209,3 +210,36 @@ def test_mistakes_are_one_line(change, message):
   with pytest.raises(errors.UserError, match=message) as caught:
     linear.evaluate(*change(x, y), test_x, test_y, num_classes=10)
   assert "\n" not in str(caught.value)
+
+
+def test_images_in_parts_over_devices_are_the_same_loss_and_gradient():
+  x, y, _, _ = _digits()
+  shape, flat = (65, 10), np.random.default_rng(1).normal(size=650).astype(np.float32) / 100
+  plain = optax.softmax_cross_entropy_with_integer_labels(
+    x @ flat.reshape(shape)[:-1] + flat.reshape(shape)[-1], y
+  )
+  expected = plain.mean() + 0.05 * np.sum(flat.reshape(shape)[:-1] ** 2)
+  images = local_devices.split((x, y.astype(np.int32), np.full(1200, 1 / 1200, np.float32)), 8 * 3)
+  assert images[0].shape == (1344, 64)  # 8 devices x 3 parts x 8
+  value, grad = linear._objective(flat, images, 0.1, 1.0, shape=shape, parts=3)
+  whole = linear._objective(flat, images, 0.1, 1.0, shape=shape, parts=1)
+  np.testing.assert_allclose(value, expected, rtol=1e-6)
+  chex.assert_trees_all_close((value, grad), whole, rtol=1e-5, atol=1e-7)
+
+
+def test_a_device_holds_its_share_of_the_images_and_one_part_of_the_logits():
+  """What a fitted probe of ImageNet needs on a chip is decided here; 16 parts, 8 devices."""
+  num, dim, classes, parts = 2**17, 128, 1000, 16
+  over = local_devices.split(np.zeros(8, np.float32)).sharding
+  rows = {
+    "inputs": jax.ShapeDtypeStruct((num, dim), np.float32, sharding=over),
+    "labels": jax.ShapeDtypeStruct((num,), np.int32, sharding=over),
+    "share": jax.ShapeDtypeStruct((num,), np.float32, sharding=over),
+  }
+  flat = jax.ShapeDtypeStruct(((dim + 1) * classes,), np.float32)
+  shape = (dim + 1, classes)
+  lowered = linear._objective.lower(flat, tuple(rows.values()), 0.1, 1.0, shape=shape, parts=parts)
+  memory = lowered.compile().memory_analysis()
+  logits = 4 * num // 8 // parts * classes
+  assert memory.argument_size_in_bytes < 1.2 * 4 * (num // 8 * (dim + 2) + (dim + 1) * classes)
+  assert memory.temp_size_in_bytes < 4 * logits

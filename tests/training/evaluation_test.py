@@ -54,6 +54,19 @@ def test_a_pass_says_how_many_images_are_done(setting, monkeypatch):
   assert done == [("encoding digits/train", 64), ("encoding digits/train", 100)]
 
 
+def test_a_batch_is_under_way_before_the_one_before_it_is_fetched():
+  events = []
+
+  def run():
+    for batch in range(3):
+      events.append(f"run {batch}")
+      yield batch
+
+  for batch in encode._one_late(run()):
+    events.append(f"got {batch}")
+  assert events == ["run 0", "run 1", "got 0", "run 2", "got 1", "got 2"]
+
+
 def test_usage_is_that_of_the_whole_bank(setting):
   program, state, view, bank = setting
   # Untrained features are bunched: without their mean they spread over the prototypes.
