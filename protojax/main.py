@@ -2,6 +2,7 @@
 
 import argparse
 import faulthandler
+import os
 import pathlib
 import re
 import shlex
@@ -83,6 +84,11 @@ def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, argparse.Name
   for one, other in (("num_steps", "num_epochs"), ("num_epochs", "num_steps")):
     if one in given and other not in given and config[one]:
       config[other] = 0
+  warmup = config.optim.warmup_steps
+  if "num_steps" in given and "optim.warmup_steps" not in given and 2 * warmup > config.num_steps:
+    # Of another length; in so short a run the learning rate would hardly do anything but rise.
+    config.optim.warmup_steps = max(1, config.num_steps // 10)
+    logging.info("optim.warmup_steps %d -> %d", warmup, config.optim.warmup_steps)
   if of_recipe:
     print(settings(config))
     raise SystemExit(0)
@@ -159,6 +165,11 @@ def _remarks(source: str, section: str = "") -> dict[str, str]:
   return found
 
 
+def _alone_under_slurm() -> bool:
+  """Whether this is a Slurm step of one task: JAX would give it the one GPU of its local rank."""
+  return "SLURM_STEP_NODELIST" in os.environ and os.environ.get("SLURM_NTASKS") == "1"
+
+
 def _connect(args: argparse.Namespace) -> None:
   """Joins the cluster that the flags or the environment name; one process is fine too."""
   import jax
@@ -167,7 +178,7 @@ def _connect(args: argparse.Namespace) -> None:
     if args.num_processes is None or args.process_id is None:
       raise errors.UserError("--coordinator_address needs --num_processes and --process_id too")
     jax.distributed.initialize(args.coordinator_address, args.num_processes, args.process_id)
-  else:
+  elif not _alone_under_slurm():
     try:
       jax.distributed.initialize()
     except ValueError:  # no cluster: a single process

@@ -116,6 +116,11 @@ def run(command: str, cwd: pathlib.Path, capsys, *, last: bool = False) -> None:
       pass  # writes a page here; fidelity_test holds the page against it
     case ["bash", "launch/gpu_local.sh", *rest]:
       main.parse(rest)
+    case ["sbatch", *options, "launch/slurm.sh", config, workdir, name, images]:
+      assert all(option.startswith("--") for option in options)
+      main.parse([config, workdir, name, images])
+    case ["JAX_NUM_CPU_DEVICES=4", "protojax", "train", *rest]:
+      main.parse(rest)  # one of several processes, which loop_test starts
     case ["bash", "launch/test.sh", *_]:
       subprocess.run(["bash", "-n", "launch/test.sh"], cwd=ROOT, check=True)
     case ["bash", "launch/quickstart.sh"]:

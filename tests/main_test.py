@@ -14,6 +14,7 @@ from PIL import Image
 from protojax import config as configs
 from protojax import errors, main, recipes, trees
 from protojax.training import loop
+from protojax.training import workdir as workdirs
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
@@ -283,3 +284,34 @@ def test_importing_the_program_loads_no_tensorflow():
 
 def test_default_config_is_complete():
   assert configs.default().method.name == "dino"
+
+
+def test_one_task_of_slurm_takes_every_gpu_that_it_sees(monkeypatch):
+  """Told of a cluster of one, JAX would give it the one GPU of its local rank."""
+  joined = []
+  monkeypatch.setattr("jax.distributed.initialize", lambda *given: joined.append(given))
+  _, args = main.parse([f"--config={QUICKSTART}", "--workdir=unused"])
+  monkeypatch.setenv("SLURM_STEP_NODELIST", "localhost")
+  for tasks, expected in (("1", []), ("2", [()])):
+    monkeypatch.setenv("SLURM_NTASKS", tasks)
+    main._connect(args)
+    assert joined == expected
+
+
+def test_a_typed_length_does_not_leave_the_run_in_its_warm_up():
+  def warmup(*typed):
+    return main.parse(["--config=gmm_cifar10", "--workdir=unused", *typed])[0].optim.warmup_steps
+
+  assert warmup() == 200
+  assert warmup("--config.num_steps=400") == 200
+  assert warmup("--config.num_steps=150") == 15
+  assert warmup("--config.num_steps=150", "--config.optim.warmup_steps=90") == 90
+
+
+def test_a_workdir_in_the_folder_of_images_is_refused(tmp_path):
+  Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+  for workdir in (tmp_path, tmp_path / "runs" / "own"):
+    config = tiny.config(data__name="folder", data__data_dir=str(tmp_path))
+    with pytest.raises(errors.UserError, match="lies in the folder of images"):
+      workdirs.claim(str(workdir), config)
+  assert [path.name for path in tmp_path.iterdir()] == ["a.png"]

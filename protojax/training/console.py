@@ -1,5 +1,6 @@
 """What a run says: metrics one step late, one verdict a line, a summary at the end."""
 
+import contextlib
 import functools
 import math
 import pathlib
@@ -59,8 +60,11 @@ class RunLog:
   def __enter__(self):
     return self
 
-  def __exit__(self, *error):
-    self._writer.__exit__(*error)
+  def __exit__(self, kind, error, traceback):
+    if isinstance(error, errors.UserError | errors.Interrupted):
+      with contextlib.suppress(OSError):  # the program says it, too, and its disk may be full
+        self._writer.line(str(error), shown=False)
+    self._writer.__exit__(kind, error, traceback)
 
   def step(self, step: int, metrics: dict[str, jax.Array], *, skipped, waited: float) -> None:
     """Takes the metrics of update `step` and handles those of the one before.

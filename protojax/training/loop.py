@@ -93,7 +93,6 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
   else:
     start, state, metadata = restored
     before = metadata.get("seconds", 0.0)
-    logging.info("resumed at step %d", start)
     state, changed = program.with_own_probe(state, metadata["config"]["probe"])
     if changed:
       logging.info("%s at step %d; measured on %s from here on", changed, start, bank.name)
@@ -115,7 +114,7 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
   with contextlib.ExitStack() as stack:
     stack.enter_context(contextlib.closing(checkpoints))
     log = stack.enter_context(log)
-    log.lines(extended)
+    log.lines([*[f"resumed at step {start}"] * (restored is not None), *extended])
     if start == config.num_steps and (result := workdirs.read_result(folder)):
       log.summary(result, bank=bank)
       return result

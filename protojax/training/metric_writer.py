@@ -141,13 +141,14 @@ class Writer:
     if self._online is not None:
       self._online.write(int(step), finite)
 
-  def line(self, text: str) -> None:
-    """One line for people: to train.log with the time of day, and to the terminal."""
+  def line(self, text: str, *, shown: bool = True) -> None:
+    """One line for people: to train.log with the time of day and, if `shown`, to the terminal."""
     if not self._lead:
       return
     self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
     self._text.flush()
-    progress.write(text, self._stream)
+    if shown:
+      progress.write(text, self._stream)
 
   def progress(self, step: int, *, rate: float | None = None, note: str | None = None) -> None:
     """Says how far the run is, see `progress.Line.to`; every step may.

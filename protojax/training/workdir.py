@@ -217,7 +217,8 @@ def claim(workdir: str, config) -> pathlib.Path:
     config: resolved.
 
   Raises:
-    UserError: if the folder holds another run, or a run while `config.resume` is "never".
+    UserError: if the folder holds another run, or a run while `config.resume` is "never"; if it is
+      in the folder of images.
   """
   if config.resume not in ("auto", "never", "extend"):
     raise errors.UserError(f"resume={config.resume!r} is unknown: choose auto, never or extend")
@@ -228,6 +229,13 @@ def claim(workdir: str, config) -> pathlib.Path:
   folder = pathlib.Path(workdir).expanduser().absolute()
   if folder.exists() and not folder.is_dir():
     raise errors.UserError(f"workdir={workdir} is a file: give a folder")
+  if config.data.name == "folder" and config.data.data_dir:
+    images = pathlib.Path(config.data.data_dir).expanduser().absolute()
+    if images in (folder, *folder.parents):
+      raise errors.UserError(
+        f"workdir={workdir} lies in the folder of images {config.data.data_dir}, which would hold "
+        "its pictures then; choose a workdir elsewhere"
+      )
   lead = jax.process_index() == 0
   if config.overwrite and lead and (folder / "env.json").exists():
     try:

@@ -69,6 +69,7 @@ def test_loss_that_is_not_finite_ends_the_run_in_one_line(tmp_path, loss):
   with pytest.raises(errors.UserError, match=f"the loss is {loss} after step 2: lower") as info:
     _log(tmp_path, [1.0, loss, 1.0])
   assert "\n" not in str(info.value)
+  assert _said(tmp_path)[-1] == str(info.value)  # whoever reads the log later sees why it ends
 
 
 def test_measures_from_before_the_first_verdict_are_not_judged_later(tmp_path):
