@@ -15,9 +15,10 @@ from protojax.recipes import common
 
 
 def get_config(mode: str = ""):
-  """Decoupled prototypes; modes "joint", "frozen", "dino" (joint, centred targets) and "debug".
+  """Decoupled prototypes; modes "joint", "frozen", "debug"; with DINO's targets "dino", "centred".
 
-  All but "dino" have the same targets, so that the prototypes are all that differs.
+  "dino" is joint, "centred" decoupled. All others have the same targets, so that the prototypes
+  are all that differs.
   """
   config = common.dino_cifar10()
   config.num_steps = 2500
@@ -42,8 +43,8 @@ def get_config(mode: str = ""):
   config.optim.update({"lr": 4e-3, "warmup_steps": 200})
   if mode in ("joint", "dino"):
     config.method.prototypes = "learned"
-  if mode == "dino":
+  if mode in ("dino", "centred"):
     config.method.update({"targets": "center", "teacher_temp_start": 0.04, "teacher_temp": 0.04})
   if mode == "frozen":
     config.method.prototypes = "frozen"
-  return common.finish(config, mode, "joint", "frozen", "dino")
+  return common.finish(config, mode, "joint", "frozen", "dino", "centred")
