@@ -75,6 +75,34 @@ def test_rand_hides_the_exact_number_of_patches_everywhere_alike():
   assert len({m.tobytes() for m in mask.reshape(2048, -1)}) == 2048
 
 
+@pytest.mark.parametrize(
+  ("ratios", "spreads", "grid", "most"),
+  [
+    ((0.0, 0.3), (0.0, 0.2), (14, 14), 98),
+    ((0.0, 0.4), (0.0, 0.1), (4, 4), 8),
+    ((0.29,), (0.0,), (10, 10), 29),  # of a float64 the floor would be 28
+    ((0.7,), (0.3,), (4, 4), 16),
+    ((0.0,), (0.0,), (4, 4), 1),
+  ],
+)
+def test_no_mask_hides_more_than_the_most_and_the_largest_share_does(ratios, spreads, grid, most):
+  assert masking.most_hidden(ratios, spreads, grid[0] * grid[1]) == most
+  for shape in ("block", "rand"):
+    assert sample(ratios, spreads, shape, batch=256, grid=grid).sum(axis=-1).max() <= most
+  if most > 1:  # the upper end of the spread, as a ratio of its own
+    pair = (max(map(sum, zip(ratios, spreads, strict=True))),), (0.0,)
+    np.testing.assert_array_equal(sample(*pair, "rand", batch=2, grid=grid).sum(axis=-1), most)
+
+
+def test_hidden_patches_are_numbered_in_order_and_filled_up():
+  mask = np.array([[[0, 1, 0, 1, 0], [0, 0, 0, 0, 0]], [[0, 0, 1, 0, 0], [1, 1, 0, 0, 1]]], bool)
+  index, hidden = masking.hidden(mask, 3)
+  assert index.shape == hidden.shape == (2, 2, 3) and index.dtype == np.int32
+  for view in np.ndindex(2, 2):
+    assert index[view][hidden[view]].tolist() == np.flatnonzero(mask[view]).tolist()
+    assert not mask[view][index[view][~hidden[view]]].any()
+
+
 @pytest.mark.parametrize("shape", ["block", "rand"])
 def test_a_mask_depends_on_key_row_and_view_alone(shape):
   few = sample((0.4,), (0.1,), shape, batch=4)
