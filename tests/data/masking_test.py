@@ -76,22 +76,18 @@ def test_rand_hides_the_exact_number_of_patches_everywhere_alike():
 
 
 @pytest.mark.parametrize(
-  ("ratios", "spreads", "grid", "most"),
+  ("ratios", "spreads", "shape", "grid", "most"),
   [
-    ((0.0, 0.3), (0.0, 0.2), (14, 14), 98),
-    ((0.0, 0.4), (0.0, 0.1), (4, 4), 8),
-    ((0.29,), (0.0,), (10, 10), 29),  # of a float64 the floor would be 28
-    ((0.7,), (0.3,), (4, 4), 16),
-    ((0.0,), (0.0,), (4, 4), 1),
+    ((0.0, 0.3), (0.0, 0.2), "block", (14, 14), 98),
+    ((0.2, 0.4), (0.0, 0.2), "rand", (4, 4), 9),
+    ((0.29,), (0.0,), "rand", (10, 10), 29),  # of a float64 the floor would be 28
+    ((0.0,), (0.0,), "rand", (4, 4), 1),  # never nothing at all
   ],
 )
-def test_no_mask_hides_more_than_the_most_and_the_largest_share_does(ratios, spreads, grid, most):
+def test_masks_hide_no_more_than_the_most_and_come_near(ratios, spreads, shape, grid, most):
   assert masking.most_hidden(ratios, spreads, grid[0] * grid[1]) == most
-  for shape in ("block", "rand"):
-    assert sample(ratios, spreads, shape, batch=256, grid=grid).sum(axis=-1).max() <= most
-  if most > 1:  # the upper end of the spread, as a ratio of its own
-    pair = (max(map(sum, zip(ratios, spreads, strict=True))),), (0.0,)
-    np.testing.assert_array_equal(sample(*pair, "rand", batch=2, grid=grid).sum(axis=-1), most)
+  largest = sample(ratios, spreads, shape, batch=256, grid=grid).sum(axis=-1).max()
+  assert most - 1 <= largest <= most and (largest == most or ratios != (0.29,))
 
 
 def test_hidden_patches_are_numbered_in_order_and_filled_up():
