@@ -247,7 +247,7 @@ IBOT = Run(
     C(
       "patches in the loss",
       "hidden ones",
-      note="same: all are scored, as there, and those that are seen count 0 "
+      note="same: those alone are scored; there all are, and those that are seen count 0 "
       "(tests/methods/ibot_test.py)",
     ),
     C("momentum of the teacher, start", ".996", "teacher.momentum", 0.996),

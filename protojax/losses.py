@@ -160,7 +160,7 @@ def log_batch_mean(log_p: jax.Array) -> jax.Array:
 
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
-  """Mean over a view's masked patches, then over views: [B, V, T] and bool [B, V, T] -> [].
+  """Mean over a view's patches that count, then over views: [B, V, M] and bool [B, V, M] -> [].
 
   A view without any counts as 0 (arXiv 2111.07832).
   """
@@ -175,9 +175,10 @@ def masked_patch_entropy(
   """Cross entropy of hidden patches against the targets of the same crop (arXiv 2111.07832).
 
   Args:
-    student_logits: [B, V, T, K] scores, any float dtype.
-    teacher_probs: [B, V, T, K] targets, rows sum to one; no gradient.
-    mask: bool [B, V, T], True where the student did not see the patch.
+    student_logits: [B, V, M, K] scores of all patches, or of those that may be hidden; any float
+      dtype.
+    teacher_probs: [B, V, M, K] targets, rows sum to one; no gradient.
+    mask: bool [B, V, M], True where the student did not see the patch.
     temperature: the student's.
 
   Returns:

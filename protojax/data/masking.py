@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from protojax import errors
 
@@ -54,12 +55,46 @@ def make(
   def one(key):
     ratio_key, share_key, mask_key = jax.random.split(key, 3)
     ratio, spread = jnp.array(pairs)[jax.random.randint(ratio_key, (), 0, len(pairs))]
-    target = num_patches * (ratio + spread * jax.random.uniform(share_key, (), minval=-1.0))
+    target = _target(num_patches, ratio, spread, jax.random.uniform(share_key, (), minval=-1.0))
     if shape == "rand":
       return jax.random.permutation(mask_key, num_patches) < jnp.floor(target)
     return block_mask(jax.random.uniform(mask_key, (_ATTEMPTS, 4)), target, grid).reshape(-1)
 
   return lambda key, batch, views: _each(one, key, batch, views)
+
+
+def _target(num_patches, ratio, spread, share):
+  """Patches to hide, not a whole number, for a share within the spread, -1 to 1."""
+  return num_patches * (ratio + spread * share)
+
+
+def most_hidden(ratios: tuple[float, ...], spreads: tuple[float, ...], num_patches: int) -> int:
+  """The most patches that a mask of `make` can hide, of either shape; at least 1.
+
+  In float32, as they are drawn: .29 of 100 are 29, where float64 says 28.
+
+  Args:
+    ratios, spreads: as `make` takes them.
+    num_patches: T.
+  """
+  pairs = zip(ratios, spreads, strict=True)
+  targets = [_target(*map(np.float32, (num_patches, *pair, 1.0))) for pair in pairs]
+  return max(1, math.floor(max(targets)))
+
+
+def hidden(mask: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
+  """Numbers of the hidden patches, as many for every view.
+
+  Args:
+    mask: bool [B, V, T], True where hidden.
+    most: M, patches that a mask hides at most; see `most_hidden`.
+
+  Returns:
+    int32 [B, V, M], the hidden patches in their order, filled up with others; and bool [B, V, M],
+    True where the patch is a hidden one.
+  """
+  index = jnp.argsort(~mask, axis=-1, stable=True)[..., :most].astype(jnp.int32)
+  return index, jnp.arange(most)[None, None] < mask.sum(axis=-1, keepdims=True)
 
 
 def keep(key: jax.Array, batch: int, views: int, *, dropped: float, num_patches: int) -> jax.Array:

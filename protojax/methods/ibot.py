@@ -4,16 +4,18 @@ The student's global views are masked, and the same forward feeds two losses: DI
 tokens, and the cross entropy of every hidden patch against the teacher's token at its place, which
 sees the whole view. Local views are not masked and enter the first alone. Both kinds of token pass
 one projector; each has a centre and, unless `method.shared_head`, K prototypes of its own.
-`method.prototypes` holds for both sets; the patches' mixture is fed by all of the teacher's.
+`method.prototypes` holds for both sets. Only hidden patches are scored; the patches' centre and
+mixture are fed by all of the teacher's.
 
 What differs from the published code: there the student has two sets by default and the teacher one,
 the average of the student's class set ("semi-shared"), a mode left out here; the released models
 share one on both sides, `shared_head=True`. Class targets warm up to .07, as in the paper's runs;
-the code's default is `teacher_temp=.04`. `targets="sinkhorn"` is not in it, and balances all
-patches, where DINOv2 (arXiv 2304.07193) balances the hidden ones.
+the code's default is `teacher_temp=.04`. `targets="sinkhorn"` is not in it: as in DINOv2
+(arXiv 2304.07193) the hidden patches of the batch are balanced, and no others.
 
 Each loss is at least its targets' entropy, logged beside it; that of patches, like their loss, is a
-mean over hidden ones in which a view without a mask counts as 0.
+mean over hidden ones in which a view without a mask counts as 0. `patch_mean_entropy`, of the mean
+target, is over all hidden ones alike.
 """
 
 import math
@@ -66,6 +68,7 @@ def make(config) -> base.Method:
   )
   grid = vit.grid_size(*sizes.pair(size), config.model.patch_size)
   mask_of = masking.make(options.mask_ratios, options.mask_spreads, options.mask_shape, grid)
+  most = masking.most_hidden(options.mask_ratios, options.mask_spreads, math.prod(grid))
   networks = student_teacher.build_with_prototypes(config, patches=True, shared=options.shared_head)
 
   def warmup(start, end):
@@ -89,8 +92,9 @@ def make(config) -> base.Method:
   def loss(trained, frozen, views, key, step):
     net_key, mask_key = jax.random.split(key)
     mask = mask_of(mask_key, *views["global"].shape[:2])
-    scores = networks.scores(trained, frozen, {**views, "mask": mask}, net_key)
-    teacher_scores = {"prototypes": scores.teacher, "patch": scores.teacher_patches}
+    hidden, counted = masking.hidden(mask, most)
+    scores = networks.scores(trained, frozen, {**views, "mask": mask, "hidden": hidden}, net_key)
+    of_teacher = {"prototypes": (scores.teacher, None), "patch": (scores.teacher_patches, counted)}
     # The centre of step n is made of the steps before it.
     q = {
       kind: assignment.targets(
@@ -99,13 +103,14 @@ def make(config) -> base.Method:
         kind=options.targets,
         temperature=temps[kind](step),
         num_steps=options.sinkhorn_steps,
+        counted=rows,
       )
-      for kind, teacher in teacher_scores.items()
+      for kind, (teacher, rows) in of_teacher.items()
     }
     temp = options.student_temp
     by_class = losses.cross_view_entropy(scores.student, q["prototypes"], temperature=temp)
     by_patch = losses.masked_patch_entropy(
-      scores.student_patches, q["patch"], mask, temperature=temp
+      scores.student_patches, q["patch"], counted, temperature=temp
     )
     value = options.class_weight * by_class + options.patch_weight * by_patch
     metrics = {
@@ -115,20 +120,27 @@ def make(config) -> base.Method:
       "patch_loss": by_patch,
       "masked": mask.mean(dtype=jnp.float32),
       "target_entropy": losses.entropy(q["prototypes"]).mean(),
-      "patch_target_entropy": losses.masked_mean(losses.entropy(q["patch"]), mask),
+      "patch_target_entropy": losses.masked_mean(losses.entropy(q["patch"]), counted),
       "mean_entropy": losses.entropy(q["prototypes"].mean(axis=(0, 1))),
-      "patch_mean_entropy": losses.entropy(q["patch"].mean(axis=(0, 1, 2))),
+      "patch_mean_entropy": losses.entropy(_mean_of(q["patch"], counted)),
       "teacher_temp": temps["prototypes"](step),
       "patch_temp": temps["patch"](step),
     }
-    return value, base.LossOut(metrics, {**scores.stats, "teacher_scores": teacher_scores})
+    to_center = {"prototypes": scores.teacher, "patch": scores.teacher_patch_mean}
+    return value, base.LossOut(metrics, {**scores.stats, "to_center": to_center})
 
   def update(variables, stats, step):
     center = {
-      kind: assignment.center_update(old, stats["teacher_scores"][kind], options.center_momentum)
+      kind: assignment.center_update(old, stats["to_center"][kind], options.center_momentum)
       for kind, old in variables.carry["center"].items()
     }
     variables = networks.method.update(variables, stats, step)
     return variables.replace(carry={**variables.carry, "center": center})
 
   return networks.method._replace(init=init, loss=loss, update=update)
+
+
+def _mean_of(q: jax.Array, counted: jax.Array) -> jax.Array:
+  """Mean of the rows of q [B, V, M, K] that count, bool [B, V, M]; 0 where none does: [K]."""
+  total = jnp.sum(jnp.where(counted[..., None], q, 0.0), axis=(0, 1, 2))
+  return total / jnp.maximum(counted.sum(), 1)

@@ -33,8 +33,8 @@ class Embedded(NamedTuple):
   Attributes:
     z: [B, V, D], the head's output.
     features: [B, V, F], the backbone's.
-    patches: [B, G, T, D], the patch tokens of the global views through the head; None unless asked
-      for.
+    patches: [B, G, T, D], the patch tokens of the global views through the head, or [B, G, M, D]
+      of "hidden" ones; None unless asked for.
   """
 
   z: jax.Array
@@ -194,7 +194,8 @@ def embed(
     batch_stats: running statistics of batch norm, as `init` returns them.
     views: {"global": [B, G, S, S, C], optional "local": [B, L, s, s, C]}, normalised; optional
       "mask": bool [B, G, T], the patches of the global views that the mask token replaces, and
-      "keep": int32 [B, G, T'], those that a transformer sees at all.
+      "keep": int32 [B, G, T'], those that a transformer sees at all; with `patches` also
+      "hidden": int32 [B, G, M], those whose tokens pass the head.
     train: whether drop path acts and batch norm uses (and moves) the batch's statistics.
     key: of drop path; may be None where the rate is 0 or `train` is False.
     accum_steps: microbatches the forward is cut into. Each holds every accum_steps-th image,
@@ -279,6 +280,9 @@ def _forward(encoder, params, batch_stats, views, key, train, patches):
     )
     if patches and name == "global":
       y, t = y
+      if "hidden" in views:
+        index = views["hidden"].reshape(batch * num_views, -1, 1)
+        t = jnp.take_along_axis(t, index, axis=1)
       tokens = [t.reshape(batch, -1, t.shape[-1])]  # [B, G T, F]
     outputs.append(y.reshape(batch, num_views, -1))
   # Joined along the second axis, where the devices' shares need not move.

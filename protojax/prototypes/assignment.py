@@ -11,8 +11,12 @@ import jax.numpy as jnp
 
 from protojax import errors
 
+_NOTHING = -1e30  # the logarithm of no probability at all, finite
 
-def log_sinkhorn(log_scores: jax.Array, *, num_steps: int = 3) -> jax.Array:
+
+def log_sinkhorn(
+  log_scores: jax.Array, *, num_steps: int = 3, counted: jax.Array | None = None
+) -> jax.Array:
   """Balances assignments over the batch: Sinkhorn-Knopp in the log domain.
 
   One step gives every prototype the same total over the N samples, then every sample a total of one
@@ -24,6 +28,8 @@ def log_sinkhorn(log_scores: jax.Array, *, num_steps: int = 3) -> jax.Array:
   Args:
     log_scores: [N, K] logarithms of unnormalised assignments, finite, any float dtype.
     num_steps: at least 1; static.
+    counted: bool [N], the samples that are balanced; the others, none by default, take part in no
+      total, and are assigned with the offsets that these have given the prototypes.
 
   Returns:
     [N, K] float32, log assignments; the exponentials of a row sum to one.
@@ -37,20 +43,35 @@ def log_sinkhorn(log_scores: jax.Array, *, num_steps: int = 3) -> jax.Array:
     )
   log_scores = log_scores.astype(jnp.float32)
   num_samples, num_prototypes = log_scores.shape
-  balanced = math.log(num_samples / num_prototypes)
+  if counted is None:
+    balanced = math.log(num_samples / num_prototypes)
+  else:
+    balanced = jnp.log(jnp.maximum(counted.sum(), 1) / num_prototypes)
+
+  def totals(by_sample):
+    if counted is None:
+      return jax.nn.logsumexp(by_sample, axis=0)
+    # Where nothing counts the prototypes get a common offset, which has no effect.
+    return jnp.maximum(jax.nn.logsumexp(by_sample, axis=0, where=counted[:, None]), _NOTHING)
 
   # Only the prototypes' offsets are carried: to carry [N, K] would be to hold it twice. They are
   # measured from the balanced total, or they would grow with every step.
   def balance(_, offsets):
     samples = jax.nn.logsumexp(log_scores - offsets[None, :], axis=1)
-    return jax.nn.logsumexp(log_scores - samples[:, None], axis=0) - balanced
+    return totals(log_scores - samples[:, None]) - balanced
 
-  offsets = jax.nn.logsumexp(log_scores, axis=0)
+  offsets = totals(log_scores)
   offsets = jax.lax.fori_loop(1, num_steps, balance, offsets)
   return jax.nn.log_softmax(log_scores - offsets[None, :], axis=1)
 
 
-def sinkhorn(scores: jax.Array, *, temperature: float | jax.Array, num_steps: int = 3) -> jax.Array:
+def sinkhorn(
+  scores: jax.Array,
+  *,
+  temperature: float | jax.Array,
+  num_steps: int = 3,
+  counted: jax.Array | None = None,
+) -> jax.Array:
   """Sinkhorn targets exp(log_sinkhorn(scores / temperature)), without a gradient.
 
   >>> alike = jnp.asarray([[1.0, 0.8], [1.0, 0.9]])  # both samples prefer prototype 0
@@ -60,13 +81,13 @@ def sinkhorn(scores: jax.Array, *, temperature: float | jax.Array, num_steps: in
   Args:
     scores: [N, K], N rows of the global batch, any float dtype.
     temperature: positive; smaller is sharper.
-    num_steps: see `log_sinkhorn`.
+    num_steps, counted: see `log_sinkhorn`.
 
   Returns:
     [N, K] float32, rows sum to one.
   """
   scores = jax.lax.stop_gradient(scores).astype(jnp.float32)
-  return jnp.exp(log_sinkhorn(scores / temperature, num_steps=num_steps))
+  return jnp.exp(log_sinkhorn(scores / temperature, num_steps=num_steps, counted=counted))
 
 
 def center_update(
@@ -109,6 +130,7 @@ def targets(
   kind: str,
   temperature: float | jax.Array,
   num_steps: int = 3,
+  counted: jax.Array | None = None,
 ) -> jax.Array:
   """Targets of a teacher, "center" (`sharpen`) or "sinkhorn" over all rows, without a gradient.
 
@@ -118,6 +140,7 @@ def targets(
     kind: `method.targets`.
     temperature: positive; smaller is sharper.
     num_steps: of Sinkhorn.
+    counted: bool [...], the rows that Sinkhorn balances; None: all of them.
 
   Returns:
     [..., K] float32, rows sum to one.
@@ -129,7 +152,9 @@ def targets(
     return sharpen(scores, center, temperature=temperature)
   if kind == "sinkhorn":
     flat = scores.reshape(-1, scores.shape[-1])
-    return sinkhorn(flat, temperature=temperature, num_steps=num_steps).reshape(scores.shape)
+    counted = None if counted is None else counted.reshape(-1)
+    q = sinkhorn(flat, temperature=temperature, num_steps=num_steps, counted=counted)
+    return q.reshape(scores.shape)
   raise errors.UserError(f"method.targets={kind!r} is unknown: choose center or sinkhorn")
 
 

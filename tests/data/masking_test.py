@@ -75,6 +75,30 @@ def test_rand_hides_the_exact_number_of_patches_everywhere_alike():
   assert len({m.tobytes() for m in mask.reshape(2048, -1)}) == 2048
 
 
+@pytest.mark.parametrize(
+  ("ratios", "spreads", "shape", "grid", "most"),
+  [
+    ((0.0, 0.3), (0.0, 0.2), "block", (14, 14), 98),
+    ((0.2, 0.4), (0.0, 0.2), "rand", (4, 4), 9),
+    ((0.29,), (0.0,), "rand", (10, 10), 29),  # of a float64 the floor would be 28
+    ((0.0,), (0.0,), "rand", (4, 4), 1),  # never nothing at all
+  ],
+)
+def test_masks_hide_no_more_than_the_most_and_come_near(ratios, spreads, shape, grid, most):
+  assert masking.most_hidden(ratios, spreads, grid[0] * grid[1]) == most
+  largest = sample(ratios, spreads, shape, batch=256, grid=grid).sum(axis=-1).max()
+  assert most - 1 <= largest <= most and (largest == most or ratios != (0.29,))
+
+
+def test_hidden_patches_are_numbered_in_order_and_filled_up():
+  mask = np.array([[[0, 1, 0, 1, 0], [0, 0, 0, 0, 0]], [[0, 0, 1, 0, 0], [1, 1, 0, 0, 1]]], bool)
+  index, hidden = masking.hidden(mask, 3)
+  assert index.shape == hidden.shape == (2, 2, 3) and index.dtype == np.int32
+  for view in np.ndindex(2, 2):
+    assert index[view][hidden[view]].tolist() == np.flatnonzero(mask[view]).tolist()
+    assert not mask[view][index[view][~hidden[view]]].any()
+
+
 @pytest.mark.parametrize("shape", ["block", "rand"])
 def test_a_mask_depends_on_key_row_and_view_alone(shape):
   few = sample((0.4,), (0.1,), shape, batch=4)

@@ -11,9 +11,11 @@ import scipy.special
 import tiny
 
 from protojax import errors, losses
-from protojax.data import sources
+from protojax.data import masking, sources
 from protojax.methods import ibot
 from protojax.methods.networks import student_teacher
+from protojax.models import encoder as encoders
+from protojax.prototypes import assignment, prototype_set
 from protojax.training import evaluation, export, programs, train_step
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
@@ -50,7 +52,16 @@ def _golden(config, monkeypatch):
 
   def fake_scores(trained, frozen, views, key):
     seen.update(views)
-    return scores
+
+    def hidden(x):
+      return jnp.take_along_axis(x, views["hidden"][..., None], axis=2)
+
+    student, teacher = scores.student_patches, scores.teacher_patches
+    return scores._replace(
+      student_patches=hidden(student),
+      teacher_patches=hidden(teacher),
+      teacher_patch_mean=teacher.mean(axis=(0, 1, 2)),
+    )
 
   build = student_teacher.build_with_prototypes
 
@@ -64,6 +75,7 @@ def _golden(config, monkeypatch):
 
   monkeypatch.setattr(ibot.student_teacher, "build_with_prototypes", fake_build)
   monkeypatch.setattr(ibot.masking, "make", fake_masks)
+  config.method.update({"mask_ratios": (0.75,), "mask_spreads": (0.0,)})
   return ibot.make(config), seen
 
 
@@ -155,6 +167,33 @@ def test_each_kind_of_token_has_its_centre_and_its_warm_up(monkeypatch):
   np.testing.assert_allclose(out.metrics["patch_loss"], expected, rtol=1e-5)
 
 
+def test_sinkhorn_balances_the_hidden_patches_and_no_others(monkeypatch):
+  c = tiny.config(
+    "ibot",
+    method__num_prototypes=5,
+    method__targets="sinkhorn",
+    method__patch_temp_start=0.07,
+    method__patch_temp=0.07,
+  )
+  method, _ = _golden(c, monkeypatch)
+  zeros = {"prototypes": jnp.zeros(5), "patch": jnp.zeros(5)}
+  views = {"global": jnp.zeros((2, 2, 16, 16, 3))}
+  variables = ibot.base.Variables((), (), (), {"center": zeros})
+  _, out = method.loss({}, variables, views, jax.random.key(0), jnp.int32(0))
+  n = np.arange(80).reshape(4, 4, 5)
+  q = np.exp(np.cos(0.2 * n[_MASKS]) / 0.07)
+  for _ in range(3):
+    q /= q.sum(axis=0)
+    q /= q.sum(axis=1, keepdims=True)
+  of_all = np.zeros(n.shape)
+  of_all[_MASKS] = q
+  expected = _reference(np.sin(0.3 * n)[None], of_all[None], _MASKS[None], 0.1)
+  np.testing.assert_allclose(out.metrics["patch_loss"], expected, rtol=1e-5)
+  mean = q.mean(axis=0)
+  entropy = -(mean * np.log(mean)).sum()
+  np.testing.assert_allclose(out.metrics["patch_mean_entropy"], entropy, rtol=1e-5)
+
+
 def _reference(student, q, mask, temperature):
   """Hidden patches of a view, one after the other, in float64."""
   total = 0.0
@@ -240,6 +279,89 @@ def test_teacher_sees_every_patch_and_the_student_learns_a_mask_token():
   assert a.stats["prototypes"]["patch"].shape == (16, 2, 4, 16)
   assert np.abs(grads["encoder"]["backbone"]["mask_token"]).max() > 0
   np.testing.assert_array_equal(variables.encoder["backbone"]["mask_token"], 0.0)
+
+
+_UP_TO_THREE = (
+  ("method__mask_shape", "rand"),
+  ("method__mask_ratios", (0.0, 0.5)),
+  ("method__mask_spreads", (0.0, 0.25)),
+)
+
+
+@pytest.mark.parametrize("kind", ["learned", "mixture"])
+def test_value_gradient_and_centre_are_those_of_scoring_every_patch(kind):
+  """The dense form: all patches pass the student's head, all are scored, the loss masks them."""
+  c, method, variables = _start(kind, mixture__center_features=True, **dict(_UP_TO_THREE))
+  center = {"prototypes": jnp.linspace(0.0, 0.1, 32), "patch": jnp.linspace(0.1, -0.1, 32)}
+  teacher = jax.tree.map(lambda x: 1.2 * x + 0.01, variables.teacher)
+  state = variables.prototypes
+  if kind == "mixture":
+    mean = jnp.linspace(-0.2, 0.2, 16)
+    state = {name: one._replace(feature_mean=mean) for name, one in state.items()}
+  carry = {**variables.carry, "center": center}
+  variables = variables.replace(prototypes=state, teacher=teacher, carry=carry)
+  trained, frozen = train_step.split(variables, method.learns_prototypes)
+  net, one = encoders.build(c, mask_token=True), prototype_set.build(c)
+  views, key = _some_views(c), jax.random.key(5)
+  draw = masking.make(c.method.mask_ratios, c.method.mask_spreads, c.method.mask_shape, (2, 2))
+  mask = draw(jax.random.split(key)[1], 16, 2)
+  assert set(np.unique(mask.sum(axis=-1))) >= {0, 1, 2}
+
+  def dense(trained):
+    def scores(encoder, state, views):
+      out, _ = encoders.embed(net, encoder, {}, views, train=True, patches=True)
+      z = {"prototypes": out.z, "patch": out.patches}
+      return {k: one.align(state[k], z[k]) @ one.rows(state[k]).T for k in z}
+
+    student = scores(trained["encoder"], trained.get("prototypes", state), {**views, "mask": mask})
+    of_teacher = frozen.teacher.get("prototypes", state)
+    teacher = scores(frozen.teacher["encoder"], of_teacher, {"global": views["global"]})
+    q = {k: assignment.sharpen(teacher[k], center[k], 0.04) for k in teacher}
+    by_class = losses.cross_view_entropy(student["prototypes"], q["prototypes"], temperature=0.1)
+    by_patch = losses.masked_patch_entropy(student["patch"], q["patch"], mask, temperature=0.1)
+    new = {k: assignment.center_update(center[k], teacher[k]) for k in center}
+    return by_class + by_patch, (
+      by_patch,
+      losses.masked_mean(losses.entropy(q["patch"]), mask),
+      new,
+    )
+
+  @jax.jit
+  def sparse(trained):
+    (value, out), grads = jax.value_and_grad(method.loss, has_aux=True)(
+      trained, frozen, views, key, jnp.int32(0)
+    )
+    new = method.update(variables, out.stats, jnp.int32(0)).carry["center"]
+    return (value, (out.metrics["patch_loss"], out.metrics["patch_target_entropy"], new)), grads
+
+  expected = jax.jit(jax.value_and_grad(dense, has_aux=True))(trained)
+  (values, grads), (values_before, grads_before) = sparse(trained), expected
+  chex.assert_trees_all_close(values, values_before, rtol=1e-5, atol=1e-6)
+  for new, old in zip(jax.tree.leaves(grads), jax.tree.leaves(grads_before), strict=True):
+    assert np.linalg.norm(new - old) <= 1e-5 * np.linalg.norm(old)
+
+
+def test_hidden_patches_alone_are_scored():
+  c, method, variables = _start("learned")
+  net = student_teacher.build_with_prototypes(c, patches=True, shared=False)
+  trained, frozen = train_step.split(variables, method.learns_prototypes)
+  views = {**tiny.abstract_views(c), "hidden": jax.ShapeDtypeStruct((16, 2, 3), jnp.int32)}
+  scores = jax.eval_shape(net.scores, trained, frozen, views, jax.random.key(0))
+  assert scores.student_patches.shape == scores.teacher_patches.shape == (16, 2, 3, 32)
+  assert scores.teacher_patch_mean.shape == (32,)
+  traced = jax.make_jaxpr(method.loss)(trained, frozen, _some_views(c), jax.random.key(0), 0)
+  assert "16,2,2,32]" in str(traced) and "16,2,4,32]" not in str(traced)  # at most half of four
+
+
+def test_a_batch_without_a_hidden_patch_has_no_patch_loss():
+  _, _, variables = _start("learned")
+  never = {"method__mask_ratios": (0.0,), "method__mask_spreads": (0.0,)}
+  c = tiny.config("ibot", "learned", method__targets="sinkhorn", **never)
+  method = ibot.make(c)
+  trained, frozen = train_step.split(variables, method.learns_prototypes)
+  value, out = jax.jit(method.loss)(trained, frozen, _some_views(c), jax.random.key(0), 0)
+  assert np.isfinite(value) and all(np.isfinite(x) for x in out.metrics.values())
+  assert out.metrics["patch_loss"] == out.metrics["patch_mean_entropy"] == 0.0
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -84,6 +84,27 @@ def test_only_offsets_of_a_sample_matter():
   )
 
 
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_samples_that_do_not_count_have_no_part_in_the_balance(num_steps):
+  scores = np.random.default_rng(0).uniform(-1, 1, (40, 12)).astype(np.float32)
+  counted = np.random.default_rng(1).uniform(size=40) < 0.4
+  some = {"temperature": 0.1, "num_steps": num_steps}
+  q = assignment.sinkhorn(jnp.asarray(scores), **some, counted=jnp.asarray(counted))
+  alone = reference_sinkhorn(scores[counted], **some)
+  np.testing.assert_allclose(q[counted], alone, rtol=2e-5, atol=1e-9)
+  # The others follow: what one prototype's offset does to those that count it does to them.
+  offsets = (scores[counted] / 0.1 - np.log(alone))[0]
+  others = np.exp(scores[~counted] / 0.1 - offsets)
+  others /= others.sum(axis=1, keepdims=True)
+  np.testing.assert_allclose(q[~counted], others, rtol=1e-4, atol=1e-9)
+
+
+def test_assignments_are_finite_where_no_sample_counts():
+  scores = jnp.asarray(cosines(6, 4), jnp.float32)
+  q = assignment.sinkhorn(scores, temperature=0.07, counted=jnp.zeros(6, bool))
+  np.testing.assert_allclose(q.sum(axis=1), np.ones(6), rtol=1e-6)
+
+
 def test_saturated_scores_of_many_prototypes_stay_finite():
   """65,536 prototypes at temperature .01: scores span 200 nats, far beyond float32's exponent."""
   key = jax.random.key(0)

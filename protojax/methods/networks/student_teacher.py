@@ -40,7 +40,7 @@ def build(config, *, patches: bool = False, constant_momentum: bool = False) -> 
   here the encoder, to which `build_with_prototypes` may add prototypes. It runs without drop path,
   and its batch norm, where it has one, on batch statistics of its own. It sees all patches of the
   global views, or of the views "target" [B, T, S, S, 3] if there are any; the other views, and
-  "mask" and "keep" (see `encoder.embed`), are the student's.
+  "mask", "keep" and "hidden" (see `encoder.embed`), are the student's.
 
   Args:
     config: reads `model`, `head`, `teacher.{momentum, schedule}`, `optim.schedule_scale` and more.
@@ -144,8 +144,9 @@ class Scores(NamedTuple):
     teacher: [B, 2, K] of the global views, or [B, T, K] of the views "target", without.
     stats: what `Method.update` needs.
     features: [B, V, F] of the student's backbone, with a gradient.
-    student_patches: [B, 2, T, K] of the patch tokens of the global views; None unless asked for.
-    teacher_patches: likewise.
+    student_patches: [B, 2, M, K] of the hidden patches of the global views; None unless asked for.
+    teacher_patches: likewise, of the same patches.
+    teacher_patch_mean: [K], the mean over all patches of the global views; None likewise.
   """
 
   student: jax.Array
@@ -154,6 +155,7 @@ class Scores(NamedTuple):
   features: jax.Array
   student_patches: jax.Array | None = None
   teacher_patches: jax.Array | None = None
+  teacher_patch_mean: jax.Array | None = None
 
 
 class PrototypeStudentTeacher(NamedTuple):
@@ -176,9 +178,9 @@ def build_with_prototypes(
   The teacher averages the student's encoder, and its prototypes when those are learned, unless
   `average` is off. A mixture or frozen set is one array that serves both.
 
-  With `patches` the patch tokens of the global views are scored too, by the prototypes of the class
-  tokens (`shared`) or by a set "patch" of their own, see `prototype_set.several`; an image is coded
-  in that set by the mean of its patches' embeddings.
+  With `patches` the patch tokens that the views "hidden" number, int32 [B, 2, M], are scored too,
+  by the prototypes of the class tokens (`shared`) or by a set "patch" of their own, see
+  `prototype_set.several`; an image is coded in that set by the mean of its patches' embeddings.
 
   With `method.em_order = "before_loss"` (the order of arXiv 2510.20108) a mixture moves in
   `scores`, which then uses the moved one; with "after_step" it moves in `update`, from the same
@@ -198,9 +200,6 @@ def build_with_prototypes(
     z = {"prototypes": embedded.z, "patch": embedded.patches}
     return {kind: z[kind] for kind in kinds}
 
-  def score(state, z):
-    return jax.tree.map(weight_norm.scores, prototypes.rows(state), prototypes.align(state, z))
-
   def init(key):
     encoder_key, prototype_key = jax.random.split(key)
     variables = net.method.init(encoder_key)
@@ -214,7 +213,17 @@ def build_with_prototypes(
     z_student, z_teacher = by_kind(embedded), jax.lax.stop_gradient(by_kind(embedded_teacher))
     state, moved = prototype_set.in_loss(prototypes, trained, frozen, z_teacher)
     teacher_state = frozen.teacher["prototypes"] if averaged else jax.lax.stop_gradient(state)
-    student, teacher = score(state, z_student), score(teacher_state, z_teacher)
+    rows, z_teacher = prototypes.rows(teacher_state), prototypes.align(teacher_state, z_teacher)
+    patch_mean = None
+    if patches:
+      z = z_teacher["patch"]
+      # Scores are linear: their mean over all patches is that of the mean patch.
+      patch_mean = weight_norm.scores(rows["patch"], z.mean(axis=(0, 1, 2)))
+      z_teacher["patch"] = jnp.take_along_axis(z, views["hidden"][..., None], axis=2)
+    teacher = jax.tree.map(weight_norm.scores, rows, z_teacher)
+    student = jax.tree.map(
+      weight_norm.scores, prototypes.rows(state), prototypes.align(state, z_student)
+    )
     return Scores(
       student["prototypes"],
       teacher["prototypes"],
@@ -222,6 +231,7 @@ def build_with_prototypes(
       embedded.features,
       student.get("patch"),
       teacher.get("patch"),
+      patch_mean,
     )
 
   def update(variables, stats, step):
