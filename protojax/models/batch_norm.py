@@ -20,6 +20,13 @@ class BatchNorm(nn.Module):
   a call in train mode by .1 towards the mean over views of the batch's statistics (variance
   with n - 1). Pass `mutable=["batch_stats"]` to `apply` in train mode.
 
+  Sums and sums of squares are taken together, about the running mean: x is read once and devices
+  exchange statistics once, forwards and backwards. What float32 loses of the variance is about 1e-7
+  of the squared distance of the two means, a billionth of the variance where they are a tenth of
+  a standard deviation apart, and a ten thousandth at 30, as may happen in the first steps. Several
+  calls in a step (one a resolution) do not wait for one another if the optional collection "start"
+  holds what "batch_stats" did before the first.
+
   Attributes:
     joint: take the statistics over all views together.
     zero_scale: start the scale at 0 instead of 1 (last norm of a residual branch).
@@ -58,13 +65,16 @@ class BatchNorm(nn.Module):
     # [B, V, positions, C]: the view axis is kept, B and the positions are averaged over.
     y = x.astype(jnp.float32).reshape(x.shape[0] // groups, groups, -1, channels)
     if train:
+      # About a value that every device knows, so that one exchange of two sums gives both moments.
+      shift = self.get_variable("start", "mean", running_mean.value)
+      y -= shift[None, None, None]
       mean = y.mean(axis=(0, 2), keepdims=True)
-      # Two passes: E[x^2] - E[x]^2 cancels when the mean is large.
-      var = jnp.square(y - mean).mean(axis=(0, 2), keepdims=True)
+      var = jnp.square(y).mean(axis=(0, 2), keepdims=True) - jnp.square(mean)
+      var = jnp.maximum(var, 0.0)  # rounding
       if not self.is_initializing():
         count = y.shape[0] * y.shape[2]
         unbiased = var * (count / max(count - 1, 1))
-        running_mean.value = _move(running_mean.value, mean)
+        running_mean.value = _move(running_mean.value, shift[None, None, None] + mean)
         running_var.value = _move(running_var.value, unbiased)
     else:
       mean, var = running_mean.value, running_var.value
