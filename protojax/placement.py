@@ -6,6 +6,7 @@ work of the others. Where rows meet prototypes, those of a model group are broug
 gather of embeddings, [B, V, D]. What is made of scores stays over "data" and "model".
 """
 
+import math
 from typing import Any
 
 import jax
@@ -36,19 +37,31 @@ def beside_prototypes(rows: PyTree) -> PyTree:
   return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, COMPARED), rows)
 
 
-def on_each_device(rows: jax.Array, shape: tuple[int, int]) -> jax.Array:
-  """Rows [B, ...] -> [m, n, B / n, ...], of which each of n x m devices holds its own [B / n, ...].
+def parts(rows: jax.Array) -> jax.Array:
+  """Rows [B, ...] as they are encoded -> [N, B / N, ...], of which each of N devices holds its own.
 
-  What is computed of the result part by part stays where it is, loops included, and so does its
-  gradient until the parts are added up.
+  What is computed part by part is computed without an exchange, until the parts are added up. N is
+  1 where the devices of the mesh do not divide B.
+  """
+  devices = math.prod(extent())
+  if devices == 1 or rows.shape[0] % devices:
+    return rows[None]
+  own = rows.reshape(devices, -1, *rows.shape[1:])
+  return jax.lax.with_sharding_constraint(own, ENCODED)
+
+
+def parts_beside_prototypes(rows: jax.Array, shape: tuple[int, int]) -> jax.Array:
+  """Rows [B, ...] from `beside_prototypes` -> [m, n, B / n, ...], m copies, one for each device.
+
+  As in `parts`, and a gradient is added up over the copies at the end alone, behind loops.
 
   Args:
-    rows: placed by `beside_prototypes`.
-    shape: (n, m), that of `extent`, or (1, 1) to leave the placement alone.
+    rows: n divides B.
+    shape: (n, m), that of `extent`, or (1, 1) to leave the placement to the compiler.
   """
   n, m = shape
-  parts = rows.reshape(1, n, -1, *rows.shape[1:])
-  parts = jnp.broadcast_to(parts, (m, *parts.shape[1:]))
+  own = rows.reshape(1, n, -1, *rows.shape[1:])
+  own = jnp.broadcast_to(own, (m, *own.shape[1:]))
   if n * m == 1:
-    return parts
-  return jax.lax.with_sharding_constraint(parts, PartitionSpec("model", "data"))
+    return own
+  return jax.lax.with_sharding_constraint(own, PartitionSpec("model", "data"))

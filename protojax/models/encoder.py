@@ -256,7 +256,6 @@ def has_batch_norm(encoder: Encoder) -> bool:
 
 def _forward(encoder, params, batch_stats, views, key, train, patches):
   """`embed` without microbatches."""
-  start = batch_stats
   of_global = {}
   for name in ("mask", "keep"):
     if name in views:
@@ -276,7 +275,6 @@ def _forward(encoder, params, batch_stats, views, key, train, patches):
       views=num_views,
       train=train,
       key=resolution_key,
-      start=start,
       **(of_global if name == "global" else {}),
     )
     if patches and name == "global":
@@ -304,16 +302,9 @@ def _forward(encoder, params, batch_stats, views, key, train, patches):
   return Embedded(z[:, :num_views], y, of_patches), batch_stats
 
 
-def _apply(
-  encoder, part, params, batch_stats, x, views=1, train=False, key=None, start=None, **options
-):
-  """Runs one part; its new running statistics replace the old ones in `batch_stats`.
-
-  `start` are those before the step's first call, where there are several; see `BatchNorm`.
-  """
+def _apply(encoder, part, params, batch_stats, x, views=1, train=False, key=None, **options):
+  """Runs one part; its new running statistics replace the old ones in `batch_stats`."""
   variables = {"params": params[part], "batch_stats": batch_stats.get(part, {})}
-  if start is not None:
-    variables["start"] = start.get(part, {})
   y, updated = getattr(encoder, part).apply(
     variables,
     x,

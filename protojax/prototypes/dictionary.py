@@ -92,7 +92,7 @@ def compare(codes: jax.Array, x: jax.Array, *, scale: float, chunk_size: int = 0
     n, m = 1, 1
   chunks = codes.reshape(codes.shape[0], m, -1, chunk_size // m)
   chunks = jnp.moveaxis(chunks, 2, 0)  # [chunks, D, m, k]
-  own = placement.on_each_device(x, (n, m))
+  own = placement.parts_beside_prototypes(x, (n, m))
 
   def scores_of(chunk):  # [m, n, B / n, V, k]
     return scale * jax.vmap(scores, in_axes=(1, 0))(chunk, own)
@@ -109,7 +109,7 @@ def compare(codes: jax.Array, x: jax.Array, *, scale: float, chunk_size: int = 0
     return jax.vmap(jax.vmap(part))(scores_of(chunk) - total[..., None])
 
   total = jax.nn.logsumexp(jax.lax.map(total_of, chunks), axis=(0, 1))  # [n, B / n, V]
-  total = placement.on_each_device(total.reshape(x.shape[:2]), (n, m))
+  total = placement.parts_beside_prototypes(total.reshape(x.shape[:2]), (n, m))
   cross_entropy, log_mean = jax.lax.map(parts_of, chunks)  # [chunks, m, n, V, 2], [.., 2, k]
   log_mean = losses.log_batch_mean(jnp.moveaxis(log_mean, (2, 3), (0, 1)))  # [2, chunks, m, k]
   return _comparison(cross_entropy.mean(axis=2).sum(axis=(0, 1)), log_mean)

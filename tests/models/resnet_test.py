@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from protojax.models import batch_norm, resnet
+from protojax.training import sharding
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
@@ -211,33 +211,10 @@ def test_batch_norm_equals_a_float64_reference(shape, joint):
 
 
 def test_batch_norm_keeps_small_variances_beside_large_means():
-  """To 1e-4 once the running mean is near, which it has to be where means are so large."""
+  x = 1000.0 + random(64, 3)
   layer = batch_norm.BatchNorm()
-  for x, running in ((1000.0 + random(64, 3), 1010.0), (20.0 + random(64, 3), 0.0)):
-    variables = layer.init(jax.random.key(0), x)
-    stats = {**variables["batch_stats"], "mean": jnp.full(3, running)}
-    y, new = layer.apply(
-      {**variables, "batch_stats": stats}, x, train=True, mutable=["batch_stats"]
-    )
-    x64 = np.asarray(x, np.float64)
-    expected = reference_norm(x64, {"scale": np.ones(3), "bias": np.zeros(3)}, 1)
-    np.testing.assert_allclose(y, expected, atol=2e-4)
-    np.testing.assert_allclose(np.std(y, axis=0), np.std(expected, axis=0), rtol=1e-4)
-    var = (new["batch_stats"]["var"] - 0.9) / 0.1
-    np.testing.assert_allclose(var, x64.var(axis=0, ddof=1), rtol=1e-4)
-
-
-def test_calls_of_one_step_share_their_start():
-  """A second call about what was there before the first says the same but for rounding."""
-  x, layer = 3.0 + random(12, 4), batch_norm.BatchNorm()
-  variables = layer.init(jax.random.key(0), x)
-  moved = {**variables, "batch_stats": jax.tree.map(lambda s: s + 1.0, variables["batch_stats"])}
-
-  def run(x, **more):
-    return layer.apply({**moved, **more}, x, train=True, mutable=["batch_stats"])
-
-  a, b = run(x), run(x, start=variables["batch_stats"])
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), a, b)
+  y, _ = layer.apply(layer.init(jax.random.key(0), x), x, train=True, mutable=["batch_stats"])
+  np.testing.assert_allclose(np.std(y, axis=0), 1.0, atol=1e-3)
 
 
 def test_batch_norm_refuses_rows_that_are_not_whole_images():
@@ -246,23 +223,25 @@ def test_batch_norm_refuses_rows_that_are_not_whole_images():
 
 
 def test_batch_norm_over_eight_devices_is_that_of_one():
+  """Of a large mean too; and they exchange statistics once, forwards and backwards."""
   x = random(16, 4, 4, 5) * jnp.arange(1.0, 17.0)[:, None, None, None]
+  x += jnp.asarray([0.0, 1.0, -30.0, 100.0, 300.0])[None, None, None]
   layer = batch_norm.BatchNorm()
   variables = layer.init(jax.random.key(0), x)
 
   def run(x):
     return layer.apply(variables, x, views=2, train=True, mutable=["batch_stats"])
 
-  expected = jax.jit(run)(x)
-  mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-  step = jax.jit(run, in_shardings=NamedSharding(mesh, PartitionSpec("data")))
-  hlo = step.lower(x).compile().as_text()
-  assert len(re.findall(r" all-reduce\(", hlo)) == 1 and "all-gather" not in hlo
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), step(x), expected)
+  def gradient(x):
+    return jax.grad(lambda x: jnp.vdot(random(16, 4, 4, 5, seed=1), run(x)[0]))(x)
 
-  weight = random(16, 4, 4, 5, seed=1)
-  gradient = jax.grad(lambda x: jnp.vdot(weight, run(x)[0]))
-  step = jax.jit(gradient, in_shardings=NamedSharding(mesh, PartitionSpec("data")))
-  hlo = step.lower(x).compile().as_text()
-  assert len(re.findall(r" all-reduce\(", hlo)) == 2  # forwards and backwards
-  np.testing.assert_allclose(step(x), jax.jit(gradient)(x), atol=1e-5)
+  expected = [jax.jit(f)(x) for f in (run, gradient)]
+  mesh = sharding.make_mesh(4, 2)
+  with jax.set_mesh(mesh):
+    for f, exchanges, one in zip((run, gradient), (1, 2), expected, strict=True):
+      step = jax.jit(f, in_shardings=sharding.batch_sharding(mesh))
+      hlo = step.lower(x).compile().as_text()
+      assert len(re.findall(r" all-reduce\(", hlo)) == exchanges and "all-gather" not in hlo
+      jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), step(x), one
+      )
