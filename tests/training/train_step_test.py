@@ -30,6 +30,7 @@ every_method = pytest.mark.parametrize(
   [pytest.param(r, marks=pytest.mark.xdist_group(f"row{i}")) for i, r in enumerate(METHODS)],
   ids=[f"{r.name}-{r.prototypes}" for r in METHODS],
 )
+_IN_GROUPS = next(i for i, row in enumerate(METHODS) if row.model > 1)
 # Of each method the first: one is enough for bfloat16.
 FIRST_ROWS = {r.name: r for r in reversed(METHODS)}.values()
 
@@ -250,6 +251,14 @@ def test_devices_exchange_sums_and_the_embeddings_that_prototypes_meet(row):
       part = config.method.num_prototypes // row.model
       assert max(of_k, default=0) <= part, f"{op} of {shape}"
       assert op == "all-reduce" or not of_k, f"{op} of {shape}"
+
+
+@pytest.mark.xdist_group(f"row{_IN_GROUPS}")
+def test_devices_of_a_group_repeat_no_work():
+  one, eight = (
+    _three_steps(METHODS[_IN_GROUPS], devices).step.cost_analysis()["flops"] for devices in (1, 8)
+  )
+  assert eight < one / 6  # an eighth, but for the optimizer
 
 
 @every_method
