@@ -219,10 +219,10 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
   )
   config.mesh = ml_collections.ConfigDict(
     {
-      "data": -1,
-      "model": 1,
-      # ((regular expression, "replicate" | "fsdp" | "prototypes" | "dictionary" | "rows"), ...)
-      # over the state's paths, first match wins; () takes sharding.DEFAULT_RULES.
+      "data": -1,  # the rest of the devices
+      "model": 1,  # devices that share the prototypes; the batch is split over data x model
+      # ((regular expression, "replicate" | "fsdp" | "prototypes" | "dictionary" | "rows" |
+      # "images"), ...) over the state's paths, first match wins; () takes sharding.DEFAULT_RULES.
       "rules": (),
     }
   )

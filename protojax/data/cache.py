@@ -1,6 +1,6 @@
 """A data set that lies on the devices, so that a step needs nothing of the host but row numbers.
 
-Every image is decoded once and kept as uint8, rows split over the mesh's "data". A batch is
+Every image is decoded once and kept as uint8, rows split over the mesh's devices. A batch is
 gathered there in the order of `pipeline.batches`, record for record, so training on it is equal to
 the bit to training without: views, checkpoints and resuming know nothing of it.
 """
@@ -16,7 +16,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from protojax import errors, progress
+from protojax import errors, placement, progress
 from protojax.data import pipeline, sources
 
 CHOICES = ("auto", "device", "off")
@@ -31,7 +31,8 @@ class Cache(NamedTuple):
 
   Attributes:
     arrays: {"image": uint8 [M, S, S, C], "size": int32 [M, 2], "index", "label": int32 [M]}, rows
-      over "data", as `pipeline.batches` describes them; M is N rounded up to a multiple of "data".
+      over all devices, as `pipeline.batches` describes them; M is N rounded up to a multiple of
+      their number.
     skipped: int32 [N] on the host, the corrupt row that row i stands for, or -1.
     mesh: over which the rows lie.
   """
@@ -69,7 +70,7 @@ def choose(
     return []
   chosen, taken = [], 0
   for one in dict.fromkeys(sources):
-    size = -(-len(one) // mesh.shape["data"]) * image_size**2 * one.channels
+    size = -(-len(one) // mesh.size) * image_size**2 * one.channels
     if room is None or taken + size <= room:
       chosen.append(one)
       taken += size
@@ -122,7 +123,7 @@ def load(
     UserError: if 100 images in a row cannot be read.
   """
   logging.info("decoding %d images of %s to keep them on the devices", len(data), data.name)
-  padded = -(-len(data) // mesh.shape["data"]) * mesh.shape["data"]
+  padded = -(-len(data) // mesh.size) * mesh.size
   held = padded // parts
   rows = np.arange(part * held, (part + 1) * held)
   rows[rows >= len(data)] = -1
@@ -146,10 +147,8 @@ def load(
       line.to(done)
   skipped = arrays.pop("skipped")
   if jax.process_count() > 1:
-    # Processes that hold the same rows are neighbours; the first of each `parts` speaks for them.
-    every = multihost_utils.process_allgather(skipped)
-    skipped = every[:: len(every) // parts].reshape(-1)
-  place = NamedSharding(mesh, PartitionSpec("data"))
+    skipped = multihost_utils.process_allgather(skipped).reshape(-1)
+  place = NamedSharding(mesh, placement.ENCODED)
   arrays = {k: jax.make_array_from_process_local_data(place, v) for k, v in arrays.items()}
   logging.info(
     "%s lies on the device%s: %d images, %s",
@@ -164,7 +163,7 @@ def load(
 def batches(
   cache: Cache, *, seed: int, step: int, batch_size: int, keys: tuple[str, ...]
 ) -> Iterator[tuple[dict[str, jax.Array], np.ndarray]]:
-  """The batches of `pipeline.batches` from `step` on, as global arrays, rows over "data".
+  """The batches of `pipeline.batches` from `step` on, as global arrays, rows over all devices.
 
   Yields:
     ({key: array [B, ...]}, the corrupt rows that were replaced, or -1, int32 [B] on the host).
@@ -180,7 +179,7 @@ def batches(
 def sequential(
   cache: Cache, *, batch_size: int, limit: int | None, keys: tuple[str, ...]
 ) -> Iterator[tuple[dict[str, jax.Array], np.ndarray]]:
-  """The batches of `pipeline.sequential`, as global arrays, rows over "data".
+  """The batches of `pipeline.sequential`, as global arrays, rows over all devices.
 
   Yields:
     ({key: array [B, ...]}, mask bool [B] on the host: the rows that count).
@@ -204,18 +203,18 @@ def _pick(arrays, rows):
   """On each device: its own rows of the batch, zeros for others', then everybody's added up."""
 
   def one(array):
-    local = rows - jax.lax.axis_index("data") * array.shape[0]
+    local = rows - jax.lax.axis_index(placement.AXES) * array.shape[0]
     mine = (local >= 0) & (local < array.shape[0])
     found = array[jnp.where(mine, local, 0)]
     found = jnp.where(jnp.expand_dims(mine, range(1, array.ndim)), found, jnp.zeros_like(found))
-    return jax.lax.psum_scatter(found, "data", scatter_dimension=0, tiled=True)
+    return jax.lax.psum_scatter(found, placement.AXES, scatter_dimension=0, tiled=True)
 
   return jax.tree.map(one, arrays)
 
 
 @jax.jit(static_argnums=2)
 def _gather(arrays, rows, mesh):
-  split, everywhere = PartitionSpec("data"), PartitionSpec()
+  split, everywhere = placement.ENCODED, PartitionSpec()
   return jax.shard_map(_pick, mesh=mesh, in_specs=(split, everywhere), out_specs=split)(
     arrays, rows
   )

@@ -28,7 +28,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from protojax import errors, losses
+from protojax import errors, losses, placement
 from protojax.methods import base
 from protojax.methods.networks import student
 from protojax.prototypes import dictionary
@@ -94,7 +94,8 @@ def make(config) -> base.Method:
     del step
     z, batch_stats = net.embed(trained, frozen, views, key)
     codes = frozen.prototypes["dictionary"]
-    out = dictionary.compare(codes, place(z), scale=scale, chunk_size=size)
+    x = placement.beside_prototypes(place(z))
+    out = dictionary.compare(codes, x, scale=scale, chunk_size=size)
     consistency = losses.mean_over_other_views(out.cross_entropy)
     mean_entropy = out.mean_entropy.mean()
     reverse = options.prior == "reverse"

@@ -14,7 +14,7 @@ Keys whose mean is 0 leave InfoNCE at ln(1 + queue_size exp(-1 / temperature)) o
 import jax
 import jax.numpy as jnp
 
-from protojax import errors, losses
+from protojax import errors, losses, placement
 from protojax.methods import base
 from protojax.methods.networks import student_teacher
 from protojax.prototypes import kmeans, weight_norm
@@ -89,9 +89,10 @@ def make(config) -> base.Method:
     student, teacher, batch_stats = networks.embed(trained, frozen, one_each, key)
     q, k = student.z[:, 0], teacher.z[:, 0]
     info = losses.info_nce(q, k, frozen.carry["key_queue"], temperature=options.temperature)
-    clusters = frozen.carry["clusters"][:, views["index"]]  # [sets, B]
+    rows, index = placement.beside_prototypes((q, views["index"]))
+    clusters = frozen.carry["clusters"][:, index]  # [sets, B]
     sets = zip((frozen.prototypes[name] for name in sizes), clusters, strict=True)
-    proto = sum(losses.proto_nce(q, **p, clusters=c) for p, c in sets) / len(sizes)
+    proto = sum(losses.proto_nce(rows, **p, clusters=c) for p, c in sets) / len(sizes)
     proto = jnp.where(step >= start, proto, 0.0)  # until then the clusters are stand-ins
     value = info + proto
     metrics = {"loss": value, "info_nce": info, "proto_nce": proto}

@@ -32,10 +32,10 @@ def chunks(
 
   Args:
     forward: of a batch {"image": uint8 [B, S, S, C], "size": int32 [B, 2], "index", "label": int32
-      [B]} of global arrays, rows over "data", to a pytree of replicated arrays [B, ...].
+      [B]} of global arrays, rows over all devices, to a pytree of replicated arrays [B, ...].
     data: from `sources.build`.
     mesh: from `sharding.make_mesh`.
-    batch_size: B at least; rounded up to a multiple of the mesh's "data".
+    batch_size: B at least; rounded up to a multiple of the mesh's devices.
     image_size: S, storage size in pixels.
     num_workers: processes that decode; 0 uses threads, None chooses.
     limit: at most so many images, evenly spread; 0 takes all.
@@ -48,7 +48,7 @@ def chunks(
   Raises:
     UserError: if not one image can be read.
   """
-  size = -(-batch_size // mesh.shape["data"]) * mesh.shape["data"]
+  size = -(-batch_size // mesh.size) * mesh.size
   if cached is None:
     batches = _from_host(data, mesh, size, image_size, num_workers, limit or None, name_skipped)
   else:

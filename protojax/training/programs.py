@@ -190,7 +190,7 @@ class Program:
 
   def load(self, data) -> cache.Cache:
     """The images of a source on the devices."""
-    part, parts = sharding.rows_of_process(self.mesh.shape["data"], self.mesh)
+    part, parts = sharding.rows_of_process(self.mesh.size, self.mesh)
     return cache.load(
       data,
       image_size=self.config.data.image_size,

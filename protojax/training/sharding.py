@@ -1,8 +1,9 @@
 """Meshes, placement by regular expression, and batches as global arrays.
 
-The mesh has two axes: "data" splits the batch, "model" splits the prototypes. Axes are `Auto`, and
-said so: JAX is moving to `Explicit` where it is told nothing, and explicit axes refuse the
-covariances and batch statistics that prototype methods are made of.
+The mesh has two axes: "model" splits the prototypes, both together split the batch, so that no
+device encodes what another does (`placement`). Axes are `Auto`, and said so: JAX is moving to
+`Explicit` where it is told nothing, and explicit axes refuse the covariances and batch statistics
+that prototype methods are made of.
 """
 
 import functools
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from protojax import errors
+from protojax import errors, placement
 
 # First match wins; every leaf must match. Paths look like "teacher/prototypes/v" or, where a method
 # has several sets, "prototypes/patch/means".
@@ -23,7 +24,8 @@ DEFAULT_RULES = (
   (r"(^|/)prototypes/dictionary$", "dictionary"),
   (r"(^|/)prototypes/", "prototypes"),
   (r"(^|/)carry/center(/|$)", "prototypes"),
-  (r"(^|/)carry/(queue|replay)$", "rows"),
+  (r"(^|/)carry/queue$", "rows"),
+  (r"(^|/)carry/replay$", "images"),
   (r".*", "replicate"),
 )
 
@@ -32,8 +34,8 @@ def make_mesh(data: int = -1, model: int = 1, devices=None) -> jax.sharding.Mesh
   """The mesh ("data", "model") over all devices of all processes.
 
   Args:
-    data: devices along the batch; -1 takes what `model` leaves.
-    model: devices along the prototypes.
+    data: groups of devices that share the prototypes; -1 takes what `model` leaves.
+    model: devices of a group. The batch is split over all devices of all groups.
     devices: list of devices to use instead of all.
 
   Raises:
@@ -82,7 +84,8 @@ _TACTICS = {
   "fsdp": _fsdp,
   "prototypes": _prototypes,
   # A memory [B, S, ...] of S batches, each row where it came from: nothing is gathered to keep it.
-  "rows": lambda shape, mesh: PartitionSpec("data"),
+  "rows": lambda shape, mesh: placement.COMPARED,  # of embeddings
+  "images": lambda shape, mesh: placement.ENCODED,
   "dictionary": functools.partial(_prototypes, axis=1),  # [D, K]
 }
 
@@ -93,8 +96,8 @@ def state_shardings(abstract: Any, mesh: jax.sharding.Mesh, rules=DEFAULT_RULES)
   Args:
     abstract: pytree; a leaf's path is its keys joined with "/".
     mesh: from `make_mesh`.
-    rules: pairs (regular expression, a key of _TACTICS: replicate, fsdp, prototypes, dictionary or
-      rows).
+    rules: pairs (regular expression, a key of _TACTICS: replicate, fsdp, prototypes, dictionary,
+      rows or images).
 
   Raises:
     UserError: if a leaf matches no rule or a rule names no known placement.
@@ -118,8 +121,8 @@ def state_shardings(abstract: Any, mesh: jax.sharding.Mesh, rules=DEFAULT_RULES)
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-  """Splits the first axis over "data" and nothing else."""
-  return NamedSharding(mesh, PartitionSpec("data"))
+  """Splits the first axis over all devices, in their order."""
+  return NamedSharding(mesh, placement.ENCODED)
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
@@ -132,32 +135,27 @@ def rows_of_process(
 ) -> tuple[int, int]:
   """Which contiguous rows of the global batch this process loads, as (part, number of parts).
 
-  Processes that hold the same slice of "data" (the mesh splits only "model" between them) load
-  the same rows.
-
   Args:
     batch_size: global.
     mesh: from `make_mesh`.
     name: of the setting, for the message.
 
   Raises:
-    UserError: if the batch cannot be split over the data axis.
+    UserError: if the batch cannot be split over the devices.
   """
-  data = mesh.shape["data"]
-  if batch_size < 1 or batch_size % data:
+  if batch_size < 1 or batch_size % mesh.size:
+    data, model = mesh.shape["data"], mesh.shape["model"]
     raise errors.UserError(
-      f"{name}={batch_size} cannot be split over {data} devices (mesh.data={data}): use a "
-      f"multiple of {data}"
+      f"{name}={batch_size} cannot be split over {mesh.size} devices (mesh.data={data} x "
+      f"mesh.model={model}): use a multiple of {mesh.size}"
     )
-  mine = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
-  starts = [0 if s[0].start is None else s[0].start for s in mine.values()]
-  stops = [batch_size if s[0].stop is None else s[0].stop for s in mine.values()]
-  rows = max(stops) - min(starts)
-  return min(starts) // rows, batch_size // rows
+  owners = [device.process_index for device in mesh.devices.ravel()]
+  held = owners.count(jax.process_index())  # every process has as many
+  return owners.index(jax.process_index()) // held, mesh.size // held
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-  """Host rows of this process -> global arrays, rows over "data"."""
+  """Host rows of this process -> global arrays, rows over all devices."""
   target = batch_sharding(mesh)
   # The one transfer a guarded loop means to make; jax takes it for an accident with two processes.
   with jax.transfer_guard("allow"):

@@ -155,11 +155,9 @@ def test_codes_stand_still_and_their_key_draws_them_again():
   np.testing.assert_array_equal(codes, again)
 
 
-@pytest.mark.parametrize("chunk_size", [0, 16])
-def test_codes_split_over_the_model_axis_agree_with_one_device(chunk_size):
+def test_codes_split_over_the_model_axis_agree_with_one_device():
   _, _, one = tiny.run_steps(_config(), 2, jax.devices()[:1])
-  config = _config(mesh__model=4, method__chunk_size=chunk_size)
-  program, _, many = tiny.run_steps(config, 2)
+  program, _, many = tiny.run_steps(_config(mesh__model=4), 2)
   split = jax.sharding.PartitionSpec(None, "model")
   assert program.shardings.prototypes["dictionary"].spec == split
   for a, b in zip(one, many, strict=True):

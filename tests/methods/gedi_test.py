@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from jax.sharding import PartitionSpec
 
-from protojax import errors, losses
+from protojax import errors, losses, placement
 from protojax.methods import gedi
 from protojax.training import programs, train_step
 
@@ -208,7 +207,7 @@ def test_chains_climb_the_density_and_go_back_to_their_slot():
   assert (density(samples) > density(replay[:, slot])).all()
   moved = method.update(variables, out.stats, jnp.int32(0)).carry["replay"]
   np.testing.assert_array_equal(moved, replay.at[:, slot].set(samples))
-  assert programs.Program(c).shardings.carry["replay"].spec == PartitionSpec("data")
+  assert programs.Program(c).shardings.carry["replay"].spec == placement.ENCODED
 
 
 def test_sampling_uses_batch_norm_in_evaluation_mode():

@@ -1,6 +1,7 @@
 """Codes and their comparison: geometry, closed forms, published gradients, chunks."""
 
 import functools
+import re
 
 import chex
 import jax
@@ -8,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
+from jax.sharding import NamedSharding, PartitionSpec
 from sklearn import metrics
 
+from protojax import placement
 from protojax.prototypes import dictionary
+from protojax.training import sharding
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
@@ -185,6 +189,24 @@ def test_chunks_change_neither_value_nor_gradient(assign, scale):
     gap = np.linalg.norm(other_gradient - gradient) / np.linalg.norm(gradient)
     assert gap < 1e-5
   assert np.linalg.norm(gradient) > 0.1
+
+
+def test_devices_compare_chunks_alone_and_add_up_once():
+  """On two groups of four: no exchange in a loop, and no more of them for more chunks."""
+  codes, x = _codes(16, 88), _place(_normal(16, 3, 16), "l2")
+  value, gradient = _value_and_gradient(codes, x, chunk_size=0, scale=18.4)
+  mesh = sharding.make_mesh(2, 4)
+  specs = (PartitionSpec(None, "model"), placement.COMPARED)
+  placed = [
+    jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip((codes, x), specs, strict=True)
+  ]
+  with jax.set_mesh(mesh):
+    step = _value_and_gradient.lower(*placed, chunk_size=8, scale=18.4).compile()
+    other, other_gradient = step(*placed, scale=18.4)
+  exchanges = [line for line in step.as_text().splitlines() if re.search(r"all-\w+\(", line)]
+  assert len(exchanges) <= 8 and not any("while/body" in line for line in exchanges)
+  np.testing.assert_allclose(other, value, rtol=1e-5)
+  np.testing.assert_allclose(other_gradient, gradient, atol=1e-5 * np.abs(gradient).max())
 
 
 def test_chunks_bound_the_memory_of_the_gradient():

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -9,6 +11,15 @@ from protojax.training import sharding
 
 def _abstract(**shapes):
   return {k: jax.ShapeDtypeStruct(v, np.float32) for k, v in shapes.items()}
+
+
+class _Mesh:
+  """A mesh of devices that are none."""
+
+  def __init__(self, devices, names, axis_types):
+    del axis_types
+    self.devices, self.size = devices, devices.size
+    self.shape = dict(zip(names, devices.shape, strict=True))
 
 
 def test_mesh_takes_all_devices_and_says_auto():
@@ -78,14 +89,36 @@ def test_prototypes_that_the_mesh_does_not_divide_are_refused():
 
 
 def test_batch_that_the_devices_do_not_divide_is_refused():
-  with pytest.raises(errors.UserError, match="batch_size=12 .* multiple of 8"):
-    sharding.rows_of_process(12, sharding.make_mesh())
-  assert sharding.rows_of_process(16, sharding.make_mesh()) == (0, 1)
+  mesh = sharding.make_mesh(2, 4)  # more rows than "data", but not one for each device
+  told = (
+    "batch_size=12 cannot be split over 8 devices .mesh.data=2 x mesh.model=4.: .* multiple of 8"
+  )
+  with pytest.raises(errors.UserError, match=told):
+    sharding.rows_of_process(12, mesh)
+  assert sharding.rows_of_process(16, mesh) == (0, 1)
 
 
-def test_put_batch_keeps_rows_in_order_over_the_data_axis():
-  mesh = sharding.make_mesh(4, 2)
-  rows = np.arange(8, dtype=np.int32)
+@pytest.mark.parametrize("model", [1, 2, 8])
+def test_put_batch_gives_every_device_rows_of_its_own_in_their_order(model):
+  mesh = sharding.make_mesh(-1, model)
+  rows = np.arange(16, dtype=np.int32)
   placed = sharding.put_batch({"index": rows}, mesh)["index"]
-  np.testing.assert_array_equal(placed, rows)
-  assert placed.sharding.spec == PartitionSpec("data")
+  held = {shard.device: np.asarray(shard.data).tolist() for shard in placed.addressable_shards}
+  assert [held[device] for device in mesh.devices.ravel()] == rows.reshape(8, 2).tolist()
+
+
+@pytest.mark.parametrize("model", [1, 2, 4, 8])
+def test_processes_load_contiguous_rows_however_the_mesh_is_cut(model, monkeypatch):
+  """Four processes of two devices each, as each of them sees it."""
+
+  @dataclasses.dataclass
+  class Device:
+    process_index: int
+    id: int
+
+  devices = [Device(i % 4, i) for i in range(8)]  # in the order of the torus, say
+  monkeypatch.setattr(jax.sharding, "Mesh", _Mesh)
+  mesh = sharding.make_mesh(-1, model, devices)
+  for process in range(4):
+    monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+    assert sharding.rows_of_process(16, mesh) == (process, 4)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 
-from protojax import errors, losses
+from protojax import errors, losses, placement
 from protojax.methods import base
 from protojax.models import encoder as encoders
 from protojax.prototypes import prototype_set, weight_norm
@@ -20,7 +20,8 @@ class Student(NamedTuple):
       as stats.
     embed: (trained, frozen, views, key) -> (z float32 [B, V, D], batch statistics), training mode,
       with a gradient; views 0 and 1 are the global ones.
-    project: (variables, images [B, S, S, 3]) -> z float32 [B, D], evaluation mode.
+    project: (variables, images [B, S, S, 3]) -> z float32 [B, D], evaluation mode, placed as
+      prototypes meet it.
   """
 
   method: base.Method
@@ -62,7 +63,7 @@ def build(config) -> Student:
   def project(variables, images):
     views, batch_stats = {"global": images[:, None]}, batch_stats_of(variables.carry)
     out, _ = encoders.embed(net, variables.encoder, batch_stats, views, train=False)
-    return out.z[:, 0]
+    return placement.beside_prototypes(out.z[:, 0])
 
   def no_sets(*_):
     return {}
@@ -153,6 +154,7 @@ def build_with_prototypes(config) -> PrototypeStudent:
 
   def embed(trained, frozen, views, key):
     z, batch_stats = net.embed(trained, frozen, views, key)
+    z = placement.beside_prototypes(z)
     features = z[:, :2].reshape(-1, z.shape[-1])
     state, moved = prototype_set.in_loss(prototypes, trained, frozen, features)
     return z, state, {"batch_stats": batch_stats, "prototypes": moved}

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from protojax import errors, losses, schedules
+from protojax import errors, losses, placement, schedules
 from protojax.methods import base
 from protojax.models import encoder as encoders
 from protojax.prototypes import prototype_set, weight_norm
@@ -25,7 +25,8 @@ class StudentTeacher(NamedTuple):
     embed: (trained, frozen, views, key) -> (`encoder.Embedded` of the student's views, that of the
       teacher's, batch statistics), training mode. A gradient goes where `trained` and `frozen` let
       it: to the student's parameters.
-    project: (variables, images [B, S, S, 3]) -> `encoder.Embedded` of the teacher, evaluation mode.
+    project: (variables, images [B, S, S, 3]) -> `encoder.Embedded` of the teacher, evaluation mode,
+      placed as prototypes meet it.
   """
 
   method: base.Method
@@ -118,7 +119,7 @@ def build(config, *, patches: bool = False, constant_momentum: bool = False) -> 
     views, batch_stats = {"global": images[:, None]}, variables.carry["batch_stats"]["teacher"]
     params = variables.teacher["encoder"]
     out, _ = encoders.embed(teacher_net, params, batch_stats, views, train=False, patches=patches)
-    return out
+    return placement.beside_prototypes(out)
 
   def no_sets(*_):
     return {}
@@ -196,9 +197,9 @@ def build_with_prototypes(
   net = build(config, patches=patches)
 
   def by_kind(embedded):
-    """{kind of token: [B, V, ..., D]}"""
+    """{kind of token: [B, V, ..., D]}, where the prototypes are"""
     z = {"prototypes": embedded.z, "patch": embedded.patches}
-    return {kind: z[kind] for kind in kinds}
+    return placement.beside_prototypes({kind: z[kind] for kind in kinds})
 
   def init(key):
     encoder_key, prototype_key = jax.random.split(key)
