@@ -4,21 +4,26 @@ import jax
 import jax.numpy as jnp
 
 
-@jax.custom_jvp
 def gelu(x: jax.Array) -> jax.Array:
   """x times the normal distribution function of x (erf, not its tanh approximation).
 
-  Computed in float32. For the backward pass one array in the dtype of x is kept, the derivative;
-  differentiating `jax.nn.gelu` keeps three, of bfloat16 in float32.
+  Computed in float32. Of a narrower x one array of its dtype is kept for the backward pass, the
+  derivative, where differentiating `jax.nn.gelu` keeps several in float32.
 
   Args:
     x: of any shape and float dtype.
   """
+  # In float32 there is nothing to gain, and a step on a CPU would take a tenth longer.
+  return jax.nn.gelu(x, approximate=False) if x.dtype == jnp.float32 else _narrow(x)
+
+
+@jax.custom_jvp
+def _narrow(x):
   return _value_and_slope(x)[0]
 
 
-@gelu.defjvp
-def _gelu_jvp(primals, tangents):
+@_narrow.defjvp
+def _narrow_jvp(primals, tangents):
   value, slope = _value_and_slope(primals[0])
   return value, slope * tangents[0]
 

@@ -75,6 +75,7 @@ _kernel.defvjp(_kernel_forward, _kernel_backward)
 
 def _over_images(body, out, num_heads, tokens, *inputs):
   """Calls a kernel for a few images at a time, on every device for its own."""
+  interpret = not on_tpu()
 
   def on_device(*inputs):
     n, length = inputs[0].shape[:2]
@@ -89,13 +90,13 @@ def _over_images(body, out, num_heads, tokens, *inputs):
       in_specs=[block(x.shape[-1]) for x in inputs],
       out_specs=block(out.shape[-1]),
       out_shape=jax.ShapeDtypeStruct((n, length, out.shape[-1]), out.dtype),
-      interpret=not on_tpu(),
+      interpret=interpret,
     )(*inputs)
 
   mesh = jax.sharding.get_abstract_mesh()
   kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-  axes = [name for name, kind in kinds if kind == AxisType.Auto and mesh.shape[name] > 1]
-  if not axes:
+  axes = [name for name, kind in kinds if kind == AxisType.Auto]
+  if math.prod(mesh.shape[name] for name in axes) == 1:
     return on_device(*inputs)
   # The compiler cannot divide a kernel: over as many axes as the images allow, the rest repeat it.
   along = list(axes)

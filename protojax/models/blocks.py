@@ -90,8 +90,8 @@ class Block(nn.Module):
 
     Args:
       x: [N, T, D] float32.
-      kept: bool [2, N], whose branches are not dropped, from `draw`; None drops none.
-      keep: the share that `draw` was given.
+      kept: bool [2, N], whose branches are not dropped, see `draw`; None drops none.
+      keep: the share of the images for which that is so.
 
     Returns:
       [N, T, D] float32.
@@ -105,12 +105,9 @@ class Block(nn.Module):
     y = Mlp(self.dtype, name="mlp")(y)
     return x + self._finish_branch(y, "ls2", kept[1], keep)
 
-  def draw(self, n: int, keep: float) -> jax.Array:
-    """Which of n images keep either branch, by the rng "drop_path": bool [2, n]."""
-    if keep == 1.0:
-      return jnp.ones((2, n), bool)
-    keys = [self.make_rng("drop_path") for _ in range(2)]
-    return jnp.stack([jax.random.bernoulli(key, keep, (n,)) for key in keys])
+  def keys(self) -> jax.Array:
+    """One for each branch, of the rng "drop_path"."""
+    return jnp.stack([self.make_rng("drop_path") for _ in range(2)])
 
   def _finish_branch(self, y: jax.Array, scale_name: str, kept, keep) -> jax.Array:
     """LayerScale and drop path: [N, T, D] -> [N, T, D] float32."""
@@ -122,6 +119,19 @@ class Block(nn.Module):
     if kept is not None:
       y = jnp.where(kept[:, None, None], y / keep, 0.0)
     return y
+
+
+def draw(each: Sequence[Block], keeps: Sequence[float], n: int) -> jax.Array:
+  """Which of n images keep a branch, of every block: bool [blocks, 2, n].
+
+  Args:
+    each: the blocks, bound.
+    keeps: of each, the probability.
+    n: images.
+  """
+  keys = jnp.stack([block.keys() for block in each])
+  of_branch = jax.vmap(lambda key, keep: jax.random.bernoulli(key, keep, (n,)), (0, None))
+  return jax.vmap(of_branch)(keys, jnp.asarray(keeps, jnp.float32))
 
 
 def loop(
@@ -142,7 +152,7 @@ def loop(
     block: unbound, `parent=None`.
     params: of each block.
     x: [N, T, D] float32.
-    kept: bool [blocks, 2, N], see `Block.draw`; None drops nothing.
+    kept: from `draw`; None drops nothing.
     keeps: of each block.
     remat: store of each block nothing but its input.
   """

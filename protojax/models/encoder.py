@@ -129,6 +129,15 @@ def build(config: ml_collections.ConfigDict, *, mask_token: bool = False) -> Enc
   return encoder
 
 
+def chosen(config: ml_collections.ConfigDict) -> str:
+  """What "auto" came to for a transformer on the devices of the mesh in use; "" for a ResNet."""
+  if config.model.name not in vit.VARIANTS:
+    return ""
+  who = attention.choose(config.model.attention, _DTYPES[config.precision])
+  looped = attention.on_tpu() if config.model.scan is None else config.model.scan
+  return f"attention: {who}, blocks: {'in a loop' if looped else 'one by one'}"
+
+
 def without_drop_path(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   """A copy of the config whose encoder never drops a branch: that of a teacher."""
   config = config.copy_and_resolve_references()
