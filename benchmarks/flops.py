@@ -65,7 +65,7 @@ def _of_jaxpr(jaxpr) -> int:
   total = 0
   for eqn in jaxpr.eqns:
     name = eqn.primitive.name
-    if name.startswith("dot_product_attention"):
+    if name.startswith("dot_product_attention") or name == "pallas_call":
       raise ValueError(f"{name} hides its products: count the step with model.attention=xla")
     if name in _COUNTED:
       total += _COUNTED[name](eqn)
@@ -89,7 +89,7 @@ def of_function(fn, *args) -> float:
     *args: arrays or `jax.ShapeDtypeStruct`s; nothing is computed.
 
   Raises:
-    ValueError: `fn` calls the fused attention of cuDNN, in which nothing can be counted.
+    ValueError: `fn` calls fused attention, in which nothing can be counted.
   """
   return float(_of_jaxpr(jax.make_jaxpr(fn)(*args).jaxpr))
 

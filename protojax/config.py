@@ -128,7 +128,11 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
       # Patches added to the side of the grid that position embeddings are interpolated to: .1 as
       # DINO's and iBOT's code and checkpoints have it; MSN's: 0.
       "position_offset": 0.1,
-      "attention": "xla",  # or cudnn: NVIDIA's fused kernel, for bfloat16 on their GPUs
+      # xla; cudnn: NVIDIA's fused kernel, for bfloat16 on their GPUs; pallas: ours for TPUs; auto:
+      # pallas in bfloat16 on TPUs, else xla.
+      "attention": "auto",
+      # Blocks of a transformer as one loop, compiled once for all; None: on TPUs.
+      "scan": config_dict.placeholder(bool),
       "stem": "imagenet",  # ResNets: imagenet, cifar or cifar_pad2
       "zero_init_residual": True,
       "joint_norm": False,  # batch norm over all views together instead of view by view

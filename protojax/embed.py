@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from protojax import __version__, cli, errors, files, pretrained, progress, sizes
+from protojax import __version__, cli, environment, errors, files, pretrained, progress, sizes
 
 _DESCRIPTION = """\
 Writes what a trained encoder makes of images, one row an image.
@@ -226,6 +226,7 @@ def main(argv: list[str]) -> None:
     raise errors.UserError(f"--limit={args.limit} must not be negative (0: all images)")
   if unknown := [what for what in args.what or () if what not in WHAT]:
     raise errors.UserError(f"--what={unknown[0]} is unknown: choose of {', '.join(WHAT)}")
+  environment.keep_compiled()
   model = pretrained.load(args.path, step=args.step)
   split = args.split or (None if args.data in ("folder", "parquet", "tar") else "train")
   source = pretrained.source(model, split, name=args.data, data_dir=args.data_dir)

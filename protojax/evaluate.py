@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from protojax import cli, errors, pretrained
+from protojax import cli, environment, errors, pretrained
 from protojax.data import sources
 from protojax.evals import protocols, result_files
 
@@ -315,6 +315,7 @@ def main(argv: list[str]) -> None:
     raise errors.UserError(f"--epochs={args.epochs} must be at least 1")
   if not min(args.temperature) > 0:
     raise errors.UserError(f"--temperature={min(args.temperature):g} must be positive")
+  environment.keep_compiled()
   evaluate(args)
 
 

@@ -199,8 +199,9 @@ def main(argv: Sequence[str]) -> None:
   config, args = parse(argv)
   faulthandler.enable(sys.__stderr__)
   _connect(args)
-  from protojax import api
+  from protojax import api, environment
 
+  environment.keep_compiled()
   api.train(config, args.workdir)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from protojax import errors, sizes
-from protojax.models import heads, resnet, vit
+from protojax.models import attention, heads, resnet, vit
 
 PyTree = Any
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -49,7 +49,7 @@ def build(config: ml_collections.ConfigDict, *, mask_token: bool = False) -> Enc
     config: `model.name` is one of vit_tiny, vit_small, vit_base, resnet8, resnet18, resnet50.
       Optional, absent or None for the default: `precision`; of the transformers
       model.{patch_size, image_size, width, depth, heads, drop_path, registers, layer_scale,
-      norm_eps, position_offset, attention, remat}; of the ResNets
+      norm_eps, position_offset, attention, scan, remat}; of the ResNets
       model.{width (resnet8), stem, zero_init_residual, joint_norm, remat};
       head.{layers, hidden, bottleneck, norm, norm_output, activation, bias, init, l2}. A field
       that the named model does not have is ignored, so that `model.name` can be switched alone.
@@ -81,9 +81,10 @@ def build(config: ml_collections.ConfigDict, *, mask_token: bool = False) -> Enc
       norm_eps="norm_eps",
       position_offset="position_offset",
       attention="attention",
+      scan="scan",
       remat="remat",
     )
-    _check_attention(options.get("attention", "xla"), dtype)
+    _check_attention(options.get("attention", "auto"), dtype)
     # 0 switches LayerScale off: a factor that starts at 0 would kill the branch.
     options["layer_scale"] = options.get("layer_scale") or None
     backbone = vit.make(name, dtype=dtype, mask_token=mask_token, **options)
@@ -126,6 +127,15 @@ def build(config: ml_collections.ConfigDict, *, mask_token: bool = False) -> Enc
       "set model.name=vit_small, head.norm=none, head.norm_output=False"
     )
   return encoder
+
+
+def chosen(config: ml_collections.ConfigDict) -> str:
+  """What "auto" came to for a transformer on the devices of the mesh in use; "" for a ResNet."""
+  if config.model.name not in vit.VARIANTS:
+    return ""
+  who = attention.choose(config.model.attention, _DTYPES[config.precision])
+  looped = attention.on_tpu() if config.model.scan is None else config.model.scan
+  return f"attention: {who}, blocks: {'in a loop' if looped else 'one by one'}"
 
 
 def without_drop_path(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -324,11 +334,11 @@ def _apply(encoder, part, params, batch_stats, x, views=1, train=False, key=None
 
 
 def _check_attention(name: str, dtype) -> None:
-  _choice("model.attention", name, ("xla", "cudnn"))
+  _choice("model.attention", name, attention.IMPLEMENTATIONS)
   if name == "cudnn" and (dtype != jnp.bfloat16 or jax.default_backend() != "gpu"):
     raise errors.UserError(
       f"model.attention=cudnn needs an NVIDIA GPU and precision=bfloat16, not "
-      f"{jax.default_backend()} and {jnp.dtype(dtype).name}: set model.attention=xla"
+      f"{jax.default_backend()} and {jnp.dtype(dtype).name}: set model.attention=auto"
     )
 
 

@@ -5,10 +5,11 @@ import jax
 import jax.numpy as jnp
 
 from protojax import losses
+from protojax.models import activations
 from protojax.models import batch_norm as norm_lib
 
 ACTIVATIONS = {
-  "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+  "gelu": activations.gelu,
   "relu": jax.nn.relu,
   "leaky_relu": lambda x: jax.nn.leaky_relu(x, 0.01),
 }

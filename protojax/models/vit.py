@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from protojax import errors, sizes
+from protojax.models import attention as attentions
+from protojax.models import blocks
 
 # width, blocks, attention heads; the hidden layer of the MLP is four times as wide.
 VARIANTS = {
@@ -19,8 +21,6 @@ VARIANTS = {
   "vit_base": (768, 12, 12),
 }
 
-# Plain normal: `truncated_normal(.02)` of jax.nn would cut at two deviations, DINO's at 100.
-_normal = nn.initializers.normal(0.02)
 _CUBIC_A = -0.75
 
 
@@ -92,18 +92,8 @@ def grid_size(height: int, width: int, patch_size: int) -> tuple[int, int]:
   return height // patch_size, width // patch_size
 
 
-def _rows(layer, x: jax.Array) -> jax.Array:
-  """`layer` over the last axis of x, as one matrix product over all leading axes.
-
-  XLA's CPU backend takes five times as long for the weight gradient of a product whose rows lie on
-  two axes, measured at [256, 17, 96] x [96, 384].
-  """
-  y = layer(x.reshape(-1, x.shape[-1]))
-  return y.reshape(*x.shape[:-1], y.shape[-1])
-
-
 class PatchEmbed(nn.Module):
-  """Linear map of non-overlapping patches: a strided convolution written as one matmul."""
+  """Linear map of non-overlapping patches: a strided convolution written as a matrix product."""
 
   patch_size: int
   width: int
@@ -123,76 +113,13 @@ class PatchEmbed(nn.Module):
     kernel = self.param("kernel", uniform, (p, p, channels, self.width)).astype(self.dtype)
     bias = self.param("bias", uniform, (self.width,)).astype(self.dtype)
     patches = images.astype(self.dtype).reshape(n, rows, p, columns, p, channels)
-    patches = patches.swapaxes(2, 3).reshape(n, rows * columns, fan_in)
-    return _rows(lambda x: x @ kernel.reshape(fan_in, self.width), patches) + bias[None, None]
-
-
-class Attention(nn.Module):
-  """Self-attention; queries, keys and values come from one kernel [D, 3 D]."""
-
-  num_heads: int
-  implementation: str
-  dtype: jnp.dtype
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """[N, T, D] -> [N, T, D]."""
-    n, tokens, width = x.shape
-    qkv = _rows(nn.Dense(3 * width, dtype=self.dtype, kernel_init=_normal, name="qkv"), x)
-    qkv = qkv.reshape(n, tokens, 3, self.num_heads, width // self.num_heads)
-    query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-    # Its logits and softmax are float32 whatever the inputs, its scale is head_width ** -.5.
-    x = jax.nn.dot_product_attention(query, key, value, implementation=self.implementation)
-    x = x.reshape(n, tokens, width)
-    return _rows(nn.Dense(width, dtype=self.dtype, kernel_init=_normal, name="proj"), x)
-
-
-class Mlp(nn.Module):
-  """Two linear layers around an exact (erf) GELU."""
-
-  dtype: jnp.dtype
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """[N, T, D] -> [N, T, D]."""
-    width = x.shape[-1]
-    x = _rows(nn.Dense(4 * width, dtype=self.dtype, kernel_init=_normal, name="fc1"), x)
-    x = jax.nn.gelu(x, approximate=False)
-    return _rows(nn.Dense(width, dtype=self.dtype, kernel_init=_normal, name="fc2"), x)
-
-
-class Block(nn.Module):
-  """Pre-norm block: x += branch(norm(x)) for attention, then for the MLP."""
-
-  num_heads: int
-  drop_path: float
-  layer_scale: float | None
-  norm_eps: float
-  attention: str
-  dtype: jnp.dtype
-
-  @nn.compact
-  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    """[N, T, D] float32 -> [N, T, D] float32."""
-    y = _layer_norm("norm1", self.norm_eps, self.dtype)(x)
-    y = Attention(self.num_heads, self.attention, self.dtype, name="attn")(y)
-    x += self._finish_branch(y, "ls1", train)
-    y = _layer_norm("norm2", self.norm_eps, self.dtype)(x)
-    y = Mlp(self.dtype, name="mlp")(y)
-    return x + self._finish_branch(y, "ls2", train)
-
-  def _finish_branch(self, y: jax.Array, scale_name: str, train: bool) -> jax.Array:
-    """LayerScale and drop path: [N, T, D] -> [N, T, D] float32."""
-    # The residual stream stays float32: twelve bfloat16 sums would lose what a branch adds.
-    y = y.astype(jnp.float32)
-    if self.layer_scale is not None:
-      init = nn.initializers.constant(self.layer_scale)
-      y *= self.param(scale_name, init, (y.shape[-1],))[None, None]
-    if train and self.drop_path > 0:
-      keep = 1.0 - self.drop_path
-      kept = jax.random.bernoulli(self.make_rng("drop_path"), keep, (y.shape[0], 1, 1))
-      y = jnp.where(kept, y / keep, 0.0)
-    return y
+    if attentions.on_tpu():
+      # Says the same without an order of the pixels; in the other one XLA copies every image twice.
+      x = jnp.einsum("nrpqsc,pscd->nrqd", patches, kernel).reshape(n, rows * columns, self.width)
+    else:
+      patches = patches.swapaxes(2, 3).reshape(n, rows * columns, fan_in)
+      x = blocks.rows(lambda x: x @ kernel.reshape(fan_in, self.width), patches)
+    return x + bias[None, None]
 
 
 class ViT(nn.Module):
@@ -210,10 +137,12 @@ class ViT(nn.Module):
     layer_scale: start of LayerScale's factors; None builds none.
     norm_eps: what every layer norm adds to the variance.
     position_offset: of `position_weights`, where other sizes interpolate the position embedding.
-    attention: who computes it, "xla" or "cudnn" (a fused kernel of NVIDIA's; bfloat16 on their
-      GPUs only).
+    attention: who computes it, see `models.attention`: "auto", "xla", "cudnn" (a fused kernel of
+      NVIDIA's; bfloat16 on their GPUs only) or "pallas" (one of our own for TPUs).
     mask_token: whether there is a learned token, 0 at the start, to put in the place of patches.
     remat: recompute each block in the backward pass instead of storing its activations.
+    scan: whether the blocks are one loop, see `blocks.loop`; None: on TPUs. The parameters are the
+      same.
     dtype: of the matrix products. Parameters, norms, softmax and the residual stream are float32.
   """
 
@@ -227,9 +156,10 @@ class ViT(nn.Module):
   layer_scale: float | None = None
   norm_eps: float = 1e-6
   position_offset: float = 0.1
-  attention: str = "xla"
+  attention: str = "auto"
   mask_token: bool = False
   remat: bool = False
+  scan: bool | None = None
   dtype: jnp.dtype = jnp.float32
 
   @property
@@ -270,38 +200,62 @@ class ViT(nn.Module):
       mask_token = self.param("mask_token", nn.initializers.zeros, (1, 1, self.width))
       if mask is not None:
         x = jnp.where(mask[:, :, None], mask_token, x)
-    cls_token = self.param("cls_token", _normal, (1, 1, self.width))
+    cls_token = self.param("cls_token", blocks.normal, (1, 1, self.width))
     x = jnp.concatenate([jnp.broadcast_to(cls_token, (n, 1, self.width)), x], axis=1)
     x += self._position_embedding(grid_size(height, width, self.patch_size))
     if keep is not None:
       kept = jnp.take_along_axis(x[:, 1:], keep[:, :, None], axis=1)
       x = jnp.concatenate([x[:, :1], kept], axis=1)
     if self.registers:
-      registers = self.param("registers", _normal, (1, self.registers, self.width))
+      registers = self.param("registers", blocks.normal, (1, self.registers, self.width))
       registers = jnp.broadcast_to(registers, (n, self.registers, self.width))
       x = jnp.concatenate([x[:, :1], registers, x[:, 1:]], axis=1)
 
-    block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
-    for i, rate in enumerate(np.linspace(0.0, self.drop_path, self.depth)):
-      x = block(
-        self.num_heads,
-        float(rate),
-        self.layer_scale,
-        self.norm_eps,
-        self.attention,
-        self.dtype,
-        name=f"blocks_{i}",
-      )(x, train)
-    norm = _layer_norm("norm", self.norm_eps, jnp.float32)
+    tokens = x.shape[1]
+    x = self._through_blocks(x, train)
+    norm = blocks.layer_norm("norm", self.norm_eps, jnp.float32)
     if not patches:
       return norm(x[:, 0])
-    x = norm(x)
+    x = norm(x[:, :tokens])
     return x[:, 0], x[:, 1 + self.registers :]
+
+  def _through_blocks(self, x: jax.Array, train: bool) -> jax.Array:
+    """[N, T, D] float32 -> [N, T or more, D] float32; the first T are the tokens'."""
+    n, tokens, _ = x.shape
+    attention = attentions.choose(self.attention, self.dtype)
+    if attention == "pallas":
+      # Whole tiles: else most of what follows is copied from one layout to another.
+      x = jnp.pad(x, ((0, 0), (0, -tokens % attentions.TILE), (0, 0)))
+    options = {
+      "num_heads": self.num_heads,
+      "layer_scale": self.layer_scale,
+      "norm_eps": self.norm_eps,
+      "attention": attention,
+      "tokens": tokens,
+      "dtype": self.dtype,
+    }
+    looped = attentions.on_tpu() if self.scan is None else self.scan
+    # Parameters are made, and outputs of single blocks seen, one by one.
+    looped &= not (self.is_initializing() or self.is_mutable_collection("intermediates"))
+    block = nn.remat(blocks.Block) if self.remat and not looped else blocks.Block
+    each = [block(**options, name=f"blocks_{i}") for i in range(self.depth)]
+    keeps = [1.0 - float(rate) for rate in np.linspace(0.0, self.drop_path, self.depth)]
+    kept = None
+    if train and self.drop_path:
+      kept = blocks.draw(each, keeps, n)
+    if looped:
+      params = [self.get_variable("params", block.name) for block in each]
+      return blocks.loop(
+        blocks.Block(**options, parent=None), params, x, kept, keeps, remat=self.remat
+      )
+    for i, (block, keep) in enumerate(zip(each, keeps, strict=True)):
+      x = block(x, kept[i] if kept is not None and keep < 1.0 else None, keep)
+    return x
 
   def _position_embedding(self, grid: tuple[int, int]) -> jax.Array:
     """[1, 1 + rows * columns, D] float32."""
     own = grid_size(*sizes.pair(self.image_size), self.patch_size)
-    embedding = self.param("pos_embed", _normal, (1, 1 + own[0] * own[1], self.width))
+    embedding = self.param("pos_embed", blocks.normal, (1, 1 + own[0] * own[1], self.width))
     if grid == own:
       return embedding
     rows, columns = (
@@ -312,8 +266,3 @@ class ViT(nn.Module):
     patches = jnp.einsum("hi,nijd->nhjd", rows, patches, precision="highest")
     patches = jnp.einsum("wj,nhjd->nhwd", columns, patches, precision="highest")
     return jnp.concatenate([embedding[:, :1], patches.reshape(1, -1, self.width)], axis=1)
-
-
-def _layer_norm(name: str, epsilon: float, dtype: jnp.dtype) -> nn.LayerNorm:
-  """Statistics in float32, the result in `dtype`."""
-  return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, dtype=dtype, name=name)

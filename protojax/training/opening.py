@@ -8,6 +8,7 @@ import textwrap
 import jax
 
 from protojax.data import sources
+from protojax.models import encoder as encoders
 from protojax.training import optim, programs, train_step
 
 _WIDTH, _INDENT = 80, 12
@@ -44,12 +45,15 @@ def lines(
     images += f"; k-NN and linear probe: {len(bank):,} of {bank.name}" * (bank is not train)
     images += f"; tested on {len(test):,} of {test.name}, {test.num_classes:,} classes"
   processes = {device.process_index for device in devices}
+  with jax.set_mesh(mesh):
+    chosen = encoders.chosen(config)
   rows = {
     "method": config.method.name + ", with a teacher" * (program.abstract.teacher != ()),
     "prototypes": ", ".join((config.method.prototypes, *sets)),
     "encoder": f"{config.model.name}; "
     + ", ".join(f"{name} {_millions(part)}" for name, part in model.items())
-    + " parameters",
+    + " parameters"
+    + f"; {chosen}" * bool(chosen),
     "images": images,
     "length": f"{config.num_steps:,} steps of {config.batch_size:,} images, "
     f"{config.num_steps / config.steps_per_epoch:.3g} epochs",

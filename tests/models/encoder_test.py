@@ -88,13 +88,14 @@ def test_a_name_is_enough(name, feature_dim, has_batch_norm):
 
 def test_every_field_reaches_its_module():
   encoder = build(
-    {"drop_path": 0.2, "registers": 2, "layer_scale": 1e-4, "remat": True},
+    {"drop_path": 0.2, "registers": 2, "layer_scale": 1e-4, "remat": True, "scan": True},
     {"layers": 4, "norm": "batch", "l2": False},
     precision="bfloat16",
   )
   net, head = encoder
   assert (net.width, net.depth, net.num_heads, net.patch_size, net.image_size) == (24, 2, 3, 4, 16)
-  assert (net.drop_path, net.registers, net.layer_scale, net.remat) == (0.2, 2, 1e-4, True)
+  assert (net.drop_path, net.registers, net.layer_scale) == (0.2, 2, 1e-4)
+  assert net.remat and net.scan and net.attention == "auto"
   assert (head.layers, head.hidden, head.bottleneck, head.norm, head.l2) == (4, 16, 6, "batch", 0)
   assert net.dtype == head.dtype == jnp.bfloat16
   assert build({"layer_scale": 0.0}).backbone.layer_scale is None
@@ -118,7 +119,7 @@ def test_every_field_reaches_its_module():
     ({}, {"norm": "layer"}, {}, "head.norm='layer'.*none, batch"),
     ({}, {"layers": 0}, {}, "head.layers=0"),
     ({}, {}, {"precision": "float16"}, "precision='float16'.*float32, bfloat16"),
-    ({"attention": "flash"}, {}, {}, "model.attention='flash'.*xla, cudnn"),
+    ({"attention": "flash"}, {}, {}, "model.attention='flash'.*auto, xla, cudnn, pallas"),
     ({"attention": "cudnn"}, {}, {"precision": "bfloat16"}, "an NVIDIA GPU .* not cpu and bf"),
   ],
 )

@@ -7,7 +7,7 @@ import pytest
 from scipy import special
 
 from protojax import errors
-from protojax.models import vit
+from protojax.models import blocks, vit
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
@@ -224,7 +224,7 @@ def test_drop_path_rates_grow_linearly_and_hit_both_branches():
       jnp.zeros((n, 2, 2, 3)),
       train=True,
       rngs={"drop_path": jax.random.key(0)},
-      capture_intermediates=lambda module, _: isinstance(module, vit.Block),
+      capture_intermediates=lambda module, _: isinstance(module, blocks.Block),
     )
 
   _, captured = run(params)
@@ -242,6 +242,29 @@ def test_drop_path_rates_grow_linearly_and_hit_both_branches():
     np.testing.assert_allclose((attention & mlp).mean(), keep**2, atol=4 * 0.5 / np.sqrt(n))
 
 
+def test_drop_path_draws_what_runs_of_before_drew():
+  net = vit.ViT(width=4, depth=3, num_heads=1, patch_size=2, image_size=2, drop_path=0.6)
+  params = random_params(net, 0.0)
+  for i in range(3):  # attention adds 1, the MLP 10, over the share that is kept
+    params[f"blocks_{i}"]["attn"]["proj"]["bias"] += 1.0
+    params[f"blocks_{i}"]["mlp"]["fc2"]["bias"] += 10.0
+  _, captured = net.apply(
+    {"params": params},
+    jnp.zeros((12, 2, 2, 3)),
+    train=True,
+    rngs={"drop_path": jax.random.key(5)},
+    capture_intermediates=lambda module, _: isinstance(module, blocks.Block),
+  )
+  after = [captured["intermediates"][f"blocks_{i}"]["__call__"][0][:, 0, 0] for i in range(3)]
+  added = np.diff([np.zeros(12), *after], axis=0) * [[1.0], [0.7], [0.4]]
+  drawn = [  # at commit a198742
+    [11, 11, 11, 11, 11, 11, 11, 11, 11, 11, 11, 11],
+    [1, 11, 1, 11, 0, 11, 11, 10, 11, 11, 10, 10],
+    [0, 1, 10, 1, 10, 11, 0, 1, 0, 10, 0, 10],
+  ]
+  np.testing.assert_allclose(added, drawn, atol=1e-4)
+
+
 def test_drop_path_follows_its_key_and_is_off_in_evaluation():
   net = small(drop_path=0.5)
   params, x = random_params(net), images(8)
@@ -256,19 +279,73 @@ def test_drop_path_follows_its_key_and_is_off_in_evaluation():
   np.testing.assert_array_equal(apply(net, params, x), apply(small(), params, x))
 
 
-def test_remat_changes_no_gradient():
-  params = random_params(small())
+@pytest.mark.parametrize(
+  "options", [{"remat": True}, {"scan": True}, {"scan": True, "remat": True}]
+)
+def test_neither_remat_nor_a_loop_changes_values_or_gradients(options):
+  same = {"drop_path": 0.3, "layer_scale": 0.5, "registers": 1, "depth": 3}
+  params = random_params(small(**same))
 
-  def grads(net):
+  def run(net):
     def loss(p):
       key = jax.random.key(3)
-      return net.apply({"params": p}, images(), train=True, rngs={"drop_path": key}).std()
+      y = net.apply({"params": p}, images(6), train=True, rngs={"drop_path": key})
+      return y.std(), y
 
-    return jax.jit(jax.grad(loss))(params)
+    return jax.jit(jax.grad(loss, has_aux=True))(params)
 
-  plain, remat = (grads(small(drop_path=0.3, remat=flag)) for flag in (False, True))
-  assert jax.tree.structure(plain) == jax.tree.structure(remat)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), plain, remat)
+  plain, other = run(small(**same)), run(small(**same, **options))
+  assert jax.tree.structure(plain) == jax.tree.structure(other)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), plain, other)
+
+
+def test_a_loop_compiles_one_block_and_stores_its_products_alone():
+  net = small(depth=5, scan=True, dtype=jnp.bfloat16)
+  params = random_params(net)
+
+  def loss(p):
+    return net.apply({"params": p}, images(2)).sum()
+
+  text = str(jax.make_jaxpr(jax.grad(loss))(params))
+  assert text.count("erfc") == 2 and text.count("name=hidden") == 1  # forwards and backwards
+  stored = jax.tree.leaves(jax.eval_shape(lambda p: jax.vjp(loss, p)[1], params))
+  of_tokens = [leaf for leaf in stored if leaf.shape[:3] == (5, 2, 17)]
+  # The stream before and in the middle of a block; queries, keys, values; attention; hidden layer.
+  assert sorted((leaf.shape[3], leaf.dtype.name) for leaf in of_tokens) == [
+    (24, "bfloat16"),
+    (24, "float32"),
+    (24, "float32"),
+    (72, "bfloat16"),
+    (96, "bfloat16"),
+  ]
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_the_kernel_of_attention_changes_nothing_where_tokens_fill_no_tile(scan):
+  params = random_params(small(registers=3))  # 20 tokens of 24
+
+  def run(**options):
+    net = small(registers=3, **options)
+
+    def loss(p):
+      y, tokens = net.apply({"params": p}, images(4), patches=True)
+      return y.std() + tokens.std(), (y, tokens)
+
+    return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+  expected, found = run(attention="xla"), run(attention="pallas", scan=scan)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), expected, found)
+
+
+def test_blocks_of_a_loop_can_be_looked_into():
+  params = random_params(small())
+
+  def run(scan):
+    return small(scan=scan).apply({"params": params}, images(), capture_intermediates=True)[1]
+
+  one_by_one, looped = run(False), run(True)
+  assert "blocks_1" in looped["intermediates"]
+  jax.tree.map(np.testing.assert_array_equal, one_by_one, looped)
 
 
 def test_bfloat16_stays_close_to_float32_and_keeps_float32_parameters():

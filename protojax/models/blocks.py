@@ -1,0 +1,171 @@
+"""The blocks of a vision transformer, and how a pass goes through them."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from protojax.models import activations, attention
+
+# Plain normal: `truncated_normal(.02)` of jax.nn would cut at two deviations, DINO's at 100.
+normal = nn.initializers.normal(0.02)
+
+# What a loop stores of each block beside its input; all else is computed again from these, which
+# is cheaper than to store it: it needs no matrix product.
+_STORED = ("qkv", "attended", "between", "hidden")
+
+
+def rows(layer, x: jax.Array) -> jax.Array:
+  """`layer` over the last axis of x, as one matrix product over all leading axes.
+
+  XLA's CPU backend takes five times as long for the weight gradient of a product whose rows lie on
+  two axes, measured at [256, 17, 96] x [96, 384].
+  """
+  y = layer(x.reshape(-1, x.shape[-1]))
+  return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def layer_norm(name: str, epsilon: float, dtype: jnp.dtype) -> nn.LayerNorm:
+  """Statistics in float32, the result in `dtype`."""
+  return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, dtype=dtype, name=name)
+
+
+class Attention(nn.Module):
+  """Self-attention; queries, keys and values come from one kernel [D, 3 D]."""
+
+  num_heads: int
+  implementation: str
+  tokens: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[N, T, D] -> [N, T, D]."""
+    width = x.shape[-1]
+    qkv = rows(nn.Dense(3 * width, dtype=self.dtype, kernel_init=normal, name="qkv"), x)
+    qkv = checkpoint_name(qkv, "qkv")
+    x = attention.attend(qkv, self.num_heads, self.implementation, self.tokens)
+    x = checkpoint_name(x, "attended")
+    return rows(nn.Dense(width, dtype=self.dtype, kernel_init=normal, name="proj"), x)
+
+
+class Mlp(nn.Module):
+  """Two linear layers around an exact (erf) GELU."""
+
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[N, T, D] -> [N, T, D]."""
+    width = x.shape[-1]
+    x = rows(nn.Dense(4 * width, dtype=self.dtype, kernel_init=normal, name="fc1"), x)
+    x = activations.gelu(checkpoint_name(x, "hidden"))
+    return rows(nn.Dense(width, dtype=self.dtype, kernel_init=normal, name="fc2"), x)
+
+
+class Block(nn.Module):
+  """Pre-norm block: x += branch(norm(x)) for attention, then for the MLP.
+
+  Attributes:
+    num_heads: attention heads, which divide the width.
+    layer_scale: start of LayerScale's factors; None builds none.
+    norm_eps: what the layer norms add to the variance.
+    attention: who computes it, see `attention.attend`.
+    tokens: how many of T there are, likewise.
+    dtype: of the matrix products.
+  """
+
+  num_heads: int
+  layer_scale: float | None
+  norm_eps: float
+  attention: str
+  tokens: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array, kept: jax.Array | None, keep: float | jax.Array) -> jax.Array:
+    """The residual stream, one block on.
+
+    Args:
+      x: [N, T, D] float32.
+      kept: bool [2, N], whose branches are not dropped, see `draw`; None drops none.
+      keep: the share of the images for which that is so.
+
+    Returns:
+      [N, T, D] float32.
+    """
+    kept = (None, None) if kept is None else kept
+    y = layer_norm("norm1", self.norm_eps, self.dtype)(x)
+    y = Attention(self.num_heads, self.attention, self.tokens, self.dtype, name="attn")(y)
+    x += self._finish_branch(y, "ls1", kept[0], keep)
+    x = checkpoint_name(x, "between")
+    y = layer_norm("norm2", self.norm_eps, self.dtype)(x)
+    y = Mlp(self.dtype, name="mlp")(y)
+    return x + self._finish_branch(y, "ls2", kept[1], keep)
+
+  def keys(self) -> jax.Array:
+    """One for each branch, of the rng "drop_path"."""
+    return jnp.stack([self.make_rng("drop_path") for _ in range(2)])
+
+  def _finish_branch(self, y: jax.Array, scale_name: str, kept, keep) -> jax.Array:
+    """LayerScale and drop path: [N, T, D] -> [N, T, D] float32."""
+    # The residual stream stays float32: twelve bfloat16 sums would lose what a branch adds.
+    y = y.astype(jnp.float32)
+    if self.layer_scale is not None:
+      init = nn.initializers.constant(self.layer_scale)
+      y *= self.param(scale_name, init, (y.shape[-1],))[None, None]
+    if kept is not None:
+      y = jnp.where(kept[:, None, None], y / keep, 0.0)
+    return y
+
+
+def draw(each: Sequence[Block], keeps: Sequence[float], n: int) -> jax.Array:
+  """Which of n images keep a branch, of every block: bool [blocks, 2, n].
+
+  Args:
+    each: the blocks, bound.
+    keeps: of each, the probability.
+    n: images.
+  """
+  keys = jnp.stack([block.keys() for block in each])
+  of_branch = jax.vmap(lambda key, keep: jax.random.bernoulli(key, keep, (n,)), (0, None))
+  return jax.vmap(of_branch)(keys, jnp.asarray(keeps, jnp.float32))
+
+
+def loop(
+  block: Block,
+  params: Sequence[dict],
+  x: jax.Array,
+  kept: jax.Array | None,
+  keeps: Sequence[float],
+  *,
+  remat: bool,
+) -> jax.Array:
+  """`x` through blocks of different parameters as one loop, which is compiled once for all.
+
+  The parameters are copied one after the other for that, their matrices in the dtype of the
+  products. Of each block its products are stored for the backward pass, the rest is computed again.
+
+  Args:
+    block: unbound, `parent=None`.
+    params: of each block.
+    x: [N, T, D] float32.
+    kept: from `draw`; None drops nothing.
+    keeps: of each block.
+    remat: store of each block nothing but its input.
+  """
+
+  def stacked(*leaves):
+    cast = leaves[0].ndim == 2  # as nn.Dense does
+    return jnp.stack([leaf.astype(block.dtype) if cast else leaf for leaf in leaves])
+
+  def step(x, inputs):
+    own, kept, keep = inputs
+    return block.apply({"params": own}, x, kept, keep), None
+
+  policy = None if remat else jax.checkpoint_policies.save_only_these_names(*_STORED)
+  step = jax.checkpoint(step, policy=policy, prevent_cse=False)
+  inputs = jax.tree.map(stacked, *params), kept, jnp.asarray(keeps, jnp.float32)
+  return jax.lax.scan(step, x, inputs)[0]
