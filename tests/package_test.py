@@ -21,7 +21,7 @@ _SCRIPTS = [*sorted((_ROOT / "launch").glob("*.sh")), _ROOT / ".ci" / "run"]
 _ROOMS = (
   *("errors", "environment", "files", "sizes", "trees", "own_modules"),
   *("progress", "schedules", "losses"),
-  *("prototypes", "models", "data", "metrics", "evals", "methods", "config", "recipes"),
+  *("prototypes", "models", "data", "metrics", "evals", "methods", "config", "recipes", "typed"),
   *("training", "planning", "pretrained", "interop", "reports", "api", "cli"),
 )
 _VERBS = (*__main__.MODULES.values(), "__main__")

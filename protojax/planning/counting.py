@@ -56,7 +56,7 @@ class Item(NamedTuple):
   """One instruction that takes time, times how often it runs.
 
   Attributes:
-    flops: {precision: operations}; see `passes`.
+    flops: {precision: operations}, of matrix products; "bf16 x bf16", "f32 x f32, highest".
     bytes: read from and written to main memory.
   """
 
@@ -117,18 +117,6 @@ def origin(op_name: str) -> str:
   ):
     return scope[1] or ("backward" if scope[2] else "forward")
   return "state" if re.match(r"(state|batch|probe_batch)[.\[]", op_name) else "other"
-
-
-def passes(precision: str) -> int:
-  """Products in bfloat16 that a TPU makes of one, from "f32 x f32, highest" and the like.
-
-  float32 is split into one part (default), two (high) or three (highest), bfloat16 is one; the
-  products of parts that are too small to matter are left out, so that highest takes six.
-  """
-  types, _, wanted = precision.partition(", ")
-  depth = {"high": 2, "highest": 3}.get(wanted, 1)
-  a, b = (1 if kind in ("bf16", "s8", "u8", "pred") else depth for kind in types.split(" x "))
-  return sum(i + j < max(a, b) for i in range(a) for j in range(b))
 
 
 def count(text: str) -> Counts:

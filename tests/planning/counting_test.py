@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from protojax.planning import counting, hlo
+from protojax.planning import chips, counting, hlo
 
 
 def _counts(fn, *shapes, **options):
@@ -203,7 +203,7 @@ def test_products_of_split_numbers_are_as_many_as_the_tpu_makes():
     "f32 x u8, highest": 3,
     "bf16 x f32, highest": 3,
   }
-  assert {precision: counting.passes(precision) for precision in taken} == taken
+  assert {precision: chips.passes(precision) for precision in taken} == taken
 
 
 def test_work_of_a_training_step_is_told_apart():
