@@ -3,9 +3,12 @@
 Compiles the training step for devices that need not be here and says what it needs of each.
 """
 
+import argparse
 import pathlib
 import re
 import sys
+
+import ml_collections
 
 from protojax import cli, errors, files, typed
 from protojax.planning import compiled, report, targets
@@ -27,7 +30,7 @@ _IMAGENET = (1_281_167, 1000)
 _KNOWN = {"digits": (1442, 10), "cifar10": (50_000, 10), "cifar100": (50_000, 100)}
 
 
-def _parser():
+def _parser() -> argparse.ArgumentParser:
   parser = cli.parser("plan", _DESCRIPTION)
   parser.usage = "protojax plan --config=RECIPE [--topology=v5e:16x16] [--config.KEY=VALUE ...]"
   parser.add_argument("--config", metavar="RECIPE", required=True, help="NAME, FILE.py, NAME:debug")
@@ -58,14 +61,15 @@ def mesh_of(text: str) -> dict[str, int]:
   return {part[1]: int(part[2]) for part in parts if part}
 
 
-def plan(argv: list[str]) -> tuple[report.Plan, str | None]:
-  """(the plan that a command line asks for, the file it is to be written to).
+def parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, argparse.Namespace]:
+  """(the resolved config of a run as it is typed, the other flags).
 
   Args:
     argv: the command line after the name of the program.
 
   Raises:
     UserError: for a mistake in it, one line.
+    SystemExit: after --help.
   """
   changes, others = typed.split(argv)
   args = _parser().parse_args(others)
@@ -76,27 +80,41 @@ def plan(argv: list[str]) -> tuple[report.Plan, str | None]:
     # Whichever is not named takes what the other leaves; model does only where it is named.
     config.mesh.update({"data": -1, "model": 1} | mesh_of(args.mesh))
   images, classes = _KNOWN.get(config.data.name, _IMAGENET)
-  images = images if args.images is None else args.images
-  classes = classes if args.classes is None else args.classes
-  config = compiled.resolved(config, images)
+  args.images = images if args.images is None else args.images
+  args.classes = classes if args.classes is None else args.classes
+  return compiled.resolved(config, args.images), args
+
+
+def plan(argv: list[str]) -> report.Plan:
+  """The plan that a command line asks for.
+
+  Args:
+    argv: the command line after the name of the program.
+
+  Raises:
+    UserError: for a mistake in it, one line.
+    SystemExit: after --help.
+  """
+  config, args = parse(argv)
   if args.topology:
     target = targets.of_topology(args.topology)
   elif args.devices is not None:
     target = targets.virtual(args.devices)
   else:
     target = targets.at_hand()
-  step = compiled.compile_step(config, classes, target)
+  step = compiled.compile_step(config, args.classes, target)
   other = None
   if args.fit:
     half = config.copy_and_resolve_references()
     half.batch_size = config.batch_size // 2
-    other = compiled.compile_step(half, classes, target)
-  return report.make(args.config, target, images, classes, step, other), args.json
+    other = compiled.compile_step(half, args.classes, target)
+  return report.make(args.config, target, args.images, args.classes, step, other)
 
 
 def main(argv: list[str]) -> None:
   """The program; see --help."""
-  planned, out = plan(argv)
+  out = parse(argv)[1].json
+  planned = plan(argv)
   print("\n".join(report.lines(planned)))
   if out:
     files.write_json(pathlib.Path(out).expanduser(), report.as_json(planned))

@@ -10,9 +10,7 @@ import math
 import re
 from typing import NamedTuple
 
-import numpy as np
-
-from protojax.planning import hlo, loops, traffic
+from protojax.planning import hlo, loops, products, traffic
 
 COLLECTIVES = (
   *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
@@ -73,7 +71,8 @@ class Counts(NamedTuple):
 
   Attributes:
     unknown_loops: loops that say nowhere how often they run; they count as one round.
-    custom_calls: {target: how often}; their operations are not counted, their traffic is.
+    custom_calls: {target: how often} of kernels that do not say what they compute; their operations
+      are not counted, their traffic is.
   """
 
   items: list[Item]
@@ -131,30 +130,34 @@ def count(text: str) -> Counts:
   return counts._replace(unknown_loops=unknown)
 
 
-def _walk(module: hlo.Module, computation: hlo.Computation, times: int, counts: Counts) -> int:
+def _walk(
+  module: hlo.Module,
+  computation: hlo.Computation,
+  times: int,
+  counts: Counts,
+  beside: bool = False,
+) -> int:
   """Adds a computation that runs `times`; returns how many loops of unknown length it has."""
   unknown = 0
   for one in computation.instructions.values():
     if one.opcode == "while":
       rounds = loops.rounds(module, computation, one)
       unknown += rounds is None
-      unknown += _walk(module, module.called(one, "body"), times * (rounds or 1), counts)
+      unknown += _walk(module, module.called(one, "body"), times * (rounds or 1), counts, beside)
     elif one.opcode in ("call", "call-start", "async-start"):
       inner = module.called(one, "to_apply") or module.called(one)
-      unknown += _walk(module, inner, times, counts)
+      unknown += _walk(module, inner, times, counts, beside or one.opcode != "call")
     elif one.opcode == "conditional":
-      unknown += _walk(module, _dearest(module, one), times, counts)
-    elif one.opcode == "custom-call":
-      target = one.attribute("custom_call_target").strip('"')
-      if target not in traffic.FREE_CALLS:
-        counts.custom_calls[target] = counts.custom_calls.get(target, 0) + times
-    flops = {}
-    for inner, product in [(computation, one), *_within(module, one)]:
-      if product.opcode.removesuffix("-start") in COLLECTIVES:
-        counts.collectives.append(_collective(inner, product, times, inner is not computation))
-      elif product.opcode in _PRODUCTS:
-        precision, operations = _PRODUCTS[product.opcode](inner, product)
-        flops[precision] = flops.get(precision, 0.0) + times * operations
+      unknown += _walk(module, _dearest(module, one), times, counts, beside)
+    flops: dict[str, float] = {}
+    for inner, part in [(computation, one), *_within(module, one)]:
+      if part.opcode.removesuffix("-start") in COLLECTIVES:
+        ahead = beside or part.opcode.endswith("-start") or inner is not computation
+        counts.collectives.append(_collective(inner, part, times, ahead))
+      elif product := products.count(inner, part):
+        flops[product[0]] = flops.get(product[0], 0.0) + times * product[1]
+      elif part.opcode == "custom-call" and part.target not in traffic.FREE_CALLS:
+        counts.custom_calls[part.target] = counts.custom_calls.get(part.target, 0) + times
     moved = times * traffic.moved(module, computation, one)
     if flops or moved:
       made = _made(computation, one)
@@ -192,67 +195,16 @@ def _dearest(module: hlo.Module, one: hlo.Instruction) -> hlo.Computation:
   return max(branches, key=cost)
 
 
-# Operations of products.
-
-
-def _precision(computation: hlo.Computation, one: hlo.Instruction) -> str:
-  """ "bf16 x bf16", "f32 x f32, highest"."""
-  types = " x ".join(computation.instructions[o].shapes[0].dtype for o in one.operands[:2])
-  wanted = set(one.attribute("operand_precision").split(",")) & {"high", "highest"}
-  # The higher of the two; what is bfloat16 already has no more digits to take.
-  return f"{types}, {max(wanted, key=len)}" if wanted and "f32" in types else types
-
-
-def _dot(computation: hlo.Computation, one: hlo.Instruction) -> tuple[str, float]:
-  left = computation.instructions[one.operands[0]].shapes[0].dims
-  summed = [int(d) for d in one.attribute("lhs_contracting_dims").split(",") if d]
-  count = 2.0 * math.prod(one.shapes[0].dims) * math.prod(left[d] for d in summed)
-  return _precision(computation, one), count
-
-
-def _convolution(computation: hlo.Computation, one: hlo.Instruction) -> tuple[str, float]:
-  """A TPU's products are convolutions too, those of batches with a dilated input."""
-  left, right = (computation.instructions[o].shapes[0].dims for o in one.operands[:2])
-  of_left, of_right, of_out = re.split("_|->", one.attribute("dim_labels"))
-  out = one.shapes[0].dims
-  window = dict(part.split("=") for part in one.attribute("window").split())
-  pairs = 1
-  for axis in range(len(out) - 2):
-    taken = {name: value.split("x")[axis] for name, value in window.items()}
-    pairs *= _taps(
-      left[of_left.index(str(axis))],
-      right[of_right.index(str(axis))],
-      out[of_out.index(str(axis))],
-      stride=int(taken.get("stride", 1)),
-      pad=int(taken.get("pad", "0_0").split("_")[0]),
-      lhs_dilate=int(taken.get("lhs_dilate", 1)),
-      rhs_dilate=int(taken.get("rhs_dilate", 1)),
-    )
-  features = out[of_out.index("b")] * out[of_out.index("f")] * right[of_right.index("i")]
-  return _precision(computation, one), 2.0 * features * pairs
-
-
-def _taps(size, taps, out, *, stride, pad, lhs_dilate, rhs_dilate) -> int:
-  """Pairs (place of the result, tap) of one axis that meet an element of the input."""
-  where = np.arange(out)[:, None] * stride + np.arange(taps)[None, :] * rhs_dilate - pad
-  inside = (where >= 0) & (where <= (size - 1) * lhs_dilate)
-  return int(np.sum(inside & (where % lhs_dilate == 0)))
-
-
-_PRODUCTS = {"dot": _dot, "convolution": _convolution}
-
-
-# Messages.
-
-
 def _collective(
-  computation: hlo.Computation, one: hlo.Instruction, times: int, fused: bool
+  computation: hlo.Computation, one: hlo.Instruction, times: int, beside: bool
 ) -> Collective:
   kind = one.opcode.removesuffix("-start")
-  started = one.opcode.endswith("-start")
   given = sum(computation.instructions[name].bytes for name in one.operands)
   result = one.bytes
-  if started and kind in ("all-gather", "collective-permute"):  # (operands, results, flags)
+  if one.opcode != kind and kind in (
+    "all-gather",
+    "collective-permute",
+  ):  # (operands, results, flags)
     result -= given
   parts = [computation.instructions[name] for name in one.operands]
   named = [(_made(computation, part), part.bytes) for part in parts]
@@ -269,7 +221,7 @@ def _collective(
     times,
     dict(sorted(origins.items(), key=lambda entry: -entry[1])),
     largest,
-    started or fused,
+    beside,
   )
 
 

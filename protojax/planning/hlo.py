@@ -67,6 +67,11 @@ class Instruction(NamedTuple):
     return found[1].replace("\\'", "'") if found else ""
 
   @property
+  def target(self) -> str:
+    """Of a custom call."""
+    return self.attribute("custom_call_target").strip('"')
+
+  @property
   def bytes(self) -> int:
     """Of the whole result, in whichever memory."""
     return sum(shape.bytes for shape in self.shapes)

@@ -7,7 +7,8 @@ from protojax.planning import hlo
 # These move nothing, or what they move is counted where it starts.
 _FREE = {
   *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "while"),
-  *("partition-id", "replica-id", "opt-barrier", "domain", "add-dependency", "conditional", "call"),
+  *("partition-id", "replica-id", "opt-barrier", "domain", "add-dependency", "conditional"),
+  *("call", "call-start", "async-start"),
 }
 # Of custom calls these, too.
 FREE_CALLS = ("ConcatBitcast", "AssumeGatherIndicesInBound", "Sharding", "AllocateBuffer")
@@ -22,7 +23,7 @@ def moved(module: hlo.Module, computation: hlo.Computation, one: hlo.Instruction
   """
   if one.opcode in _FREE or one.opcode.endswith("-done"):
     return 0
-  if one.opcode == "custom-call" and any(f'"{n}"' in one.attributes for n in FREE_CALLS):
+  if one.opcode == "custom-call" and one.target in FREE_CALLS:
     return 0
   operands = [computation.instructions[name] for name in one.operands]
   if one.opcode in ("copy-start", "slice-start", "dynamic-slice-start"):
@@ -36,8 +37,12 @@ def moved(module: hlo.Module, computation: hlo.Computation, one: hlo.Instruction
     return _result(new) + new.bytes * _in_memory(one.shapes[0])
   inner = module.called(one) if one.opcode == "fusion" else None
   if inner is None:
-    read = sum(_result(operand) for operand in operands)
-    return read + (0 if one.opcode.endswith("-start") and read else 1) * _result(one)
+    read, written = sum(_result(operand) for operand in operands), _result(one)
+    if one.opcode in ("all-gather-start", "collective-permute-start"):
+      written -= read  # of a result (operands, results, flags)
+    elif one.opcode == "custom-call" and one.target.startswith(("__cublas$", "__cudnn$")):
+      written = one.shapes[0].bytes  # beside a workspace, which is as large as it may be
+    return read + written
   read = sum(
     min(_read(module, inner, inner.parameters[place].name), _result(operand))
     for place, operand in enumerate(operands)

@@ -194,6 +194,59 @@ def test_a_tpu_product_of_a_batch_is_a_dilated_convolution():
   assert counting.count(text).flops == {"f32 x f32, highest": 2 * 4 * 2 * 5 * 5 * 16}
 
 
+_KERNELS = {
+  "a Pallas kernel with an estimate": (
+    "f32[256,256]{1,0}",
+    ("bf16[256,64]{1,0}", "bf16[64,256]{1,0}"),
+    'custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"xyz",'
+    '"cost_estimate":{"flops":"1234","transcendentals":"0","bytes_accessed":"1000"}}}',
+    {"bf16 x bf16": 1234},
+    4 * 256**2 + 2 * 2 * 256 * 64,
+  ),
+  "cuBLAS": (
+    "(f32[3,8,4]{2,1,0}, s8[33554432]{0})",
+    ("f32[3,8,16]{2,1,0}", "f32[3,16,4]{2,1,0}"),
+    'custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"beta":0,'
+    '"dot_dimension_numbers":{"lhs_contracting_dimensions":["2"],"rhs_contracting_dimensions":'
+    '["1"],"lhs_batch_dimensions":["0"],"rhs_batch_dimensions":["0"]},"precision_config":'
+    '{"operand_precision":["HIGHEST","HIGHEST"]}}}',
+    {"f32 x f32, highest": 2 * 3 * 8 * 4 * 16},
+    4 * 3 * (8 * 4 + 8 * 16 + 16 * 4),
+  ),
+  "cuDNN, of the input": (
+    "(f32[4,8,8,16]{3,2,1,0}, u8[1000000]{0})",
+    ("f32[4,8,8,32]{3,2,1,0}", "f32[32,3,3,16]{3,2,1,0}"),
+    "window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_o01i->b01f, "
+    'custom_call_target="__cudnn$convBackwardInput"',
+    {"f32 x f32": 2 * 4 * 16 * 32 * 22**2},
+    4 * (4 * 64 * 48 + 32 * 9 * 16),
+  ),
+}
+
+
+@pytest.mark.parametrize("name", _KERNELS)
+def test_kernels_that_say_what_they_compute_are_counted(name):
+  """As XLA prints them; those of GPUs have not been compiled here."""
+  result, operands, attributes, flops, moved = _KERNELS[name]
+  lines = [f"%p{i} = {operand} parameter({i})" for i, operand in enumerate(operands)]
+  text = _module(*lines, f"ROOT %c = {result} custom-call(%p0, %p1), {attributes}")
+  counts = counting.count(text)
+  assert counts.flops == flops and counts.bytes == moved and not counts.custom_calls
+  assert counting.count(text.replace("custom_call_target", "x").replace("flops", "y")).flops == {}
+
+
+def test_messages_ahead_of_time_run_beside_and_count_once():
+  text = _module(
+    "%p = f32[8]{0} parameter(0)",
+    "%s = (f32[8]{0}, f32[32]{0}) all-gather-start(%p), replica_groups=[1,4]<=[4], dimensions={0}",
+    "ROOT %d = f32[32]{0} all-gather-done(%s)",
+  )
+  counts = counting.count(text)
+  (one,) = counts.collectives
+  assert (one.kind, one.bytes, one.asynchronous) == ("all-gather", 128, True)
+  assert counts.bytes == 4 * (8 + 32)
+
+
 def test_products_of_split_numbers_are_as_many_as_the_tpu_makes():
   taken = {
     "bf16 x bf16": 1,

@@ -33,7 +33,7 @@ _ONE_BLOCK = ("--config.model.depth=1", "--config.batch_size=512")
 )
 def test_work_memory_messages_and_placement_on_a_slice_are_as_stored(recipe, slice_, mesh):
   asked = [f"--config={recipe}", f"--topology={slice_}", f"--mesh={mesh}", *_ONE_BLOCK]
-  planned, _ = plan.plan(asked)
+  planned = plan.plan(asked)
   step = planned.step
   json.dumps(report.as_json(planned), allow_nan=False)
   assert planned.predicted.step > 0 and not step.counts.unknown_loops
