@@ -156,7 +156,7 @@ def _walk(
         counts.collectives.append(_collective(inner, part, times, ahead))
       elif product := products.count(inner, part):
         flops[product[0]] = flops.get(product[0], 0.0) + times * product[1]
-      elif part.opcode == "custom-call" and part.target not in traffic.FREE_CALLS:
+      elif part is one and part.opcode == "custom-call" and part.target not in traffic.FREE_CALLS:
         counts.custom_calls[part.target] = counts.custom_calls.get(part.target, 0) + times
     moved = times * traffic.moved(module, computation, one)
     if flops or moved:
