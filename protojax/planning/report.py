@@ -63,11 +63,8 @@ def make(
 
 def _limit(target: targets.Target) -> float | None:
   """Bytes of a device: as it says itself, or as the table does."""
-  try:
-    stats = target.devices[0].memory_stats() or {}
-  except Exception:  # a device that is not here
-    stats = {}
-  return stats.get("bytes_limit") or (target.chip and target.chip.memory)
+  stats = (target.devices[0].memory_stats() or {}) if target.here else {}
+  return stats.get("bytes_limit") or (target.chip.memory if target.chip else None)
 
 
 def lines(plan: Plan) -> list[str]:
