@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 
+import guards
 import jax
 import jax.numpy as jnp
 import pytest
@@ -199,3 +200,25 @@ def test_libtpu_sees_neither_the_machine_nor_flags_of_other_backends(monkeypatch
     assert os.environ["TPU_SKIP_MDS_QUERY"] == "1"
   assert os.environ["XLA_FLAGS"].count("--") == 3
   assert "TPU_SKIP_MDS_QUERY" not in os.environ
+
+
+def test_a_guard_names_what_changed_by_more_than_a_tenth(monkeypatch, tmp_path):
+  monkeypatch.setattr(guards, "_FILE", tmp_path / "guards.json")
+  found = {"bytes": 1000, "messages": {"all-reduce": [4, 800]}, "split": {"prototypes/v": "model"}}
+  with pytest.raises(AssertionError, match="PROTOJAX_WRITE_GUARDS|is not in guards.json"):
+    guards.check("step", found, "jax")
+  monkeypatch.setenv("PROTOJAX_WRITE_GUARDS", "1")
+  guards.check("step", found, "jax")
+  monkeypatch.delenv("PROTOJAX_WRITE_GUARDS")
+  guards.check("step", found | {"bytes": 1099}, "jax")
+  for other, says in (
+    ({"bytes": 1101}, "step / bytes: 1,101, stored 1,000"),
+    ({"messages": {"all-reduce": [5, 800]}}, r"step / messages / all-reduce \[0\]: 5, stored 4"),
+    ({"messages": {"all-reduce": [4, 800], "all-gather": [1, 8]}}, "all-gather: .* stored None"),
+    ({"split": {}}, "step / split / prototypes/v: None, stored model"),
+  ):
+    with pytest.raises(AssertionError, match=says):
+      guards.check("step", found | other, "jax")
+  monkeypatch.setattr(guards.importlib.metadata, "version", lambda name: "0")
+  with pytest.raises(pytest.skip.Exception, match="was written with"):
+    guards.check("step", found, "jax")
