@@ -15,6 +15,7 @@ import statistics
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import flops
@@ -25,6 +26,34 @@ from protojax.prototypes import prototype_set
 from protojax.training import programs, sharding, train_step
 
 PARTS = ("augment", "forward", "gradient", "update", "prototypes", "ready")
+
+
+def matrix_peak(size: int, dtype=jnp.bfloat16) -> float:
+  """Operations a second of a matrix product [size, size] x [size, size], the best of 5."""
+  x = jax.random.normal(jax.random.key(0), (size, size), dtype)
+  x *= jnp.asarray(size**-0.5, dtype)  # so that powers stay of one size
+  product = jax.jit(jnp.matmul)
+  y, rounds, best = product(x, x), 10, float("inf")
+  jax.block_until_ready(y)
+  for _ in range(5):
+    start = time.perf_counter()
+    for _ in range(rounds):
+      y = product(y, x)
+    jax.block_until_ready(y)
+    best = min(best, time.perf_counter() - start)
+  return 2.0 * size**3 * rounds / best
+
+
+def of_peak(found: dict, before: float, after: float) -> dict:
+  """ "matrix_peak" and "share_of_peak" of what `measure` has found.
+
+  Args:
+    found: of `measure`.
+    before, after: `matrix_peak` of one device before the step and after it; the larger counts.
+  """
+  peak = max(before, after)
+  seconds = found["milliseconds"]["step"] / 1e3
+  return {"matrix_peak": peak, "share_of_peak": found["flops"] / seconds / peak / found["devices"]}
 
 
 def change(config, assignment: str) -> None:
@@ -70,7 +99,7 @@ def calls(program, step, parts=PARTS):
   )
   # Zeros take as long as what a loss hands over, and cost no forward program of their own.
   shapes = jax.eval_shape(value, trained, frozen, views)[1].stats
-  stats = jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), shapes)
+  stats = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
   update = jax.jit(lambda v, s: method.update(v, s, state.step))
   found = {
     "augment": lambda: augmented(key, batch),
@@ -168,9 +197,14 @@ if __name__ == "__main__":
   parser.add_argument("--config", default="configs/gmm_cifar10.py")
   parser.add_argument("--repeats", type=int, default=10)
   parser.add_argument("--set", nargs="*", default=[], metavar="model.patch_size=4")
+  parser.add_argument(
+    "--matrix", type=int, help="side of the large product; default: 8192, of a CPU 1024"
+  )
   arguments = parser.parse_args()
   recipe = recipes.load(arguments.config)
   for assignment in arguments.set:
     change(recipe, assignment)
+  side = arguments.matrix or (1024 if jax.default_backend() == "cpu" else 8192)
+  first = matrix_peak(side, recipe.precision)
   line = {"config": arguments.config, "set": arguments.set} | measure(recipe, arguments.repeats)
-  print(json.dumps(line))
+  print(json.dumps(line | of_peak(line, first, matrix_peak(side, recipe.precision))))

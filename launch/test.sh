@@ -78,6 +78,20 @@ for package in project['optional-dependencies']['peers']:
   fi 2>/dev/null
 }
 
+# The compiler for TPUs, which plans for slices that nobody has here.
+add_libtpu() {
+  [ ! -e "$venv/libtpu" ] || return 0
+  local package
+  package=$("$venv/bin/python" -c "
+import tomllib
+print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['plan'])")
+  if install_packages "$venv/bin/python" "$package"; then
+    touch "$venv/libtpu"
+  else
+    echo "Plans for TPUs left out: no libtpu for this machine can be had here"
+  fi 2>/dev/null
+}
+
 failed=
 if "$python" -c "import sys; sys.exit(sys.version_info[:2] != (3, 11))"; then
   make_venv "$venv" "$python" -c launch/floors.txt -e ".[test]"
@@ -95,6 +109,7 @@ else
   make_venv "$venv" "$python" -e ".[test]"
 fi
 [ -z "$all" ] || add_peers
+[ -z "$all" ] || add_libtpu
 
 "$venv/bin/python" -m ruff check . || failed+=" ruff"
 "$venv/bin/python" -m ruff format --check . || failed+=" format"

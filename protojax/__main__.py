@@ -7,6 +7,7 @@ import sys
 
 VERBS = {
   "train": "train a run, or go on with one",
+  "plan": "what a step takes of a TPU slice that is not here: memory, time, messages",
   "evaluate": "accuracy of a run's features, with the protocol beside it",
   "doctor": "are prototypes copies, and are they used; also what a log says",
   "report": "one HTML page about a run or several",

@@ -11,10 +11,9 @@ import textwrap
 from collections.abc import Sequence
 
 import ml_collections
-from absl import flags, logging
-from ml_collections import config_flags
+from absl import logging
 
-from protojax import cli, errors, methods, recipes, trees
+from protojax import cli, errors, methods, recipes, trees, typed
 from protojax import config as configs
 
 _DESCRIPTION = """\
@@ -63,7 +62,7 @@ def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, argparse.Name
       value of the wrong type.
     SystemExit: after --help.
   """
-  typed, others = _split(argv)
+  changes, others = typed.split(argv)
   help_wanted = any(a in ("--help", "-h") for a in others)
   of_recipe = help_wanted and any(a.startswith("--config") for a in others)
   if of_recipe:
@@ -74,55 +73,11 @@ def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, argparse.Name
       raise errors.UserError(
         f"--{name} is missing: {_EXAMPLE}; protojax train --help lists recipes and settings"
       )
-  config = recipes.load(args.config)
-  given = dict(typed)
-  if (name := given.get("method.name") or config.method.name) != config.method.name:
-    configs.switch_method(config, name)
-  configs.check_keys(list(given), config)
-  _change(config, typed)
-  # A length that is typed takes the place of the recipe's; two typed ones contradict each other.
-  for one, other in (("num_steps", "num_epochs"), ("num_epochs", "num_steps")):
-    if one in given and other not in given and config[one]:
-      config[other] = 0
-  warmup = config.optim.warmup_steps
-  if "num_steps" in given and "optim.warmup_steps" not in given and 2 * warmup > config.num_steps:
-    # Of another length; in so short a run the learning rate would hardly do anything but rise.
-    config.optim.warmup_steps = max(1, config.num_steps // 10)
-    logging.info("optim.warmup_steps %d -> %d", warmup, config.optim.warmup_steps)
+  config = typed.config(args.config, changes)
   if of_recipe:
     print(settings(config))
     raise SystemExit(0)
   return config, args
-
-
-def _split(argv: Sequence[str]) -> tuple[list[tuple[str, str | None]], list[str]]:
-  """([(key, value)] of the --config.KEY=VALUE and --config.KEY VALUE, all other arguments)."""
-  typed, others, rest = [], [], list(argv)
-  while rest:
-    argument = rest.pop(0)
-    if not argument.startswith("--config."):
-      others.append(argument)
-      continue
-    key, separator, value = argument.removeprefix("--config.").partition("=")
-    if not separator:  # a switch that is turned on may stand alone
-      value = rest.pop(0) if rest and not rest[0].startswith("--") else None
-    typed.append((key, value))
-  return typed, others
-
-
-def _change(config: ml_collections.ConfigDict, typed: list[tuple[str, str | None]]) -> None:
-  """Sets what was typed, in place, as the type that is there; None where that is the default."""
-  usual = trees.flat(configs.default(config.method.name))
-  none = [k for k, value in typed if value == "None" and usual.get(k, "") is None]
-  config.update_from_flattened_dict(dict.fromkeys(none))
-  rest = [(k, value) for k, value in typed if k not in none]
-  own = ["train", *(f"--config.{k}" + (f"={v}" if v is not None else "") for k, v in rest)]
-  values = flags.FlagValues()
-  config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=own)
-  try:
-    values(own)
-  except (flags.Error, TypeError, ValueError, AttributeError, KeyError) as error:
-    raise errors.UserError(" ".join(str(error).split())) from None
 
 
 def settings(config: ml_collections.ConfigDict) -> str:

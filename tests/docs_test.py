@@ -27,9 +27,9 @@ import safetensors.numpy
 import torch_format
 from PIL import Image
 
-from benchmarks import cifar10, collapse_zoo, quickstart, storage
+from benchmarks import cifar10, collapse_zoo, quickstart, scaling, storage
 from benchmarks.accelerator import collect
-from protojax import __main__, main
+from protojax import __main__, main, plan
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
@@ -131,6 +131,8 @@ def run(command: str, cwd: pathlib.Path, capsys, *, last: bool = False) -> None:
       assert f'" -m {program} ' in (ROOT / "launch" / "test.sh").read_text()  # which runs it
     case ["python", "-m", "pytest", path]:
       assert (ROOT / path).is_file()
+    case ["protojax", "plan", *rest]:
+      plan.parse(rest)  # a full recipe takes minutes to compile
     case ["protojax", verb, *rest] if verb in __main__.MODULES:
       words = ["python", "-m", f"protojax.{__main__.MODULES[verb]}", *rest]
       run(shlex.join(words), cwd, capsys, last=last)
@@ -221,6 +223,11 @@ def test_table_of_storage_sizes_is_that_of_its_results():
   assert storage.table(rows) in page
   (at_512,) = (row["cap"] for row in rows if row["size"] == 512)
   assert all(kept == [1.0, 0.0] for kept in at_512.values())  # photos of 500 pixels: nothing lost
+
+
+def test_table_of_slices_is_that_of_its_results():
+  """docs/scale.md holds what `benchmarks.scaling` has written last, or that nothing is written."""
+  assert scaling.section(scaling.published()) in scaling.PAGE.read_text()
 
 
 def test_table_of_the_quickstart_is_that_of_its_published_results():

@@ -21,8 +21,8 @@ _SCRIPTS = [*sorted((_ROOT / "launch").glob("*.sh")), _ROOT / ".ci" / "run"]
 _ROOMS = (
   *("errors", "environment", "files", "sizes", "trees", "own_modules"),
   *("progress", "schedules", "losses", "local_devices", "placement"),
-  *("prototypes", "models", "data", "metrics", "evals", "methods", "config", "recipes"),
-  *("training", "pretrained", "interop", "reports", "api", "cli"),
+  *("prototypes", "models", "data", "metrics", "evals", "methods", "config", "recipes", "typed"),
+  *("training", "planning", "pretrained", "interop", "reports", "api", "cli"),
 )
 _VERBS = (*__main__.MODULES.values(), "__main__")
 # Only checkpoint.py knows orbax, only these know flax, so that either can be exchanged.

@@ -11,7 +11,7 @@ from protojax import config as configs
 
 
 def _matrix_peak(size: int, device: str) -> float:
-  """As `speed.matrix_peak`, in PyTorch."""
+  """As `step.matrix_peak`, in PyTorch."""
   x = torch.randn(size, size, device=device, dtype=torch.bfloat16) * size**-0.5
   y, rounds, best = x, 10, float("inf")
   for _ in range(6):

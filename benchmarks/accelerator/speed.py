@@ -6,7 +6,6 @@ import statistics
 import time
 
 import jax
-import jax.numpy as jnp
 
 from benchmarks import step
 from benchmarks.accelerator import records
@@ -35,22 +34,6 @@ def override(config, changes: dict) -> None:
     if name and name != config.method.name:
       config.method.update(configs.default(name).method)
     config.update_from_flattened_dict(changes)
-
-
-def matrix_peak(size: int) -> float:
-  """Operations a second of a bfloat16 matrix product [size, size] x [size, size], the best of 5."""
-  x = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
-  x *= jnp.bfloat16(size**-0.5)  # so that powers stay of one size
-  product = jax.jit(jnp.matmul)
-  y, rounds, best = product(x, x), 10, float("inf")
-  jax.block_until_ready(y)
-  for _ in range(5):
-    start = time.perf_counter()
-    for _ in range(rounds):
-      y = product(y, x)
-    jax.block_until_ready(y)
-    best = min(best, time.perf_counter() - start)
-  return 2.0 * size**3 * rounds / best
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -83,24 +66,24 @@ def run(options: dict, *, folder: pathlib.Path, data_dir: str | None, rehearse: 
   if options["changes"].get("model.attention") == "cudnn" and jax.default_backend() != "gpu":
     return {"skipped": f"cuDNN's attention needs an NVIDIA GPU, this is {jax.default_backend()}"}
   size = 256 if rehearse else 8192
-  before = matrix_peak(size)
+  before = step.matrix_peak(size)
 
   def measure(batch_size):
     config = recipe(options, batch_size, rehearse)
     return step.measure(config, 1 if rehearse else _REPEATS, tuple(options["parts"]))
 
   found = largest(options["batches"], measure)
-  peak = max(before, matrix_peak(size))
-  seconds = found["milliseconds"]["step"] / 1e3
+  found |= step.of_peak(found, before, step.matrix_peak(size))
   parts = [found["milliseconds"].get(k) for k in ("augment", "forward", "update")]
   if None not in parts:
     rest = found["milliseconds"]["step"] - sum(parts)
     found["milliseconds"]["backward_and_optimizer"] = round(rest, 3)
-  found |= {"matrix_peak": peak, "share_of_peak": found["flops"] / seconds / peak}
   if "ready" in found["milliseconds"]:
     ready = found["milliseconds"]["ready"] / 1e3
     found["img_per_s_ready"] = round(found["batch_size"] / ready, 1)
-    found["share_of_peak_ready"] = found["flops_without_augmentation"] / ready / peak
+    found["share_of_peak_ready"] = (
+      found["flops_without_augmentation"] / ready / found["matrix_peak"]
+    )
   return found
 
 

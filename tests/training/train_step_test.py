@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import chex
+import guards
 import jax
 import jax.extend
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from method_table import METHODS
 from protojax import losses, pretrained
 from protojax.metrics import collapse, verdicts
 from protojax.models import encoder as encoders
+from protojax.planning import compiled
 from protojax.training import checkpoint, programs, sharding, train_step, workdir
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
@@ -259,6 +261,17 @@ def test_devices_of_a_group_repeat_no_work():
     _three_steps(METHODS[_IN_GROUPS], devices).step.cost_analysis()["flops"] for devices in (1, 8)
   )
   assert eight < one / 6  # an eighth, but for the optimizer
+
+
+@every_method
+def test_work_memory_messages_and_placement_are_as_stored(row):
+  """Placement over both axes, the rest of the step of eight devices; see tests/guards.py."""
+  run = _three_steps(row, 8)
+  over_both = sharding.make_mesh(2, 4)
+  places = compiled.places(sharding.state_shardings(run.program.abstract, over_both))
+  found = guards.numbers(*compiled.measure(run.step)) | {"split": guards.split(places)}
+  same = [r for r in METHODS if (r.name, r.prototypes) == (row.name, row.prototypes)]
+  guards.check(f"{row.name}-{row.prototypes}-{same.index(row)}", found, "jax")
 
 
 @every_method

@@ -1,0 +1,69 @@
+"""A recipe with the settings that were typed: --config.KEY=VALUE."""
+
+from collections.abc import Sequence
+
+import ml_collections
+from absl import flags, logging
+from ml_collections import config_flags
+
+from protojax import config as configs
+from protojax import errors, recipes, trees
+
+
+def split(argv: Sequence[str]) -> tuple[list[tuple[str, str | None]], list[str]]:
+  """([(key, value)] of the --config.KEY=VALUE and --config.KEY VALUE, all other arguments)."""
+  changes, others, rest = [], [], list(argv)
+  while rest:
+    argument = rest.pop(0)
+    if not argument.startswith("--config."):
+      others.append(argument)
+      continue
+    key, separator, value = argument.removeprefix("--config.").partition("=")
+    if not separator:  # a switch that is turned on may stand alone
+      value = rest.pop(0) if rest and not rest[0].startswith("--") else None
+    changes.append((key, value))
+  return changes, others
+
+
+def config(recipe: str, changes: list[tuple[str, str | None]]) -> ml_collections.ConfigDict:
+  """The recipe with these settings, not resolved.
+
+  Args:
+    recipe: as `recipes.load` takes it.
+    changes: of `split`.
+
+  Raises:
+    UserError: for an unknown recipe, an unknown key (with the nearest one) or a value of the wrong
+      type.
+  """
+  config = recipes.load(recipe)
+  given = dict(changes)
+  if (name := given.get("method.name") or config.method.name) != config.method.name:
+    configs.switch_method(config, name)
+  configs.check_keys(list(given), config)
+  _change(config, changes)
+  # A length that is typed takes the place of the recipe's; two typed ones contradict each other.
+  for one, other in (("num_steps", "num_epochs"), ("num_epochs", "num_steps")):
+    if one in given and other not in given and config[one]:
+      config[other] = 0
+  warmup = config.optim.warmup_steps
+  if "num_steps" in given and "optim.warmup_steps" not in given and 2 * warmup > config.num_steps:
+    # Of another length; in so short a run the learning rate would hardly do anything but rise.
+    config.optim.warmup_steps = max(1, config.num_steps // 10)
+    logging.info("optim.warmup_steps %d -> %d", warmup, config.optim.warmup_steps)
+  return config
+
+
+def _change(config: ml_collections.ConfigDict, changes: list[tuple[str, str | None]]) -> None:
+  """Sets what was typed, in place, as the type that is there; None where that is the default."""
+  usual = trees.flat(configs.default(config.method.name))
+  none = [k for k, value in changes if value == "None" and usual.get(k, "") is None]
+  config.update_from_flattened_dict(dict.fromkeys(none))
+  rest = [(k, value) for k, value in changes if k not in none]
+  own = ["train", *(f"--config.{k}" + (f"={v}" if v is not None else "") for k, v in rest)]
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=own)
+  try:
+    values(own)
+  except (flags.Error, TypeError, ValueError, AttributeError, KeyError) as error:
+    raise errors.UserError(" ".join(str(error).split())) from None
