@@ -7,7 +7,7 @@ The mixture is the library's default, the best trade-off found on CIFAR-10 (READ
 balanced, centred, with a horizon of twice the run, so that another batch size means the same. Its
 targets are those it was measured with, balanced by Sinkhorn at temperature .05: with DINO's own
 centring a twentieth of decoupled prototypes is used on digits (README, first table). The joint
-baseline with them is `dino_vit_s` with `method.targets=sinkhorn` and `method.teacher_temp=.05`. Mode
+baseline with them is `dino_vit_s` with `method.targets=sinkhorn`, `method.teacher_temp=.05`. Mode
 "paper" is a reading of the paper, whose constants are not public: diagonal covariances, forgetting
 by a window of 1,000 rows, beta from .1 to 1 over the first half, moved before the loss; what is
 published of that and what is chosen is said in `paper_mixture` of configs/common.py.
