@@ -21,7 +21,7 @@ Trains a run, or goes on with the one that the workdir holds.
 
   protojax train --config=quickstart --workdir=runs/quickstart
   protojax train --config=gmm_photos --workdir=runs/own --config.data.data_dir=IMAGES \\
-    --config.num_steps=5000 --config.augment.mean='(.5, .5, .5)'
+    --config.num_steps=20000 --config.augment.mean='(.5, .5, .5)'
 
 Every setting of a recipe can be changed by --config.KEY=VALUE. All of them, with the values that a
 run would have:
