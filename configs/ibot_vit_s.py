@@ -2,7 +2,8 @@ r"""iBOT (arXiv 2111.07832), ViT-S/16, ImageNet-1k, 800 epochs: the published re
 
 One set of 8,192 prototypes for class and patch tokens, as in the released models, whose norms are
 trained. The learning rate's end, its warm-up and clipping are the defaults of DINO's code. In mode
-"gmm" they are the means of the library's mixture, which is fed by all of the teacher's tokens.
+"gmm" they are the means of the library's mixture, which is fed by all of the teacher's tokens, and
+targets are balanced by Sinkhorn, without which few of them are used (configs/gmm_vit_s.py).
 
   protojax train --config=ibot_vit_s --workdir=runs/ibot_vit_s \
     --config.data.data_dir=$PROTOJAX_DATA_DIR
@@ -31,4 +32,6 @@ def get_config(mode: str = ""):
       "shared_head": True,
     }
   )
+  if mode == "gmm":
+    config.method.targets = "sinkhorn"
   return common.finish_joint_or_mixture(config, mode)

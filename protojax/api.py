@@ -9,7 +9,7 @@ import ml_collections
 import numpy as np
 
 from protojax import errors, metrics, pretrained
-from protojax.interop import importers, prototype_layouts, tensor_files
+from protojax.interop import importers, network, prototype_layouts, tensor_files
 from protojax.metrics import diagnosis, loss_curve
 from protojax.reports import of_run, record
 from protojax.training import loop
@@ -182,6 +182,10 @@ def _diagnose_file(
   else:
     sets = prototype_layouts.find(arrays, which)
     layout = f"names as in {prototype_layouts.kind(arrays, sets)}"
+  if not sets and len(arrays) == 1 and (shape := next(iter(arrays.values())).shape)[2:]:
+    raise errors.UserError(
+      f"{path} holds an array of {len(shape)} dimensions, {list(shape)}; prototypes are [K, D]"
+    )
   if not sets:
     listed = ", ".join(f"{name} {list(shape)}" for name, shape in matrices[:_LISTED]) or "none"
     more = f" and {len(matrices) - _LISTED} more" * (len(matrices) > _LISTED)
@@ -200,6 +204,13 @@ def _diagnose_file(
   if images:
     of_layers, features, told = _arrays_of_file(path, which, **images)
     lines += told
+  for_usage = "embeddings=FILE.npy, [N, D], what comes out of the head just before the prototypes"
+  if not images and embeddings is None and not key:
+    if _leads_to_prototypes(path, which):
+      for_usage = "data=folder data_dir=IMAGES, for this file holds the network that leads up to "
+      for_usage += "them, or embeddings=FILE.npy"
+    else:
+      for_usage += ", for this file holds no network that leads up to them"
   found = {}
   for one in sets:
     of_set = of_layers.get(one.name, embeddings)
@@ -211,9 +222,18 @@ def _diagnose_file(
       gain=one.gain,
       cosine=one.cosine,
       aliases=one.aliases,
+      for_usage=for_usage,
     )
     found[one.name].result["key"] = one.key
   return diagnosis.joined(found, lines=lines, result={"kind": "file", "layout": layout})
+
+
+def _leads_to_prototypes(path: pathlib.Path, which: str | None) -> bool:
+  """Whether a file of another library holds backbone and head of its prototypes, by the names."""
+  try:
+    return bool(network.read(path, which=which).prototypes)
+  except errors.UserError:
+    return False
 
 
 def _describe(matrix: np.ndarray, *, said: bool) -> diagnosis.Diagnosis:
@@ -235,8 +255,7 @@ def _describe(matrix: np.ndarray, *, said: bool) -> diagnosis.Diagnosis:
     "features of images are described only: it is prototypes that are judged"
     if said
     else "nothing in the file says whether its rows are prototypes or features of images, and to "
-    "features the verdict on prototypes does not apply: rows=prototypes, or --rows=prototypes, "
-    "has them judged"
+    "features the verdict on prototypes does not apply: give rows=prototypes to have them judged"
   )
   lines += diagnosis.bullets([sentence])
   return diagnosis.Diagnosis(None, measured, [sentence], result | {"diagnosis": [sentence]}, lines)
@@ -322,6 +341,7 @@ def _diagnose_run(
       name=name,
       cosine=True,
       made=model.config.method.prototypes,
+      for_usage="data=run or " * (not exported) + "data=folder data_dir=IMAGES",
     )
     sets[name].result["key"] = name
   return diagnosis.joined(sets, lines=lines, result=result, verdict=verdict)

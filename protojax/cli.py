@@ -75,6 +75,8 @@ def listed(kind: Callable[[str], Any]) -> Callable[[str], tuple]:
 _NAMED = r"(data|embeddings|format|heads|image_size|key|limit|rows|stem|step|which|workdir)="
 _KEY = r"config\.(?!json\b|py\b)[a-z]"  # config.json and protojax/config.py are files
 _FLAG = re.compile(rf"(?<![^\s(])(?={_NAMED}|{_KEY})|(?<=another )(?=workdir\b)")
+# Alone, data_dir is a setting of training; beside data it is an argument too.
+_BESIDE = re.compile(r"(?<=data=folder)(\s+)(?=data_dir=)")
 
 
 def with_flags(message: str) -> str:
@@ -83,7 +85,7 @@ def with_flags(message: str) -> str:
   >>> with_flags("workdir=runs/a is a file: lower config.optim.lr or choose another workdir")
   '--workdir=runs/a is a file: lower --config.optim.lr or choose another --workdir'
   """
-  return _FLAG.sub("--", message)
+  return _FLAG.sub("--", _BESIDE.sub(r"\1--", message))
 
 
 # What these say below these levels tells a user nothing: jax looks for a TPU on every machine,

@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
       raise errors.UserError(f"--json={out_path}: {what}: name a file in a folder that is there")
   with progress.during(f"examining {path}"):
     found = api.diagnose(path, **options)
-  print(f"protojax doctor: {path}\n{found}")
+  print(f"protojax doctor: {path}\n{cli.with_flags(str(found))}")
   if out_path is not None:
     about = {"path": path, "protojax": __version__, "distance": "cosine, 1 - cos"}
     files.write(out_path, json.dumps(about | found.result, indent=2, allow_nan=False) + "\n")

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from protojax import __version__, cli, environment, errors, files, pretrained, progress, sizes
+from protojax.data import sources
 
 _DESCRIPTION = """\
 Writes what a trained encoder makes of images, one row an image.
@@ -34,9 +35,10 @@ norm) and stage1 to stage4 of a ResNet; of features of a ViT also last4, last_av
 .npz holds the arrays filename [N], below the folder of the data; label [N] (-1: none), index [N];
 features and patches [N, ...] float32, with several layers features_<layer>; embedding (or
 embedding_<set>) [N, D]; code (or code_<set>) [N]; and protocol, a JSON string that says what made
-them. It is written in one piece, so it must fit into memory. Parquet has the same as columns,
-protocol in the metadata of its schema, and is written as it goes; patches lie flat in it, protocol
-says their shape."""
+them, with class_names, in the order of the labels, and value_range, of images of more than 8 bits.
+It is written in one piece, so it must fit into memory. Parquet has the same as columns, protocol in
+the metadata of its schema, and is written as it goes; patches lie flat in it, protocol says their
+shape."""
 
 WHAT = ("features", "patches", "embeddings", "codes")
 _ROW_GROUP = 64 << 20  # bytes of a Parquet file that are written at a time
@@ -208,6 +210,13 @@ def main(argv: list[str]) -> None:
   )
   parser.add_argument("--data_dir", help="where the data is")
   parser.add_argument("--split", help="default: train; of a folder, all of it")
+  parser.add_argument(
+    "--value_range",
+    metavar="LOW,HIGH",
+    type=cli.listed(float),
+    help="what is black and white in images of more than 8 bits; default: as in training, else "
+    "measured on the images",
+  )
   parser.add_argument("--step", type=int, help="checkpoint; default: the newest")
   parser.add_argument(
     "--what", type=cli.listed(str), help=f"of {','.join(WHAT)}; default: features, codes if any"
@@ -229,7 +238,15 @@ def main(argv: list[str]) -> None:
   environment.keep_compiled()
   model = pretrained.load(args.path, step=args.step)
   split = args.split or (None if args.data in ("folder", "parquet", "tar") else "train")
-  source = pretrained.source(model, split, name=args.data, data_dir=args.data_dir)
+  given, trained = args.value_range, model.config.data.value_range
+  if given is not None and trained is not None:
+    raise errors.UserError(
+      f"--value_range={given[0]:g},{given[-1]:g}: the range of the training is taken, "
+      f"{sources.range_words(trained)}: leave it out"
+    )
+  source = pretrained.source(
+    model, split, name=args.data, data_dir=args.data_dir, value_range=given
+  )
   what = args.what or ("features", *(("codes",) if model.prototypes else ()))
   what, layers = (tuple(dict.fromkeys(names)) for names in (what, args.layers))
   wanted = min(args.limit or len(source), len(source))
@@ -242,6 +259,8 @@ def main(argv: list[str]) -> None:
     "layers": layers,
     "source": source.name,
     "images": len(source),
+    "class_names": source.class_names,
+    "value_range": source.value_range,
     "limit": args.limit,
     "transform": f"{sizes.text(views.global_size)} px, centre crop {config.probe.crop:g}",
     "protojax": __version__,
@@ -253,7 +272,8 @@ def main(argv: list[str]) -> None:
   shapes = ", ".join(f"{name} {shape}" for name, shape in done["shapes"].items())
   print(
     f"{out}: {done['rows']} images of {source.name}, {shapes or ', '.join(what)} of layer "
-    f"{', '.join(layers)} of the {model.weights}, step {model.step}"
+    f"{', '.join(layers)} of the {model.weights}"
+    + (f", step {model.step}" if model.step is not None else "")
     + (f"; {wanted - done['rows']} could not be read" if done["rows"] < wanted else "")
   )
 

@@ -20,16 +20,18 @@ _DESCRIPTION = """\
 Trains a run, or goes on with the one that the workdir holds.
 
   protojax train --config=quickstart --workdir=runs/quickstart
-  protojax train --config=gmm_vit_s --workdir=runs/own --config.data.name=folder \\
-    --config.data.data_dir=IMAGES --config.optim.lr=1e-3 --config.augment.mean='(.5, .5, .5)'
+  protojax train --config=gmm_photos --workdir=runs/own --config.data.data_dir=IMAGES \\
+    --config.num_steps=20000 --config.augment.mean='(.5, .5, .5)'
 
 Every setting of a recipe can be changed by --config.KEY=VALUE. All of them, with the values that a
 run would have:
 
   protojax train --config=gmm_vit_s --help
 
-NAME:debug is the recipe NAME as a minute's run on a CPU, on the digits of scikit-learn. A recipe of
-your own is a file: --config=path/to/file.py. `python -m protojax.main` is the same program."""
+gmm_photos is for a folder of some hundred or thousand images, gmm_vit_s for as many as ImageNet's.
+NAME:debug is the recipe NAME as a minute's run on a CPU, on the digits of scikit-learn or what
+--config.data.name and --config.data.data_dir say. A recipe of your own is a file:
+--config=path/to/file.py. `python -m protojax.main` is the same program."""
 _EXAMPLE = "protojax train --config=quickstart --workdir=runs/quickstart"
 
 
@@ -74,6 +76,14 @@ def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, argparse.Name
         f"--{name} is missing: {_EXAMPLE}; protojax train --help lists recipes and settings"
       )
   config = typed.config(args.config, changes)
+  given = dict(changes)
+  if config.data.name == "digits" and "data.data_dir" in given and "data.name" not in given:
+    logging.warning(
+      "config.data.data_dir=%s is not looked at: %s is on the digits of scikit-learn; add "
+      "--config.data.name=folder, or what else is there",
+      config.data.data_dir,
+      args.config,
+    )
   if of_recipe:
     print(settings(config))
     raise SystemExit(0)

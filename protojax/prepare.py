@@ -73,7 +73,7 @@ def _of_images(
   }
   counts = prepared.write(out, name, "1.0.0", prepared.features_of(first), splits)
   if value_range is not None:
-    print("images of more than 8 bits: {} to {} become 0 to 255".format(*value_range))
+    print(f"images of more than 8 bits: {sources.range_words(value_range)} become 0 to 255")
   if skipped:
     print(
       f"{len(skipped)} images cannot be read and are left out: {sources.source.listed(skipped)}"

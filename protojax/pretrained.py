@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from absl import logging
 
 from protojax import config as configs
 from protojax import errors, losses, sizes, trees
@@ -66,9 +67,10 @@ class Trained(NamedTuple):
   def __repr__(self) -> str:
     """One line: what it is, not the numbers in it."""
     sets = {name: f"{x.shape[0]:,} x {x.shape[1]}" for name, x in self.prototypes.items()}
+    step = "" if self.step is None else f"step {self.step}, "
     return (
       f"Trained({self.path!r}, {self.config.model.name}, weights of the {self.weights}, "
-      f"step {self.step}, prototypes {sets or 'none'})"
+      f"{step}prototypes {sets or 'none'})"
     )
 
   def preprocess(self, images: jax.Array) -> jax.Array:
@@ -515,7 +517,7 @@ def source(
   data_dir: str | None = None,
   value_range: sources.Range | None = None,
 ) -> sources.Source:
-  """Images of the run's labelled source, or of another.
+  """Images of the run's labelled source, or of another; says the range of deep ones, if any.
 
   Args:
     model: from `load`.
@@ -537,10 +539,17 @@ def source(
       split = {"train": probe.train_split, "test": probe.test_split}.get(split, split)
     name, own = probe.name or data.name, probe.data_dir or data.data_dir
     data_dir = data_dir or own
-  return sources.build(
+  found = sources.build(
     name,
     split=split,
     data_dir=data_dir,
     channels=data.channels,
     value_range=data.value_range or value_range,
   )
+  if found.value_range is not None:
+    whose = "as in its training" if data.value_range else "as given"
+    if not (data.value_range or value_range):
+      whose = "as measured on these, since the weights do not say how it was in their training"
+    shown = sources.range_words(found.value_range)
+    logging.info("%s: of more than 8 bits %s become 0 to 255, %s", found.name, shown, whose)
+  return found

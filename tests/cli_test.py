@@ -89,6 +89,10 @@ def test_the_log_is_plain_lines_of_ours_and_warnings_of_others(path, level, show
     ("workdir=runs/a is a file", "--workdir=runs/a is a file"),
     ("heads=5 does not fit: give stem=cifar", "--heads=5 does not fit: give --stem=cifar"),
     (
+      "give rows=prototypes or data=folder  data_dir=IMAGES",
+      "give --rows=prototypes or --data=folder  --data_dir=IMAGES",
+    ),
+    (
       "cannot write to workdir=a: choose another workdir",
       "cannot write to --workdir=a: choose another --workdir",
     ),
@@ -107,6 +111,7 @@ def test_arguments_of_the_library_are_flags_on_a_terminal(capsys, said, shown):
     "/data/config.old and my.config.new: the workdir holds a run",
     "--config.batch_size=3 and --workdir=x stay as they are",
     "env.json is missing in subworkdir=x",
+    "data_dir=DATA of data set 'cifar10' is not a folder",  # in training a setting
   ],
 )
 def test_files_and_words_are_no_flags(capsys, said):

@@ -47,6 +47,16 @@ def test_debug_step_of_a_recipe_traces(path):
   assert metrics["train/loss"].shape == ()
 
 
+@pytest.mark.parametrize("images", [160, 20_000])
+def test_the_recipe_for_photos_fits_small_and_large_folders(images, caplog):
+  config = configs.resolve(recipes.load("gmm_photos"), images)
+  assert config.data.name == "folder" and config.optim.warmup_steps == config.num_steps // 10
+  for every in (config.log_every, config.save_every, config.eval_every, config.monitor.every):
+    assert config.num_steps % every == 0
+  assert config.num_steps >= 2 * config.eval_every >= 2 * config.monitor.every
+  assert config.data.image_size >= 2 * config.augment.global_size and not caplog.text
+
+
 _MODES = ["gmm_cifar10:paper"]
 if "PROTOJAX_TEST_ALL" in os.environ:
   _MODES += [

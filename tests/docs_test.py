@@ -30,6 +30,7 @@ from PIL import Image
 from benchmarks import cifar10, collapse_zoo, quickstart, scaling, storage
 from benchmarks.accelerator import collect
 from protojax import __main__, main, plan
+from protojax.metrics import verdicts
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
@@ -143,6 +144,8 @@ def run(command: str, cwd: pathlib.Path, capsys, *, last: bool = False) -> None:
       debug = [w + ":debug" if re.fullmatch(r"--config=[^:]*", w) else w for w in rest]
       prepared = f"--config.data.data_dir={_DATA}" in rest  # CIFAR-10: 10,000 test images
       few = ["--config.data.name=cifar10", "--config.probe.test_split=test[:40]"] * prepared
+      # Debug mode is on digits unless something else is named.
+      few += ["--config.data.name=folder"] * ("--config.data.data_dir=IMAGES" in rest)
       with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
         patch.setattr(main, "_connect", lambda args: None)  # to a cluster, before JAX has started
@@ -254,6 +257,23 @@ def test_tables_of_the_early_warning_are_those_of_the_zoo():
   of_readme = [r["verdict"] for r in cifar10.published().values() if "verdict" in r]
   assert of_readme.count("ok") == 15 and set(of_readme) <= {"ok", *_IDLE}
   assert len(healthy) + of_readme.count("ok") >= 20 and len(collapse_zoo.FAULTS) >= 8
+
+
+def test_every_published_ok_is_well_above_its_untrained_net():
+  """By the two standard deviations that the verdict asks for, so that it is the same by them."""
+  ok = [r["measures"] for r in collapse_zoo.published().values() if r["last"] == "ok"]
+  rows = cifar10.published()
+  floor = {
+    "floor/knn_untrained": rows["untrained encoder"]["probe/knn"],
+    "floor/knn_pixels": rows["raw pixels"]["probe/knn"],
+    "floor/test_images": 10_000,
+  }
+  ok += [row | floor for row in rows.values() if row.get("verdict") == "ok"]
+  for row in (*ok, *quickstart.published()["rows"]["decoupled"]):
+    known = {k: v for k, v in row.items() if k.startswith(("floor/", "probe/knn"))}
+    known |= {"collapse/rankme": 20.0}
+    assert verdicts.judge(known, num_prototypes=0, step=None).label == "ok"
+  assert len(ok) == 20
 
 
 _IDLE = {"little learned yet", "unique but unused"}

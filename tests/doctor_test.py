@@ -67,7 +67,7 @@ def test_a_lone_matrix_is_not_judged_before_somebody_says_what_it_is(tmp_path, c
   np.save(tmp_path / "features.npy", collapsed)
   safetensors.numpy.save_file({"w": collapsed}, tmp_path / "one.safetensors")
   for name, flags, said in (
-    ("features.npy", [], "nothing in the file says"),
+    ("features.npy", [], "does not apply: give --rows=prototypes to have them judged"),
     ("one.safetensors", [], "nothing in the file says"),
     ("features.npy", ["--rows=features"], "features of images are described only"),
   ):
@@ -75,8 +75,10 @@ def test_a_lone_matrix_is_not_judged_before_somebody_says_what_it_is(tmp_path, c
     assert result["kind"] == "matrix" and (result["rows"], result["dim"]) == (300, 32)
     assert result["measures"]["collapse/rankme"] > 1
     shown = capsys.readouterr().out
-    assert said in shown and "collapse:" not in shown and "unique" not in shown
-  assert api.diagnose(tmp_path / "features.npy").verdict is None
+    assert said in " ".join(shown.split()) and "collapse:" not in shown and "unique" not in shown
+  described = api.diagnose(tmp_path / "features.npy")
+  assert described.verdict is None and ": give rows=prototypes to have" in described.sentences[0]
+  np.save(tmp_path / "maps.npy", np.ones((3, 4, 5)))
   # A name that says so, and embeddings to compare with, say enough.
   np.save(tmp_path / "prototypes.npy", collapsed)
   assert api.diagnose(tmp_path / "prototypes.npy").verdict.label == "partial prototype collapse"
@@ -85,6 +87,7 @@ def test_a_lone_matrix_is_not_judged_before_somebody_says_what_it_is(tmp_path, c
     ("features.npy", ["--rows=protos"], "rows=protos is unknown"),
     ("features.npy", ["--rows=features", "--transpose"], "leave the other arguments out"),
     ("features.npy", ["--data=digits"], "no prototypes found"),
+    ("maps.npy", [], r"holds an array of 3 dimensions, \[3, 4, 5\]; prototypes are \[K, D\]"),
   ):
     with pytest.raises(errors.UserError, match=words):
       doctor.main([str(tmp_path / path), *flags])
@@ -118,6 +121,25 @@ def test_images_show_which_prototypes_of_a_foreign_checkpoint_are_used(foreign, 
   counts = np.bincount(seen["codes"]["prototypes"], minlength=24)
   assert usage["unused"] == np.sum(counts == 0)
   assert usage["largest_share"] == pytest.approx(counts.max() / 100)
+
+
+def test_what_would_show_the_use_of_prototypes_is_said_as_it_is_typed(
+  foreign, full, run, tmp_path, capsys
+):
+  shutil.copytree(run / "exported", tmp_path / "exported")
+  for path, words in (
+    (
+      foreign,
+      "give --data=folder --data_dir=IMAGES, for this file holds the network that leads up",
+    ),
+    (full, "give --embeddings=FILE.npy, [N, D], what comes out of the head just before the proto"),
+    (run, "give --data=run or --data=folder --data_dir=IMAGES; random"),
+    (tmp_path / "exported", "from weights: give --data=folder --data_dir=IMAGES; random"),
+  ):
+    doctor.main([str(path)])
+    assert words in " ".join(capsys.readouterr().out.split())
+  assert any("this file holds no network" in s for s in api.diagnose(full).sentences)
+  assert "give embeddings; random" in api.diagnose(np.eye(8)).sentences[-1]
 
 
 def test_a_checkpoint_that_cannot_be_run_says_why_and_what_to_do(foreign, full, tmp_path):

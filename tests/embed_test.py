@@ -58,6 +58,37 @@ def test_npz_and_parquet_hold_the_same_rows_with_their_files(run, images, tmp_pa
   assert protocol == json.loads(table.schema.metadata[b"protocol"])
   assert protocol["step"] == 6 and protocol["weights"] == "teacher" and protocol["images"] == 5
   assert protocol["what"] == ["features", "codes"] and protocol["shapes"] == {"features": [48]}
+  assert protocol["class_names"] == ["cat", "dog"] and protocol["value_range"] is None
+
+
+def test_the_range_of_deep_images_is_told_and_kept(run, tmp_path, monkeypatch, caplog, capsys):
+  caplog.set_level("INFO")
+  rng = np.random.default_rng(0)
+  (tmp_path / "deep").mkdir()
+  for i in range(3):
+    rows = rng.integers(0, 4000, (20, 24)).astype(np.uint16)
+    Image.fromarray(rows).save(tmp_path / "deep" / f"{i}.png")
+  model = pretrained.load(str(run))._replace(step=None)  # as of weights that do not say
+  monkeypatch.setattr(pretrained, "load", lambda *_, **__: model)
+  found = {}
+  for name, flags in (("measured", ()), ("given", ("--value_range=0,8000",))):
+    out = tmp_path / f"{name}.npz"
+    folder = ["--data=folder", f"--data_dir={tmp_path / 'deep'}"]
+    embed.main([str(run), *folder, *flags, f"--out={out}"])
+    found[name] = np.load(out)
+  assert "None" not in capsys.readouterr().out + repr(model)
+  ranges = {k: json.loads(str(x["protocol"]))["value_range"] for k, x in found.items()}
+  assert ranges == {"measured": [0, 4095], "given": [0, 8000]}
+  assert np.abs(found["measured"]["features"] - found["given"]["features"]).max() > 1e-3
+  said = [r.getMessage() for r in caplog.records if "more than 8 bits" in r.getMessage()]
+  assert [s.partition("more than 8 bits ")[2] for s in said] == [
+    "0 to 4095 become 0 to 255, as measured on these, since the weights do not say how it was in "
+    "their training",
+    "0 to 8000 become 0 to 255, as given",
+  ]
+  model.config.data.value_range = (0.0, 1023.0)
+  with pytest.raises(errors.UserError, match="the range of the training is taken, 0 to 1023: lea"):
+    embed.main([str(run), *folder, *flags, f"--out={tmp_path / 'c.npz'}"])
 
 
 def test_exported_weights_give_the_codes_of_their_run(run, tmp_path):

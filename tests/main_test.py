@@ -114,6 +114,17 @@ def test_a_typed_length_takes_the_place_of_the_recipe_s():
     configs.resolve(both, 1442)
 
 
+def test_a_folder_that_a_debug_run_would_not_look_at_is_told(caplog):
+  """`:debug` is on digits, whatever the recipe is on."""
+  config = _parsed("--config=gmm_photos:debug", "--config.data.data_dir=IMAGES")
+  assert config.data.name == "digits"
+  assert "data_dir=IMAGES is not looked at: gmm_photos:debug is on the digits" in caplog.text
+  caplog.clear()
+  typed = ("--config.data.name=folder", "--config.data.data_dir=IMAGES")
+  assert _parsed("--config=gmm_photos:debug", *typed).data.name == "folder"
+  assert _parsed("--config=gmm_photos", typed[1]).data.name == "folder" and not caplog.text
+
+
 def _help(capsys, *arguments):
   with pytest.raises(SystemExit) as stopped:
     main.parse([*arguments, "--help"])
@@ -125,6 +136,7 @@ def test_help_lists_the_recipes_and_says_how_to_set_a_key(capsys):
   said = _help(capsys)
   together = " ".join(said.split())
   assert all(f" {name} {recipes.title(name)}" in together for name in recipes.names())
+  assert "on the digits of scikit-learn or what --config.data.name and" in together
   assert "--config.KEY=VALUE" in said and "protojax train --config=gmm_vit_s --help" in said
   assert max(map(len, said.splitlines())) <= 100
 

@@ -290,7 +290,7 @@ def test_splits_of_other_spellings_and_deep_images_share_one_range(tmp_path, cap
     deep = Image.fromarray(np.full((4, 4), level, np.uint16))
     deep.save(tmp_path / "in" / split / "0.png")
   prepare.main(["folder", str(tmp_path / "in"), str(tmp_path / "out"), "--size=4"])
-  assert "0.0 to 4095.0 become 0 to 255" in capsys.readouterr().out
+  assert "0 to 4095 become 0 to 255" in capsys.readouterr().out
   for split, level in (("train", 249), ("val", 62)):
     image = sources.build("in", split=split, data_dir=tmp_path / "out")[0]["image"]
     assert np.abs(image.astype(int) - level).max() <= 1

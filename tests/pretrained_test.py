@@ -14,6 +14,7 @@ import pytest
 import safetensors.numpy
 import tiny
 import torch_format
+from sklearn import neighbors
 
 import protojax
 from protojax import config as configs
@@ -178,8 +179,15 @@ def test_the_programs_on_the_page_about_own_code_run(run, model, tmp_path, monke
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (8, 32, 32, 3), np.uint8)
   names = {"images": images, "labels": np.arange(8) % 10}
+  features = model.features(images)
+  features[5] = 2 * features[3] + 1e-3 * features[5]
+  files = np.array([f"cats/{i}.jpg" for i in (4, 5, 6, 7, 8, 9, 10, 11)])
+  np.savez(tmp_path / "runs" / "features.npz", features=features, filename=files)
   for block in blocks:
     exec(block, names)
+  nearest = neighbors.NearestNeighbors(n_neighbors=8, metric="cosine").fit(features)
+  np.testing.assert_array_equal(names["similar"], nearest.kneighbors(features[3:4])[1][0, 1:])
+  assert names["similar"][0] == 5
   np.testing.assert_allclose(names["found"], model.features(images), atol=1e-4)
   assert names["losses"][-1] < names["losses"][0]  # the classifier and the encoder have learned
   moved = jax.tree.map(

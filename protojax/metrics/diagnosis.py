@@ -183,7 +183,11 @@ def _measures(known: Mapping[str, float], **arrays) -> dict[str, float]:
 
 
 def words(
-  result: Mapping[str, Any], *, cosine: bool, prototypes: str = "learned"
+  result: Mapping[str, Any],
+  *,
+  cosine: bool,
+  prototypes: str = "learned",
+  for_usage: str = "embeddings",
 ) -> tuple[verdicts.Verdict, list[str]]:
   """The verdict on `examine`'s result, and a few sentences: what it means and what to try.
 
@@ -191,6 +195,7 @@ def words(
     result: from `examine`.
     cosine: whether features are compared with directions only.
     prototypes: how they were made, `method.prototypes`; "learned" for other people's.
+    for_usage: what to give to see which are used.
   """
   num = result["num"]
   verdict = verdicts.judge(result["measures"], num_prototypes=num, prototypes=prototypes)
@@ -255,8 +260,8 @@ def words(
     )
   if "usage" not in result:
     out.append(
-      "whether they are used cannot be seen from weights: pass embeddings, or data where there is "
-      "a network to run on it; random prototypes that never moved look as unique as the best"
+      f"whether they are used cannot be seen from weights: give {for_usage}; random prototypes "
+      "that never moved look as unique as the best"
     )
   return verdict, out
 
@@ -382,6 +387,7 @@ def diagnose(
   cosine: bool = False,
   made: str = "learned",
   aliases: Sequence[str] = (),
+  for_usage: str = "embeddings",
 ) -> Diagnosis:
   """Says whether prototypes are copies of one another and, with embeddings, whether they are used.
 
@@ -402,6 +408,7 @@ def diagnose(
     cosine: whether features are compared with directions only.
     made: how the prototypes were, `method.prototypes`; "learned" for other people's.
     aliases: names of other layers with the same numbers (tied heads).
+    for_usage: what the reader can give to see which prototypes are used, where nothing was given.
 
   Raises:
     UserError: for arrays of other shapes, or embeddings that are not finite.
@@ -421,11 +428,11 @@ def diagnose(
     if len(embeddings) < 2 or not np.isfinite(embeddings).all():
       raise errors.UserError("the embeddings must be at least two rows of finite numbers")
   if len(weights) > _MANY:
-    logging.warning("comparing %d prototypes pair by pair: minutes", len(weights))
+    logging.warning("comparing %s prototypes pair by pair: minutes", f"{len(weights):,}")
   if features is not None:
     features = np.asarray(measures.as_array(features), np.float32)
   result = examine(weights, gain=gain, cosine=cosine, embeddings=embeddings, features=features)
-  verdict, sentences = words(result, cosine=cosine, prototypes=made)
+  verdict, sentences = words(result, cosine=cosine, prototypes=made, for_usage=for_usage)
   result |= {"aliases": list(aliases), "diagnosis": sentences}
   lines = _page(name, result)
   if aliases:

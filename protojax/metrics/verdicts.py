@@ -1,7 +1,7 @@
 """One verdict on a run, in words its user can act on: `verdict`, or `of_run` for one of protojax.
 
 Measures come by the names of metrics.jsonl. One that is missing (None or absent) takes part in no
-rule and reads n/a.
+rule and in no sentence.
 """
 
 import math
@@ -54,8 +54,10 @@ LIMITS = {
   # Nats by which a loss is above ln K, where predicting nothing would get ln K, and above that of
   # the first update: no noise, and no entropy of targets that only warms up.
   "rise": 0.1,
-  # Of the way from the untrained net's k-NN to that of raw pixels.
+  # Of the way from the untrained net's k-NN to that of raw pixels; and above the untrained net's by
+  # so many standard deviations, which alone counts where raw pixels are worse than it.
   "learned": 0.5,
+  "learned_deviations": 2.0,
 }
 # Nothing ill was seen, and too little for an "ok".
 OPEN = ("warming up", "not judged", "no collapse", "unique, use unknown")
@@ -81,20 +83,26 @@ def is_alarm(verdict: Verdict) -> bool:
   return verdict.label not in ("ok", *OPEN)
 
 
-def _show(value: float | None, form: str) -> str:
-  return "n/a" if value is None else format(value, form)
+def _known(*parts: tuple[str, float | None, str], within: str = "{}") -> str:
+  """ "used 61%, perplexity 1,200", what was measured of (words, value, form); else ""."""
+  said = [f"{words} {value:{form}}" for words, value, form in parts if value is not None]
+  return within.format(", ".join(said)) if said else ""
 
 
 def _prototypes(measures: Mapping[str, float | None]) -> str:
-  """Uniqueness, and beside it everything without which it says nothing."""
+  """Uniqueness, and beside it everything without which it says nothing; of what was measured."""
   get = measures.get
-  return (
-    f"unique {_show(get(f'collapse/unique_{HEADLINE}'), '.0%')} "
-    f"(random ones {_show(get(f'collapse/unique_{HEADLINE}_random'), '.0%')}, "
-    f"moved to cosine {_show(get('collapse/drift'), '.2f')}), "
-    f"used {_show(table.BY_NAME['used'].value(measures), '.0%')}, "
-    f"perplexity {_show(get('collapse/perplexity'), '.0f')}"
+  unique = _known(("unique", get(f"collapse/unique_{HEADLINE}"), ".0%"))
+  unique += bool(unique) * _known(
+    ("random ones", get(f"collapse/unique_{HEADLINE}_random"), ".0%"),
+    ("moved to cosine", get("collapse/drift"), ".2f"),
+    within=" ({})",
   )
+  use = _known(
+    ("used", table.BY_NAME["used"].value(measures), ".0%"),
+    ("perplexity", get("collapse/perplexity"), ",.0f"),
+  )
+  return ", ".join(filter(None, (unique, use)))
 
 
 def _codes(
@@ -170,7 +178,8 @@ def judge(
   found += _idle(measures, num_prototypes, late or ended, prototypes, advise)
   if not found:
     label, why = _unseen(measures, num_prototypes)
-    return Verdict(label, why + _well(measures, num_prototypes, prototypes), False)
+    well = _well(measures, num_prototypes, prototypes)
+    return Verdict(label, "; ".join(filter(None, (why, well))), False)
   also = f" (also: {', '.join(v.label for v in found[1:])})" if found[1:] else ""
   if settings is None and _SETTING.search(found[0].sentence):  # maybe of another program
     also = f", by protojax's names of settings{also}"
@@ -189,13 +198,13 @@ def _unseen(measures, num_prototypes) -> tuple[str, str]:
   seen = [get(f"collapse/{name}") for name in ("rankme", "feature_std")]
   codes, unique = _codes(measures, num_prototypes, sample=True), get(f"collapse/unique_{HEADLINE}")
   if num_prototypes and codes is None and unique is not None:
-    return "unique, use unknown", "whether they are used was not measured; "
+    return "unique, use unknown", "whether they are used was not measured"
   if not any(v is not None for v in (*seen, codes, unique)):
-    return "not judged", "nothing was measured yet that shows a collapse; "
+    return "not judged", "nothing was measured yet that shows a collapse"
   if _knn(measures) is None:
     labelled = _start(measures) is not None
     when = "is seen at the first k-NN" if labelled else "is seen with labelled images alone"
-    return "no collapse", f"whether it learns {when}; "
+    return "no collapse", f"whether it learns {when}"
   return "ok", ""
 
 
@@ -247,6 +256,13 @@ def _idle(measures, num_prototypes, late, prototypes, advise):
       + more,
       False,
     )
+  elif knn < start + limit["learned_deviations"] * noise:
+    yield Verdict(
+      "little learned yet",
+      f"k-NN {knn:.1%} is above {name}'s {start:.1%} by less than two standard deviations "
+      f"({noise:.1%} each, of so many test images): {more}",
+      False,
+    )
 
 
 def _bunched(measures, num_prototypes, prototypes):
@@ -259,7 +275,7 @@ def _bunched(measures, num_prototypes, prototypes):
   )
   yield Verdict(
     "prototypes bunch",
-    f"{unique:.0%} of {num_prototypes} prototypes are unique at cosine distance {NEAR} (random "
+    f"{unique:.0%} of {num_prototypes:,} prototypes are unique at cosine distance {NEAR} (random "
     f"ones: {null:.0%}): they draw together, which is how copies begin; {advice}",
     False,
   )
@@ -268,8 +284,8 @@ def _bunched(measures, num_prototypes, prototypes):
 def _unused(measures, num_prototypes, advise):
   """Prototypes that are apart and take no images: of all images if they were looked at."""
   get = measures.get
-  of = "collapse/used" if get("collapse/used") is not None else "collapse/used_sample"
-  used, most = get(of), get(f"{of}_most")
+  key = "collapse/used" if get("collapse/used") is not None else "collapse/used_sample"
+  used, most = get(key), get(f"{key}_most")
   unique = get(f"collapse/unique_{HEADLINE}")
   if used is None or _are_copies(measures):
     return
@@ -279,10 +295,15 @@ def _unused(measures, num_prototypes, advise):
   few = used < LIMITS["used"] and used < (1.0 if most is None else most) / 4.0
   if few or (ratio is not None and ratio < LIMITS["used_of_random"]):
     beside = "" if random is None else f"; random ones on the same embeddings: {random:.1%}"
+    of = f"{num_prototypes:,} prototypes"
     yield Verdict(
       "unique but unused",
-      f"{_show(unique, '.0%')} of {num_prototypes} prototypes are unique, {used:.1%} are used"
-      f"{beside}: "
+      (
+        f"{unique:.0%} of {of} are unique, {used:.1%}"
+        if unique is not None
+        else f"{used:.1%} of {of}"
+      )
+      + f" are used{beside}: "
       + advise(
         "set mixture.balanced=True",
         "lower method.num_prototypes",
@@ -300,16 +321,19 @@ def _most(measures, num_prototypes) -> float:
 
 def _well(measures, num_prototypes, prototypes) -> str:
   get = measures.get
-  features = (
-    f"features RankMe {_show(get('collapse/rankme'), '.0f')}, "
-    f"std {_show(get('collapse/feature_std'), '.2f')}; loss {_show(get('train/loss'), '.2f')}"
+  entropy = get("train/target_entropy") if prototypes != "none" else None
+  sets = _prototypes(measures) if prototypes != "none" else ""
+  parts = (
+    f"prototypes {sets}" if sets else "",
+    _known(
+      ("RankMe", get("collapse/rankme"), ".0f"),
+      ("std", get("collapse/feature_std"), ".2f"),
+      within="features {}",
+    ),
+    _known(("loss", get("train/loss"), ".2f"), ("target entropy", entropy, ".2f"))
+    + (f" of {_most(measures, num_prototypes):.2f}" if entropy is not None else ""),
   )
-  if prototypes == "none":
-    return features
-  return (
-    f"prototypes {_prototypes(measures)}; {features}, target entropy "
-    f"{_show(get('train/target_entropy'), '.2f')} of {_most(measures, num_prototypes):.2f}"
-  )
+  return "; ".join(filter(None, parts))
 
 
 def _findings(measures, num_prototypes, step, late, prototypes, advise):
@@ -346,8 +370,9 @@ def _findings(measures, num_prototypes, step, late, prototypes, advise):
     if abs(cross_entropy - chance) <= near and flat:
       yield Verdict(
         "uniform collapse",
-        f"loss {cross_entropy:.3f} = ln {round(math.exp(chance))} and targets of entropy "
-        f"{_show(entropy, '.3f')}: every image gets every prototype; "
+        f"loss {cross_entropy:.3f} = ln {round(math.exp(chance))}"
+        + _known(("targets of entropy", entropy, ".3f"), within=" and {}")
+        + ": every image gets every prototype; "
         + advise(
           "lower method.teacher_temp",
           "lower method.epsilon",
@@ -372,8 +397,8 @@ def _findings(measures, num_prototypes, step, late, prototypes, advise):
     )
     yield Verdict(
       "one-hot collapse",
-      f"every image gets the same prototype with certainty (entropy {entropy:.2f} of {most:.2f}, "
-      f"loss {_show(loss, '.3f')}): {advice}",
+      f"every image gets the same prototype with certainty (entropy {entropy:.2f} of {most:.2f}"
+      f"{_known(('loss', loss, '.3f'), within=', {}')}): {advice}",
       True,
     )
   if std is not None and std < limit["feature_std"]:
@@ -381,8 +406,8 @@ def _findings(measures, num_prototypes, step, late, prototypes, advise):
     advice = advise("lower optim.lr", *["raise teacher.momentum"] * has_teacher, "raise batch_size")
     yield Verdict(
       "representation collapse",
-      f"all images have nearly the same feature (std {std:.3f} of 1, mean cosine "
-      f"{_show(cosine, '.4f')}): {advice}",
+      f"all images have nearly the same feature (std {std:.3f} of 1"
+      f"{_known(('mean cosine', cosine, '.4f'), within=', {}')}): {advice}",
       True,
     )
   codes = _codes(measures, num_prototypes, sample=late)
@@ -391,8 +416,8 @@ def _findings(measures, num_prototypes, step, late, prototypes, advise):
     advice = advise(f"set {balance}", "lower optim.lr", "raise batch_size")
     yield Verdict(
       "cluster collapse",
-      f"{codes:.1f} of {num_prototypes} prototypes take nearly all images "
-      f"({_prototypes(measures)}): {advice}",
+      f"{codes:.1f} of {num_prototypes:,} prototypes take nearly all images"
+      f"{f' ({sets})' if (sets := _prototypes(measures)) else ''}: {advice}",
       True,
     )
   if rank is not None:
@@ -416,9 +441,10 @@ def _are_copies(measures) -> bool:
 
 def _copies(measures, num_prototypes, prototypes) -> Verdict:
   unique, null = (measures.get(f"collapse/unique_{HEADLINE}{end}") for end in ("", "_random"))
+  random = "" if null is None else f"random ones: {1 - null:.0%}; "
   copies = (
-    f"{1 - unique:.0%} of {num_prototypes} prototypes are copies (random ones: "
-    f"{_show(None if null is None else 1 - null, '.0%')}; {_prototypes(measures)})"
+    f"{1 - unique:.0%} of {num_prototypes:,} prototypes are copies "
+    f"({random}{_prototypes(measures)})"
   )
   relative = measures.get("collapse/relative_uniqueness")
   near = (measures.get(f"collapse/{k}_cosine") for k in ("embedding", "mean"))

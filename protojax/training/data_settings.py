@@ -57,8 +57,8 @@ def completed(
     config.data.value_range = train.value_range
     if train.value_range is not None:
       logging.info(
-        "images of more than 8 bits: %s to %s become 0 to 255 (config.data.value_range)",
-        *train.value_range,
+        "images of more than 8 bits: %s become 0 to 255 (config.data.value_range)",
+        sources.range_words(train.value_range),
       )
     longest, square = _longest_side(train), config.data.image_size
     if 0 < 2 * longest <= square:

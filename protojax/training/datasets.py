@@ -45,11 +45,13 @@ def of_run(config) -> tuple[sources.Source, sources.Source, sources.Source | Non
   test_split = sources.find_split(name, probe.test_split, data_dir)
   if name == "folder" and own and not (pathlib.Path(data_dir).expanduser() / test_split).is_dir():
     logging.info(
-      "k-NN and linear probe are off: %s has no folder %r, nor another of %s; name labelled images "
-      "with config.probe.name and config.probe.data_dir",
+      "k-NN and linear probe are off: %s has no folder %r, nor another of %s: move labelled images "
+      "into %s/train/CLASS/ and %s/val/CLASS/, or name others with config.probe.name and "
+      "config.probe.data_dir",
       data_dir,
       probe.test_split,
       ", ".join(sources.HELD_OUT),
+      *(str(data_dir).rstrip("/"),) * 2,
     )
     return train, train, None
   if name in sources.SHARDS and own:

@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from protojax import metrics, sizes
 from protojax.data import augment, pipeline
@@ -123,7 +124,7 @@ class Snapshot:
     """What accuracies are without training, to be measured once, of the state of step 0.
 
     Of at most `FLOOR_IMAGES` images of the bank and as many of the test, evenly spread, and at most
-    `FLOOR_SIDE` pixels a side.
+    `FLOOR_SIDE` pixels a side. Says so where raw pixels are worse than the net, and so no bar.
 
     Returns:
       {"floor/knn_pixels", "floor/linear_pixels": accuracies of the images themselves, 0 to 1, the
@@ -143,6 +144,11 @@ class Snapshot:
     rows = bank["features"], bank["label"], test["features"], test["label"]
     which = "start" if self._config.init_from else "untrained"
     out[f"floor/knn_{which}"] = self._knn(*rows)
+    if out["floor/knn_pixels"] < out[f"floor/knn_{which}"]:
+      name = "net it starts from" if self._config.init_from else "untrained net"
+      logging.info(
+        "raw pixels are worse than the %s here: the verdict compares k-NN with that net alone", name
+      )
     return out | {"floor/bank_images": len(rows[1]), "floor/test_images": len(rows[3])}
 
   def _floor_images(self):

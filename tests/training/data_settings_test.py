@@ -149,6 +149,8 @@ def test_the_probe_is_off_where_held_out_images_have_no_classes(cells, tmp_path,
   assert datasets.of_run(config)[2].class_names == ("healthy", "ill")
   shutil.rmtree(tmp_path / "val")
   assert datasets.of_run(config)[2] is None and "has no folder 'test', nor another" in caplog.text
+  there = config.data.data_dir
+  assert f"move labelled images into {there}/train/CLASS/ and {there}/val/CLASS/" in caplog.text
   (tmp_path / "val").mkdir()
   shutil.copy(cells / "val" / "ill" / "0.npy", tmp_path / "val")
   assert datasets.of_run(config)[2] is None and "val has no class folders" in caplog.text

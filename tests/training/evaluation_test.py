@@ -123,6 +123,19 @@ def test_floors_are_what_there_is_without_training(setting, monkeypatch):
   assert few["floor/knn_untrained"] == view.evaluate(state)["floor/knn"]
 
 
+@pytest.mark.parametrize(("pixels", "told"), [(0.2, True), (0.4, False)])
+def test_raw_pixels_that_are_worse_than_the_net_are_told(
+  setting, monkeypatch, caplog, pixels, told
+):
+  caplog.set_level("INFO")
+  _, state, view, _ = setting
+  monkeypatch.setattr(evaluation, "FLOOR_IMAGES", 100)
+  found = [0.3, pixels]
+  monkeypatch.setattr(view, "_knn", lambda *_: found.pop())
+  view.floors(state)
+  assert ("raw pixels are worse than the untrained net here" in caplog.text) == told
+
+
 def test_usage_of_random_prototypes_is_measured_on_the_same_sample(setting):
   _, state, view, bank = setting
   measures = view.monitor(state)

@@ -16,7 +16,7 @@ from protojax import errors, own_modules
 from protojax.data.sources import digits, folder, parquet, shards, tar, tfds
 from protojax.data.sources.folder import EXTENSIONS, HELD_OUT
 from protojax.data.sources.imbalance import long_tail
-from protojax.data.sources.pixels import Range, decode
+from protojax.data.sources.pixels import Range, decode, range_words
 from protojax.data.sources.source import (
   CorruptImage,
   Source,
@@ -36,6 +36,7 @@ __all__ = [
   "decode",
   "find_split",
   "is_prepared",
+  "range_words",
   "read_items",
   "require_labels",
   "shards",

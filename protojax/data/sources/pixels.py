@@ -118,6 +118,19 @@ def common_range(images: list[np.ndarray]) -> Range:
   return (lows[0], highs[0]) if len(ranges) == 1 else (lows, highs)
 
 
+def range_words(value_range: Range) -> str:
+  """A range as messages have it.
+
+  >>> range_words((0.0, 4095.0)), range_words(((0.0, 0.5), (1.0, 2.0)))
+  ('0 to 4095', '(0, 0.5) to (1, 2)')
+  """
+  ends = []
+  for end in value_range:
+    numbers = [f"{number:.10g}" for number in np.ravel(end)]
+    ends.append(f"({', '.join(numbers)})" if np.ndim(end) else numbers[0])
+  return " to ".join(ends)
+
+
 def _rounded(low: float, high: float, whole: bool) -> tuple[float, float]:
   if low > high:  # not one finite number
     return 0.0, 1.0
