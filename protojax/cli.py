@@ -72,7 +72,10 @@ def listed(kind: Callable[[str], Any]) -> Callable[[str], tuple]:
 
 
 # Arguments of the library for which there is a flag of the same name, as messages have them.
-_NAMED = r"(data|embeddings|format|heads|image_size|key|limit|rows|stem|step|which|workdir)="
+_NAMED = (
+  r"(data|devices|embeddings|format|heads|image_size|key|limit|rows|stem|step|topology|which"
+  r"|workdir)="
+)
 _KEY = r"config\.(?!json\b|py\b)[a-z]"  # config.json and protojax/config.py are files
 _FLAG = re.compile(rf"(?<![^\s(])(?={_NAMED}|{_KEY})|(?<=another )(?=workdir\b)")
 # Alone, data_dir is a setting of training; beside data it is an argument too.

@@ -72,7 +72,7 @@ def dearest(
 
 
 def place(op_name: str) -> str:
-  """A readable name of where an operation was made, the same for every block.
+  """A readable name of where an operation was made, the same for every block; of several the first.
 
   >>> place("jit(train_step)/transpose(jvp(ViT))/blocks_3/mlp/fc1/dot_general")
   'backward: ViT/blocks/mlp/fc1/dot_general'
@@ -82,7 +82,8 @@ def place(op_name: str) -> str:
   where = counting.origin(op_name)
   if where in ("state", "other"):
     return where
-  name = re.sub(r"^jit\(train_step\)/\(?", "", op_name).partition(":")[0]
+  several = re.sub(r"^jit\(train_step\)/\(?", "", op_name)
+  name = re.split("[:;]", several)[0]
   name = re.sub(r"\b(transpose|jvp|vmap|jit|checkpoint|rematted_computation)\(|\)", "", name)
   parts = [re.sub(r"_\d+$", "", part) for part in name.split("/")]
   dropped = ("", where, "while", "body", "closed_call", "checkpoint", "rematted_computation")
