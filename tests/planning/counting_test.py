@@ -143,6 +143,25 @@ def test_an_update_in_place_writes_what_is_new():
   assert counts.bytes <= 4 * 256 * 2 * 4
 
 
+def test_an_update_in_place_that_is_fused_writes_what_is_new():
+  fused = """%fused (p0: f32[4096,256], p1: f32[2,256], p2: s32[]) -> f32[4096,256] {
+  %p0 = f32[4096,256]{1,0} parameter(0)
+  %p1 = f32[2,256]{1,0} parameter(1)
+  %p2 = s32[] parameter(2)
+  %e = f32[2,256]{1,0} exponential(%p1)
+  ROOT %u = f32[4096,256]{1,0} dynamic-update-slice(%p0, %e, %p2, %p2)
+}
+"""
+  text = _module(
+    "%x = f32[4096,256]{1,0} parameter(0)",
+    "%row = f32[2,256]{1,0} parameter(1)",
+    "%i = s32[] parameter(2)",
+    "ROOT %f = f32[4096,256]{1,0} fusion(%x, %row, %i), kind=kLoop, calls=%fused",
+    computations=fused,
+  )
+  assert counting.count(text).bytes == 2 * 4 * 2 * 256 + 4  # a row read and written, its place
+
+
 def test_a_tpu_loop_runs_as_often_as_its_condition_says():
   """Without XLA's note: the bound is carried beside the counter, from the tuple it starts with."""
   body = """%body (t: (s32[], f32[8,8], s32[])) -> (s32[], f32[8,8], s32[]) {
