@@ -1,6 +1,7 @@
 """What a plan comes to: the largest batch that fits, and what to change first."""
 
 import re
+import math
 from typing import NamedTuple
 
 from protojax.planning import chips, compiled, counting, prediction, targets
@@ -36,7 +37,7 @@ def largest(
   known = [one for one in (step, other) if one is not None and one.memory is not None]
   if not known:
     return None
-  rows = step.mesh["data"]
+  rows = math.prod(step.mesh.values())
   sizes = [one.config.batch_size for one in known]
   peaks = [one.memory.peak for one in known]
   if len(known) == 2 and peaks[0] != peaks[1]:
