@@ -1,7 +1,7 @@
 """What a plan comes to: the largest batch that fits, and what to change first."""
 
-import re
 import math
+import re
 from typing import NamedTuple
 
 from protojax.planning import chips, compiled, counting, prediction, targets
