@@ -21,7 +21,7 @@ from protojax import losses, pretrained
 from protojax.metrics import collapse, verdicts
 from protojax.models import encoder as encoders
 from protojax.planning import compiled
-from protojax.training import checkpoint, programs, sharding, train_step, workdir
+from protojax.training import checkpoint, programs, sharding, train_step
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
@@ -283,7 +283,7 @@ def test_exported_arrays_score_images_as_the_method_does(row):
 
   @jax.jit
   def both(state, images):
-    variables, (_, tree) = train_step.variables_of(state), workdir.encoder_of(state)
+    variables, (_, tree) = train_step.variables_of(state), train_step.encoder_of(state)
     sets = method.scoring(variables) if method.scoring else {}
     mine = pretrained.Sets(net), (tree["params"], tree["batch_stats"], sets)
     return [
