@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # All GPUs of this machine, one process:
 #
-#   bash launch/gpu_local.sh --config=configs/gmm_vit_s.py --workdir=runs/gmm
+#   bash launch/gpu_local.sh --config=gmm_vit_s --workdir=runs/gmm
 #
+# Relative paths are those of the clone, wherever it is called from.
 # Install first: pip install -e ".[cuda]" (in .venv, or in the environment that is active).
 # CUDA_VISIBLE_DEVICES chooses GPUs. JAX takes three quarters of their memory at its start; give
 # XLA_PYTHON_CLIENT_MEM_FRACTION=.5 where something else needs the rest. Compiled programs are kept

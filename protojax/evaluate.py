@@ -5,6 +5,7 @@ protojax evaluate --compare runs/own runs/other
 """
 
 import argparse
+import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import numpy as np
 from protojax import cli, environment, errors, pretrained
 from protojax.data import sources
 from protojax.evals import protocols, result_files
+from protojax.training import console
 
 _DESCRIPTION = """\
 Judges frozen features: of the teacher (the encoder where there is none), evaluation transform.
@@ -238,7 +240,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, dict]:
     results[name] = task.measure()
     path = root / name / "result.json"
     result_files.write(path, results[name], protocol)
-    print("\n".join(_table(results[name], protocol, task.notes, path)), flush=True)
+    lines = _table(results[name], protocol, task.notes, path)
+    lines += [_floors(model)] * (name in ("knn", "linear"))
+    print("\n".join(lines), flush=True)
   if args.protocol == "all":
     share = np.bincount(test.rows["label"]).max() / test.rows["label"].size
     rows = [
@@ -246,8 +250,23 @@ def evaluate(args: argparse.Namespace) -> dict[str, dict]:
       for name, (_, protocol) in tasks.items()
       for row in protocols.headlines(name, results[name], protocol, float(share))
     ]
-    print("\n".join(_summary(rows, tasks["knn"][1])))
+    print("\n".join([*_summary(rows, tasks["knn"][1]), _floors(model).strip()]))
   return results
+
+
+def _floors(model: pretrained.Trained) -> str:
+  """What there was without training, as a run has measured it: no accuracy is good alone."""
+  known = console.floors(pathlib.Path(model.path)) if model.kind == "run" else {}
+  names = {
+    "floor/knn_pixels": "k-NN raw pixels",
+    "floor/knn_untrained": "untrained",
+    "floor/knn_start": "at the start",
+    "floor/linear_pixels": "linear raw pixels",
+  }
+  said = [f"{name} {known[key]:.1%}" for key, name in names.items() if key in known]
+  if said:
+    return f"  floors: {', '.join(said)}"
+  return "  floors: unknown here; raw pixels or an untrained net may do as well"
 
 
 def _summary(rows: Sequence[protocols.Headline], protocol: dict) -> list[str]:

@@ -122,8 +122,9 @@ def test_all_protocols_end_in_one_table_of_test_scores_that_says_what_was_chosen
   lines = (run / "said.txt").read_text().splitlines()
   start = next(i for i, line in enumerate(lines) if line.startswith("protocol "))
   assert lines[start - 1].endswith("on 355 test images (digits test) at 32 px")
-  assert lines[-1].startswith("held-out bank: a tenth of the train images, no test image")
-  table = [line.split() for line in lines[start + 1 : -1]]
+  assert lines[-2].startswith("held-out bank: a tenth of the train images, no test image")
+  assert lines[-1].startswith("floors: unknown here")  # a state that nobody trained
+  table = [line.split() for line in lines[start + 1 : -2]]
   assert max(map(len, lines[start:])) <= 80
   share = np.bincount(rows[1]["label"]).max() / 355
   for protocol, measure, value, *chosen, chance in table:
@@ -406,3 +407,12 @@ def test_nothing_to_judge_is_one_line():
   with pytest.raises(SystemExit) as stopped:
     cli.guarded(evaluate.main, [])
   assert stopped.value.code == 2
+
+
+def test_floors_of_the_training_stand_below_the_accuracies(tmp_path):
+  run = pretrained.Trained._make([None] * len(pretrained.Trained._fields))
+  run = run._replace(kind="run", path=str(tmp_path))
+  floors = {"step": 0, "floor/knn_pixels": 0.977, "floor/knn_untrained": 0.904}
+  (tmp_path / "metrics.jsonl").write_text(json.dumps(floors) + "\n")
+  assert evaluate._floors(run) == "  floors: k-NN raw pixels 97.7%, untrained 90.4%"
+  assert "unknown here" in evaluate._floors(run._replace(kind="export"))

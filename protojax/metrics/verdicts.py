@@ -205,7 +205,25 @@ def _unseen(measures, num_prototypes) -> tuple[str, str]:
     labelled = _start(measures) is not None
     when = "is seen at the first k-NN" if labelled else "is seen with labelled images alone"
     return "no collapse", f"whether it learns {when}"
+  if _saturated(measures):
+    few = f"of {tested:.0f} test images" if (tested := get("floor/test_images")) else "of the test"
+    return "no collapse", (
+      f"whether it learns cannot be seen: the net it started from has {_start(measures):.1%} {few} "
+      "right; take more of them, or harder ones"
+    )
   return "ok", ""
+
+
+def _saturated(measures) -> bool:
+  """Whether the net of step 0 is so good that none can be better by two standard deviations."""
+  start = _start(measures)
+  return start is not None and start + LIMITS["learned_deviations"] * _noise(measures) >= 1.0
+
+
+def _noise(measures) -> float:
+  """One standard deviation of the accuracy of step 0 on so many images; of 10,000 if unknown."""
+  start = _start(measures) or 0.0
+  return math.sqrt(start * (1.0 - start) / (measures.get("floor/test_images") or 10_000))
 
 
 def _start(measures) -> float | None:
@@ -226,10 +244,7 @@ def _idle(measures, num_prototypes, late, prototypes, advise):
   knn, start, pixels = _knn(measures), _start(measures), get("floor/knn_pixels")
   name = "the net it started from" if get("floor/knn_untrained") is None else "the untrained net"
   more = advise("raise num_steps", "raise optim.lr", "set head.norm=batch")
-  # One standard deviation of an accuracy on so many images; of 10,000 where nobody says.
-  noise = 0.0
-  if start is not None:
-    noise = math.sqrt(start * (1.0 - start) / (get("floor/test_images") or 10_000))
+  noise = _noise(measures)
   loss = get("train/loss") if get("train/cross_entropy") is None else get("train/cross_entropy")
   chance, first = get("train/ln_k"), get("floor/loss_start")
   worse = knn is not None and start is not None and knn < start - 2.0 * noise
@@ -243,7 +258,7 @@ def _idle(measures, num_prototypes, late, prototypes, advise):
     yield from _bunched(measures, num_prototypes, prototypes)
   if num_prototypes and late:
     yield from _unused(measures, num_prototypes, advise)
-  if knn is None or start is None or worse:
+  if knn is None or start is None or worse or _saturated(measures):
     return
   if knn <= start + noise:
     yield Verdict(

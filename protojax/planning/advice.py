@@ -109,7 +109,9 @@ def first(
   if step.memory is None or (limit and step.memory.peak > limit):
     return _to_fit(step)
   if predicted is None:
-    return "name a slice by --topology to hear what a step takes and what bounds it"
+    return (
+      "name a slice of TPUs by --topology, or run this where the GPUs are: that says what bounds it"
+    )
   share = f"{100 * (1 - predicted.efficiency):.0f} % of the step"
   if predicted.bound == "network" or predicted.efficiency < 0.9:
     longest = max(

@@ -41,7 +41,8 @@ def draw(run: record.Record) -> pathlib.Path:
     ("collapse/used_sample", "used by the sample", "-."),
   ):
     step, value = run.curve(key)
-    axis.plot(step, 100 * value, style, color=_INK, label=label)
+    marker = "o" if len(step) == 1 else ""  # a line of one point is none
+    axis.plot(step, 100 * value, style, marker=marker, color=_INK, label=label)
   axis.set(title="Prototypes, % of K", xlabel="step", ylim=(-3, 103))
   axis.legend(frameon=False, fontsize="small")
 

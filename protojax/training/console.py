@@ -37,7 +37,7 @@ class RunLog:
 
   def __init__(self, folder, config, *, start: int, describe):
     self._folder, self._config = pathlib.Path(folder), config
-    self.result = _floors(self._folder) if start else {}
+    self.result = floors(self._folder) if start else {}
     self._measured = None  # step of the latest collapse measures
     self._alarm = ""  # label of the verdict at the latest look
     self._pending = None
@@ -89,6 +89,20 @@ class RunLog:
     """Says lines for people."""
     for line in lines:
       self._writer.line(line)
+
+  def resumed(self, step: int, devices: int | None) -> None:
+    """Says where the run goes on, and again what accuracies are without training.
+
+    Args:
+      step: updates done.
+      devices: on how many the checkpoint was made; None where it does not say.
+    """
+    here, other = jax.device_count(), ""
+    if devices not in (None, here):
+      other = f", saved on {devices} devices and now on {here}: equal to rounding, not to the bit"
+    self._writer.line(f"resumed at step {step}{other}")
+    if floors := _beside(self.result, "k-NN ", "knn"):
+      self._writer.line(f"floors    {floors}")
 
   def flush(self) -> None:
     """Handles the metrics that are still on the device."""
@@ -230,7 +244,7 @@ class RunLog:
     self._writer.line(f"report    {page if page.exists() else again}")  # a path is copied: no fold
 
 
-def _floors(folder: pathlib.Path) -> dict[str, float]:
+def floors(folder: pathlib.Path) -> dict[str, float]:
   """What the first steps of a run wrote about its floors; {} of a run that knew none."""
   path, found = folder / "metrics.jsonl", {}
   for line in files.json_lines(path)[0] if path.exists() else ():

@@ -114,7 +114,9 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
   with contextlib.ExitStack() as stack:
     stack.enter_context(contextlib.closing(checkpoints))
     log = stack.enter_context(log)
-    log.lines([*[f"resumed at step {start}"] * (restored is not None), *extended])
+    if restored is not None:
+      log.resumed(start, metadata.get("devices"))
+    log.lines(extended)
     if start == config.num_steps and (result := workdirs.read_result(folder)):
       log.summary(result, bank=bank)
       return result

@@ -80,7 +80,12 @@ class Stop:
 
 def metadata(config, seconds: float) -> dict:
   """What a checkpoint says about its run; `seconds` of all processes that worked on it so far."""
-  return {"config": config.to_dict(), "version": __version__, "seconds": seconds}
+  return {
+    "config": config.to_dict(),
+    "version": __version__,
+    "seconds": seconds,
+    "devices": jax.device_count(),
+  }
 
 
 # What may differ between the run that saved and the run that goes on: it changes where, how fast or
@@ -119,6 +124,8 @@ _OF_LENGTH = (
   "mixture.horizon_final",
   "mixture.anneal_steps",
 )
+
+_FOLLOWING = ("steps_per_epoch", *_OF_LENGTH[1:])  # from length and batch, where not typed
 
 
 def _differing(before: dict, config) -> dict[str, tuple]:
@@ -165,9 +172,11 @@ def refuse_mismatch(before: dict, config) -> None:
       "weights, another workdir with config.init_from=WORKDIR/exported"
     )
   if differing and not longer:
+    # What follows from others is no news beside them.
+    causes = {k: v for k, v in differing.items() if k not in _FOLLOWING} or differing
     raise errors.UserError(
-      f"the workdir holds a run with other settings: {_listed(differing)}: choose another "
-      "workdir or set config.overwrite=True, which deletes it"
+      f"the workdir holds a run with other settings: {_listed(causes)}: type them as before, "
+      "choose another workdir, or set config.overwrite=True, which deletes it"
     )
 
 
@@ -212,7 +221,8 @@ def extend(folder: pathlib.Path, config, step: int) -> list[str]:
 def claim(workdir: str, config) -> pathlib.Path:
   """Makes the folder this run's own, or finds that it is.
 
-  Writes config.json and env.json when the folder is new, and what has changed of `config.probe`.
+  Writes config.json and env.json when the folder is new. Else what has changed of `config.probe`,
+  and this machine behind those of env.json's "resumed".
 
   Args:
     workdir: any path, made if missing.
@@ -265,6 +275,10 @@ def claim(workdir: str, config) -> pathlib.Path:
     probe = json.loads(json.dumps(config.probe.to_dict()))
     if lead and old.get("probe") != probe:
       _write(workdir, known, old | {"probe": probe})
+    if lead and (folder / "env.json").exists():
+      first = json.loads((folder / "env.json").read_text())
+      again = [*first.get("resumed", []), environment.describe()]
+      _write(workdir, folder / "env.json", first | {"resumed": again})
   elif (folder / "checkpoints").exists():
     raise errors.UserError(
       f"workdir={workdir} holds checkpoints but no config.json, so it is not a run of protojax: "

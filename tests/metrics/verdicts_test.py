@@ -480,3 +480,15 @@ def test_verdict_reads_the_config():
   short.num_steps, short.optim.warmup_steps = 300, 2000
   assert verdicts.of_run(uniform, config=short, step=149).label == "warming up"
   assert verdicts.of_run(uniform, config=short, step=150).label == "uniform collapse"
+
+
+@pytest.mark.parametrize(
+  ("start", "knn", "label"),
+  [(59 / 60, 59 / 60, "no collapse"), (1.0, 1.0, "no collapse"), (0.9, 0.9, "nothing learned yet")],
+)
+def test_where_the_untrained_net_is_right_nobody_is_told_to_train_on(start, knn, label):
+  """59 of 60 images: two standard deviations above that lie above all of them."""
+  floors = {"floor/knn_untrained": start, "floor/knn_pixels": start, "floor/test_images": 60.0}
+  found = judge({**floors, "probe/knn": knn}, step=1000)
+  assert found.label == label
+  assert ("more of them, or harder ones" in found.sentence) == (label == "no collapse")

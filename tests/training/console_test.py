@@ -217,3 +217,15 @@ def test_a_slow_moment_moves_the_eta_by_its_share_of_the_run(tmp_path, monkeypat
   # 50 steps are left. At the speed of the last ten that would be 3:20.
   minutes, seconds = re.search(r"eta (\d+):(\d+)", line).groups()
   assert 75 <= 60 * int(minutes) + int(seconds) <= 85
+
+
+@pytest.mark.parametrize(("devices", "told"), [(8, False), (None, False), (2, True)])
+def test_a_run_that_goes_on_says_so_with_its_floors(tmp_path, devices, told):
+  config = tiny.config(num_steps=40)
+  with console.RunLog(tmp_path, config, start=0, describe=str) as log:
+    log.floors(_FLOORS)
+  with console.RunLog(tmp_path, config, start=10, describe=str) as log:
+    log.resumed(10, devices)  # eight are here
+  *_, resumed, floors = _said(tmp_path)
+  assert resumed.startswith("resumed at step 10") and ("saved on 2 devices" in resumed) == told
+  assert floors.startswith("floors    k-NN raw pixels 97.7%")

@@ -118,6 +118,21 @@ def test_a_longer_run_is_refused_with_its_ways_out_unless_it_is_asked_for():
   workdir.refuse_mismatch(before, configs.resolve(epochs, 1000))
 
 
+def test_what_follows_from_a_changed_setting_is_not_listed_beside_it():
+  before = json.loads(json.dumps(_resolved().to_dict()))
+  other = _config(batch_size=25)
+  with pytest.raises(errors.UserError, match="settings: batch_size 50 -> 25: type them as before"):
+    workdir.refuse_mismatch(before, configs.resolve(other, 1000))
+
+
+def test_every_machine_that_goes_on_with_a_run_is_written_down(tmp_path):
+  for sessions in range(3):
+    folder = workdir.claim(str(tmp_path / "run"), _config())
+    machines = json.loads((folder / "env.json").read_text())
+    assert len(machines.get("resumed", [])) == sessions
+  assert machines["resumed"][1].keys() == machines.keys() - {"resumed"}
+
+
 def test_extending_keeps_the_shorter_run_s_result_and_says_how_the_schedules_jump(tmp_path):
   files.write_json(tmp_path / "config.json", _resolved().to_dict())
   files.write(tmp_path / "eval" / "final" / "result.json", '{"measures": {}}')
