@@ -7,8 +7,8 @@ Cost: 2,000 steps, 13 minutes on two CPU cores that did other work too (338 img/
 copy), seed 0, commit cdca7fe: used 64.7 %, unique 100 / 100 / 100 / 100 / 98.5 % at .025 / .05 /
 .1 / .25 / .5, k-NN 37.4 %, linear 42.1 %. Three seeds: used 63.6 +- 2.1 %, k-NN 38.1 +- .9, linear
 42.4 +- .4; random prototypes that never move 17.7 +- 2.4, 35.3 +- 1.0, 41.7 +- .8. Mode "paper", a
-reading of the paper's own mixture, three seeds, commit d13606e: used 1.9 +- .1 %, unique 100 % up to .25 and 99.3 % at .5, k-NN 37.0 +- .4 %,
-linear 42.4 +- .2 %.
+reading of the paper's own mixture, three seeds, commit d13606e: used 1.9 +- .1 %, unique 100 % up
+to .25 and 99.3 % at .5, k-NN 37.0 +- .4 %, linear 42.4 +- .2 %.
 """
 
 from protojax.recipes import common
