@@ -182,7 +182,7 @@ def test_a_checkpoint_of_dino_is_examined_by_its_teacher(full, tmp_path, capsys)
 def test_the_program_prints_and_writes_what_the_call_finds(full, tmp_path, capsys):
   result = _examined(tmp_path, full)
   found = api.diagnose(full)
-  assert capsys.readouterr().out == f"protojax doctor: {full}\n{found}\n"
+  assert capsys.readouterr().out == f"protojax doctor: {full}\n{cli.with_flags(str(found))}\n"
   assert found.verdict.label == "partial prototype collapse" and list(found.sets) == [
     *result["sets"]
   ]

@@ -155,7 +155,7 @@ def test_help_of_a_recipe_is_the_command_line_that_would_make_it(capsys, recipe)
 def test_help_of_a_recipe_tells_units_choices_and_what_it_changes(capsys):
   said = _help(capsys, "--config=gmm_vit_s", "--config.optim.lr=1")
   assert "  --config.optim.lr=1.0  # per 256 images; default: 0.0005\n" in said
-  assert '  --config.method.targets=center  # or "sinkhorn"\n' in said
+  assert "  --config.method.targets=sinkhorn  # center or sinkhorn; default: center\n" in said
   assert "  # labelled images for k-NN, linear probe, monitor\n  --config.probe." in said
   assert (
     "  # Microbatches of the encoder's forward inside one exact loss; another number on resume\n"

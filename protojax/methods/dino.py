@@ -29,7 +29,7 @@ from protojax.methods.networks import student_teacher
 from protojax.prototypes import assignment, vmf, weight_norm
 
 OPTIONS = {
-  "targets": "center",  # or "sinkhorn"
+  "targets": "center",  # center or sinkhorn
   "sinkhorn_steps": 3,
   "center_momentum": 0.9,
   "student_temp": 0.1,

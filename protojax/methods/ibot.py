@@ -31,7 +31,7 @@ from protojax.models import vit
 from protojax.prototypes import assignment
 
 OPTIONS = {
-  "targets": "center",  # or "sinkhorn"
+  "targets": "center",  # center or sinkhorn
   "sinkhorn_steps": 3,
   "center_momentum": 0.9,
   "student_temp": 0.1,
