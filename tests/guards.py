@@ -41,6 +41,10 @@ def split(places: dict[str, str]) -> dict[str, str]:
   return {path: place for path, place in sorted(places.items()) if place}
 
 
+def is_stored(key: str) -> bool:
+  return _FILE.exists() and key in json.loads(_FILE.read_text())
+
+
 def check(key: str, found: dict, *packages: str) -> None:
   """Compares with what is stored: text to the letter, numbers to a tenth.
 

@@ -38,4 +38,7 @@ def test_work_memory_messages_and_placement_on_a_slice_are_as_stored(recipe, sli
   json.dumps(report.as_json(planned), allow_nan=False)
   assert planned.predicted.step > 0 and not step.counts.unknown_loops
   found = guards.numbers(step.memory, step.counts) | {"split": guards.split(step.places)}
-  guards.check(f"{recipe} {slice_} {mesh}", found, "jax", "libtpu")
+  key = f"{recipe} {slice_} {mesh}"
+  if not guards.is_stored(key) and "PROTOJAX_WRITE_GUARDS" not in os.environ:
+    pytest.skip("it compiles and is predicted; numbers to compare with were never stored")
+  guards.check(key, found, "jax", "libtpu")
