@@ -14,7 +14,7 @@ published of that and what is chosen is said in `paper_mixture` of configs/commo
 
 Cost: compiled for 64 TPU v5e, 8 images each, a chip needs 1.6 GB of its 16, 1.0 of them within the
 step (`protojax plan --topology=v5e:8x8`, libtpu 0.0.52); for eight devices of a CPU, 64 images
-each, .6 GB of state and 17.7 within the step (commit 5782eff). It has not been run. Result: not
+each, .6 GB of state and 23.8 within the step. It has not been run. Result: not
 measured here.
 """
 

@@ -189,8 +189,7 @@ class RunLog:
 
   def _say(self, done: int, values: dict[str, float], verdict: verdicts.Verdict | None) -> None:
     pace = self._pace if "time/img_per_s" in values else None
-    for line in log_line(done, values, verdict, config=self._config, pace=pace).splitlines():
-      self._writer.line(line)
+    self._writer.line(log_line(done, values, verdict, config=self._config, pace=pace))
 
   def _paragraph(self, head: str, text: str) -> None:
     for line in textwrap.wrap(

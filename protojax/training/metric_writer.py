@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Mapping
 
@@ -60,7 +61,8 @@ class Writer:
     online: Callable[[], wandb_run.WandbRun] | None = None,
   ):
     self._lead = jax.process_index() == 0 if lead is None else lead
-    self._stream, self._events, self._online = stream, None, None
+    self._stream = sys.stderr if stream is None else stream
+    self._events, self._online = None, None
     self._progress = progress.Line(
       "step", total_steps, done=start_step, stream=stream, lead=self._lead
     )
@@ -142,13 +144,19 @@ class Writer:
       self._online.write(int(step), finite)
 
   def line(self, text: str, *, shown: bool = True) -> None:
-    """One line for people: to train.log with the time of day and, if `shown`, to the terminal."""
+    """One line for people: to train.log with the time of day and, if `shown`, to the terminal.
+
+    Args:
+      text: may be folded for a terminal, further parts indented; a file and a pipe get it whole.
+      shown: whether the terminal gets it.
+    """
     if not self._lead:
       return
-    self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+    whole = text.replace("\n", "")
+    self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {whole}\n")
     self._text.flush()
     if shown:
-      progress.write(text, self._stream)
+      progress.write(text if self._stream.isatty() else whole, self._stream)
 
   def progress(self, step: int, *, rate: float | None = None, note: str | None = None) -> None:
     """Says how far the run is, see `progress.Line.to`; every step may.

@@ -156,7 +156,7 @@ def test_without_a_terminal_there_are_plain_lines_and_no_bar(tmp_path):
   stream = io.StringIO()
   with _make(tmp_path, stream=stream) as out:
     out.progress(10, note="img/s 1630")
-    out.line("step 10/100  loss 7.91")
+    out.line("step 10/100\n  loss 7.91")  # a fold is for a terminal
   assert stream.getvalue() == "step 10/100  loss 7.91\n"
   assert (tmp_path / "train.log").read_text().endswith(" step 10/100  loss 7.91\n")
 
@@ -172,9 +172,10 @@ def test_on_a_terminal_a_bar_moves_with_the_steps_below_the_lines(tmp_path, monk
       assert f"\rstep {step}/100   {step}% |" in stream.getvalue()
     seconds[0] += 1.0
     out.progress(50, rate=0.5, note="img/s 1630  wait 1%")
-    out.line("step 50/100  loss 1.00")
+    out.line("step 50/100\n  loss 1.00")
   shown = stream.getvalue()
-  assert "eta 1:40  img/s 1630  wait 1%" in shown and shown.endswith(" \rstep 50/100  loss 1.00\n")
+  assert "eta 1:40  img/s 1630  wait 1%" in shown
+  assert shown.endswith(" \rstep 50/100\n  loss 1.00\n")
 
 
 def test_train_log_keeps_its_history(tmp_path):
