@@ -14,8 +14,8 @@ published of that and what is chosen is said in `paper_mixture` of configs/commo
 
 Cost: compiled for 64 TPU v5e, 8 images each, a chip needs 1.6 GB of its 16, 1.0 of them within the
 step (`protojax plan --topology=v5e:8x8`, libtpu 0.0.52); for eight devices of a CPU, 64 images
-each, .6 GB of state and 23.8 within the step. It has not been run. Result: not
-measured here.
+each, .6 GiB of state and 23.8 within the step (--devices=8, commit 6d1f0a5). It has not been run.
+Result: not measured here.
 """
 
 from protojax.recipes import common
