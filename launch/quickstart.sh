@@ -32,13 +32,13 @@ export NPROC
 
 # labelled NAME: copies lines as they come, each behind the name of its run.
 labelled() {
-  trap '' INT TERM
+  trap '' HUP INT TERM
   while IFS= read -r line; do printf '%-9s | %s\n' "$1" "$line"; done
 }
 
 pids=()
 # Runs save a checkpoint when they are told to stop.
-trap 'trap "" INT TERM; kill -TERM "${pids[@]}" 2>/dev/null; wait "${pids[@]}" || true; exit 130' INT TERM
+trap 'trap "" HUP INT TERM; kill -TERM "${pids[@]}" 2>/dev/null; wait "${pids[@]}" || true; exit 130' HUP INT TERM
 for name in joint decoupled; do
   mode=${name#decoupled}
   "$venv/bin/python" -m protojax.main --config="configs/quickstart.py${mode:+:$mode}" \

@@ -9,6 +9,13 @@
 # not the files of the working tree. The workdir lies on a file system that all hosts mount at the
 # same path (Filestore, or a bucket through gcsfuse), because all hosts write into one checkpoint.
 # JAX finds the other hosts and all chips by itself; no XLA flag is needed.
+#
+# It stays in the foreground and shows the lines of the run. A closed terminal, or Ctrl-C, cuts the
+# connection and tells the hosts nothing: they may train on unseen, with WORKDIR/train.log to read.
+# So run it in tmux or behind nohup, and to have a run save and end, send it SIGTERM:
+#
+#   gcloud compute tpus tpu-vm ssh my-tpu --project=my-project --zone=us-east5-a --worker=all \
+#     --command="pkill -TERM -f protojax[.]main"
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/venv.sh

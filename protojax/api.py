@@ -32,7 +32,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict
 
   Raises:
     errors.UserError: for a mistake in the config or the data; nothing is written then.
-    errors.Interrupted: on SIGTERM or Ctrl-C, after a checkpoint was written.
+    errors.Interrupted: on SIGTERM, SIGHUP or Ctrl-C, after a checkpoint was written.
   """
   return loop.run(config, os.fspath(workdir), report=of_run.after_training)
 

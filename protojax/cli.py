@@ -7,9 +7,11 @@ import errno
 import logging
 import os
 import re
+import select
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from absl import flags
 from absl import logging as absl_logging
@@ -147,17 +149,33 @@ def _leave() -> None:
     os._exit(130)
 
 
+def _unread(stream: TextIO) -> bool:
+  """Whether nobody reads this stream any more."""
+  try:
+    stream.flush()
+    look = select.poll()
+    look.register(stream.fileno(), 0)
+  except BrokenPipeError:
+    return True
+  except (OSError, ValueError):  # no file, or closed
+    return False
+  return any(event & select.POLLERR for _, event in look.poll(0))
+
+
 def guarded(call: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> Any:
   """Runs `call(argv)`; a user's mistake becomes one line and status 2.
 
-  A run that was asked to stop ends with 143 (SIGTERM) or 130 (Ctrl-C), as shells have it.
+  A run that was asked to stop ends with 143 (SIGTERM), 129 (SIGHUP) or 130 (Ctrl-C), as shells have
+  it; a program whose reader is gone, as of `protojax doctor ... | head -1`, without a word with 141.
   """
   global _interrupted
   _hush()
   _plain_log()
   atexit.register(_leave)
   try:
-    return call(argv)
+    done = call(argv)
+    sys.stdout.flush()
+    return done
   except errors.UserError as error:
     progress.write(f"protojax: {with_flags(str(error))}")
     sys.exit(2)
@@ -165,6 +183,9 @@ def guarded(call: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> Any:
     progress.write(f"protojax: {with_flags(str(stop))}")
     sys.exit(128 + stop.number)
   except OSError as error:
+    if error.errno == errno.EPIPE and _unread(sys.stdout):
+      progress.discard(sys.stdout)
+      sys.exit(128 + signal.SIGPIPE)
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
       raise
     progress.write(
@@ -172,9 +193,11 @@ def guarded(call: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> Any:
       "and run the same command again; what was written before is intact"
     )
     sys.exit(2)
-  except KeyboardInterrupt:
-    progress.write("protojax: interrupted")
+  except KeyboardInterrupt as stop:
+    progress.write(f"protojax: {with_flags(str(stop)) or 'interrupted'}")
     _interrupted = True
     sys.exit(130)
   finally:
     progress.end()
+    if _unread(sys.stdout):  # or Python complains of it at its end
+      progress.discard(sys.stdout)

@@ -13,12 +13,27 @@ class UserError(ValueError):
   """
 
 
-class Interrupted(Exception):
-  """The run was asked to stop, by this signal, and has saved state `step`."""
+# Behind the number of the last step, where a run ends before its result is written.
+TRAINED = (
+  ", the last one: all steps are saved; run the same command (without config.overwrite) for what "
+  "is left, the result and the report"
+)
 
-  def __init__(self, step: int, number: int = signal.SIGTERM):
+
+class Interrupted(Exception):
+  """The run was asked to stop, by this signal, and has saved state `step`.
+
+  Args:
+    step: updates done.
+    number: of the signal.
+    trained: whether that was the last step.
+  """
+
+  def __init__(self, step: int, number: int = signal.SIGTERM, *, trained: bool = False):
     super().__init__(
-      f"stopped at step {step}; run the same command (without config.overwrite) to go on"
+      f"stopped at step {step}{TRAINED}"
+      if trained
+      else f"stopped at step {step}; run the same command (without config.overwrite) to go on"
     )
     self.step, self.number = step, number
 

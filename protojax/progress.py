@@ -8,11 +8,13 @@
 On a terminal the line is a bar that moves; it comes after half a second, is gone when the work is
 done, and steps aside for log lines. In a file or a pipe it is a line a minute at most, so work of
 less than a minute says nothing. Work inside of work takes the line over until it is done. Only
-process 0 speaks.
+process 0 speaks, and nobody once the terminal or the reader of the pipe is gone.
 """
 
 import contextlib
+import errno
 import logging
+import os
 import shutil
 import sys
 import threading
@@ -127,12 +129,11 @@ class Line:
       self._shown = now
       if self._bar:
         width = shutil.get_terminal_size().columns - 1
-        self._stream.write("\r" + self._text(now, width).ljust(width))
+        _put("\r" + self._text(now, width).ljust(width), self._stream)
         _drawn = self
       else:
         _said = now
-        self._stream.write(self._text(now) + "\n")
-      self._stream.flush()
+        _put(self._text(now) + "\n", self._stream)
 
   def _text(self, now: float, width: int | None = None) -> str:
     if self._total is None:
@@ -210,7 +211,7 @@ def write(text: str, stream: TextIO | None = None) -> None:
   with _lock:
     _wipe()
     _said = _now()
-    print(text, file=sys.stderr if stream is None else stream, flush=True)
+    _put(f"{text}\n", sys.stderr if stream is None else stream)
 
 
 def end() -> None:
@@ -225,9 +226,28 @@ def _wipe() -> None:
   """Takes the bar off the terminal; its next move draws it again."""
   global _drawn
   if _drawn is not None:
-    _drawn._stream.write("\r" + " " * (shutil.get_terminal_size().columns - 1) + "\r")
-    _drawn._stream.flush()
+    width = shutil.get_terminal_size().columns - 1
+    _put("\r" + " " * width + "\r", _drawn._stream)
     _drawn = None
+
+
+def _put(text: str, stream: TextIO) -> None:
+  """Writes; to where nobody reads any more, a closed pipe or terminal, it is silent for good."""
+  try:
+    stream.write(text)
+    stream.flush()
+  except OSError as error:
+    if error.errno not in (errno.EPIPE, errno.EIO):
+      raise
+    discard(stream)
+
+
+def discard(stream: TextIO) -> None:
+  """Leads a stream that nobody reads any more into nothing, with what it still holds."""
+  with contextlib.suppress(OSError):  # one that is no file has nothing to lead
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, stream.fileno())
+    os.close(nothing)
 
 
 def _is_lead() -> bool:

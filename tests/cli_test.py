@@ -4,7 +4,9 @@ import errno
 import importlib.util
 import io
 import logging
+import os
 import signal
+import subprocess
 import sys
 import zipfile
 
@@ -132,6 +134,48 @@ def test_a_user_error_is_a_value_error_that_no_reader_swallows(tmp_path):
       archive.writestr(f"script/{name}", b"")
   with pytest.raises(errors.UserError, match="is a TorchScript program"):
     tensor_files.read(tmp_path / "script.pth")
+
+
+@pytest.mark.parametrize(
+  ("body", "status"),
+  [
+    ("progress.write('one'); logging.info('two'); progress.write('three')", 0),
+    ("print('a')", 141),
+    ("print('a'); sys.exit(3)", 3),
+  ],
+)
+def test_a_program_whose_reader_is_gone_goes_on_or_ends_without_a_word(tmp_path, body, status):
+  """As of `protojax train ... 2>&1 | head -1`; the traceback of Python would be in the file."""
+  program = (
+    f"import sys; from absl import logging; from protojax import cli, progress\n"
+    f"def call(argv):\n  {body}\n  open({str(tmp_path / 'end')!r}, 'w').close()\n"
+    "cli.guarded(call, [])\n"
+  )
+  both = "progress" in body
+  environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+  read, write = os.pipe()
+  os.close(read)
+  with open(tmp_path / "said", "w") as said, open(write, "wb") as closed:
+    done = subprocess.run(
+      [sys.executable, "-c", program],
+      stdout=closed,
+      stderr=closed if both else said,
+      env=environment,
+      timeout=60,
+      check=False,
+    )
+  assert done.returncode == status
+  assert (tmp_path / "said").read_text() == ""
+  assert (tmp_path / "end").exists() == (both or body == "print('a')")
+
+
+def test_a_full_disk_under_the_log_is_no_closed_pipe():
+  class Full(io.StringIO):
+    def write(self, text):
+      raise OSError(errno.ENOSPC, "No space left on device")
+
+  with pytest.raises(OSError, match="No space"):
+    progress.write("one", Full())
 
 
 def test_a_bug_keeps_its_traceback():

@@ -80,7 +80,7 @@ def test_a_run_that_fails_is_named_and_nothing_is_compared(tmp_path):
   assert errors.count("\n") == 1 and "a run did not end" in errors
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_both_runs_are_told_to_stop_and_waited_for(tmp_path, sent):
   waits = (
     f"trap 'sleep .3; touch {tmp_path}/saved-$$; exit 143' TERM; touch {tmp_path}/begun-$$; "

@@ -325,9 +325,10 @@ def _masked(stream: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, np.nd
 
 
 def _start_worker(index: int, count: int) -> None:
-  """Ctrl-C reaches the whole group; the main process still needs its data to stop in order."""
+  """Ctrl-C and a closed terminal reach the whole group; the main process needs data to stop well."""
   del index, count
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  for number in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
 
 
 def _let_grain_read_its_flags() -> None:

@@ -53,7 +53,8 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
 
   Raises:
     UserError: for a mistake of the user; nothing is written before the step has been traced.
-    errors.Interrupted: on SIGTERM or Ctrl-C, after a checkpoint was written.
+    errors.Interrupted: on SIGTERM, SIGHUP or Ctrl-C, after a checkpoint was written.
+    KeyboardInterrupt: on a Ctrl-C before or after the steps; it says so where all are saved.
   """
   started = time.time()
   config = data_settings.recalled(config, workdir)
@@ -118,6 +119,9 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
       log.resumed(start, metadata.get("devices"))
     log.lines(extended)
     if start == config.num_steps and (result := workdirs.read_result(folder)):
+      if report is not None and workdirs.page_is_old(folder):  # it was ended in between
+        arrays = workdirs.read_arrays(folder)
+        report(folder, program, state, arrays, bank=bank, train=train_source)
       log.summary(result, bank=bank)
       return result
     log.lines(opening.lines(program, train=train_source, bank=bank, test=test, folder=folder))
@@ -188,13 +192,16 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
     save(config.num_steps, state)
     checkpoints.wait()
     if stop.ended():
-      raise errors.Interrupted(config.num_steps, stop.number)
-    measures, arrays = view.final(state)
-    log.measures(config.num_steps, measures)
-    result = log.result | {"step": config.num_steps, "seed": config.seed, "seconds": seconds()}
-    if jax.process_index() == 0:
-      workdirs.write_result(folder, result, arrays, config, bank=bank, test=test)
-    if report is not None:
-      report(folder, program, state, arrays, bank=bank, train=train_source)
+      raise errors.Interrupted(config.num_steps, stop.number, trained=True)
+    try:
+      measures, arrays = view.final(state)
+      log.measures(config.num_steps, measures)
+      result = log.result | {"step": config.num_steps, "seed": config.seed, "seconds": seconds()}
+      if jax.process_index() == 0:
+        workdirs.write_result(folder, result, arrays, config, bank=bank, test=test)
+      if report is not None:
+        report(folder, program, state, arrays, bank=bank, train=train_source)
+    except KeyboardInterrupt:
+      raise KeyboardInterrupt(f"interrupted after step {config.num_steps}{errors.TRAINED}") from None
     log.summary(result, bank=bank)
   return result

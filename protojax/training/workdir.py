@@ -33,7 +33,10 @@ _OURS = (
 
 
 class Stop:
-  """SIGTERM or Ctrl-C asks for a checkpoint and a clean exit; a second Ctrl-C insists."""
+  """SIGTERM, SIGHUP or Ctrl-C asks for a checkpoint and a clean exit; a second Ctrl-C insists.
+
+  SIGHUP, of a terminal that was closed, does so unless it was ignored before, as under nohup.
+  """
 
   def __init__(self):
     self._asked, self._old = False, {}
@@ -41,7 +44,9 @@ class Stop:
 
   def __enter__(self):
     if threading.current_thread() is threading.main_thread():
-      self._old = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
+      asking = [signal.SIGTERM, signal.SIGINT]
+      asking += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)
+      self._old = {s: signal.signal(s, self._ask) for s in asking}
     return self
 
   def _ask(self, number, frame):
@@ -361,6 +366,22 @@ def read_result(folder: pathlib.Path) -> dict[str, float] | None:
   """The measures that `write_result` wrote, or None."""
   path = folder / "eval" / "final" / "result.json"
   return json.loads(path.read_text())["measures"] if path.exists() else None
+
+
+def page_is_old(folder: pathlib.Path) -> bool:
+  """Whether the page is there and older than a result; every process gets the same answer."""
+  page, results = folder / REPORT, [*folder.glob("eval/*/result.json")]
+  times = [path.stat().st_mtime_ns for path in results]
+  old = page.exists() and page.stat().st_mtime_ns < max(times, default=0)
+  if jax.process_count() == 1:
+    return old
+  return bool(multihost_utils.broadcast_one_to_all(np.asarray(old)))
+
+
+def read_arrays(folder: pathlib.Path) -> dict[str, np.ndarray]:
+  """The arrays that `write_result` wrote."""
+  with np.load(folder / "eval" / "final" / "arrays.npz", allow_pickle=False) as arrays:
+    return dict(arrays)
 
 
 def warm_start(state: Any, params: Any) -> Any:

@@ -141,6 +141,34 @@ def test_run_that_is_done_reports_again_and_changes_nothing(finished_run, tmp_pa
   assert again["probe/knn"] == result["probe/knn"] and result_file.exists()
 
 
+def test_a_run_that_was_ended_before_its_page_writes_it_again(whole, tmp_path, monkeypatch):
+  folder, written = shutil.copytree(whole, tmp_path / "run"), []
+
+  def report(*_, **others):
+    if not written:
+      written.append(None)
+      raise KeyboardInterrupt
+    written.append((_[0], sorted(_[3])))
+
+  loop.run(tiny.run_config(), str(folder), report=report)
+  assert not written  # the page is of this result
+  result = folder / "eval" / "final" / "result.json"
+  result.rename(folder / "result.json")
+  with pytest.raises(KeyboardInterrupt, match=r"after step 6, .*all steps are saved; run the same"):
+    loop.run(tiny.run_config(), str(folder), report=report)
+  assert result.exists()
+  loop.run(tiny.run_config(), str(folder), report=report)
+  assert written[1][0] == folder and "spectrum" in written[1][1]
+
+
+def test_a_stop_after_the_last_step_says_that_all_are_saved(whole, tmp_path, monkeypatch):
+  folder = shutil.copytree(whole, tmp_path / "run")
+  (folder / "eval" / "final" / "result.json").unlink()
+  monkeypatch.setattr(workdir.Stop, "ended", lambda self: True)
+  with pytest.raises(errors.Interrupted, match="step 6, the last one: all steps are saved"):
+    loop.run(tiny.run_config(), str(folder))
+
+
 def test_a_probe_may_change_when_a_run_goes_on_and_the_encoder_does_not_feel_it(
   whole, tmp_path, caplog
 ):

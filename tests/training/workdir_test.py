@@ -179,6 +179,22 @@ def test_a_signal_after_the_training_ends_the_program_as_any_other():
   assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_a_closed_terminal_asks_to_save_unless_it_was_told_not_to_matter():
+  before = signal.getsignal(signal.SIGHUP)
+  try:
+    for handler in (signal.SIG_DFL, signal.SIG_IGN):  # the latter is what nohup leaves
+      signal.signal(signal.SIGHUP, handler)
+      with workdir.Stop() as stop:
+        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert ignored == (handler == signal.SIG_IGN)  # else the next line ends the tests
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.asked(0) != ignored
+        assert ignored or stop.number == signal.SIGHUP
+      assert signal.getsignal(signal.SIGHUP) == handler
+  finally:
+    signal.signal(signal.SIGHUP, before)
+
+
 def test_a_setting_that_an_older_version_lacked_had_its_default():
   before = _config().to_dict()
   del before["augment"]["interpolation"]
