@@ -266,11 +266,12 @@ def test_every_published_ok_is_well_above_its_untrained_net():
   floor = {
     "floor/knn_untrained": rows["untrained encoder"]["probe/knn"],
     "floor/knn_pixels": rows["raw pixels"]["probe/knn"],
+    "floor/linear_pixels": rows["raw pixels"]["probe/linear_fitted"],
     "floor/test_images": 10_000,
   }
   ok += [row | floor for row in rows.values() if row.get("verdict") == "ok"]
   for row in (*ok, *quickstart.published()["rows"]["decoupled"]):
-    known = {k: v for k, v in row.items() if k.startswith(("floor/", "probe/knn"))}
+    known = {k: v for k, v in row.items() if k.startswith(("floor/", "probe/knn", "probe/linear_f"))}
     known |= {"collapse/rankme": 20.0}
     assert verdicts.judge(known, num_prototypes=0, step=None).label == "ok"
   assert len(ok) == 20

@@ -257,7 +257,25 @@ def test_unfinished_run_shows_its_latest_metrics(tmp_path):
   assert float(found["train/loss"]["value"]) == 7.0 - 0.01 * 50
   assert {attrs["data-file"] for attrs in found.values()} == {"metrics.jsonl"}
   assert "Unfinished" in parsed.text and "of step 50" in parsed.text
+  assert "step 50" not in parsed.text.replace("of step 50", "")
   assert "are written when a run ends" in parsed.text
+
+
+def test_numbers_of_an_earlier_step_say_it(tmp_path):
+  """Of a run that was extended from 10 steps and is under way again, evaluated before."""
+  floors = {"floor/knn_untrained": 0.2, "floor/knn_pixels": 0.3, "floor/linear_pixels": 0.5}
+  end = {"probe/knn": 0.35, "probe/linear": 0.375, "probe/linear_fitted": 0.25}
+  lines = [{"step": 0, **floors}, {"step": 10, "train/loss": 3.0, **end}]
+  lines += [{"step": 500, "train/loss": 2.0, "probe/knn": 0.45, "collapse/rankme": 30.0}]
+  knn = {"measures": {"top1": 0.3125}, "protocol": {"name": "knn", "model": {"step": 10}}}
+  config = _CONFIG | {"num_steps": 900}
+  folder = _run(tmp_path / "run", lines, None, config, arrays=False, more=[("knn", knn)])
+  parsed, text = _page(folder)
+  assert "eval/knn/result.json, of step 10: 1 numbers" in parsed.text
+  assert "probe/linear_fitted" not in {attrs["data-key"] for attrs, _ in parsed.data}
+  before, *more = text.split("<small>step 10</small>")
+  assert len(more) == 1 and before.rpartition('data-key="')[2].startswith('probe/linear"')
+  assert "worse than raw pixels" not in parsed.text
 
 
 def test_run_that_has_only_begun_is_a_page_too(tmp_path):

@@ -133,7 +133,8 @@ def judge(
   non-finite, warming up, aliased teacher, dead projector, uniform collapse, one-hot collapse,
   representation collapse, cluster collapse, dimensional collapse, partial prototype collapse (or
   narrow cone: many near prototypes because the features are near); then what is no collapse: worse
-  than at the start, prototypes bunch, unique but unused, nothing learned yet, little learned yet.
+  than at the start, prototypes bunch, unique but unused, nothing learned yet, little learned yet,
+  worse than raw pixels.
   Where none holds it is one of `OPEN`, or ok.
 
   An untrained net looks collapsed: its features are bunched, its centred targets uniform, its
@@ -144,8 +145,8 @@ def judge(
       target_entropy}, collapse/{unique_0.025 and unique_0.25 (both
       also _random), drift, used, perplexity (both
       also of the sample), used_random, used_most, feature_std, mean_cosine, embedding_cosine,
-      rankme, teacher_distance, relative_uniqueness}, probe/knn and floor/{knn, knn_pixels,
-      knn_untrained, knn_start, test_images, loss_start}.
+      rankme, teacher_distance, relative_uniqueness}, probe/{knn, linear_fitted} and floor/{knn,
+      knn_pixels, knn_untrained, knn_start, linear_pixels, test_images, loss_start}.
       train/ln_k is both the loss of uniform predictions (the cross entropy, where that is one term
       of several) and the largest entropy of a target; without it uniform collapse is not seen.
     num_prototypes: K; 0 where a method has none.
@@ -174,8 +175,9 @@ def judge(
 
   late = step is None or step >= LIMITS["sample_grace"] * grace_steps
   ended = step is not None and step == num_steps
-  found = list(_findings(measures, num_prototypes, step, late, prototypes, advise))
-  found += _idle(measures, num_prototypes, late or ended, prototypes, advise)
+  longer = _longer_horizon(settings)
+  found = list(_findings(measures, num_prototypes, step, late, prototypes, advise, longer))
+  found += _idle(measures, num_prototypes, late or ended, prototypes, advise, longer)
   if not found:
     label, why = _unseen(measures, num_prototypes)
     well = _well(measures, num_prototypes, prototypes)
@@ -190,6 +192,14 @@ def _can(change: str, settings: Mapping[str, object]) -> bool:
   """Whether "lower a" or "set a=b" is something to do where these are the settings."""
   key, _, value = change.split()[1].partition("=")
   return key in settings and str(settings[key]) != value
+
+
+def _longer_horizon(settings: Mapping[str, object] | None) -> str:
+  """ "raise mixture.horizon_steps to 2,400 (from 1,200)": twice what it is, where that is known."""
+  now = (settings or {}).get("mixture.horizon_steps")
+  if not isinstance(now, int | float) or not now:
+    return "raise mixture.horizon_steps to twice what it is"
+  return f"raise mixture.horizon_steps to {2 * now:.0f} (from {now:.0f})"
 
 
 def _unseen(measures, num_prototypes) -> tuple[str, str]:
@@ -238,7 +248,7 @@ def _knn(measures) -> float | None:
   return measures.get("probe/knn") if same is None else same
 
 
-def _idle(measures, num_prototypes, late, prototypes, advise):
+def _idle(measures, num_prototypes, late, prototypes, advise, longer):
   """The verdicts on a run that did not collapse and is not well, in the order of `judge`."""
   get, limit = measures.get, LIMITS
   knn, start, pixels = _knn(measures), _start(measures), get("floor/knn_pixels")
@@ -255,12 +265,12 @@ def _idle(measures, num_prototypes, late, prototypes, advise):
     advice = advise("lower optim.lr", "raise optim.warmup_steps", "raise batch_size")
     yield Verdict("worse than at the start", f"{'; '.join(said)}: {advice}", False)
   if prototypes in ("learned", "mixture") and late:
-    yield from _bunched(measures, num_prototypes, prototypes)
+    yield from _bunched(measures, num_prototypes, prototypes, longer)
   if num_prototypes and late:
     yield from _unused(measures, num_prototypes, advise)
   if knn is None or start is None or worse or _saturated(measures):
-    return
-  if knn <= start + noise:
+    pass
+  elif knn <= start + noise:
     yield Verdict(
       "nothing learned yet", f"k-NN {knn:.1%} is not above {name}'s {start:.1%}: {more}", False
     )
@@ -278,14 +288,30 @@ def _idle(measures, num_prototypes, late, prototypes, advise):
       f"({noise:.1%} each, of so many test images): {more}",
       False,
     )
+  yield from _below_pixels(measures, more)
 
 
-def _bunched(measures, num_prototypes, prototypes):
+def _below_pixels(measures, more):
+  """A linear classifier of the features that is worse than one of the images, by two deviations."""
+  fitted, pixels = measures.get("probe/linear_fitted"), measures.get("floor/linear_pixels")
+  if fitted is None or pixels is None:
+    return
+  images = measures.get("floor/test_images") or 10_000
+  noise = math.sqrt((fitted * (1.0 - fitted) + pixels * (1.0 - pixels)) / images)
+  if fitted < pixels - 2.0 * noise:
+    yield Verdict(
+      "worse than raw pixels",
+      f"linear {fitted:.1%} on frozen features, {pixels:.1%} on raw pixels: {more}",
+      False,
+    )
+
+
+def _bunched(measures, num_prototypes, prototypes, longer):
   """Prototypes that move onto one another and are not copies yet."""
   unique, null = (measures.get(f"collapse/unique_{NEAR}{end}") for end in ("", "_random"))
   if _are_copies(measures) or unique is None or null is None or null - unique <= LIMITS["bunched"]:
     return
-  advice = {"mixture": "raise mixture.horizon_steps"}.get(
+  advice = {"mixture": longer}.get(
     prototypes, "set method.prototypes=mixture, or lower method.num_prototypes"
   )
   yield Verdict(
@@ -351,7 +377,7 @@ def _well(measures, num_prototypes, prototypes) -> str:
   return "; ".join(filter(None, parts))
 
 
-def _findings(measures, num_prototypes, step, late, prototypes, advise):
+def _findings(measures, num_prototypes, step, late, prototypes, advise, longer):
   """The verdicts whose rule holds, in the order of `judge`."""
   get, limit = measures.get, LIMITS
   loss, entropy = get("train/loss"), get("train/target_entropy")
@@ -445,7 +471,7 @@ def _findings(measures, num_prototypes, step, late, prototypes, advise):
         True,
       )
   if _are_copies(measures):
-    yield _copies(measures, num_prototypes, prototypes)
+    yield _copies(measures, num_prototypes, prototypes, longer)
 
 
 def _are_copies(measures) -> bool:
@@ -454,7 +480,7 @@ def _are_copies(measures) -> bool:
   return unique is not None and (1.0 if null is None else null) - unique > LIMITS["copies"]
 
 
-def _copies(measures, num_prototypes, prototypes) -> Verdict:
+def _copies(measures, num_prototypes, prototypes, longer) -> Verdict:
   unique, null = (measures.get(f"collapse/unique_{HEADLINE}{end}") for end in ("", "_random"))
   random = "" if null is None else f"random ones: {1 - null:.0%}; "
   copies = (
@@ -479,7 +505,7 @@ def _copies(measures, num_prototypes, prototypes) -> Verdict:
   advice = {
     "kmeans": "lower method.num_prototypes",
     "dictionary": "raise head.bottleneck or lower method.num_prototypes",
-    "mixture": "raise mixture.horizon_steps or set mixture.center_features=True",
+    "mixture": f"{longer} or set mixture.center_features=True",
   }.get(prototypes, "set method.prototypes=mixture, or lower method.num_prototypes")
   return Verdict("partial prototype collapse", f"{copies}: {advice}", True)
 

@@ -240,8 +240,23 @@ def evaluations(runs: Sequence[records.Record]) -> str:
       if protocol
     )
     content = _table(runs, body) + folded("Protocol", told)
-    parts.append(folded(f"{file}: {len(body)} numbers", content, shown=len(body) <= 12))
+    summary = f"{file}{_of_steps(runs, file)}: {len(body)} numbers"
+    parts.append(folded(summary, content, shown=len(body) <= 12))
   return "".join(parts)
+
+
+def _of_steps(runs: Sequence[records.Record], file: str) -> str:
+  """ ", of step 150": which state was measured; it may be another than that of the other numbers."""
+  steps = {}
+  for run in runs:
+    protocol = run.results.get(file, {}).get("protocol", {})
+    known = trees.flat(protocol).get("model.step") if isinstance(protocol, dict) else None
+    known = run.measures(file).get("step") if known is None else known
+    if isinstance(known, int | float):
+      steps[run.name] = f"{known:,.0f}"
+  if len(set(steps.values())) < 2:
+    return "".join(f", of step {step}" for step in [*steps.values()][:1])
+  return ", of " + ", ".join(f"step {step} ({name})" for name, step in steps.items())
 
 
 def _natural(key: str) -> list:
@@ -294,6 +309,8 @@ def _row(runs, label, key, form, values, told) -> str:
         f'data-key="{_e(key)}" title="{_e(f"{file}: {key} = {value!r}")}">'
         f"{_e(written(value, form))}</data>"
       )
+      if file == records.METRICS and (step := run.taken(key)) is not None:
+        shown += f" <small>step {step:,}</small>"
     cells.append(f"<td>{name}{shown}</td>")
   mono = f"<code>{_e(key)}</code>" if label != key else ""
   how = ""

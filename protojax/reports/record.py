@@ -15,6 +15,7 @@ from protojax import errors, files, sizes, trees
 from protojax.metrics import verdicts
 
 METRICS, FINAL, ARRAYS = "metrics.jsonl", "eval/final/result.json", "eval/final/arrays.npz"
+AT_THE_END = ("probe/linear_fitted",)
 _JUDGED = 300  # lines of a run, spread over it, that `verdict` judges
 Curve = tuple[np.ndarray, np.ndarray]  # steps int [n], ascending; values float [n]
 
@@ -69,8 +70,22 @@ class Record(NamedTuple):
     return {key: _finite(value) for key, value in measures.items() if _is_number(value)}
 
   def latest(self) -> dict[str, float]:
-    """The last value of every metric, {name: value}: all that is known of an unfinished run."""
-    return {key: float(values[-1]) for key, (_, values) in self.curves.items()}
+    """The last value of every metric, {name: value}: all that is known of an unfinished run.
+
+    What is measured at the end alone is left out where the run has gone on since.
+    """
+    latest = max((int(steps[-1]) for steps, _ in self.curves.values()), default=0)
+    return {
+      key: float(values[-1])
+      for key, (steps, values) in self.curves.items()
+      if key not in AT_THE_END or int(steps[-1]) == latest
+    }
+
+  def taken(self, key: str) -> int | None:
+    """The step of a number of `latest`; None if it is of `step`, or a floor."""
+    steps, _ = self.curves[key]
+    at = int(steps[-1])
+    return None if at == self.step or key.startswith("floor/") else at
 
 
 def read(folders: Sequence[pathlib.Path]) -> list[Record]:
@@ -219,6 +234,7 @@ def history(
   every = max(1, len(lines) // (most or len(lines) or 1))
   for i, line in enumerate(lines):
     lost = dict.fromkeys(line.get("non_finite", ()), math.nan)
+    known = {k: v for k, v in known.items() if k not in AT_THE_END}  # an extended run's first end
     known |= {k: v for k, v in line.items() if isinstance(v, int | float)} | lost
     if any(k.startswith("collapse/") for k in line):
       measured = line["step"]

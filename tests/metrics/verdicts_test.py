@@ -313,6 +313,10 @@ LEARNS = {
     ({"train/loss": 8.61, "train/target_entropy": None}, "worse than at the start"),
     ({"train/loss": 9.0, "train/cross_entropy": 7.0}, "ok"),  # of several terms
     ({"train/loss": 8.61, "floor/loss_start": None}, "ok"),
+    ({"probe/linear_fitted": 0.3863, "floor/linear_pixels": 0.40}, "ok"),  # deviations of .0069
+    ({"probe/linear_fitted": 0.3860, "floor/linear_pixels": 0.40}, "worse than raw pixels"),
+    ({"probe/linear_fitted": 0.3860}, "ok"),
+    ({"probe/linear_fitted": 0.3, "floor/linear_pixels": 0.4, "floor/test_images": 60.0}, "ok"),
     ({"collapse/unique_0.25": 0.89, "collapse/unique_0.25_random": 1.0}, "prototypes bunch"),
     ({"collapse/unique_0.25": 0.91, "collapse/unique_0.25_random": 1.0}, "ok"),
     ({"collapse/unique_0.25": 0.4, "collapse/unique_0.25_random": 0.45}, "ok"),  # few dimensions
@@ -356,7 +360,11 @@ def test_what_is_no_collapse_is_told_with_its_numbers():
   )
   assert judge(near | {"collapse/unique_0.025": 0.5}).sentence.count("also") == 0
   assert judge(near, prototypes="kmeans").label == "ok"  # means of features lie where those do
-  assert "raise mixture.horizon_steps" in judge(near, prototypes="mixture").sentence
+  mixture = judge(near, prototypes="mixture", settings={"mixture.horizon_steps": 1200.0})
+  assert mixture.sentence.endswith("raise mixture.horizon_steps to 2400 (from 1200)")
+  assert "horizon_steps to twice what it is" in judge(near, prototypes="mixture").sentence
+  below = judge({**LEARNS, "probe/linear_fitted": 0.3, "floor/linear_pixels": 0.36})
+  assert below.sentence.startswith("linear 30.0% on frozen features, 36.0% on raw pixels: raise ")
   used = {"collapse/used": 0.049, "collapse/used_random": 0.5}
   assert "4.9% are used; random ones on the same embeddings: 50.0%" in judge(used).sentence
 

@@ -35,6 +35,15 @@ def test_a_run_is_judged_by_all_it_has_measured_and_since_when(tmp_path):
   assert record.verdict(tmp_path) is None
 
 
+def test_what_the_end_of_a_shorter_run_was_is_no_verdict_on_the_extended_one(tmp_path):
+  floors = {"floor/knn_untrained": 0.2, "floor/linear_pixels": 0.5}
+  look = {"probe/knn": 0.4, "collapse/rankme": 30.0}
+  end = {"step": 500, **look, "probe/linear_fitted": 0.4}
+  records = [{"step": 0, **floors}, end]
+  assert _run(tmp_path, records).verdict.label == "worse than raw pixels"
+  assert _run(tmp_path, [*records, {"step": 900, **look}]).verdict.label == "ok"
+
+
 def test_a_run_that_ended_in_nan_says_what(tmp_path):
   records = [
     {"step": 100, "train/loss": 3.0},
