@@ -5,6 +5,7 @@ import atexit
 import difflib
 import errno
 import logging
+import math
 import os
 import re
 import select
@@ -31,7 +32,34 @@ class _Parser(argparse.ArgumentParser):
       name = argument.partition("=")[0]
       if name.startswith("--") and name not in flags and (near := nearest(name, flags)):
         self.error(f"there is no flag {argument}: did you mean {near}?")
+    if word := self._stray(sys.argv[1:] if args is None else args):
+      meant = " or ".join(f"{flag}={word}" for flag in self._named())
+      self.error(f"{word} stands alone: did you mean {meant}?")
     return super().parse_known_args(args, namespace)
+
+  def _named(self) -> list[str]:
+    """The flags of what a word alone probably is."""
+    known = [option for action in self._actions for option in action.option_strings]
+    return [flag for flag in ("--config", "--workdir") if flag in known]
+
+  def _stray(self, args: Sequence[str]) -> str | None:
+    """The first word that belongs to no flag, where it may be meant for one that is not given."""
+    takes = {option: a.nargs for a in self._actions for option in a.option_strings}
+    given = {argument.partition("=")[0] for argument in args}
+    named = self._named()
+    positional = any(not a.option_strings for a in self._actions)
+    if positional or not named or given & {"--", "--help", "-h", *named}:
+      return None
+    left: float = 0  # words that belong to the flag before
+    for argument in args:
+      if argument.startswith("-"):
+        number = takes.get(argument, 0)  # None: one word; "=" has its own
+        left = 1 if number is None else number if isinstance(number, int) else math.inf
+      elif left:
+        left -= 1
+      else:
+        return argument
+    return None
 
   def error(self, message: str) -> NoReturn:
     raise errors.UserError(f"{message}; {self.prog} --help shows what there is")

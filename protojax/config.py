@@ -277,7 +277,8 @@ def switch_method(config: ml_collections.ConfigDict, name: str) -> None:
         config.method[key] = fresh[key]
 
 
-_ELSEWHERE = {  # what other programs call it
+_ELSEWHERE = {  # what other programs call it, and the likelier of two
+  "lr": "optim.lr",
   "batch": "batch_size",
   "epochs": "num_epochs",
   "learning_rate": "optim.lr",
@@ -287,6 +288,26 @@ _ELSEWHERE = {  # what other programs call it
   "optim.wd": "optim.weight_decay",
   "wd": "optim.weight_decay",
 }
+
+
+def key_named(name: str, config: ml_collections.ConfigDict) -> str | None:
+  """The one key that was surely meant by another name, or None.
+
+  >>> config = default("dino")
+  >>> [key_named(name, config) for name in ("epochs", "method.teacher_momentum", "patch_size", "k")]
+  ['num_epochs', 'teacher.momentum', 'model.patch_size', 'probe.k']
+
+  Args:
+    name: "lr", "teacher_momentum", "num_steps": what another program calls it, the key without its
+      section, or with another one, or with "_" for its dot.
+    config: whose keys there are.
+  """
+  keys, leaf = list(trees.flat(config)), name.rpartition(".")[2]
+  if name in keys or name in _ELSEWHERE:
+    return name if name in keys else _ELSEWHERE[name]
+  whole = [key for key in keys if key.replace(".", "_") in (name.replace(".", "_"), leaf)]
+  found = whole or [key for key in keys if key.rpartition(".")[2] == leaf]
+  return found[0] if len(found) == 1 else None
 
 
 def check_keys(overrides: Sequence[str], config: ml_collections.ConfigDict) -> None:
@@ -301,7 +322,7 @@ def check_keys(overrides: Sequence[str], config: ml_collections.ConfigDict) -> N
   known = trees.flat(config)
   for key in overrides:
     if key not in known and not any(k.startswith(key + ".") for k in known):
-      near = [_ELSEWHERE[key]] if key in _ELSEWHERE else []
+      near = [named] if (named := key_named(key, config)) else []
       near = near or difflib.get_close_matches(key, known, 1, 0.4)
       hint = f"did you mean config.{near[0]}?" if near else "see protojax/config.py for all keys"
       raise errors.UserError(f"unknown config key config.{key}: {hint}")
@@ -327,7 +348,7 @@ def resolve(config: ml_collections.ConfigDict, num_records: int) -> ml_collectio
       the source.
   """
   config = config.copy_and_resolve_references()
-  _check_positive(config)
+  check(config)
   with config.unlocked(), config.ignore_type():
     _resolve_channels(config)
     # What --config.method.name=... brought in after the recipe was made.
@@ -454,9 +475,22 @@ def _resolve_sizes(config: ml_collections.ConfigDict) -> None:
     )
 
 
-def _check_positive(config: ml_collections.ConfigDict) -> None:
-  """Refuses counts below one before anything divides by them."""
+def check(config: ml_collections.ConfigDict) -> None:
+  """Refuses numbers that no run can have, before its images are looked for.
+
+  Args:
+    config: of a recipe, resolved or not.
+
+  Raises:
+    UserError: for a number that is not finite, a count below one, a negative setting of `optim`, or
+      a run without a length.
+  """
   known = trees.flat(config)
+  for key, value in known.items():
+    if isinstance(value, float) and not math.isfinite(value):
+      raise errors.UserError(f"{key}={value} must be a finite number: set config.{key}")
+    if key.startswith("optim.") and isinstance(value, int | float) and value < 0:
+      raise errors.UserError(f"{key}={value} must not be negative: set config.{key}")
   for key in (
     "batch_size",
     "accum_steps",
@@ -477,6 +511,10 @@ def _check_positive(config: ml_collections.ConfigDict) -> None:
     )
   if config.num_steps < 0 or config.num_epochs < 0:
     raise errors.UserError("num_steps and num_epochs must not be negative")
+  if not config.num_steps and not config.num_epochs:
+    raise errors.UserError(
+      "num_steps=0 and num_epochs=0: the run has no length; set one of the two above 0"
+    )
 
 
 def debug(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

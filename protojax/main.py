@@ -69,7 +69,17 @@ def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, argparse.Name
   of_recipe = help_wanted and any(a.startswith("--config") for a in others)
   if of_recipe:
     others = [a for a in others if a not in ("--help", "-h")]
-  args = _parser(list_recipes=help_wanted).parse_args(others)
+  parser = _parser(list_recipes=help_wanted)
+  flags = {option for action in parser._actions for option in action.option_strings}
+  for argument in others:
+    flag, equals, value = argument.partition("=")
+    if flag.startswith("--") and flag not in flags:
+      key = configs.key_named(flag.removeprefix("--"), configs.default())
+      if key:
+        raise errors.UserError(
+          f"there is no flag {argument}: did you mean --config.{key}{equals}{value}?"
+        )
+  args = parser.parse_args(others)
   for name in ("config", *["workdir"] * (not of_recipe)):
     if not getattr(args, name):
       raise errors.UserError(

@@ -10,6 +10,14 @@ from protojax import config as configs
 from protojax import errors, recipes, trees
 
 
+# What Python and absl say of a value that is no such thing.
+_WANTED = {
+  "invalid literal for int()": "a whole number, such as 100,",
+  "could not convert string to float": "a number, such as 0.1,",
+  "('Non-boolean argument": "True or False",
+}
+
+
 def split(argv: Sequence[str]) -> tuple[list[tuple[str, str | None]], list[str]]:
   """([(key, value)] of the --config.KEY=VALUE and --config.KEY VALUE, all other arguments)."""
   changes, others, rest = [], [], list(argv)
@@ -66,4 +74,9 @@ def _change(config: ml_collections.ConfigDict, changes: list[tuple[str, str | No
   try:
     values(own)
   except (flags.Error, TypeError, ValueError, AttributeError, KeyError) as error:
-    raise errors.UserError(" ".join(str(error).split())) from None
+    said = " ".join(str(error).split())
+    for words, wanted in _WANTED.items():
+      flag, found, _ = said.removeprefix("flag ").partition(f": {words}")
+      if found:
+        said = f"{flag}: {wanted} is wanted"
+    raise errors.UserError(said) from None

@@ -211,6 +211,29 @@ def test_a_mistyped_flag_of_a_verb_is_answered_with_the_nearest(argv, line):
   assert line in str(caught.value) and "required" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+  ("argv", "word"),
+  [
+    (["own"], "own"),
+    (["--limit", "3", "own"], "own"),
+    (["--limit=3", "--pair", "a", "b", "--quick", "own"], "own"),
+    (["--limit", "3", "--pair", "a", "b"], None),
+    (["--workdir", "own"], None),
+  ],
+)
+def test_a_word_alone_is_answered_with_the_flag_that_it_wants(argv, word):
+  parser = cli.parser("evaluate", "Measures.")
+  parser.add_argument("--workdir")
+  parser.add_argument("--limit")
+  parser.add_argument("--pair", nargs=2)
+  parser.add_argument("--quick", action="store_true")
+  if word is None:
+    parser.parse_args(argv)
+    return
+  with pytest.raises(errors.UserError, match=r"^own stands alone: did you mean --workdir=own\?;"):
+    parser.parse_args(argv)
+
+
 def test_other_libraries_notes_about_themselves_are_not_shown_and_their_warnings_are(
   capsys, monkeypatch
 ):

@@ -170,7 +170,14 @@ def test_a_warm_up_that_fills_a_shortened_run_is_told(steps, words, caplog):
 
 @pytest.mark.parametrize(
   ("typed", "meant"),
-  [("optim.learning_rate", "optim.lr"), ("wd", "optim.weight_decay"), ("probe.batch", "probe")],
+  [
+    ("optim.learning_rate", "optim.lr"),
+    ("wd", "optim.weight_decay"),
+    ("probe.batch", "probe"),
+    ("lr", "optim.lr"),
+    ("method.teacher_momentum", "teacher.momentum"),
+    ("optim.epochs", "num_epochs"),
+  ],
 )
 def test_names_of_other_programs_are_understood(typed, meant):
   with pytest.raises(errors.UserError, match=rf"did you mean config.{meant}"):

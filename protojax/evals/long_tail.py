@@ -72,8 +72,8 @@ def allocation(
 
   Returns:
     {"used_many": share of the prototypes that have images, "unique_many": share of the unique ones
-    that have some, alone or through their copies, ...}; the three shares of each sum to 1. Of
-    equally frequent classes the lowest is the majority.
+    that have some, alone or through their copies, ...}; the shares of each sum to 1, a split
+    without classes has none. Of equally frequent classes the lowest is the majority.
   """
   owner = np.asarray(collapse.cover(prototypes, (threshold,))[0])
   split_of = np.full(num_classes, -1)
@@ -85,7 +85,8 @@ def allocation(
     majority, _ = purity.majority(group[there], labels[there], len(prototypes))
     serving = split_of[majority[majority >= 0]]
     served = np.bincount(serving, minlength=len(SPLITS)) / serving.size
-    out |= {f"{kind}_{name}": float(n) for name, n in zip(SPLITS, served, strict=True)}
+    named = zip(SPLITS, served, strict=True)
+    out |= {f"{kind}_{name}": float(n) for name, n in named if parts[name].size}
   return out
 
 
@@ -128,5 +129,6 @@ def evaluate(
     out |= {f"{name}_{k}": v for k, v in accuracies(found, query_labels, parts).items()}
   for name, classes in parts.items():
     out[f"classes_{name}"] = int(classes.size)
-    out[f"images_{name}"] = float(np.isin(bank_labels, classes).mean())
+    if classes.size:
+      out[f"images_{name}"] = float(np.isin(bank_labels, classes).mean())
   return out

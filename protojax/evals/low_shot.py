@@ -109,6 +109,6 @@ def evaluate(
         found.append(np.mean(linear.predict(classifier, queries) == query_labels))
         line.step()
       out[f"{name}_mean"] = float(np.mean(found))
-      out[f"{name}_std"] = float(np.std(found, ddof=1))
+      out[f"{name}_std"] = float(np.std(found, ddof=1)) if np.ptp(found) else 0.0
       out[f"{name}_images"] = int(rows.size)
   return out

@@ -15,7 +15,7 @@ from protojax import errors, files, progress
 from protojax.data import pipeline, sources
 from protojax.metrics import measures as table
 from protojax.metrics import verdicts
-from protojax.training import metric_writer, optim, wandb_run, workdir
+from protojax.training import metric_writer, opening, optim, wandb_run, workdir
 
 _COLUMNS = 80
 
@@ -102,7 +102,7 @@ class RunLog:
       other = f", saved on {devices} devices and now on {here}: equal to rounding, not to the bit"
     self._writer.line(f"resumed at step {step}{other}")
     if floors := _beside(self.result, "k-NN ", "knn"):
-      self._writer.line(f"floors    {floors}")
+      self._writer.line(f"{'floors':<{opening.INDENT}}{floors}")
 
   def flush(self) -> None:
     """Handles the metrics that are still on the device."""
@@ -167,7 +167,7 @@ class RunLog:
       return
     self.result |= values
     self._writer.write(0, values)
-    self._writer.line(f"floors    {_beside(values, 'k-NN ', 'knn')}")
+    self._writer.line(f"{'floors':<{opening.INDENT}}{_beside(values, 'k-NN ', 'knn')}")
 
   def measures(self, done: int, values: dict[str, float]) -> None:
     """Writes collapse measures and accuracies of the state after `done` updates, and says them."""
@@ -286,6 +286,8 @@ def log_line(
   speed, chance = measures.get("time/img_per_s"), measures.get("train/ln_k")
   cross_entropy = measures.get("train/cross_entropy")
   at_chance = "loss" if cross_entropy is None else "CE"  # what would be ln K
+  size = config.method.get("partition_size")  # CARP's K is that of a block
+  of = f"ln of a block's {size}:" if size else "ln K"
   eta = (config.num_steps - step) / pace if pace else None
   parts = [f"step {step}/{config.num_steps}"]
   for name, value, form in (
@@ -300,7 +302,7 @@ def log_line(
   ):
     if value is not None:
       known = name == at_chance and chance is not None
-      parts.append(f"{name} {value:{form}}" + (f" (ln K {chance:.2f})" if known else ""))
+      parts.append(f"{name} {value:{form}}" + (f" ({of} {chance:.2f})" if known else ""))
   if verdict is not None:  # beside a number, where a line is folded
     parts[-1] += f"  [{verdict.label}]"
   lines = [parts[0]]

@@ -57,6 +57,7 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
     KeyboardInterrupt: on a Ctrl-C before or after the steps; it says so where all are saved.
   """
   started = time.time()
+  configs.check(config)
   config = data_settings.recalled(config, workdir)
   train_source, bank, test = datasets.of_run(config)
   config = configs.resolve(config, len(train_source))

@@ -11,7 +11,7 @@ from protojax.data import sources
 from protojax.models import encoder as encoders
 from protojax.training import optim, programs, train_step
 
-_WIDTH, _INDENT = 80, 12
+_WIDTH, INDENT = 80, 12  # columns of a line, and of the word before its text
 
 
 def lines(
@@ -94,8 +94,8 @@ def _wrapped(name: str, text: str) -> list[str]:
   return textwrap.wrap(
     text,
     _WIDTH,
-    initial_indent=f"{name:<{_INDENT}}",
-    subsequent_indent=" " * _INDENT,
+    initial_indent=f"{name:<{INDENT}}",
+    subsequent_indent=" " * INDENT,
     break_long_words=False,
     break_on_hyphens=False,
   )

@@ -142,6 +142,7 @@ def test_what_was_found_and_what_was_left_out_is_one_line(tmp_path, caplog):
   (tmp_path / "dog" / "linked").symlink_to(tmp_path / "cat")  # no circle: twice, but finite
   caplog.set_level("INFO")
   source = sources.build("folder", split="train", data_dir=tmp_path)
+  sources.build("folder", split="train", data_dir=tmp_path)  # is not told again
   assert len(source) == 5 and source.class_names == ("cat", "dog")
   (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("folder")]
   found = "5 images (4 .jpg, 1 .png), 2 classes, its folders: cat, dog; left out: "

@@ -72,3 +72,4 @@ def test_of_equally_frequent_classes_the_lowest_is_the_majority():
     np.zeros(4, int), np.array([1, 0, 0, 1]), np.eye(2), parts, num_classes=2
   )
   assert got["used_medium"] == got["unique_medium"] == 1.0
+  assert "used_few" not in got and "unique_few" not in got  # of no class there is no share

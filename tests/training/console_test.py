@@ -122,6 +122,13 @@ def test_log_line_is_the_documented_one():
   assert last == "  knn 71.2%  [little learned yet]"
 
 
+def test_the_chance_of_carp_is_that_of_a_block():
+  config = configs.default("carp")
+  config.method.partition_size = 64
+  line = console.log_line(1, {"train/loss": 4.2, "train/ln_k": 4.1589}, config=config)
+  assert "loss 4.20 (ln of a block's 64: 4.16)" in line
+
+
 def test_log_line_leaves_out_what_was_not_measured():
   measures = {"train/loss": 1.5, "probe/knn": None, "collapse/used_sample": 0.25}
   line = _line(3, measures, label="warming up")
@@ -148,7 +155,7 @@ def test_summary_sets_accuracies_beside_what_there_is_without_training(tmp_path)
     log.floors(_FLOORS)
     log.summary(result, bank=range(64))
   text = "\n".join(_said(tmp_path))
-  assert text.startswith("floors    k-NN raw pixels 97.7%, k-NN untrained 43.4%\n")
+  assert text.startswith("floors      k-NN raw pixels 97.7%, k-NN untrained 43.4%\n")
   assert "\nk-NN      62.0% (raw pixels 97.7%, untrained 43.4%); k=20" in text
   assert "of the 1442 bank and 355 test images of the floors: 61.0%" in text
   assert "\nlinear    92.4% (raw pixels 97.5%); fitted" in text
@@ -228,4 +235,4 @@ def test_a_run_that_goes_on_says_so_with_its_floors(tmp_path, devices, told):
     log.resumed(10, devices)  # eight are here
   *_, resumed, floors = _said(tmp_path)
   assert resumed.startswith("resumed at step 10") and ("saved on 2 devices" in resumed) == told
-  assert floors.startswith("floors    k-NN raw pixels 97.7%")
+  assert floors.startswith("floors      k-NN raw pixels 97.7%")

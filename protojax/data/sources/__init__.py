@@ -5,7 +5,9 @@ below. Without a fork, `data.name=my_package.my_source` takes any module that is
 such a function.
 """
 
+import difflib
 import os
+import pathlib
 import re
 import traceback
 import types
@@ -101,6 +103,9 @@ def build(
   elif re.fullmatch(_MODULE, name):
     source = _of_module(name, split, data_dir, channels)
   else:
+    near = difflib.get_close_matches(name, KINDS, 1, 0.7)
+    if near and not (data_dir and (pathlib.Path(data_dir).expanduser() / name).is_dir()):
+      raise errors.UserError(f"data.name={name!r} is unknown: did you mean {near[0]}?")
     source = tfds.build(name, split, data_dir)
   source.channels = channels
   source.value_range = measured_range(source) if value_range is None else value_range

@@ -23,6 +23,12 @@ _TRAIN = ("train", "training")
 HELD_OUT = ("val", "validation", "valid", "test", "testing")
 
 
+@functools.cache
+def _tell(said: str) -> None:
+  """Logs what was found in a folder, once: a report looks at the same one several times."""
+  logging.info("%s", said)
+
+
 def build(split: str | None, data_dir: str | os.PathLike | None) -> source.Source:
   """The images below `data_dir/split`, or below `data_dir` where it is not divided into splits.
 
@@ -59,13 +65,14 @@ def build(split: str | None, data_dir: str | os.PathLike | None) -> source.Sourc
   paths.sort()
   classes, labels = _classes(paths)
   counts = collections.Counter(map(_extension, paths))
-  logging.info(
-    "folder %s: %s images (%s), %s; left out: %s",
-    root,
-    f"{len(paths):,}",
-    ", ".join(f"{n:,} {extension}" for extension, n in counts.most_common()),
-    f"{len(classes):,} classes, its folders: {source.listed(classes)}" if classes else "no classes",
-    _counts(left) or "nothing",
+  _tell(
+    f"folder {root}: {len(paths):,} images ("
+    + ", ".join(f"{n:,} {extension}" for extension, n in counts.most_common())
+    + "), "
+    + (
+      f"{len(classes):,} classes, its folders: {source.listed(classes)}" if classes else "no classes"
+    )
+    + f"; left out: {_counts(left) or 'nothing'}"
   )
   paths = [os.path.join(root, p) for p in paths]
   read = functools.partial(source.read_items, paths, labels)
