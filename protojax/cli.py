@@ -194,7 +194,7 @@ def guarded(call: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> Any:
   """Runs `call(argv)`; a user's mistake becomes one line and status 2.
 
   A run that was asked to stop ends with 143 (SIGTERM), 129 (SIGHUP) or 130 (Ctrl-C), as shells have
-  it; a program whose reader is gone, as of `protojax doctor ... | head -1`, without a word with 141.
+  it; a program whose reader is gone, as of `protojax doctor ... | head -1`, without a word and 141.
   """
   global _interrupted
   _hush()

@@ -9,7 +9,6 @@ from ml_collections import config_flags
 from protojax import config as configs
 from protojax import errors, recipes, trees
 
-
 # What Python and absl say of a value that is no such thing.
 _WANTED = {
   "invalid literal for int()": "a whole number, such as 100,",

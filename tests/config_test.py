@@ -176,7 +176,6 @@ def test_a_warm_up_that_fills_a_shortened_run_is_told(steps, words, caplog):
     ("probe.batch", "probe"),
     ("lr", "optim.lr"),
     ("method.teacher_momentum", "teacher.momentum"),
-    ("optim.epochs", "num_epochs"),
   ],
 )
 def test_names_of_other_programs_are_understood(typed, meant):

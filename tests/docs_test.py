@@ -271,7 +271,9 @@ def test_every_published_ok_is_well_above_its_untrained_net():
   }
   ok += [row | floor for row in rows.values() if row.get("verdict") == "ok"]
   for row in (*ok, *quickstart.published()["rows"]["decoupled"]):
-    known = {k: v for k, v in row.items() if k.startswith(("floor/", "probe/knn", "probe/linear_f"))}
+    known = {
+      k: v for k, v in row.items() if k.startswith(("floor/", "probe/knn", "probe/linear_f"))
+    }
     known |= {"collapse/rankme": 20.0}
     assert verdicts.judge(known, num_prototypes=0, step=None).label == "ok"
   assert len(ok) == 20

@@ -4,11 +4,12 @@ import html.parser
 import json
 import re
 
+import matplotlib.figure
 import numpy as np
 import pytest
 
 from protojax import cli, errors, report
-from protojax.reports import charts, gallery, numbers, of_run, page, style
+from protojax.reports import charts, gallery, numbers, of_run, page, picture, style
 from protojax.reports import record as records
 
 _VOID = {"meta", "img", "br"}
@@ -259,6 +260,34 @@ def test_unfinished_run_shows_its_latest_metrics(tmp_path):
   assert "Unfinished" in parsed.text and "of step 50" in parsed.text
   assert "step 50" not in parsed.text.replace("of step 50", "")
   assert "are written when a run ends" in parsed.text
+
+
+def test_ln_k_of_carp_is_told_to_be_that_of_a_block(tmp_path):
+  for method, told in ({"partition_size": 64}, "; K: the 64 prototypes of a block"), ({}, ""):
+    config = _CONFIG | {"method": _CONFIG["method"] | method}
+    run = _run(tmp_path / f"run{len(told)}", config=config)
+    text = _page(run)[0].text
+    assert f"the largest entropy of a target{told}" in text and ("of a block" in text) == bool(told)
+
+
+def test_the_picture_of_few_steps_has_whole_steps_on_its_axes(tmp_path, monkeypatch):
+  drawn, savefig = [], matplotlib.figure.Figure.savefig
+
+  def keep(figure, *args, **options):
+    drawn.append(figure)
+    savefig(figure, *args, **options)
+
+  monkeypatch.setattr(matplotlib.figure.Figure, "savefig", keep)
+  lines = [{"step": 1, "train/loss": 3.0}]
+  lines += [{"step": 3, "train/loss": 2.9, "collapse/unique_0.25": 1.0, "collapse/unique_0.5": 0.9}]
+  folder = _run(tmp_path / "run", lines, {"step": 3}, _CONFIG | {"num_steps": 3})
+  picture.draw(records.read([folder])[0])
+  for axis in drawn[0].axes[:3]:
+    low, high = axis.get_xlim()
+    shown = [tick for tick in axis.get_xticks() if low <= tick <= high]
+    assert low == 0 and 3 < high < 4 and shown == [0, 1, 2, 3]
+  points = {line.get_marker() for line in drawn[0].axes[1].lines if len(line.get_xdata()) == 1}
+  assert len(points) == 2  # told apart
 
 
 def test_numbers_of_an_earlier_step_say_it(tmp_path):

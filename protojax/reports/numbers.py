@@ -249,7 +249,7 @@ def evaluations(runs: Sequence[records.Record]) -> str:
 
 
 def _of_steps(runs: Sequence[records.Record], file: str) -> str:
-  """ ", of step 150": which state was measured; it may be another than that of the other numbers."""
+  """ ", of step 150": which state was measured; the other numbers may be of another."""
   steps = {}
   for run in runs:
     protocol = run.results.get(file, {}).get("protocol", {})

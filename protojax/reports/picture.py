@@ -4,6 +4,7 @@ import pathlib
 
 import matplotlib.figure
 import numpy as np
+from matplotlib import ticker
 
 from protojax import files
 from protojax.reports import record
@@ -34,14 +35,14 @@ def draw(run: record.Record) -> pathlib.Path:
   axis.legend(frameon=False)
 
   axis = axes[0, 1]
-  for key, label, style in (
-    ("collapse/unique_0.025", "unique at .025", "-"),
-    ("collapse/unique_0.25", "unique at .25", "--"),
-    ("collapse/unique_0.5", "unique at .5", ":"),
-    ("collapse/used_sample", "used by the sample", "-."),
+  for key, label, style, point in (
+    ("collapse/unique_0.025", "unique at .025", "-", "o"),
+    ("collapse/unique_0.25", "unique at .25", "--", "s"),
+    ("collapse/unique_0.5", "unique at .5", ":", "^"),
+    ("collapse/used_sample", "used by the sample", "-.", "x"),
   ):
     step, value = run.curve(key)
-    marker = "o" if len(step) == 1 else ""  # a line of one point is none
+    marker = point if len(step) == 1 else ""  # a line of one point is none
     axis.plot(step, 100 * value, style, marker=marker, color=_INK, label=label)
   axis.set(title="Prototypes, % of K", xlabel="step", ylim=(-3, 103))
   axis.legend(frameon=False, fontsize="small")
@@ -62,11 +63,14 @@ def draw(run: record.Record) -> pathlib.Path:
     for value in run.curve(key)[1][-1:]:
       axis.axhline(100 * value, color=_MUTED, linestyle=style, label=label)
   axis.set(title="Accuracy on the test images, %", xlabel="step")
-  axis.set_xlim(left=0)
   if any(len(line.get_xdata()) for line in axis.lines):
     axis.legend(frameon=False)
   else:
     axis.text(0.5, 0.5, "no labelled images", transform=axis.transAxes, ha="center", color=_MUTED)
+
+  for axis in axes[0]:  # the same steps, whole ones, however few
+    axis.set_xlim(0, 1.03 * max(run.step, 1))
+    axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
 
   axis = axes[1, 0]
   if "nearest" in arrays:

@@ -203,6 +203,8 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
       if report is not None:
         report(folder, program, state, arrays, bank=bank, train=train_source)
     except KeyboardInterrupt:
-      raise KeyboardInterrupt(f"interrupted after step {config.num_steps}{errors.TRAINED}") from None
+      raise KeyboardInterrupt(
+        f"interrupted after step {config.num_steps}{errors.TRAINED}"
+      ) from None
     log.summary(result, bank=bank)
   return result

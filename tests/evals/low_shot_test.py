@@ -58,6 +58,17 @@ def test_accuracies_are_scikit_learns_over_the_same_draws():
   assert got["2_per_class_std"] > 0.0
 
 
+def test_draws_that_are_alike_have_no_deviation_of_rounding(monkeypatch):
+  """Three times .1 is .30000000000000004, a third of it .10000000000000002."""
+  x, y, test_x, test_y = (rows[:100] for rows in _digits())
+  one_right = np.where(np.arange(10) == 0, test_y[:10], test_y[:10] + 1)
+  monkeypatch.setattr(linear, "predict", lambda *_: one_right)
+  got = low_shot.evaluate(
+    x, y, test_x[:10], test_y[:10], num_classes=10, shares=(), per_class=(2,), seeds=(0, 1, 2)
+  )
+  assert (got["2_per_class_mean"], got["2_per_class_std"]) == (pytest.approx(0.1), 0.0)
+
+
 def test_subset_takes_its_share_of_every_class_and_one_at_least():
   labels = np.repeat([0, 1, 2, 5], [1000, 200, 30, 7])
   rows = low_shot.subset(labels, seed=0, share=0.01)

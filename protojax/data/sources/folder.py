@@ -70,7 +70,9 @@ def build(split: str | None, data_dir: str | os.PathLike | None) -> source.Sourc
     + ", ".join(f"{n:,} {extension}" for extension, n in counts.most_common())
     + "), "
     + (
-      f"{len(classes):,} classes, its folders: {source.listed(classes)}" if classes else "no classes"
+      f"{len(classes):,} classes, its folders: {source.listed(classes)}"
+      if classes
+      else "no classes"
     )
     + f"; left out: {_counts(left) or 'nothing'}"
   )
