@@ -325,7 +325,7 @@ def _masked(stream: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, np.nd
 
 
 def _start_worker(index: int, count: int) -> None:
-  """A Ctrl-C or hang-up is for the whole group; the main process needs its data to stop in order."""
+  """Ctrl-C and a hang-up reach the whole group; the main process needs data to stop in order."""
   del index, count
   for number in (signal.SIGINT, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)

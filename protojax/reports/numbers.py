@@ -51,7 +51,12 @@ _FLOORS = (
 )
 _TRAINING = (
   ("train/loss", "Loss", "", "training, mean of the last {log_every} steps"),
-  ("train/ln_k", "ln K", "", "loss of uniform predictions, and the largest entropy of a target{k}"),
+  (
+    "train/ln_k",
+    "ln K",
+    "",
+    "loss of uniform predictions, and the largest entropy of a target{block}",
+  ),
   (
     "train/target_entropy",
     "Entropy of the targets",
@@ -197,15 +202,14 @@ def _value(run: records.Record, key: str) -> tuple[float | None, str]:
 
 def _facts(run: records.Record, key: str) -> _Facts:
   """What the texts of the number at `key` have in braces."""
-  facts = _Facts({"k": ""} if key == "train/ln_k" else {})
+  facts = _Facts(block="")
   try:
     config = run.config
     probe = config.probe
     facts |= {"images": f"{config.monitor.images:,}", "log_every": str(config.log_every)}
     facts |= {"k": probe.k, "temperature": probe.temperature}
-    if key == "train/ln_k":  # where K is not the number of all prototypes
-      size = config.method.get("partition_size")
-      facts["k"] = f"; K: the {size} prototypes of a block" if size else ""
+    if size := config.method.get("partition_size"):  # K is not the number of all prototypes
+      facts["block"] = f"; K: the {size} prototypes of a block"
     facts["bank"], facts["test"] = (
       f"{probe.name}/{split}" for split in (probe.train_split, probe.test_split)
     )
