@@ -93,6 +93,80 @@ def test_a_lone_matrix_is_not_judged_before_somebody_says_what_it_is(tmp_path, c
       doctor.main([str(tmp_path / path), *flags])
 
 
+def test_prototypes_found_by_name_are_transposed_too(tmp_path, collapsed, capsys):
+  """Stored [D, K], as nothing but the number of rows hints."""
+  path = tmp_path / "turned.safetensors"
+  turned = np.ascontiguousarray(collapsed.T.astype(np.float32))
+  safetensors.numpy.save_file({"module.prototypes.weight": turned}, path)
+  (one,) = _examined(tmp_path, path, "--transpose")["sets"].values()
+  assert (one["num"], one["dim"], one["unique"]["unique"][0]) == (300, 32, 30)
+  assert "leave --transpose" not in capsys.readouterr().out
+  doctor.main([str(path)])
+  said = " ".join(capsys.readouterr().out.split())
+  assert "fewer rows than columns, 32 and 300: if they are stored [D, K], give --transpose" in said
+  assert "transpose=True" in str(api.diagnose(path))
+  with pytest.raises(errors.UserError, match="data and transpose=True"):
+    doctor.main([str(path), "--transpose", "--data=digits"])
+
+
+def test_what_shows_that_prototypes_lie_the_other_way_round_refuses_them(tmp_path, collapsed):
+  """The head ends in 32 dimensions, or there are 300 gains, or embeddings of 32 dimensions."""
+  turned = np.ascontiguousarray(collapsed.T.astype(np.float32))
+  sides = {0: 64, 3: 32}
+  swav = {f"projection_head.{i}.weight": np.ones((n, 64), np.float32) for i, n in sides.items()}
+  dino = {"head.last_layer.weight_g": np.ones((300, 1), np.float32)}
+  path = tmp_path / "file.safetensors"
+  for arrays, flags, why in (
+    (swav | {"prototypes.weight": turned}, [], "the head before it ends in 32 dimensions"),
+    (dino | {"head.last_layer.weight_v": turned}, [], "300 gains lie beside it, one a prototype"),
+    ({"prototypes.weight": turned}, ["--embeddings=z.npy"], "the embeddings have 32 dimensions"),
+  ):
+    safetensors.numpy.save_file(arrays, path)
+    np.save(tmp_path / "z.npy", collapsed[:9])
+    flags = [flag.replace("z.npy", str(tmp_path / "z.npy")) for flag in flags]
+    with pytest.raises(errors.UserError, match=rf"{why}: it is stored \[D, K\]: give transpose"):
+      doctor.main([str(path), *flags])
+    (one,) = _examined(tmp_path, path, "--transpose", *flags)["sets"].values()
+    assert (one["num"], one["unique"]["unique"][0]) == (300, 30)
+  safetensors.numpy.save_file(swav | {"prototypes.weight": collapsed.astype(np.float32)}, path)
+  with pytest.raises(errors.UserError, match=r"stored \[K, D\]: leave transpose=True out"):
+    doctor.main([str(path), "--transpose"])
+
+
+def test_few_prototypes_behind_a_head_that_fits_raise_no_doubt(tmp_path, capsys):
+  arrays = {"projection_head.weight": np.ones((32, 64), np.float32)}
+  arrays["prototypes.weight"] = _RNG.normal(size=(8, 32)).astype(np.float32)
+  safetensors.numpy.save_file(arrays, tmp_path / "few.safetensors")
+  doctor.main([str(tmp_path / "few.safetensors")])
+  assert "--transpose" not in capsys.readouterr().out
+  backbone = {"cls_token": np.ones((1, 1, 32), np.float32)}
+  backbone["prototypes.weight"] = _RNG.normal(size=(32, 8)).astype(np.float32)
+  safetensors.numpy.save_file(backbone, tmp_path / "no_head.safetensors")
+  doctor.main([str(tmp_path / "no_head.safetensors")])
+  assert "as many rows, 32, as the backbone has dimensions" in capsys.readouterr().out
+
+
+def test_rows_that_are_not_finite_are_the_verdict(tmp_path, collapsed, capsys):
+  np.save(tmp_path / "nan.npy", np.full((40, 8), np.nan))
+  np.save(tmp_path / "one.npy", np.where(np.arange(300)[:, None] == 7, np.inf, collapsed))
+  for name, flags, count in (
+    ("nan.npy", [], "40 of 40"),
+    ("nan.npy", ["--rows=prototypes"], "40 of 40"),
+    ("one.npy", ["--rows=prototypes"], "1 of 300"),
+  ):
+    doctor.main([str(tmp_path / name), *flags])
+    bullets = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  - ")]
+    assert bullets[0].startswith(f"  - non-finite: {count} rows are not finite")
+  assert api.diagnose(tmp_path / "nan.npy").verdict.label == "non-finite"
+
+
+def test_a_file_that_is_no_checkpoint_is_called_that(tmp_path):
+  for content in (bytes(range(160, 256)) * 20, b"<html>not found</html>"):
+    (tmp_path / "garbage.pth").write_bytes(content)
+    with pytest.raises(errors.UserError, match="garbage.pth is no checkpoint: called .pth, but"):
+      doctor.main([str(tmp_path / "garbage.pth")])
+
+
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory):
   """A full checkpoint of DINO as it is published, small, with an average of its own."""

@@ -182,6 +182,16 @@ def _measures(known: Mapping[str, float], **arrays) -> dict[str, float]:
   return measures.summary(known={f"collapse/{k}": v for k, v in known.items()}, **arrays)
 
 
+def not_finite(count: int, num: int) -> verdicts.Verdict:
+  """The verdict on a matrix of `num` rows, `count` of which are not finite."""
+  return verdicts.Verdict(
+    "non-finite",
+    f"{count:,} of {num:,} rows are not finite: nothing made with them means anything, and "
+    "training on will spread it; go back to a checkpoint without them",
+    True,
+  )
+
+
 def words(
   result: Mapping[str, Any],
   *,
@@ -198,7 +208,10 @@ def words(
     for_usage: what to give to see which are used.
   """
   num = result["num"]
+  lost = result["without_direction"]
   verdict = verdicts.judge(result["measures"], num_prototypes=num, prototypes=prototypes)
+  if lost["not_finite"]:
+    verdict = not_finite(lost["not_finite"], num)
   unique, random = result["unique"]["unique"], result["random"]["unique"]
   headline = result["thresholds"].index(verdicts.HEADLINE)
   count = unique[headline]
@@ -211,16 +224,14 @@ def words(
     ]
   else:
     out = [f"{verdict.label}: {verdict.sentence}"]
-  lost = result["without_direction"]
   if lost["zero"] or lost["not_finite"]:
     out.append(
       f"{lost['zero']:,} rows are zero and {lost['not_finite']:,} are not finite (first: "
-      f"{', '.join(map(str, lost['first']))}): they are no prototypes, and training on will spread "
-      "what is not finite; go back to a checkpoint without them"
+      f"{', '.join(map(str, lost['first']))}): they are no prototypes"
     )
   if "spectrum" not in result:
     few = f"fewer than two of {num:,} rows have a direction: nothing to compare"
-    return verdict, [few, *out[1:]]
+    return verdict, [*out, few] if lost["not_finite"] else [few, *out[1:]]
   if verdict.label == "partial prototype collapse":
     out.append(
       f"the effective number of clusters is about {count:,}, {num / count:.1f} prototypes to each"
