@@ -281,7 +281,7 @@ def main(argv: list[str]) -> None:
         )
     with progress.during(f"converting {args.path}"):
       lines = take_out(ours, out, args.format, overwrite=args.overwrite)
-  print("\n".join(lines))
+  print(cli.with_flags("\n".join(lines)))
 
 
 if __name__ == "__main__":

@@ -183,7 +183,8 @@ def test_images_show_which_prototypes_of_a_foreign_checkpoint_are_used(foreign, 
   usage = _examined(tmp_path, foreign, *flags)["sets"]["teacher.head.last_layer"]["usage"]
   shown = capsys.readouterr().out
   assert "images: digits/train, 100 of 1,442" in shown and "usage by 100 embeddings" in shown
-  assert "note: 1 attention heads: width / 64, the file does not say" in shown
+  assert "1 attention heads: width / 64, since no tensor tells and no config.json lies" in shown
+  assert "beside it: --heads=NUMBER says another" in shown
   assert usage["images"] == 100 and "backbone" in usage["features"]
   convert.bring_in(foreign, tmp_path / "converted")
   again = _examined(tmp_path, tmp_path / "converted", *flags)
