@@ -16,9 +16,8 @@ COLLECTIVES = (
   *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
   *("collective-permute", "collective-broadcast"),
 )
-# Copies that a TPU's compiler starts ahead, and what stands between them and what they are for.
+# Copies that a TPU's compiler starts ahead.
 _AHEAD = ("copy-start", "slice-start", "dynamic-slice-start")
-_BETWEEN = (*_AHEAD, "copy-done", "slice-done", "dynamic-slice-done", "bitcast", "tuple")
 _PASSED_ON = (
   "copy",
   "bitcast",
@@ -178,13 +177,13 @@ def _made(computation: hlo.Computation, one: hlo.Instruction) -> str:
 def _booked(module: hlo.Module, computation: hlo.Computation, one: hlo.Instruction) -> str:
   """Where JAX made what the time of an instruction is booked to.
 
-  A copy that is started ahead is booked to what it is fetched for. Of fused operations without a
-  product the root gives its name to all, and where most are the optimizer's, that is wrong: XLA
+  What the compiler made has no name: a copy that it starts ahead is booked to what it is fetched
+  for, any other copy to what is copied, and all else to what reads it. Of fused operations without
+  a product the root gives its name to all, and where most are the optimizer's, that is wrong: XLA
   fuses the teacher's average into the update of each parameter.
   """
-  if not one.op_name and one.opcode in _AHEAD and (name := _wanted_by(module, computation, one)):
-    return name
-  made = _made(computation, one)
+  made = "" if one.opcode in _AHEAD else _made(computation, one)
+  made = made or one.op_name or _wanted_by(module, computation, one) or _made(computation, one)
   if one.opcode != "fusion" or origin(made) == "optimizer":
     return made
   parts = list(_within(module, one))
@@ -196,15 +195,14 @@ def _booked(module: hlo.Module, computation: hlo.Computation, one: hlo.Instructi
 
 
 def _wanted_by(module: hlo.Module, computation: hlo.Computation, one: hlo.Instruction) -> str:
-  """The name of the first operation that reads what a nameless copy fetches; "" if none has one."""
-  for user in computation.users.get(one.name, ()):
-    between = user.opcode in _BETWEEN or user.target in traffic.FREE_CALLS
-    if between and not user.op_name:
-      name = _wanted_by(module, computation, user)
-    else:
-      name = user.op_name and _booked(module, computation, user)
-    if name:
-      return name
+  """Where JAX made the nearest named operation that a result comes to; "" if there is none."""
+  queue = [one.name]
+  for name in queue:
+    for user in computation.users.get(name, ()):
+      if user.op_name:
+        return _booked(module, computation, user)
+      if user.name not in queue:
+        queue.append(user.name)
   return ""
 
 

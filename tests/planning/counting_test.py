@@ -311,7 +311,8 @@ def test_what_the_optimizer_moves_is_booked_to_it_though_xla_fuses_and_fetches()
     "%slice-done = f32[1024]{0:S(1)} slice-done(%slice-start)",
     "%copy-start = (f32[1024]{0:S(1)}, f32[1024]{0}, u32[]{:S(2)}) copy-start(%g)",
     "%copy-done = f32[1024]{0:S(1)} copy-done(%copy-start)",
-    "ROOT %f = f32[1024]{0} fusion(%slice-done, %copy-done), kind=kLoop, calls=%fused, "
+    "%stacked = f32[1024]{0:S(1)} negate(%slice-done)",
+    "ROOT %f = f32[1024]{0} fusion(%stacked, %copy-done), kind=kLoop, calls=%fused, "
     'metadata={op_name="jit(train_step)/update/add"}',
   )
   counts = counting.count(_module(*lines, computations=_FUSED))
