@@ -383,6 +383,10 @@ def _diagnose_run(
   ]
   sets = {}
   for name, matrix in model.prototypes.items():
+    use: dict[str, float] = {}
+    if judged is not None and embeddings.get(name) is None:
+      use, said = _use_by_metrics(folder, name, model.step)
+      lines += said
     sets[name] = diagnosis.diagnose(
       matrix,
       embeddings=embeddings.get(name),
@@ -391,9 +395,29 @@ def _diagnose_run(
       cosine=True,
       made=model.config.method.prototypes,
       for_usage="data=run or " * (not exported) + "data=folder data_dir=IMAGES",
+      use=use,
     )
+    if use:
+      sets[name].result["use_by_metrics"] = use
     sets[name].result["key"] = name
   return diagnosis.joined(sets, lines=lines, result=result, verdict=verdict)
+
+
+def _use_by_metrics(
+  folder: pathlib.Path, name: str, step: int | None
+) -> tuple[dict[str, float], list[str]]:
+  """(the use of a set that the run measured at `step`, {} if then it did not; lines to show)."""
+  run = record.read([folder])[0]
+  for end, by in (("", "its labelled images"), ("_sample", "its monitor's sample")):
+    found: dict[str, dict[int, float]] = {}
+    for which in ("", "_random", "_most"):
+      steps, values = run.curve(f"collapse/{measures.tag(name)}used{end}{which}")
+      found[f"collapse/used{end}{which}"] = dict(zip(steps.tolist(), values.tolist(), strict=True))
+    if used := found[f"collapse/used{end}"]:
+      at = step if step in used else max(used)
+      line = f"  {name} used at step {at:,} by {by}: {used[at]:.1%}, by metrics.jsonl"
+      return {k: v[at] for k, v in found.items() if at == step and at in v}, [line]
+  return {}, []
 
 
 def _by_metrics(judged: record.RunVerdict) -> list[str]:

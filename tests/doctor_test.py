@@ -351,6 +351,24 @@ def test_a_run_is_judged_by_its_metrics_its_prototypes_and_its_images(run, tmp_p
   assert "are of the head's embeddings" in capsys.readouterr().out
 
 
+def test_a_run_shows_the_use_of_prototypes_that_it_has_measured(run, tmp_path, capsys):
+  """Of the checkpoint's step it is judged too, of another one only shown."""
+  folder = shutil.copytree(run, tmp_path / "run")
+  use = {"collapse/used": 0.5, "collapse/used_most": 1.0, "collapse/used_sample": 0.25}
+  lines = [{"step": 1, "train/loss": 3.5} | use, {"step": 2, "train/loss": 3.5}]
+  (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  result = _examined(tmp_path, folder)["sets"]["prototypes"]
+  shown = capsys.readouterr().out
+  assert "prototypes used at step 1 by its labelled images: 50.0%, by metrics.jsonl" in shown
+  assert "50.0% are used" in shown and "use unknown" not in shown and "cannot be seen" not in shown
+  assert result["use_by_metrics"] == {"collapse/used": 0.5, "collapse/used_most": 1.0}
+  lines = [{"step": 9, "train/loss": 3.5, "collapse/used_sample": 0.25}]
+  (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  assert "use_by_metrics" not in _examined(tmp_path, folder)["sets"]["prototypes"]
+  shown = capsys.readouterr().out
+  assert "used at step 9 by its monitor's sample: 25.0%" in shown and "cannot be seen" in shown
+
+
 def test_a_run_that_died_before_its_first_checkpoint_still_has_a_verdict(run, tmp_path, capsys):
   shutil.copy(run / "config.json", tmp_path)
   (tmp_path / "metrics.jsonl").write_text(

@@ -198,6 +198,7 @@ def words(
   cosine: bool,
   prototypes: str = "learned",
   for_usage: str = "embeddings",
+  use: Mapping[str, float] | None = None,
 ) -> tuple[verdicts.Verdict, list[str]]:
   """The verdict on `examine`'s result, and a few sentences: what it means and what to try.
 
@@ -206,10 +207,12 @@ def words(
     cosine: whether features are compared with directions only.
     prototypes: how they were made, `method.prototypes`; "learned" for other people's.
     for_usage: what to give to see which are used.
+    use: what somebody else measured of that, by the names of metrics.jsonl.
   """
   num = result["num"]
+  known = {**result["measures"], **(use or {})}
   lost = result["without_direction"]
-  verdict = verdicts.judge(result["measures"], num_prototypes=num, prototypes=prototypes)
+  verdict = verdicts.judge(known, num_prototypes=num, prototypes=prototypes)
   if lost["not_finite"]:
     verdict = not_finite(lost["not_finite"], num)
   unique, random = result["unique"]["unique"], result["random"]["unique"]
@@ -217,7 +220,7 @@ def words(
   count = unique[headline]
   well = not verdicts.is_alarm(verdict)
   if well:
-    used = result["measures"].get("collapse/used")
+    used = measures.BY_NAME["used"].value(known)
     out = [
       f"{verdict.label}: {count:,} of {num:,} prototypes are unique, random ones "
       f"{random[headline]:,}" + ("" if used is None else f"; {used:.1%} are used")
@@ -269,7 +272,7 @@ def words(
       f"the largest norm is {norm['most'] / norm['median']:.1f} times the median: such a prototype "
       "wins images by its norm; keep norms at 1 (norm_last_layer=True) or account for them (vMF)"
     )
-  if "usage" not in result:
+  if "usage" not in result and not use:
     out.append(
       f"whether they are used cannot be seen from weights: give {for_usage}; random prototypes "
       "that never moved look as unique as the best"
@@ -399,6 +402,7 @@ def diagnose(
   made: str = "learned",
   aliases: Sequence[str] = (),
   for_usage: str = "embeddings",
+  use: Mapping[str, float] | None = None,
 ) -> Diagnosis:
   """Says whether prototypes are copies of one another and, with embeddings, whether they are used.
 
@@ -420,6 +424,7 @@ def diagnose(
     made: how the prototypes were, `method.prototypes`; "learned" for other people's.
     aliases: names of other layers with the same numbers (tied heads).
     for_usage: what the reader can give to see which prototypes are used, where nothing was given.
+    use: shares that a run has measured of these very prototypes, by the names of metrics.jsonl.
 
   Raises:
     UserError: for arrays of other shapes, or embeddings that are not finite.
@@ -443,7 +448,7 @@ def diagnose(
   if features is not None:
     features = np.asarray(measures.as_array(features), np.float32)
   result = examine(weights, gain=gain, cosine=cosine, embeddings=embeddings, features=features)
-  verdict, sentences = words(result, cosine=cosine, prototypes=made, for_usage=for_usage)
+  verdict, sentences = words(result, cosine=cosine, prototypes=made, for_usage=for_usage, use=use)
   result |= {"aliases": list(aliases), "diagnosis": sentences}
   lines = _page(name, result)
   if aliases:
