@@ -187,9 +187,11 @@ def _diagnose_file(
   else:
     sets = prototype_layouts.find(arrays, which, transpose)
     layout = f"names as in {prototype_layouts.kind(arrays, sets)}"
-  if not sets and len(arrays) == 1 and (shape := next(iter(arrays.values())).shape)[2:]:
+  if not sets and len(arrays) == 1 and not matrices:
+    (only,) = arrays.values()
     raise errors.UserError(
-      f"{path} holds an array of {len(shape)} dimensions, {list(shape)}; prototypes are [K, D]"
+      f"{path} holds an array of {only.ndim} dimensions, {list(only.shape)} of {only.dtype.name}; "
+      "prototypes are [K, D] of floating point numbers"
     )
   if not sets:
     listed = ", ".join(f"{name} {list(shape)}" for name, shape in matrices[:_LISTED]) or "none"
@@ -371,8 +373,8 @@ def _diagnose_run(
   model = pretrained.load(str(folder), step=step)
   if exported and not model.prototypes:
     raise errors.UserError(
-      f"{folder} holds an encoder without prototypes: its method has none, or an older version "
-      "exported it; give the workdir of the run"
+      f"{folder} holds an encoder without prototypes: its method, or the file that was converted, "
+      "has none, or an older version exported it; give the workdir of the run or that file"
     )
   embeddings, features, told = _arrays_of_run(model, **images)
   lines += [

@@ -79,6 +79,7 @@ def test_a_lone_matrix_is_not_judged_before_somebody_says_what_it_is(tmp_path, c
   described = api.diagnose(tmp_path / "features.npy")
   assert described.verdict is None and ": give rows=prototypes to have" in described.sentences[0]
   np.save(tmp_path / "maps.npy", np.ones((3, 4, 5)))
+  np.save(tmp_path / "codes.npy", np.arange(9))
   # A name that says so, and embeddings to compare with, say enough.
   np.save(tmp_path / "prototypes.npy", collapsed)
   assert api.diagnose(tmp_path / "prototypes.npy").verdict.label == "partial prototype collapse"
@@ -87,7 +88,12 @@ def test_a_lone_matrix_is_not_judged_before_somebody_says_what_it_is(tmp_path, c
     ("features.npy", ["--rows=protos"], "rows=protos is unknown"),
     ("features.npy", ["--rows=features", "--transpose"], "leave the other arguments out"),
     ("features.npy", ["--data=digits"], "no prototypes found"),
-    ("maps.npy", [], r"holds an array of 3 dimensions, \[3, 4, 5\]; prototypes are \[K, D\]"),
+    ("maps.npy", [], r"an array of 3 dimensions, \[3, 4, 5\] of float64; prototypes are \[K, D\]"),
+    (
+      "codes.npy",
+      [],
+      r"an array of 1 dimensions, \[9\] of int64; prototypes are \[K, D\] of float",
+    ),
   ):
     with pytest.raises(errors.UserError, match=words):
       doctor.main([str(tmp_path / path), *flags])

@@ -116,7 +116,7 @@ def test_a_plan_says_its_numbers_and_all_of_it_is_json():
     "peak                       5.000  32 %",
     "products bf16 x bf16                       1 TFLOP                  5.08 ms",
     "all-reduce                           1       88 MB      16  backward: ViT/norm/mul",
-    "bound         matrix",
+    "bound         matrix: most of the step in operations whose products take longer than",
     f"{512 / planned.predicted.step:,.0f} of all at most",
     "assumed       1,000 images of 10 classes",
     "v5e: 197 TFLOP/s in bfloat16",

@@ -6,6 +6,12 @@ from typing import Any, NamedTuple
 from protojax.planning import advice, chips, compiled, counting, prediction, targets
 
 _GIB, _MIB = 2**30, 2**20
+# What most of the step is spent on; see `prediction.Prediction.bound`.
+_BOUNDS = {
+  "matrix": "most of the step in operations whose products take longer than their bytes",
+  "memory": "most of the step in operations whose bytes take longer than their products",
+  "network": "most of the step in messages that nothing runs beside",
+}
 
 
 class Plan(NamedTuple):
@@ -194,7 +200,7 @@ def _predicted(plan: Plan) -> list[str]:
   p, count = plan.predicted, len(plan.target.devices)
   size = plan.step.config.batch_size
   return [
-    f"bound         {p.bound}",
+    f"bound         {p.bound}: {_BOUNDS[p.bound]}",
     f"predicted     {1e3 * p.step:.2f} ms a step at least: {1e3 * p.work:.2f} of work (products "
     f"alone {1e3 * p.matrix:.2f}, memory alone {1e3 * p.memory:.2f}), {1e3 * p.waited:.2f} of "
     "messages",
