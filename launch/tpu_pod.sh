@@ -29,11 +29,13 @@ fi
 : "${NAME:?is the name of the TPU: NAME=my-tpu ZONE=us-east5-a PROJECT=my-project bash $0 ...}"
 : "${ZONE:?is the zone of the TPU, such as us-east5-a}"
 : "${PROJECT:?is the Google Cloud project of the TPU}"
-workdir=
+workdir= before=
 for argument in "$@"; do
   case $argument in
     --workdir=*) workdir=${argument#--workdir=} ;;
+    *) [ "$before" != --workdir ] || workdir=$argument ;;
   esac
+  before=$argument
 done
 [[ $workdir == /?* ]] ||
   die "--workdir=$workdir must be an absolute path that all hosts mount: they write one checkpoint"

@@ -2,7 +2,7 @@
 
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -10,7 +10,7 @@ import numpy as np
 
 from protojax import errors, metrics, pretrained
 from protojax.interop import importers, network, prototype_layouts, tensor_files
-from protojax.metrics import diagnosis, loss_curve
+from protojax.metrics import diagnosis, loss_curve, measures
 from protojax.reports import of_run, record
 from protojax.training import loop
 
@@ -68,7 +68,7 @@ def diagnose(
     embeddings: [N, D], what comes out of the head just before the prototypes, or a file of it, to
       see which prototypes are used.
     key: of a file: the array that holds the prototypes, where its name says nothing.
-    transpose: the array at `key` is [D, K].
+    transpose: of a file: the prototypes in it are stored [D, K].
     which: of a file: "teacher" or "student"; None takes the teacher's where there is one.
     data: encodes images for the embeddings, of a run its own ("run") or "digits", "folder", the
       name of a TFDS data set. Of a file of another library, too, if its backbone, head and
@@ -109,7 +109,7 @@ def diagnose(
     if what.is_dir():
       kind, examine = f"{what}, a workdir", _diagnose_run
       allowed = ("embeddings", "data", "data_dir", "split", "limit", "step")
-    elif _is_text(what):
+    elif what.suffix not in tensor_files.SUFFIXES and _is_text(what):
       kind, examine, allowed = f"{what}, a log", _diagnose_log, ()
     else:
       kind, examine = f"{what}, a file of arrays", _diagnose_file
@@ -171,6 +171,11 @@ def _diagnose_file(
     if rows == "features" or (rows is None and not transpose and embeddings is None):
       return _describe(arrays[lone], said=rows == "features")
     key = lone
+  if transpose and images:
+    raise errors.UserError(
+      "data and transpose=True: the network in a file is run as it is published, with prototypes "
+      "[K, D]: save what comes out of the head as .npy and pass it as embeddings=FILE"
+    )
   if key and images:
     raise errors.UserError(
       f"data and key={key}: images need the backbone and the head too, which key does not name: "
@@ -180,11 +185,13 @@ def _diagnose_file(
     sets = [prototype_layouts.at(arrays, key, transpose)]
     layout = f"prototypes taken from {key}"
   else:
-    sets = prototype_layouts.find(arrays, which)
+    sets = prototype_layouts.find(arrays, which, transpose)
     layout = f"names as in {prototype_layouts.kind(arrays, sets)}"
-  if not sets and len(arrays) == 1 and (shape := next(iter(arrays.values())).shape)[2:]:
+  if not sets and len(arrays) == 1 and not matrices:
+    (only,) = arrays.values()
     raise errors.UserError(
-      f"{path} holds an array of {len(shape)} dimensions, {list(shape)}; prototypes are [K, D]"
+      f"{path} holds an array of {only.ndim} dimensions, {list(only.shape)} of {only.dtype.name}; "
+      "prototypes are [K, D] of floating point numbers"
     )
   if not sets:
     listed = ", ".join(f"{name} {list(shape)}" for name, shape in matrices[:_LISTED]) or "none"
@@ -194,10 +201,11 @@ def _diagnose_file(
       f"{listed}{more}"
     )
   whose = sorted({prototype_layouts.owner(s.name) for s in sets} - {""})
-  lines = [f"file: {len(arrays)} arrays, {layout}"]
+  lines = [f"file: {len(arrays)} array{'s' * (len(arrays) > 1)}, {layout}"]
   lines[0] += "".join(f"; weights of the {w}" for w in whose)
-  if key and sets[0].matrix.shape[0] < sets[0].matrix.shape[1]:
-    lines += diagnosis.bullets(["fewer rows than columns: if they are stored [D, K], transpose"])
+  lines += diagnosis.bullets(
+    _doubts(path, arrays, sets, transpose=transpose, embeddings=embeddings)
+  )
   told: list[str] = []
   of_layers: dict[str, Any] = {}
   features = None
@@ -205,7 +213,7 @@ def _diagnose_file(
     of_layers, features, told = _arrays_of_file(path, which, **images)
     lines += told
   for_usage = "embeddings=FILE.npy, [N, D], what comes out of the head just before the prototypes"
-  if not images and embeddings is None and not key:
+  if not images and embeddings is None and not key and not transpose:
     if _leads_to_prototypes(path, which):
       for_usage = "data=folder data_dir=IMAGES, for this file holds the network that leads up to "
       for_usage += "them, or embeddings=FILE.npy"
@@ -228,6 +236,44 @@ def _diagnose_file(
   return diagnosis.joined(found, lines=lines, result={"kind": "file", "layout": layout})
 
 
+def _doubts(
+  path: pathlib.Path,
+  arrays: Mapping[str, np.ndarray],
+  sets: Sequence[prototype_layouts.Prototypes],
+  *,
+  transpose: bool,
+  embeddings: Any,
+) -> list[str]:
+  """Sentences about matrices that may lie the other way round, [D, K].
+
+  Raises:
+    UserError: if one certainly does: the head before it, its gains or the embeddings say so.
+  """
+  shape = None if embeddings is None else np.shape(measures.as_array(embeddings))
+  sentences = []
+  for one in sets:
+    rows, columns = one.matrix.shape
+    why = prototype_layouts.turned(arrays, one)
+    if shape and len(shape) == 2 and shape[1] == rows != columns:
+      why = f"the embeddings have {rows:,} dimensions"
+    to_do = "leave transpose=True out" if transpose else "give transpose=True"
+    so = "[K, D]" if transpose else "[D, K]"
+    if why:
+      turned = " transposed" if transpose else ""
+      raise errors.UserError(
+        f"{one.key} in {path}{turned} is {rows} x {columns}, and {why}: it is stored {so}: {to_do}"
+      )
+    before = prototype_layouts.head_width(arrays, one)
+    backbone = {array.shape[-1] for name, array in arrays.items() if name.endswith("cls_token")}
+    if before is None and backbone == {rows} != {columns}:
+      why = f"as many rows, {rows:,}, as the backbone has dimensions"
+    elif rows < columns != before:
+      why = f"fewer rows than columns, {rows:,} and {columns:,}"
+    if why:
+      sentences.append(f"{one.name}: {why}: if they are stored {so}, {to_do}")
+  return sentences
+
+
 def _leads_to_prototypes(path: pathlib.Path, which: str | None) -> bool:
   """Whether a file of another library holds backbone and head of its prototypes, by the names."""
   try:
@@ -244,21 +290,26 @@ def _describe(matrix: np.ndarray, *, said: bool) -> diagnosis.Diagnosis:
   result["not_finite"] = int(np.sum(~np.isfinite(norms)))
   lines = [f"file: one matrix, {len(rows):,} rows of {rows.shape[1]} numbers, not judged"]
   measured: dict[str, float] = {}
+  verdict = None
+  sentences: list[str] = []
   if result["not_finite"]:
-    lines.append(f"  rows that are not finite: {result['not_finite']:,}")
+    verdict = diagnosis.not_finite(result["not_finite"], len(rows))
+    sentences = [f"{verdict.label}: {verdict.sentence}"]
+    lines[0] = f"file: one matrix, {len(rows):,} rows of {rows.shape[1]} numbers"
   else:
     measured = metrics.summary(features=rows)
     result |= {"norm": [float(norms.min()), float(norms.max())], "measures": measured}
     lines.append(f"  norm, least / most: {norms.min():.4g} / {norms.max():.4g}")
     lines += [f"  {name.partition('/')[2]}: {value:.4g}" for name, value in measured.items()]
-  sentence = (
+  sentences += [
     "features of images are described only: it is prototypes that are judged"
     if said
     else "nothing in the file says whether its rows are prototypes or features of images, and to "
     "features the verdict on prototypes does not apply: give rows=prototypes to have them judged"
-  )
-  lines += diagnosis.bullets([sentence])
-  return diagnosis.Diagnosis(None, measured, [sentence], result | {"diagnosis": [sentence]}, lines)
+  ]
+  lines += diagnosis.bullets(sentences)
+  result["diagnosis"] = sentences
+  return diagnosis.Diagnosis(verdict, measured, sentences, result, lines)
 
 
 def _arrays_of_file(
@@ -322,8 +373,8 @@ def _diagnose_run(
   model = pretrained.load(str(folder), step=step)
   if exported and not model.prototypes:
     raise errors.UserError(
-      f"{folder} holds an encoder without prototypes: its method has none, or an older version "
-      "exported it; give the workdir of the run"
+      f"{folder} holds an encoder without prototypes: its method, or the file that was converted, "
+      "has none, or an older version exported it; give the workdir of the run or that file"
     )
   embeddings, features, told = _arrays_of_run(model, **images)
   lines += [
@@ -334,6 +385,10 @@ def _diagnose_run(
   ]
   sets = {}
   for name, matrix in model.prototypes.items():
+    use: dict[str, float] = {}
+    if judged is not None and embeddings.get(name) is None:
+      use, said = _use_by_metrics(folder, name, model.step)
+      lines += said
     sets[name] = diagnosis.diagnose(
       matrix,
       embeddings=embeddings.get(name),
@@ -342,9 +397,29 @@ def _diagnose_run(
       cosine=True,
       made=model.config.method.prototypes,
       for_usage="data=run or " * (not exported) + "data=folder data_dir=IMAGES",
+      use=use,
     )
+    if use:
+      sets[name].result["use_by_metrics"] = use
     sets[name].result["key"] = name
   return diagnosis.joined(sets, lines=lines, result=result, verdict=verdict)
+
+
+def _use_by_metrics(
+  folder: pathlib.Path, name: str, step: int | None
+) -> tuple[dict[str, float], list[str]]:
+  """(the use of a set that the run measured at `step`, {} if then it did not; lines to show)."""
+  run = record.read([folder])[0]
+  for end, by in (("", "its labelled images"), ("_sample", "its monitor's sample")):
+    found: dict[str, dict[int, float]] = {}
+    for which in ("", "_random", "_most"):
+      steps, values = run.curve(f"collapse/{measures.tag(name)}used{end}{which}")
+      found[f"collapse/used{end}{which}"] = dict(zip(steps.tolist(), values.tolist(), strict=True))
+    if used := found[f"collapse/used{end}"]:
+      at = step if step in used else max(used)
+      line = f"  {name} used at step {at:,} by {by}: {used[at]:.1%}, by metrics.jsonl"
+      return {k: v[at] for k, v in found.items() if at == step and at in v}, [line]
+  return {}, []
 
 
 def _by_metrics(judged: record.RunVerdict) -> list[str]:

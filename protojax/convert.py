@@ -110,6 +110,15 @@ def _write_json(path: pathlib.Path, content: dict) -> None:
   path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
+def _shape(model: dict) -> str:
+  """What a model is; a transformer by its numbers, for its name is one of a few."""
+  if not model["name"].startswith("vit"):
+    return f"{model['name']}" + (f", stem {model['stem']}" if "stem" in model else "")
+  fields = ("width", "depth", "heads", "patch_size", "image_size", "registers", "norm_eps")
+  shape = "transformer, " + ", ".join(f"{key} {model[key]}" for key in fields if key in model)
+  return shape + (", LayerScale" if model.get("layer_scale") else "")
+
+
 def bring_in(
   path: pathlib.Path, out: pathlib.Path, *, overwrite=False, allow_partial=False, **options
 ) -> list[str]:
@@ -129,16 +138,11 @@ def bring_in(
     UserError: for weights that do not fit one to one, and anything that cannot be read or written.
   """
   done = importers.convert(path, **options)
-  model, source = done.info["model"], done.info["source"]
-  shape = f"{model['name']}, stem {model['stem']}"
-  if model["name"].startswith("vit"):
-    fields = ("width", "depth", "heads", "patch_size", "image_size", "registers", "norm_eps")
-    shape = "transformer, " + ", ".join(f"{key} {model[key]}" for key in fields)
-    shape += ", LayerScale" if model["layer_scale"] else ""
+  source = done.info["source"]
   lines = [
     f"read {source['file']}: {source['layout']}"
     + (f", tensors below {source['prefix']!r}" if source["prefix"] else ""),
-    f"model {shape}",
+    f"model {_shape(done.info['model'])}",
     "head "
     + (
       "none, a run that starts from this begins with a fresh one"
@@ -189,7 +193,8 @@ def take_out(
   lines = [
     f"read {path}: the {info['weights']}"
     + ("" if info["step"] is None else f" of step {info['step']}")
-    + f", {info['model']['name']}, {len(tensors)} tensors"
+    + f", {len(tensors)} tensors",
+    f"model {_shape(info['model'])}",
   ]
   with _atomic_folder(out, overwrite) as folder:
     if format in ("timm", "hf"):
@@ -281,7 +286,7 @@ def main(argv: list[str]) -> None:
         )
     with progress.during(f"converting {args.path}"):
       lines = take_out(ours, out, args.format, overwrite=args.overwrite)
-  print("\n".join(lines))
+  print(cli.with_flags("\n".join(lines)))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
   parser = cli.parser("doctor", _DESCRIPTION)
   parser.add_argument("path", help="workdir of a run, a checkpoint, or a log")
   parser.add_argument("--key", help="array that holds the prototypes, where its name says nothing")
-  parser.add_argument("--transpose", action="store_true", help="the array at --key is [D, K]")
+  parser.add_argument("--transpose", action="store_true", help="the prototypes are stored [D, K]")
   parser.add_argument("--rows", help="of a file of one matrix: prototypes, or features of images")
   parser.add_argument("--which", choices=("teacher", "student"), help="default: the teacher's")
   parser.add_argument("--embeddings", help=".npy [N, D]: what the prototypes are compared with")

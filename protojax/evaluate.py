@@ -274,8 +274,8 @@ def _summary(rows: Sequence[protocols.Headline], protocol: dict) -> list[str]:
   model, test = protocol["model"], protocol["test"]
   lines = [
     "",
-    f"{model['weights']} of {model['path']}, step {model['step']}: on {test['images']} test images "
-    f"({test['data']} {test['split']}) at {protocol['transform']['px']} px",
+    f"{_whose(model)}: on {test['images']} test images ({test['data']} {test['split']}) at "
+    f"{protocol['transform']['px']} px",
     f"{'protocol':<11}{'measure':<31}{'value':>8}  {'chosen on':<14}{'chance':>8}",
   ]
   for row in rows:
@@ -290,12 +290,16 @@ def _summary(rows: Sequence[protocols.Headline], protocol: dict) -> list[str]:
   ]
 
 
+def _whose(model: dict) -> str:
+  step = "" if model["step"] is None else f", step {model['step']}"
+  return f"{model['weights']} of {model['path']}{step}"
+
+
 def _table(measures, protocol, notes, path) -> list[str]:
   model, bank, test = protocol["model"], protocol["bank"], protocol["test"]
   lines = [
-    f"{protocol['name']}: {model['weights']} of {model['path']}, step {model['step']}; bank "
-    f"{bank['data']} {bank['split']} ({bank['images']} images), test {test['data']} "
-    f"{test['split']} ({test['images']})"
+    f"{protocol['name']}: {_whose(model)}; bank {bank['data']} {bank['split']} "
+    f"({bank['images']} images), test {test['data']} {test['split']} ({test['images']})"
   ]
   for key in ("rule", "selection", "mode", "lambda"):
     if key in protocol:
@@ -303,6 +307,13 @@ def _table(measures, protocol, notes, path) -> list[str]:
   if protocol.get("mode") == "paper":
     lines.append("  NOTE: layer and rate were selected on the test images")
   lines += [f"  {name:<36} {result_files.show(value):>10}" for name, value in measures.items()]
+  for data in (bank, test):
+    if data["unreadable"]:
+      total = data["images"] + data["unreadable"]
+      lines.append(
+        f"  left out: {data['unreadable']} of {total} images of {data['data']} {data['split']}, "
+        "which cannot be read"
+      )
   lines += [f"  left out: {note}" for note in notes]
   return [*lines, f"  {path}"]
 

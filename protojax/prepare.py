@@ -101,8 +101,12 @@ def _shown(examples: Iterable, split: str, total: int | None = None) -> Iterable
 def main(argv: Sequence[str]) -> None:
   """Runs the program."""
   parser = cli.parser("prepare", _DESCRIPTION)
+  parser.usage = (
+    f"protojax prepare {{{','.join(cifar.ARCHIVES)}}} OUT [--archive=FILE]\n"
+    f"       protojax prepare {{folder,{','.join(sources.SHARDS)}}} IN OUT [--size=384] [...]"
+  )
   parser.add_argument("kind", choices=[*cifar.ARCHIVES, "folder", *sources.SHARDS])
-  parser.add_argument("paths", nargs="+", metavar="[IN] OUT")
+  parser.add_argument("paths", nargs="+", metavar="[IN] OUT", help="images; the new data set")
   parser.add_argument("--archive", help="of cifar10 or cifar100, downloaded before")
   parser.add_argument("--size", type=int, default=384, help="pixels, data.image_size (384)")
   parser.add_argument(

@@ -396,6 +396,26 @@ def test_what_lies_beside_a_file_and_says_nothing_of_use_changes_nothing(tmp_pat
   assert info["image"]["mean"] == [0.5, 0.5, 1.0]
 
 
+def test_an_account_says_what_it_took_from_beside_a_file_and_what_from_nowhere(tmp_path, capsys):
+  file, config, images = (
+    tmp_path / name for name in ("in.safetensors", "config.json", "preprocessor_config.json")
+  )
+  safetensors.numpy.save_file(layouts.vit(width=128), file)
+  neither = "says another"
+  for content, beside, expected, absent in (
+    (None, None, ["no config.json lies beside it: --heads=NUM", "mean and std of the"], "nor does"),
+    ({}, {"image_std": 0.5}, ["nor does config.json beside it", "note: mean of the"], "and std"),
+    ({"num_heads": 4}, {"image_mean": 0.5, "image_std": [0.5] * 3}, ["heads 4"], neither),
+  ):
+    for path, said in ((config, content), (images, beside)):
+      if said is not None:
+        path.write_text(json.dumps(said))
+    convert.main([str(file), str(tmp_path / "out"), "--overwrite"])
+    shown = capsys.readouterr().out
+    assert all(words in shown for words in expected) and absent not in shown
+  assert export.read(tmp_path / "out")[1]["image"]["mean"] == [0.5] * 3
+
+
 def test_encoders_that_a_format_cannot_hold_are_refused(tmp_path):
   folder = _brought_in(tmp_path, layouts.resnet())
   with pytest.raises(errors.UserError, match="hf is for transformers"):

@@ -79,6 +79,7 @@ def test_a_lone_matrix_is_not_judged_before_somebody_says_what_it_is(tmp_path, c
   described = api.diagnose(tmp_path / "features.npy")
   assert described.verdict is None and ": give rows=prototypes to have" in described.sentences[0]
   np.save(tmp_path / "maps.npy", np.ones((3, 4, 5)))
+  np.save(tmp_path / "codes.npy", np.arange(9))
   # A name that says so, and embeddings to compare with, say enough.
   np.save(tmp_path / "prototypes.npy", collapsed)
   assert api.diagnose(tmp_path / "prototypes.npy").verdict.label == "partial prototype collapse"
@@ -87,10 +88,89 @@ def test_a_lone_matrix_is_not_judged_before_somebody_says_what_it_is(tmp_path, c
     ("features.npy", ["--rows=protos"], "rows=protos is unknown"),
     ("features.npy", ["--rows=features", "--transpose"], "leave the other arguments out"),
     ("features.npy", ["--data=digits"], "no prototypes found"),
-    ("maps.npy", [], r"holds an array of 3 dimensions, \[3, 4, 5\]; prototypes are \[K, D\]"),
+    ("maps.npy", [], r"an array of 3 dimensions, \[3, 4, 5\] of float64; prototypes are \[K, D\]"),
+    (
+      "codes.npy",
+      [],
+      r"an array of 1 dimensions, \[9\] of int64; prototypes are \[K, D\] of float",
+    ),
   ):
     with pytest.raises(errors.UserError, match=words):
       doctor.main([str(tmp_path / path), *flags])
+
+
+def test_prototypes_found_by_name_are_transposed_too(tmp_path, collapsed, capsys):
+  """Stored [D, K], as nothing but the number of rows hints."""
+  path = tmp_path / "turned.safetensors"
+  turned = np.ascontiguousarray(collapsed.T.astype(np.float32))
+  safetensors.numpy.save_file({"module.prototypes.weight": turned}, path)
+  (one,) = _examined(tmp_path, path, "--transpose")["sets"].values()
+  assert (one["num"], one["dim"], one["unique"]["unique"][0]) == (300, 32, 30)
+  assert "leave --transpose" not in capsys.readouterr().out
+  doctor.main([str(path)])
+  said = " ".join(capsys.readouterr().out.split())
+  assert "fewer rows than columns, 32 and 300: if they are stored [D, K], give --transpose" in said
+  assert "transpose=True" in str(api.diagnose(path))
+  with pytest.raises(errors.UserError, match="data and transpose=True"):
+    doctor.main([str(path), "--transpose", "--data=digits"])
+
+
+def test_what_shows_that_prototypes_lie_the_other_way_round_refuses_them(tmp_path, collapsed):
+  """The head ends in 32 dimensions, or there are 300 gains, or embeddings of 32 dimensions."""
+  turned = np.ascontiguousarray(collapsed.T.astype(np.float32))
+  sides = {0: 64, 3: 32}
+  swav = {f"projection_head.{i}.weight": np.ones((n, 64), np.float32) for i, n in sides.items()}
+  dino = {"head.last_layer.weight_g": np.ones((300, 1), np.float32)}
+  path = tmp_path / "file.safetensors"
+  for arrays, flags, why in (
+    (swav | {"prototypes.weight": turned}, [], "the head before it ends in 32 dimensions"),
+    (dino | {"head.last_layer.weight_v": turned}, [], "300 gains lie beside it, one a prototype"),
+    ({"prototypes.weight": turned}, ["--embeddings=z.npy"], "the embeddings have 32 dimensions"),
+  ):
+    safetensors.numpy.save_file(arrays, path)
+    np.save(tmp_path / "z.npy", collapsed[:9])
+    flags = [flag.replace("z.npy", str(tmp_path / "z.npy")) for flag in flags]
+    with pytest.raises(errors.UserError, match=rf"{why}: it is stored \[D, K\]: give transpose"):
+      doctor.main([str(path), *flags])
+    (one,) = _examined(tmp_path, path, "--transpose", *flags)["sets"].values()
+    assert (one["num"], one["unique"]["unique"][0]) == (300, 30)
+  safetensors.numpy.save_file(swav | {"prototypes.weight": collapsed.astype(np.float32)}, path)
+  with pytest.raises(errors.UserError, match=r"stored \[K, D\]: leave transpose=True out"):
+    doctor.main([str(path), "--transpose"])
+
+
+def test_few_prototypes_behind_a_head_that_fits_raise_no_doubt(tmp_path, capsys):
+  arrays = {"projection_head.weight": np.ones((32, 64), np.float32)}
+  arrays["prototypes.weight"] = _RNG.normal(size=(8, 32)).astype(np.float32)
+  safetensors.numpy.save_file(arrays, tmp_path / "few.safetensors")
+  doctor.main([str(tmp_path / "few.safetensors")])
+  assert "--transpose" not in capsys.readouterr().out
+  backbone = {"cls_token": np.ones((1, 1, 32), np.float32)}
+  backbone["prototypes.weight"] = _RNG.normal(size=(32, 8)).astype(np.float32)
+  safetensors.numpy.save_file(backbone, tmp_path / "no_head.safetensors")
+  doctor.main([str(tmp_path / "no_head.safetensors")])
+  assert "as many rows, 32, as the backbone has dimensions" in capsys.readouterr().out
+
+
+def test_rows_that_are_not_finite_are_the_verdict(tmp_path, collapsed, capsys):
+  np.save(tmp_path / "nan.npy", np.full((40, 8), np.nan))
+  np.save(tmp_path / "one.npy", np.where(np.arange(300)[:, None] == 7, np.inf, collapsed))
+  for name, flags, count in (
+    ("nan.npy", [], "40 of 40"),
+    ("nan.npy", ["--rows=prototypes"], "40 of 40"),
+    ("one.npy", ["--rows=prototypes"], "1 of 300"),
+  ):
+    doctor.main([str(tmp_path / name), *flags])
+    bullets = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  - ")]
+    assert bullets[0].startswith(f"  - non-finite: {count} rows are not finite")
+  assert api.diagnose(tmp_path / "nan.npy").verdict.label == "non-finite"
+
+
+def test_a_file_that_is_no_checkpoint_is_called_that(tmp_path):
+  for content in (bytes(range(160, 256)) * 20, b"<html>not found</html>"):
+    (tmp_path / "garbage.pth").write_bytes(content)
+    with pytest.raises(errors.UserError, match="garbage.pth is no checkpoint: called .pth, but"):
+      doctor.main([str(tmp_path / "garbage.pth")])
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +189,8 @@ def test_images_show_which_prototypes_of_a_foreign_checkpoint_are_used(foreign, 
   usage = _examined(tmp_path, foreign, *flags)["sets"]["teacher.head.last_layer"]["usage"]
   shown = capsys.readouterr().out
   assert "images: digits/train, 100 of 1,442" in shown and "usage by 100 embeddings" in shown
-  assert "note: 1 attention heads: width / 64, the file does not say" in shown
+  assert "1 attention heads: width / 64, since no tensor tells and no config.json lies" in shown
+  assert "beside it: --heads=NUMBER says another" in shown
   assert usage["images"] == 100 and "backbone" in usage["features"]
   convert.bring_in(foreign, tmp_path / "converted")
   again = _examined(tmp_path, tmp_path / "converted", *flags)
@@ -274,6 +355,24 @@ def test_a_run_is_judged_by_its_metrics_its_prototypes_and_its_images(run, tmp_p
   assert alone["rankme"] == pytest.approx(float(collapse.rankme(seen["embeddings"]["prototypes"])))
   assert "are of the backbone's features" in shown
   assert "are of the head's embeddings" in capsys.readouterr().out
+
+
+def test_a_run_shows_the_use_of_prototypes_that_it_has_measured(run, tmp_path, capsys):
+  """Of the checkpoint's step it is judged too, of another one only shown."""
+  folder = shutil.copytree(run, tmp_path / "run")
+  use = {"collapse/used": 0.5, "collapse/used_most": 1.0, "collapse/used_sample": 0.25}
+  lines = [{"step": 1, "train/loss": 3.5} | use, {"step": 2, "train/loss": 3.5}]
+  (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  result = _examined(tmp_path, folder)["sets"]["prototypes"]
+  shown = capsys.readouterr().out
+  assert "prototypes used at step 1 by its labelled images: 50.0%, by metrics.jsonl" in shown
+  assert "50.0% are used" in shown and "use unknown" not in shown and "cannot be seen" not in shown
+  assert result["use_by_metrics"] == {"collapse/used": 0.5, "collapse/used_most": 1.0}
+  lines = [{"step": 9, "train/loss": 3.5, "collapse/used_sample": 0.25}]
+  (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  assert "use_by_metrics" not in _examined(tmp_path, folder)["sets"]["prototypes"]
+  shown = capsys.readouterr().out
+  assert "used at step 9 by its monitor's sample: 25.0%" in shown and "cannot be seen" in shown
 
 
 def test_a_run_that_died_before_its_first_checkpoint_still_has_a_verdict(run, tmp_path, capsys):

@@ -118,6 +118,27 @@ def test_a_result_says_everything_that_made_it(run, rows):
   assert "arithmetic" in _result(run, "clustering")["protocol"]["nmi"]
 
 
+def test_images_that_cannot_be_read_are_told_beside_the_numbers(run, tmp_path, capsys):
+  """So that the counts of the listing and of the result are seen to agree."""
+  shutil.copytree(run / "exported", tmp_path / "exported")
+  config = json.loads((tmp_path / "exported" / "config.json").read_text())
+  (tmp_path / "exported" / "config.json").write_text(json.dumps(config | {"step": None}))
+  rng = np.random.default_rng(0)
+  for split in ("train", "test"):
+    for name in "ab":
+      folder = tmp_path / "images" / split / name
+      folder.mkdir(parents=True)
+      for i in range(6):
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save(folder / f"{i}.png")
+  (tmp_path / "images" / "train" / "b" / "3.png").write_bytes(b"no image")
+  flags = ["--protocol=knn", "--k=5", "--data=folder", f"--data_dir={tmp_path / 'images'}"]
+  _evaluate(f"--workdir={tmp_path / 'exported'}", *flags)
+  said = capsys.readouterr().out
+  assert "bank folder train (11 images), test folder test (12)" in said and "None" not in said
+  assert "left out: 1 of 12 images of folder train, which cannot be read" in said
+  assert said.count("which cannot be read") == 1
+
+
 def test_all_protocols_end_in_one_table_of_test_scores_that_says_what_was_chosen_where(run, rows):
   lines = (run / "said.txt").read_text().splitlines()
   start = next(i for i, line in enumerate(lines) if line.startswith("protocol "))

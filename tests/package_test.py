@@ -300,8 +300,11 @@ def _tpu(clone, *arguments, **names):
   return subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True)
 
 
-def test_tpu_dry_run_prints_every_command_and_needs_no_gcloud(clone):
-  done = _tpu(clone, "--workdir=/mnt/shared/run", NAME="pod", ZONE="z", PROJECT="p")
+@pytest.mark.parametrize(
+  "workdir", [["--workdir=/mnt/shared/run"], ["--workdir", "/mnt/shared/run"]]
+)
+def test_tpu_dry_run_prints_every_command_and_needs_no_gcloud(clone, workdir):
+  done = _tpu(clone, *workdir, NAME="pod", ZONE="z", PROJECT="p")
   assert done.returncode == 0, done.stderr
   lines = done.stdout.strip().splitlines()
   assert [line.split()[:2] for line in lines[:2]] == [["gcloud", "compute"], ["git", "archive"]]

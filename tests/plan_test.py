@@ -92,6 +92,21 @@ def test_what_to_change_first_follows_from_the_bound():
   assert "--topology" in _said(_step(), _target(chip=None)).first
 
 
+def test_a_tiny_step_is_told_in_mebibytes():
+  small = compiled.Memory(3 * 2**18, 0, 0, 2**18)
+  parts = {"encoder": 2**18, "prototypes": 2**17, "batch": 0}
+  text = "\n".join(report.lines(_said(_step(memory=small, parts=parts))))
+  for line in (
+    "memory, MiB a device of 16128.00",
+    "  encoder                    0.250",
+    "  prototypes                 0.125",
+    "  padding to tiles           0.375",
+    "  peak                       1.000  0 %",
+  ):
+    assert line in text, text
+  assert "0.000" not in text
+
+
 def test_a_plan_says_its_numbers_and_all_of_it_is_json():
   planned = _said(_step(messages=[_all_reduce(88_000_000)]))
   text = "\n".join(report.lines(planned))
@@ -101,7 +116,7 @@ def test_a_plan_says_its_numbers_and_all_of_it_is_json():
     "peak                       5.000  32 %",
     "products bf16 x bf16                       1 TFLOP                  5.08 ms",
     "all-reduce                           1       88 MB      16  backward: ViT/norm/mul",
-    "bound         matrix",
+    "bound         matrix: most of the step in operations whose products take longer than",
     f"{512 / planned.predicted.step:,.0f} of all at most",
     "assumed       1,000 images of 10 classes",
     "v5e: 197 TFLOP/s in bfloat16",
@@ -167,9 +182,10 @@ def test_the_step_of_what_was_typed_is_compiled_and_one_that_does_not_fit_is_a_p
   ("flags", "says"),
   [
     (["--topology=v9:4x4"], "topology=v9:4x4: no such slice of TPUs: give v5e:4x4"),
-    (["--topology=v5e:4"], "no such slice"),
+    (["--topology=v5e:4"], "no such slice of TPUs: one of v5e has 2 sides: v5e:1x1, v5e:2x2"),
+    (["--topology=v5e:3x5"], "no such slice of TPUs: sides are even, or 1: v5e:1x1, v5e:2x2"),
     (["--topology=v5e:32x32"], "up to 256 chips"),
-    (["--topology=v5p:4x4"], "no such slice"),
+    (["--topology=v5p:4x4"], "one of v5p has 3 sides: v5p:2x2x1, v5p:2x2x2, v5p:2x2x4"),
     (["--mesh=4x4"], "--mesh=4x4: give the sizes of its axes"),
     (["--mesh=data:3,model:2"], "mesh.data=3 x mesh.model=2 does not cover 8"),
     (["--config.batch_size=12"], "batch_size=12 cannot be split over 8 devices (mesh.data=8)"),

@@ -18,6 +18,14 @@ from protojax.data import cifar, pipeline, prepared, sources
 from protojax.training import datasets
 
 
+def test_the_usage_says_which_kind_takes_which_folders(capsys):
+  with pytest.raises(SystemExit):
+    prepare.main(["--help"])
+  first, second = capsys.readouterr().out.splitlines()[:2]
+  assert first == "usage: protojax prepare {cifar10,cifar100} OUT [--archive=FILE]"
+  assert second.split()[2:5] == ["{folder,parquet,tar}", "IN", "OUT"]
+
+
 def _archive(kind, path, train=20, test=10):
   """Writes a small archive of this kind; (its `Archive`, {split: (labels [N, .], images)})."""
   archive, rng = cifar.ARCHIVES[kind], np.random.default_rng(0)

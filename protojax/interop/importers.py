@@ -71,7 +71,12 @@ def _model(net: network.Network, heads, stem, image_size) -> tuple[dict, dict, i
   notes = []
   model = settings.of_vit(net.tensors, heads=heads or net.heads, norm_eps=net.norm_eps or 1e-6)
   if heads is None and net.heads is None:
-    notes.append(f"{model['heads']} attention heads: width / 64, the file does not say")
+    beside = net.path.with_name("config.json").is_file()
+    other = "nor does config.json beside it" if beside else "and no config.json lies beside it"
+    notes.append(
+      f"{model['heads']} attention heads: width / 64, since no tensor tells {other}: "
+      "heads=NUMBER says another"
+    )
   rule = "plain" if net.hugging_face else "dino"
   rule = "antialias" if model["registers"] else rule
   patch, own = model["patch_size"], model["image_size"]
@@ -85,7 +90,7 @@ def _model(net: network.Network, heads, stem, image_size) -> tuple[dict, dict, i
   if rule != "dino":
     notes.append(
       f"equal to its library at {own} px; other sizes are interpolated as DINO does, not as "
-      "there: convert with an image_size for one of them"
+      "there: convert with image_size=PIXELS for one of them"
     )
   return model, net.tensors, own, notes
 
@@ -140,8 +145,12 @@ def convert(
         f"a {model['name']} of its settings: these weights cannot be converted"
       )
     out[name] = np.asarray(tensor, np.float32)
-  if net.mean is None:
-    notes.append("mean and std of the images: ImageNet's, the file does not say")
+  lacking = [name for name in ("mean", "std") if getattr(net, name) is None]
+  if lacking:
+    notes.append(
+      f"{' and '.join(lacking)} of the images: ImageNet's, since neither preprocessor_config.json "
+      "nor config.json beside the file says another"
+    )
   info = {
     "weights": net.weights,
     "step": None,

@@ -196,7 +196,7 @@ def _described(path, hugging_face: bool, scaled: bool) -> dict:
   """What config.json and preprocessor_config.json beside the file say."""
   said, images = (_json(path.with_name(f)) for f in ("config.json", "preprocessor_config.json"))
   timm, arguments = (_section(said, name) for name in ("pretrained_cfg", "model_args"))
-  heads, eps = arguments.get("num_heads"), None
+  heads, eps = arguments.get("num_heads", said.get("num_heads")), None
   if hugging_face:
     # Without a config.json: the defaults of the two kinds.
     eps = said.get("layer_norm_eps", 1e-6 if scaled else 1e-12)
@@ -220,6 +220,8 @@ def _section(content: dict, name: str) -> dict:
 
 
 def _channels(value) -> tuple[float, ...] | None:
-  """Three numbers, or None for anything else."""
+  """Three numbers, or one for all three; None for anything else."""
+  if isinstance(value, int | float) and not isinstance(value, bool):
+    return (float(value),) * 3
   numbers = isinstance(value, list) and all(isinstance(v, int | float) for v in value)
   return tuple(map(float, value)) if numbers and len(value) == 3 else None

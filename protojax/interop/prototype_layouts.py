@@ -23,6 +23,10 @@ _LAYER = re.compile(
   r"(?P<stem>(.*[._])?(last_layer2?|prototypes(\.(prototypes|heads\.))?\d*))"
   r"(?P<part>\.weight_v|\.parametrizations\.weight\.original1|\.weight|)"
 )
+# A layer of a projection head, with its place in the sequence.
+_BEFORE = re.compile(
+  r"(.+\.)?(head|dino_head|ibot_head|projection_head)\.(mlp\.)?(?:(?P<place>\d+)\.)?weight"
+)
 # Words in a name that say whose average it is.
 _TEACHER, _STUDENT = {"teacher", "momentum", "target", "ema"}, {"student", "online", "query"}
 
@@ -96,13 +100,16 @@ def _untied(sets: list[Prototypes]) -> list[Prototypes]:
   return out
 
 
-def find(arrays: Mapping[str, np.ndarray], which: str | None = None) -> list[Prototypes]:
+def find(
+  arrays: Mapping[str, np.ndarray], which: str | None = None, transpose: bool = False
+) -> list[Prototypes]:
   """The sets of prototypes that are called as in public code.
 
   Args:
     arrays: of a file, by name.
     which: "teacher" or "student"; None takes the teacher's where the file says whose are whose,
       else all there are.
+    transpose: of matrices [D, K].
 
   Returns:
     In the order of the file; [] if there are none. Two layers with the same numbers are one set.
@@ -114,7 +121,7 @@ def find(arrays: Mapping[str, np.ndarray], which: str | None = None) -> list[Pro
   for key, array in arrays.items():
     match, matrix = _LAYER.fullmatch(key), _matrix(array)
     if match and matrix is not None and (match["part"] or "prototypes" in match["stem"]):
-      sets.append(_set(arrays, key, matrix))
+      sets.append(_set(arrays, key, matrix.T if transpose else matrix))
   teachers = [s for s in sets if owner(s.name) == "teacher"]
   others = [s for s in sets if owner(s.name) != "teacher"]
   chosen = {None: teachers or others, "teacher": teachers, "student": others}[which]
@@ -149,6 +156,37 @@ def at(arrays: Mapping[str, np.ndarray], key: str, transpose: bool = False) -> P
       "point numbers with at least two rows and columns"
     )
   return _set(arrays, key, matrix.T if transpose else matrix)
+
+
+def head_width(arrays: Mapping[str, np.ndarray], one: Prototypes) -> int | None:
+  """What the projection head before a set of prototypes ends in, its D; None if there is none."""
+  above = re.split("last_layer|prototypes", one.key)[0]
+  layers = {}
+  for name, array in arrays.items():
+    found = _BEFORE.fullmatch(name)
+    classifier = found and found[2] == "head" and not (found[3] or found["place"])
+    if found and not classifier and array.ndim == 2 and name.startswith(above):
+      layers[int(found["place"] or 0)] = array.shape[0]
+  return layers[max(layers)] if layers else None
+
+
+def turned(arrays: Mapping[str, np.ndarray], one: Prototypes) -> str | None:
+  """Why a set is certainly [D, K] and not [K, D], in words; None where the file does not say so.
+
+  Args:
+    arrays: of a file, by name.
+    one: of `find`, or of `at` by a name that `find` knows.
+  """
+  if not _LAYER.fullmatch(one.key):
+    return None
+  rows, columns = one.matrix.shape
+  for part, gain_part in _GAINS.items():
+    gain = arrays.get(one.key.removesuffix(part) + gain_part)
+    if one.key.endswith(part) and gain is not None and gain.size == columns != rows:
+      return f"{columns:,} gains lie beside it, one a prototype"
+  if (width := head_width(arrays, one)) is not None and width == rows != columns:
+    return f"the head before it ends in {width:,} dimensions"
+  return None
 
 
 def candidates(arrays: Mapping[str, np.ndarray]) -> list[tuple[str, tuple[int, int]]]:

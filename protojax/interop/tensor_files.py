@@ -31,7 +31,8 @@ _SAFETENSORS = {
   "BOOL": "bool",
   "C64": "complex64",
 }
-_FORMATS = ".pth, .pt, .ckpt, .safetensors, .npy or .npz"
+SUFFIXES = (".pth", ".pt", ".ckpt", ".safetensors", ".npy", ".npz")
+_FORMATS = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
 _UNPACKED = 4 << 30  # bytes; more than this from a compressed file is more likely a bomb
 
 
@@ -54,13 +55,37 @@ def _read_safetensors(path):
   return out
 
 
+def _read_npy(path):
+  try:
+    return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+  except ValueError as error:
+    if "Python objects" in str(error):
+      raise _objects(path, path.stem) from None
+    raise
+
+
+def _objects(path, name: str) -> errors.UserError:
+  return errors.UserError(
+    f"{path}: {name} holds Python objects (dtype object), not numbers, and reading them would run "
+    "code: save it anew as numbers, array.astype(numpy.float32)"
+  )
+
+
 def _read_npz(path, raw):
   with zipfile.ZipFile(path) as archive:
     infos = archive.infolist()
   if sum(info.file_size for info in infos) > max(_UNPACKED, 2 * raw.size):
     raise ValueError("it would unpack to many times its size")
   with np.load(path, allow_pickle=False) as opened:
-    return {name: opened[name] for name in opened.files}
+    out = {}
+    for name in opened.files:
+      try:
+        out[name] = opened[name]
+      except ValueError as error:
+        if "Object arrays" in str(error):
+          raise _objects(path, name) from None
+        raise
+    return out
 
 
 def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -88,9 +113,11 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
   try:
+    if path.stat().st_size == 0:
+      raise ValueError("it is empty")
     raw = np.memmap(path, np.uint8, "r").view(np.ndarray)
     if raw[:6].tobytes() == b"\x93NUMPY":
-      return {path.stem: np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)}
+      return {path.stem: _read_npy(path)}
     if raw[8:9].tobytes() == b"{":
       return _read_safetensors(path)
     if zipfile.is_zipfile(path):
@@ -112,4 +139,9 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
     raise errors.UserError(
       f"{path} is damaged ({' '.join(str(error).split())}): copy it again from where it comes"
     ) from None
+  if path.suffix in SUFFIXES:
+    raise errors.UserError(
+      f"{path} is no checkpoint: called {path.suffix}, but its bytes are none of {_FORMATS}; copy "
+      "it again from where it comes"
+    )
   raise errors.UserError(f"{path} is none of {_FORMATS}: give a file of arrays")

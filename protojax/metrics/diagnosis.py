@@ -182,12 +182,23 @@ def _measures(known: Mapping[str, float], **arrays) -> dict[str, float]:
   return measures.summary(known={f"collapse/{k}": v for k, v in known.items()}, **arrays)
 
 
+def not_finite(count: int, num: int) -> verdicts.Verdict:
+  """The verdict on a matrix of `num` rows, `count` of which are not finite."""
+  return verdicts.Verdict(
+    "non-finite",
+    f"{count:,} of {num:,} rows are not finite: nothing made with them means anything, and "
+    "training on will spread it; go back to a checkpoint without them",
+    True,
+  )
+
+
 def words(
   result: Mapping[str, Any],
   *,
   cosine: bool,
   prototypes: str = "learned",
   for_usage: str = "embeddings",
+  use: Mapping[str, float] | None = None,
 ) -> tuple[verdicts.Verdict, list[str]]:
   """The verdict on `examine`'s result, and a few sentences: what it means and what to try.
 
@@ -196,31 +207,34 @@ def words(
     cosine: whether features are compared with directions only.
     prototypes: how they were made, `method.prototypes`; "learned" for other people's.
     for_usage: what to give to see which are used.
+    use: what somebody else measured of that, by the names of metrics.jsonl.
   """
   num = result["num"]
-  verdict = verdicts.judge(result["measures"], num_prototypes=num, prototypes=prototypes)
+  known = {**result["measures"], **(use or {})}
+  lost = result["without_direction"]
+  verdict = verdicts.judge(known, num_prototypes=num, prototypes=prototypes)
+  if lost["not_finite"]:
+    verdict = not_finite(lost["not_finite"], num)
   unique, random = result["unique"]["unique"], result["random"]["unique"]
   headline = result["thresholds"].index(verdicts.HEADLINE)
   count = unique[headline]
   well = not verdicts.is_alarm(verdict)
   if well:
-    used = result["measures"].get("collapse/used")
+    used = measures.BY_NAME["used"].value(known)
     out = [
       f"{verdict.label}: {count:,} of {num:,} prototypes are unique, random ones "
       f"{random[headline]:,}" + ("" if used is None else f"; {used:.1%} are used")
     ]
   else:
     out = [f"{verdict.label}: {verdict.sentence}"]
-  lost = result["without_direction"]
   if lost["zero"] or lost["not_finite"]:
     out.append(
       f"{lost['zero']:,} rows are zero and {lost['not_finite']:,} are not finite (first: "
-      f"{', '.join(map(str, lost['first']))}): they are no prototypes, and training on will spread "
-      "what is not finite; go back to a checkpoint without them"
+      f"{', '.join(map(str, lost['first']))}): they are no prototypes"
     )
   if "spectrum" not in result:
     few = f"fewer than two of {num:,} rows have a direction: nothing to compare"
-    return verdict, [few, *out[1:]]
+    return verdict, [*out, few] if lost["not_finite"] else [few, *out[1:]]
   if verdict.label == "partial prototype collapse":
     out.append(
       f"the effective number of clusters is about {count:,}, {num / count:.1f} prototypes to each"
@@ -258,7 +272,7 @@ def words(
       f"the largest norm is {norm['most'] / norm['median']:.1f} times the median: such a prototype "
       "wins images by its norm; keep norms at 1 (norm_last_layer=True) or account for them (vMF)"
     )
-  if "usage" not in result:
+  if "usage" not in result and not use:
     out.append(
       f"whether they are used cannot be seen from weights: give {for_usage}; random prototypes "
       "that never moved look as unique as the best"
@@ -388,6 +402,7 @@ def diagnose(
   made: str = "learned",
   aliases: Sequence[str] = (),
   for_usage: str = "embeddings",
+  use: Mapping[str, float] | None = None,
 ) -> Diagnosis:
   """Says whether prototypes are copies of one another and, with embeddings, whether they are used.
 
@@ -409,6 +424,7 @@ def diagnose(
     made: how the prototypes were, `method.prototypes`; "learned" for other people's.
     aliases: names of other layers with the same numbers (tied heads).
     for_usage: what the reader can give to see which prototypes are used, where nothing was given.
+    use: shares that a run has measured of these very prototypes, by the names of metrics.jsonl.
 
   Raises:
     UserError: for arrays of other shapes, or embeddings that are not finite.
@@ -432,7 +448,7 @@ def diagnose(
   if features is not None:
     features = np.asarray(measures.as_array(features), np.float32)
   result = examine(weights, gain=gain, cosine=cosine, embeddings=embeddings, features=features)
-  verdict, sentences = words(result, cosine=cosine, prototypes=made, for_usage=for_usage)
+  verdict, sentences = words(result, cosine=cosine, prototypes=made, for_usage=for_usage, use=use)
   result |= {"aliases": list(aliases), "diagnosis": sentences}
   lines = _page(name, result)
   if aliases:

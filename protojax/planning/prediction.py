@@ -30,7 +30,8 @@ class Prediction(NamedTuple):
     network: of all messages.
     waited: of the messages that nothing runs beside.
     step: all of it.
-    bound: "matrix", "memory" or "network", whichever the step spends most on.
+    bound: what the step spends most on: "matrix", operations whose products take longer than their
+      bytes; "memory", those whose bytes do; "network", messages that nothing runs beside.
     images_per_second: of all devices together.
     efficiency: share of the step that is not spent waiting for messages.
     of_peak: operations as a share of what the chip could do in bfloat16 in that time.

@@ -5,7 +5,13 @@ from typing import Any, NamedTuple
 
 from protojax.planning import advice, chips, compiled, counting, prediction, targets
 
-_GIB = 2**30
+_GIB, _MIB = 2**30, 2**20
+# What most of the step is spent on; see `prediction.Prediction.bound`.
+_BOUNDS = {
+  "matrix": "most of the step in operations whose products take longer than their bytes",
+  "memory": "most of the step in operations whose bytes take longer than their products",
+  "network": "most of the step in messages that nothing runs beside",
+}
 
 
 class Plan(NamedTuple):
@@ -91,22 +97,24 @@ def lines(plan: Plan) -> list[str]:
 
 def _memory(plan: Plan) -> list[str]:
   step = plan.step
-  there = "" if plan.limit is None else f" of {plan.limit / _GIB:.2f}"
-  out = [f"memory, GiB a device{there}"]
-  out += [f"  {name:<22}{size / _GIB:10.3f}" for name, size in step.parts.items() if size]
+  needed = step.refused[0] if step.refused else step.memory.peak
+  name, unit = ("GiB", _GIB) if needed >= _GIB else ("MiB", _MIB)
+  there = "" if plan.limit is None else f" of {plan.limit / unit:.2f}"
+  out = [f"memory, {name} a device{there}"]
+  out += [f"  {name:<22}{size / unit:10.3f}" for name, size in step.parts.items() if size]
   if step.refused is not None:
-    needed = step.refused[0] / _GIB
+    needed = step.refused[0] / unit
     return [
       *out,
       f"  needed                {needed:10.3f}  more than there is: it does not compile",
     ]
   memory = step.memory
   padding = memory.arguments - sum(step.parts.values())
-  if padding > 0.001 * _GIB:
-    out += [f"  {'padding to tiles':<22}{padding / _GIB:10.3f}"]
-  out += [f"  {'temporary':<22}{memory.temporary / _GIB:10.3f}  activations, gradients, the rest"]
+  if padding > 0.001 * unit:
+    out += [f"  {'padding to tiles':<22}{padding / unit:10.3f}"]
+  out += [f"  {'temporary':<22}{memory.temporary / unit:10.3f}  activations, gradients, the rest"]
   share = "" if plan.limit is None else f"  {100 * memory.peak / plan.limit:.0f} %"
-  out += [f"  {'peak':<22}{memory.peak / _GIB:10.3f}{share}"]
+  out += [f"  {'peak':<22}{memory.peak / unit:10.3f}{share}"]
   return [*out, *_largest(plan)]
 
 
@@ -192,7 +200,7 @@ def _predicted(plan: Plan) -> list[str]:
   p, count = plan.predicted, len(plan.target.devices)
   size = plan.step.config.batch_size
   return [
-    f"bound         {p.bound}",
+    f"bound         {p.bound}: {_BOUNDS[p.bound]}",
     f"predicted     {1e3 * p.step:.2f} ms a step at least: {1e3 * p.work:.2f} of work (products "
     f"alone {1e3 * p.matrix:.2f}, memory alone {1e3 * p.memory:.2f}), {1e3 * p.waited:.2f} of "
     "messages",

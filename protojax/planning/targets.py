@@ -13,6 +13,11 @@ from protojax import errors
 from protojax.planning import chips
 
 _TOPOLOGIES = "v5e:4x4, v5e:16x16, v6e:8x8 or v5p:4x4x4"
+# Of slices with so many sides, what there is.
+_FORMS = {
+  2: ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+  3: ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "8x8x8", "8x16x16", "16x16x16"),
+}
 
 
 class Target(NamedTuple):
@@ -42,10 +47,20 @@ def of_topology(topology: str) -> Target:
   kind, _, shape = topology.partition(":")
   chip = next((c for c in chips.CHIPS if c.axes and c.name == kind), None)
   sides = tuple(int(side) for side in shape.split("x")) if _is_shape(shape) else ()
-  if chip is None or len(sides) != chip.axes or not 0 < math.prod(sides) <= chip.most:
+  if chip is None or not 0 < math.prod(sides) <= chip.most:
     raise errors.UserError(
       f"topology={topology}: no such slice of TPUs: give {_TOPOLOGIES}, up to 256 chips of v5e and "
       "v6e and 6,144 of v5p"
+    )
+  forms = ", ".join(f"{kind}:{form}" for form in _FORMS[chip.axes])
+  if len(sides) != chip.axes:
+    raise errors.UserError(
+      f"topology={topology}: no such slice of TPUs: one of {kind} has {chip.axes} sides: {forms}, "
+      "and others of even sides"
+    )
+  if any(side > 1 and side % 2 for side in sides):  # a host has 2 x 2 of its chips
+    raise errors.UserError(
+      f"topology={topology}: no such slice of TPUs: sides are even, or 1: {forms}"
     )
   if importlib.util.find_spec("libtpu") is None:
     raise errors.UserError(f"topology={topology} needs the compiler for TPUs: pip install libtpu")

@@ -92,15 +92,15 @@ def test_what_cannot_be_read_is_one_line(tmp_path):
   assert "folder" in _refused(tmp_path)
   path = tmp_path / "x"
   path.write_bytes(b"")
-  _refused(path)
+  assert "it is empty" in _refused(path)
   path.write_text("epoch 3: loss 7.1")
   assert ".safetensors" in _refused(path)
   np.save(tmp_path / "object.npy", np.array([{}], dtype=object))
-  assert "damaged" in _refused(tmp_path / "object.npy")
+  assert "object holds Python objects (dtype object), not num" in _refused(tmp_path / "object.npy")
   np.savez(tmp_path / "escape.npz", **{"a\x1b[2J": np.ones(2)})
   assert "cannot be printed" in _refused(tmp_path / "escape.npz")
   np.savez(tmp_path / "object.npz", a=np.array([{}], dtype=object))
-  assert "damaged" in _refused(tmp_path / "object.npz")
+  assert "a holds Python objects (dtype object), not numbers" in _refused(tmp_path / "object.npz")
 
 
 def test_cut_files_are_one_line(tmp_path):

@@ -117,6 +117,9 @@ def test_rows_that_are_zero_or_not_finite_are_named():
   assert result["without_direction"] == {"zero": 1, "not_finite": 2, "first": [3, 5, 9]}
   assert "1 rows are zero and 2 are not finite (first: 3, 5, 9)" in said[1]
   _, said = _words(np.full((4, 3), np.nan, np.float32))
+  assert said[0].startswith("non-finite: 4 of 4 rows are not finite")
+  assert said[-1].startswith("fewer than two of 4")
+  _, said = _words(np.zeros((4, 3), np.float32))
   assert said[0].startswith("fewer than two of 4")
 
 

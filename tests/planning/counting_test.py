@@ -291,6 +291,39 @@ def test_work_of_a_training_step_is_told_apart():
   assert {name: counting.origin(name) for name in names} == names
 
 
+_FUSED = """\
+%fused (x: f32[1024], g: f32[1024]) -> f32[1024] {
+  %x = f32[1024]{0} parameter(0)
+  %g = f32[1024]{0} parameter(1)
+  %a = f32[1024]{0} multiply(%x, %g), metadata={op_name="jit(train_step)/optimizer/mul"}
+  %b = f32[1024]{0} add(%a, %x), metadata={op_name="jit(train_step)/optimizer/add"}
+  ROOT %c = f32[1024]{0} add(%b, %x), metadata={op_name="jit(train_step)/update/add"}
+}
+"""
+
+
+def test_what_the_optimizer_moves_is_booked_to_it_though_xla_fuses_and_fetches():
+  """The root of the fusion is the teacher's average; the slice that is fetched has no name."""
+  lines = (
+    '%x = f32[1024]{0} parameter(0), metadata={op_name="state.encoder"}',
+    '%g = f32[1024]{0} parameter(1), metadata={op_name="state.opt_state"}',
+    "%slice-start = ((f32[1024]{0}), f32[1024]{0:S(1)}, s32[]{:S(2)}) slice-start(%x)",
+    "%slice-done = f32[1024]{0:S(1)} slice-done(%slice-start)",
+    "%copy-start = (f32[1024]{0:S(1)}, f32[1024]{0}, u32[]{:S(2)}) copy-start(%g)",
+    "%copy-done = f32[1024]{0:S(1)} copy-done(%copy-start)",
+    "%stacked = f32[1024]{0:S(1)} negate(%slice-done)",
+    "ROOT %f = f32[1024]{0} fusion(%stacked, %copy-done), kind=kLoop, calls=%fused, "
+    'metadata={op_name="jit(train_step)/update/add"}',
+  )
+  counts = counting.count(_module(*lines, computations=_FUSED))
+  assert counts.by_origin() == {"optimizer": (0.0, 3 * 4096)}
+  root = _FUSED.replace(
+    'op_name="jit(train_step)/optimizer/add"', 'op_name="jit(train_step)/update/sub"'
+  )
+  counts = counting.count(_module(*lines, computations=root))
+  assert counts.by_origin() == {"update": (0.0, 3 * 4096)}
+
+
 def test_text_that_is_no_program_is_refused():
   with pytest.raises(ValueError, match="no ENTRY"):
     hlo.parse("module @jit_f attributes {} {\n}")
