@@ -159,6 +159,9 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
       "num_prototypes": 65_536,
       "train_prototype_norm": False,  # learned prototypes only
       "em_order": "after_step",  # or before_loss, as in arXiv 2510.20108
+      # Prototypes that a device compares at a time: a divisor of those it has; 0: all of them;
+      # None: all where their scores need no more than half a GiB (prototypes/streaming.py).
+      "block": config_dict.placeholder(int),
       **methods.load(method).OPTIONS,
     }
   )

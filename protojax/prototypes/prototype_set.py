@@ -155,7 +155,7 @@ def _frozen(num: int, dim: int) -> PrototypeSet:
   )
 
 
-def _mixture(num: int, dim: int, config) -> PrototypeSet:
+def _mixture(num: int, dim: int, config, block: int | None) -> PrototypeSet:
   if not config.anneal_steps and (config.horizon_final, config.beta_final) != (
     config.horizon_steps,
     config.beta,
@@ -188,6 +188,7 @@ def _mixture(num: int, dim: int, config) -> PrototypeSet:
       reseed=config.reseed,
       variance_floor=config.variance_floor,
       momentum=config.momentum,
+      block=block,
     ),
   )
 
@@ -208,7 +209,7 @@ def build(config) -> PrototypeSet:
   """The prototype set that `config.method.prototypes` names.
 
   Args:
-    config: reads `method.{prototypes, num_prototypes, train_prototype_norm, em_order}`,
+    config: reads `method.{prototypes, num_prototypes, train_prototype_norm, em_order, block}`,
       `head.bottleneck` (D) and `mixture.*`.
 
   Raises:
@@ -228,7 +229,7 @@ def build(config) -> PrototypeSet:
     return _learned(num, dim, config.method.train_prototype_norm)
   if kind == "mixture":
     try:
-      moving = _mixture(num, dim, config.mixture)
+      moving = _mixture(num, dim, config.mixture, config.method.block)
     except ValueError as error:
       raise errors.UserError(f"mixture: {error}; see config.mixture") from None
     return moving._replace(before_loss=config.method.em_order == "before_loss")
