@@ -122,16 +122,16 @@ def make(config) -> base.Method:
       kind=options.targets,
       num_steps=options.sinkhorn_steps,
     )
-    by_pair = soft.view_cross_entropies(soft.softmax(student), q)
-    cross_entropy = losses.mean_over_other_views(by_pair)
-    entropy = soft.entropy(q).mean()
+    beside = soft.compare_views(soft.softmax(student), q)
+    cross_entropy = losses.mean_over_other_views(beside.cross_entropy)
+    entropy = beside.entropy.mean()
     terms = spread(trained, scores.features, row_key)
     value = cross_entropy + sum(options[name] * term for name, term in terms.items())
     metrics = {
       "loss": value,
       "target_entropy": entropy,
       "kl": cross_entropy - entropy,
-      "mean_entropy": losses.entropy(soft.mean(q)),
+      "mean_entropy": losses.entropy(beside.mean),
       "teacher_temp": temperature,
       "ln_k": jnp.float32(math.log(options.num_prototypes)),  # of a student that says nothing
     }

@@ -108,9 +108,10 @@ def make(config) -> base.Method:
     }
     of_student = {"prototypes": scores.student, "patch": scores.student_patches}
     p = {kind: soft.softmax(own.over(options.student_temp)) for kind, own in of_student.items()}
-    by_pair = soft.view_cross_entropies(p["prototypes"], q["prototypes"])
-    by_class = losses.mean_over_other_views(by_pair)
-    by_patch = losses.masked_mean(soft.cross_entropy(p["patch"], q["patch"]), counted)
+    classes = soft.compare_views(p["prototypes"], q["prototypes"])
+    patches = soft.compare_rows(p["patch"], q["patch"], counted)
+    by_class = losses.mean_over_other_views(classes.cross_entropy)
+    by_patch = losses.masked_mean(patches.cross_entropy, counted)
     value = options.class_weight * by_class + options.patch_weight * by_patch
     metrics = {
       "loss": value,
@@ -118,10 +119,10 @@ def make(config) -> base.Method:
       "ln_k": jnp.float32(math.log(options.num_prototypes)),  # of class tokens that say nothing
       "patch_loss": by_patch,
       "masked": mask.mean(dtype=jnp.float32),
-      "target_entropy": soft.entropy(q["prototypes"]).mean(),
-      "patch_target_entropy": losses.masked_mean(soft.entropy(q["patch"]), counted),
-      "mean_entropy": losses.entropy(soft.mean(q["prototypes"])),
-      "patch_mean_entropy": losses.entropy(soft.mean(q["patch"], counted)),
+      "target_entropy": classes.entropy.mean(),
+      "patch_target_entropy": losses.masked_mean(patches.entropy, counted),
+      "mean_entropy": losses.entropy(classes.mean),
+      "patch_mean_entropy": losses.entropy(patches.mean),
       "teacher_temp": temps["prototypes"](step),
       "patch_temp": temps["patch"](step),
     }

@@ -50,8 +50,8 @@ def targets(scores: soft.Scores, options) -> soft.Assignments:
 
 def terms(
   scores: soft.Scores, q: soft.Assignments, temperature: float
-) -> tuple[jax.Array, jax.Array]:
-  """Cross entropy of all views against the targets, and ln K minus the entropy of their mean.
+) -> tuple[soft.Comparison, jax.Array]:
+  """Views beside their targets, and ln K minus the entropy of the mean prediction.
 
   Args:
     scores: of the student, rows [B, V, D].
@@ -59,11 +59,11 @@ def terms(
     temperature: the student's.
 
   Returns:
-    [] and [], float32, both at least 0.
+    The comparison, its cross entropy [V, 1]; and float32 [], at least 0.
   """
   p = soft.softmax(scores.over(temperature))
   num = len(scores.prototypes)
-  return soft.view_cross_entropies(p, q).mean(), math.log(num) - losses.entropy(soft.mean(p))
+  return soft.compare_views(p, q), math.log(num) - losses.entropy(soft.mean(p))
 
 
 def make(config) -> base.Method:
@@ -96,14 +96,15 @@ def make(config) -> base.Method:
     )
     scores = networks.scores(trained, frozen, student_views, net_key)
     q = targets(scores.teacher, options)
-    cross_entropy, prior = terms(scores.student, q, options.temperature)
+    beside, prior = terms(scores.student, q, options.temperature)
+    cross_entropy = beside.cross_entropy.mean()
     value = cross_entropy + options.prior_weight * prior
     metrics = {
       "loss": value,
       "cross_entropy": cross_entropy,
       "prior": prior,
-      "target_entropy": soft.entropy(q).mean(),
-      "mean_entropy": losses.entropy(soft.mean(q)),
+      "target_entropy": beside.entropy.mean(),
+      "mean_entropy": losses.entropy(beside.mean),
       "ln_k": jnp.float32(math.log(options.num_prototypes)),  # of a student that says nothing
     }
     return value, base.LossOut(metrics, scores.stats)

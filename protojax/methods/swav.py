@@ -90,15 +90,16 @@ def make(config) -> base.Method:
       stats |= {"queued": own}
     else:
       q = balanced(net.scores(detached, own))
-    by_pair = jnp.concatenate([soft.view_cross_entropies(p, view) for view in q], axis=1)
+    views = [soft.compare_views(p, view) for view in q]
+    by_pair = jnp.concatenate([view.cross_entropy for view in views], axis=1)
     value = losses.mean_over_other_views(by_pair)
-    entropy = jnp.mean(jnp.stack([soft.entropy(view).mean() for view in q]))
+    entropy = sum(view.entropy.mean() for view in views) / len(views)
     metrics = {
       "loss": value,
       "ln_k": jnp.float32(math.log(options.num_prototypes)),  # of a student that says nothing
       "target_entropy": entropy,
       "kl": value - entropy,
-      "mean_entropy": losses.entropy(sum(soft.mean(view) for view in q) / len(q)),
+      "mean_entropy": losses.entropy(sum(view.mean for view in views) / len(views)),
     }
     return value, base.LossOut(metrics, stats)
 

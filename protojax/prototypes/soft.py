@@ -12,6 +12,7 @@ The second sum is a vector of D numbers.
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -184,14 +185,6 @@ def targets(
   raise errors.UserError(f"method.targets={kind!r} is unknown: choose center or sinkhorn")
 
 
-def entropy(q: Assignments) -> jax.Array:
-  """Entropy of every row in nats: float32 [B, ...], without a gradient."""
-  q = jax.lax.stop_gradient(q)
-  if q.log_p is not None:
-    return losses.entropy(jnp.exp(q.log_p))
-  return _cross_entropy(q, *_expected(q, q.scores))
-
-
 def log_mean(q: Assignments, counted: jax.Array | None = None) -> jax.Array:
   """ln of the mean assignment over all rows, or those that count, bool [B, ...]: float32 [K]."""
   if counted is None:
@@ -219,50 +212,74 @@ def mean(q: Assignments, counted: jax.Array | None = None) -> jax.Array:
   return total / jnp.maximum(counted.sum(), 1)
 
 
-def view_cross_entropies(p: Assignments, q: Assignments) -> jax.Array:
-  """Cross entropy of views against the targets of views of the same image, a mean over images.
+class Comparison(NamedTuple):
+  """Predictions beside targets, in nats; only the cross entropy has a gradient.
+
+  Attributes:
+    cross_entropy: see `views` and `rows`.
+    entropy: of every target, which no prediction can be below: float32, of the shape of their rows
+      [B, ...].
+    mean: the mean target over all rows, or those that count: float32 [K].
+  """
+
+  cross_entropy: jax.Array
+  entropy: jax.Array
+  mean: jax.Array
+
+
+def compare_views(p: Assignments, q: Assignments) -> Comparison:
+  """Views of an image beside the targets of its views.
 
   Args:
-    p: of rows [B, V, D], with a gradient.
+    p: predictions, of rows [B, V, D], with a gradient.
     q: targets, of rows [B, T, D]; no gradient.
 
   Returns:
-    float32 [V, T].
+    `Comparison` whose cross entropy is float32 [V, T], by pair the mean over images.
   """
   q = jax.lax.stop_gradient(q)
   if q.log_p is not None:
-    log_p = p.log_p
-    return -jnp.einsum("bvk,btk->bvt", log_p, jnp.exp(q.log_p), precision=_HIGHEST).mean(axis=0)
-  rows, bias = _expected(q, p.scores)
+    targets = jnp.exp(q.log_p)
+    by_pair = -jnp.einsum("bvk,btk->bvt", p.log_p, targets, precision=_HIGHEST).mean(axis=0)
+    return Comparison(by_pair, losses.entropy(targets), mean(q))
+  rows, bias, entropy, average = _moments(q, p.scores)
   products = jnp.einsum("bvd,btd->bvt", p.scores.rows, rows, precision=_HIGHEST)
-  log_z = _as_rows(p.scores, p.log_partition)
-  return (log_z[..., None] - (products + bias[:, None]) / p.scores.temperature).mean(axis=0)
+  log_z = _as_rows(p.scores, p.log_partition)[..., None]
+  by_pair = (log_z - (products + bias[:, None]) / p.scores.temperature).mean(axis=0)
+  return Comparison(by_pair, entropy, average)
 
 
-def cross_entropy(p: Assignments, q: Assignments) -> jax.Array:
-  """Cross entropy of every row against the targets of the row in its place: float32 [B, ...].
+def compare_rows(p: Assignments, q: Assignments, counted: jax.Array) -> Comparison:
+  """Every row beside the target in its place.
 
-  The gradient goes to p, of rows [B, ..., D]; q has as many.
+  Args:
+    p: predictions, of rows [B, ..., D], with a gradient.
+    q: targets, of as many rows; no gradient.
+    counted: bool [B, ...], rows that count in `Comparison.mean`.
+
+  Returns:
+    `Comparison` whose cross entropy is float32 [B, ...].
   """
   q = jax.lax.stop_gradient(q)
   if q.log_p is not None:
-    return -jnp.sum(jnp.exp(q.log_p) * p.log_p, axis=-1)
-  return _cross_entropy(p, *_expected(q, p.scores))
+    targets = jnp.exp(q.log_p)
+    by_row = -jnp.sum(targets * p.log_p, axis=-1)
+    return Comparison(by_row, losses.entropy(targets), mean(q, counted))
+  rows, bias, entropy, average = _moments(q, p.scores, counted)
+  products = jnp.sum(p.scores.rows * rows, axis=-1) + bias
+  by_row = _as_rows(p.scores, p.log_partition) - products / p.scores.temperature
+  return Comparison(by_row, entropy, average)
 
 
-def _expected(q: Assignments, of: Scores) -> tuple[jax.Array, jax.Array]:
-  """Mean prototype and bias of `of` under q: [B, ..., D] and [B, ...], of q's rows."""
+def _moments(q: Assignments, of: Scores, counted: jax.Array | None = None):
+  """Under each of q: mean prototype [B, ..., D], bias [B, ...] of `of`, entropy; and the mean."""
   logits, blocks = _blocks(q.scores)
-  values = (of.prototypes, None if of.bias is None else of.bias[:, None])
-  values = streaming.cut(values, q.scores.block)
-  rows, bias = streaming.expected(logits, blocks, q.log_partition, values)
-  rows = _as_rows(q.scores, rows)
-  if bias is None:
-    return rows, jnp.zeros(rows.shape[:-1])
-  return rows, _as_rows(q.scores, bias)[..., 0]
-
-
-def _cross_entropy(p: Assignments, rows: jax.Array, bias: jax.Array) -> jax.Array:
-  products = jnp.sum(p.scores.rows * rows, axis=-1)
-  log_z = _as_rows(p.scores, p.log_partition)
-  return log_z - (products + bias) / p.scores.temperature
+  bias = None if of.bias is None else of.bias[:, None]
+  values = streaming.cut((of.prototypes, bias), q.scores.block)
+  laid = None if counted is None else counted.reshape(q.log_partition.shape)
+  found = streaming.moments(logits, blocks, q.log_partition, values, laid)
+  rows, bias = jax.tree.map(lambda x: _as_rows(q.scores, x), found.values)
+  entropy = _as_rows(q.scores, found.entropy)
+  bias = jnp.zeros(entropy.shape) if bias is None else bias[..., 0]
+  num = entropy.size if counted is None else jnp.maximum(counted.sum(), 1)
+  return rows, bias, entropy, found.counts / num

@@ -16,7 +16,7 @@ devices is summed behind the loop. Without a mesh m = n = 1.
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -117,30 +117,56 @@ def log_column_sums(logits: Logits, blocks: PyTree, log_z: jax.Array) -> jax.Arr
   return joined(jax.nn.logsumexp(by_device, axis=2))
 
 
-def expected(logits: Logits, blocks: PyTree, log_z: jax.Array, values: PyTree) -> PyTree:
-  """Mean of values under the assignments exp(logits - log_z): attention without its weights.
+class Moments(NamedTuple):
+  """What assignments [N, K] say, without them; see `moments`.
+
+  Attributes:
+    values: mean of values under each row's assignment, leaves float32 [n, R, d].
+    entropy: of each row's assignment in nats, float32 [n, R]; without a gradient.
+    counts: what each prototype gets of the rows that count, float32 [K]; without a gradient.
+  """
+
+  values: PyTree
+  entropy: jax.Array
+  counts: jax.Array
+
+
+def moments(
+  logits: Logits,
+  blocks: PyTree,
+  log_z: jax.Array,
+  values: PyTree,
+  counted: jax.Array | None = None,
+) -> Moments:
+  """Means under the assignments exp(logits - log_z): attention without its weights.
 
   Args:
     logits, blocks: see the module.
     log_z: [n, R], what `log_partition` gives.
     values: leaves [nb, m, k, d], cut like the prototypes.
-
-  Returns:
-    Leaves float32 [n, R, d].
+    counted: bool [n, R], rows that `Moments.counts` is of; None: all.
   """
 
   @jax.checkpoint
-  def one(block, own):
+  def means(block, own):
     q = jnp.exp(logits(block) - log_z[None, ..., None])
     return jax.tree.map(lambda v: _product("mnrk,mkd->mnrd", q, v), own)
 
   def add(total, inputs):
-    return jax.tree.map(jnp.add, total, one(*inputs)), None
+    block, own = inputs
+    log_q = jax.lax.stop_gradient(logits(block) - log_z[None, ..., None])
+    q = jnp.exp(log_q)
+    new = means(block, own), -jnp.sum(q * log_q, axis=-1)
+    where = None if counted is None else counted[None, ..., None]
+    return jax.tree.map(jnp.add, total, new), jnp.sum(q, axis=2, where=where)
 
   first = jax.tree.map(lambda x: x[0], (blocks, values))
-  total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, *first))
-  total, _ = jax.lax.scan(add, total, (blocks, values))
-  return jax.tree.map(lambda x: x.sum(axis=0), total)
+  own_values = jax.eval_shape(means, *first)
+  rows = jax.ShapeDtypeStruct((_one_of(blocks).shape[1], *log_z.shape), jnp.float32)
+  total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (own_values, rows))
+  (by_values, entropy), counts = jax.lax.scan(add, total, (blocks, values))
+  by_values, entropy = jax.tree.map(lambda x: x.sum(axis=0), (by_values, entropy))
+  return Moments(by_values, entropy, joined(counts.sum(axis=2)))
 
 
 def sinkhorn(
@@ -166,7 +192,7 @@ def sinkhorn(
     (offsets [nb, m, k], partition [n, R]), float32.
   """
   rows = log_z.size if counted is None else jnp.maximum(counted.sum(), 1)
-  shape = jax.tree.leaves(blocks)[0].shape[:3]
+  shape = _one_of(blocks).shape[:3]
   balanced = jnp.log(rows / math.prod(shape))
 
   def one(samples, block):
@@ -182,6 +208,10 @@ def sinkhorn(
     return offsets, jax.nn.logsumexp(by_block, axis=(0, 1))
 
   return jax.lax.fori_loop(0, num_steps, step, (jnp.zeros(shape), log_z))
+
+
+def _one_of(blocks: PyTree) -> jax.Array:
+  return jax.tree.leaves(blocks)[0]
 
 
 def _product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
