@@ -10,6 +10,7 @@ import numpy as np
 from protojax import config as configs
 from protojax import recipes
 from protojax.data import sources
+from protojax.prototypes import soft
 from protojax.training import programs, sharding
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -73,6 +74,11 @@ def batch(c, seed=0):
     "size": np.full((c.batch_size, 2), size, np.int32),
     "index": np.arange(c.batch_size, dtype=np.int32),
   }
+
+
+def scores(x):
+  """Scores that are there already, [B, ..., K], as a loss takes them."""
+  return soft.Scores(x, jnp.eye(x.shape[-1], dtype=x.dtype))
 
 
 @functools.cache

@@ -153,7 +153,7 @@ def make(config) -> base.Method:
       return scores
     norms = jnp.abs(state["g"][:, 0])
     offsets = vmf.offsets(norms, options.teacher_temp, head.bottleneck)
-    return {kind: found + offsets for kind, found in scores.items()}
+    return {kind: found + offsets[None] for kind, found in scores.items()}
 
   def scoring(variables):
     found = networks.method.scoring(variables)

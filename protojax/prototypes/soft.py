@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from protojax import errors, losses
-from protojax.prototypes import assignment, streaming, weight_norm
+from protojax.prototypes import assignment, streaming
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -56,8 +56,9 @@ class Scores:
     return dataclasses.replace(self, bias=bias)
 
   def dense(self) -> jax.Array:
-    """[B, ..., K] float32."""
-    products = weight_norm.scores(self.prototypes, self.rows)
+    """[B, ..., K] float32; float64 stays float64."""
+    rows, prototypes = losses.full(self.rows), losses.full(self.prototypes)
+    products = jnp.einsum("...d,kd->...k", rows, prototypes, precision=_HIGHEST)
     if self.bias is not None:
       products += jnp.expand_dims(self.bias, range(products.ndim - 1))
     return products / self.temperature
