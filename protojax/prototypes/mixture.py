@@ -126,7 +126,7 @@ class _Components(NamedTuple):
 class _Batch(NamedTuple):
   """Sums over a batch and k components."""
 
-  count: jax.Array | None  # [k], n_k
+  counts: jax.Array | None  # [k], n_k
   entropy: jax.Array  # [], of the responsibilities
   moved: jax.Array  # [], squared distances of new means to old ones
   cross: jax.Array  # [], sum of n_k mu (mu - 2 mean of the batch)
@@ -298,12 +298,12 @@ def online_em(
     block = streaming.block_size(options.block, rows.shape[0], num_components)
     components, batch = by_blocks(old, rows, block) if block else at_once(old, rows)
 
-    share = batch.count / rows.shape[0]
+    share = batch.counts / rows.shape[0]
     new = old._replace(step=step + 1, **components._asdict())
     if learn_kappa:
       # distance = sum_ik q_ik |h_i - mu_k|^2 / N
       distance = (jnp.sum(rows**2) + batch.cross) / rows.shape[0]
-      forgotten = -jnp.expm1(-age_of(batch.count, rows.shape[0], step).mean())
+      forgotten = -jnp.expm1(-age_of(batch.counts, rows.shape[0], step).mean())
       scatter = _running(old.scatter, distance, forgotten, step)
       new = new._replace(scatter=scatter, kappa=_kappa(scatter, dim, normalize, 1.0 / floor))
     elif not diagonal:
@@ -339,43 +339,55 @@ def online_em(
     log_z = streaming.log_partition(logits, blocks)
     offsets = jnp.zeros(num_components)
     if balanced:
-      start = jnp.zeros_like(log_z)
-      offsets, log_z = streaming.sinkhorn(logits, blocks, num_steps=balance_steps, log_z=start)
+      offsets, log_z = streaming.sinkhorn(
+        logits, blocks, num_steps=balance_steps, log_z=jnp.zeros_like(log_z)
+      )
       offsets = streaming.joined(offsets)
 
     def on_devices(x):  # [K, ...] -> [m, K / m, ...]
       x = x.reshape(m, -1, *x.shape[1:])
       return x if m == 1 else jax.lax.with_sharding_constraint(x, PartitionSpec("model"))
 
+    def part(x, i):
+      return jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=1)
+
+    def put(x, new, i):
+      return jax.lax.dynamic_update_slice_in_dim(x, new, i * block, axis=1)
+
+    # A block waits for the next round to be put in its place: computed and put in one round, XLA
+    # fuses both and copies all prototypes in every round.
     def move(i, carried):
-      everything, counts, sums = carried
-
-      def part(x):
-        return jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=1)
-
-      def put(x, new):
-        return jax.lax.dynamic_update_slice_in_dim(x, new, i * block, axis=1)
-
-      components = jax.tree.map(part, everything)
-      log_q = logits(components) - log_z[None, ..., None] - part(offsets)[:, None, None]
+      everything, waiting, counts, sums = carried
+      everything = jax.tree.map(streaming.as_outside, everything)
+      everything = jax.tree.map(
+        lambda x, new: put(x, new, jnp.maximum(i - 1, 0)), everything, waiting
+      )
+      components = jax.tree.map(lambda x: part(x, i), everything)
+      log_q = logits(components) - log_z[None, ..., None] - part(offsets, i)[:, None, None]
       each = jax.vmap(functools.partial(m_step, old.step), in_axes=(0, 0, 0, None))
       flat = log_q.reshape(m, -1, block)
-      components, batch = each(components, own.reshape(m, -1, dim), flat, rows.shape[0])
-      sums = jax.tree.map(lambda a, b: a + b.sum(), sums, batch._replace(count=None))
-      return jax.tree.map(put, everything, components), put(counts, batch.count), sums
+      waiting, batch = each(components, own.reshape(m, -1, dim), flat, rows.shape[0])
+      sums = jax.tree.map(lambda a, b: a + b.sum(), sums, batch._replace(counts=None))
+      return everything, waiting, put(counts, batch.counts, i), sums
 
     offsets = on_devices(offsets)
     everything = jax.tree.map(on_devices, _components(old))
-    sums = _Batch(None, *jnp.zeros(4))
-    start = everything, jnp.zeros_like(offsets), sums
-    moved = jax.lax.fori_loop(0, num_components // (m * block), move, start)
-    components, counts, batch = jax.tree.map(
-      lambda x: x.reshape(-1, *x.shape[2:]) if x.ndim else x, moved
+    waiting = jax.tree.map(lambda x: part(x, 0), everything)
+    num_blocks = num_components // (m * block)
+    everything, waiting, counts, sums = jax.lax.fori_loop(
+      0,
+      num_blocks,
+      move,
+      (everything, waiting, jnp.zeros_like(offsets), _Batch(None, *jnp.zeros(4))),
     )
-    nearest = jax.lax.map(
+    everything = jax.tree.map(lambda x, new: put(x, new, num_blocks - 1), everything, waiting)
+    components = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), everything)
+    nearest = streaming.each(
       lambda part: jax.vmap(jax.vmap(cosines, (0, None)))(own, part.means).max(axis=-1), blocks
     )
-    return components, batch._replace(count=counts, max_cos=nearest.max(axis=(0, 1)).mean())
+    return components, sums._replace(
+      counts=counts.reshape(-1), max_cos=nearest.max(axis=(0, 1)).mean()
+    )
 
   def joint(old, components, rows):
     return _log_joint(
@@ -427,7 +439,7 @@ def online_em(
     if not normalize:
       before, after = losses.l2_normalize(before), losses.l2_normalize(after)
     return new, _Batch(
-      count=count,
+      counts=count,
       entropy=-jnp.sum(q * log_q),  # from the logarithms, which are there
       moved=jnp.sum((after - before) ** 2),
       cross=jnp.sum(count[:, None] * means * (means - 2.0 * batch_means)),

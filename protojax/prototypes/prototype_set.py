@@ -83,11 +83,20 @@ def in_loss(
   return state, state if prototype_set.before_loss else features
 
 
-def after_step(prototype_set: PrototypeSet, state: PyTree, moved: PyTree) -> PyTree:
-  """The state of the next step, for `base.Method.update`; `moved` is from `in_loss`."""
+def after_step(
+  prototype_set: PrototypeSet, state: PyTree, moved: PyTree, step: jax.Array
+) -> PyTree:
+  """The state of the next step, for `base.Method.update`; `moved` is from `in_loss`.
+
+  What `step` is made of is done before anything moves (`train_step` makes it of the gradient): a
+  loss that still reads prototypes would need a copy of them, and they would not move in place.
+  """
   if prototype_set.learned:
     return state
-  return moved if prototype_set.before_loss else prototype_set.move(state, moved)
+  if prototype_set.before_loss:
+    return moved
+  nothing = (step < 0).astype(jnp.float32)  # 0, which XLA does not know
+  return prototype_set.move(state, jax.tree.map(lambda x: x + nothing, moved))
 
 
 def several(one: PrototypeSet, kinds: tuple[str, ...], *, shared: bool = False) -> PrototypeSet:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import layout
 from jax.sharding import PartitionSpec
 
 from protojax import errors, placement
@@ -62,19 +63,35 @@ def block_size(asked: int | None, num_rows: int, num_prototypes: int) -> int:
 
 
 def cut(prototypes: PyTree, block: int) -> PyTree:
-  """Leaves [K, ...] -> [nb, m, k, ...], k = `block`, a divisor of K / m."""
+  """Leaves [K, ...] -> [nb, m, k, ...], k = `block`, a divisor of K / m; for m = 1 [nb, k, ...].
+
+  With an axis of one device XLA would copy all prototypes before each loop over them.
+  """
   m = placement.extent()[1]
 
   def one(x):
-    x = x.reshape(m, -1, block, *x.shape[1:])
-    x = jnp.moveaxis(x, 1, 0)
-    return x if m == 1 else jax.lax.with_sharding_constraint(x, PartitionSpec(None, "model"))
+    if m == 1:
+      return x.reshape(-1, block, *x.shape[1:])
+    x = jnp.moveaxis(x.reshape(m, -1, block, *x.shape[1:]), 1, 0)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(None, "model"))
 
   return jax.tree.map(one, prototypes)
 
 
+def as_outside(x: jax.Array) -> jax.Array:
+  """An array in the layout that arguments have, inside a loop.
+
+  A TPU's compiler would turn the state of a loop to what its products like, which costs a copy of
+  all prototypes before the loop and one behind it. Not where prototypes are split: the constraint
+  would bring them together.
+  """
+  if placement.extent()[1] > 1:
+    return x
+  return layout.with_layout_constraint(x, layout.Layout(tuple(range(x.ndim))))
+
+
 def joined(blocks: PyTree) -> PyTree:
-  """What `cut` took apart: leaves [nb, m, k, ...] -> [K, ...]."""
+  """Of what each block gave: leaves [nb, m, k, ...] -> [K, ...]."""
   return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[3:]), blocks)
 
 
@@ -90,12 +107,8 @@ def own_rows(rows: jax.Array) -> jax.Array:
 
 def log_partition(logits: Logits, blocks: PyTree) -> jax.Array:
   """ln of the sum of exp(logits) over all prototypes: float32 [n, R]."""
-
-  @jax.checkpoint
-  def one(block):
-    return jax.nn.logsumexp(logits(block), axis=-1)
-
-  return jax.nn.logsumexp(jax.lax.map(one, blocks), axis=(0, 1))
+  by_block = each(lambda block: jax.nn.logsumexp(logits(block), axis=-1), blocks)
+  return jax.nn.logsumexp(by_block, axis=(0, 1))
 
 
 def log_column_sums(logits: Logits, blocks: PyTree, log_z: jax.Array) -> jax.Array:
@@ -109,12 +122,10 @@ def log_column_sums(logits: Logits, blocks: PyTree, log_z: jax.Array) -> jax.Arr
     float32 [K].
   """
 
-  @jax.checkpoint
   def one(block):
     return jax.nn.logsumexp(logits(block) - log_z[None, ..., None], axis=2)  # [m, n, k]
 
-  by_device = jax.lax.map(one, blocks)
-  return joined(jax.nn.logsumexp(by_device, axis=2))
+  return joined(jax.nn.logsumexp(each(one, blocks), axis=2))
 
 
 class Moments(NamedTuple):
@@ -147,26 +158,20 @@ def moments(
     counted: bool [n, R], rows that `Moments.counts` is of; None: all.
   """
 
-  @jax.checkpoint
-  def means(block, own):
-    q = jnp.exp(logits(block) - log_z[None, ..., None])
-    return jax.tree.map(lambda v: _product("mnrk,mkd->mnrd", q, v), own)
+  where = None if counted is None else counted[None, ..., None]
 
-  def add(total, inputs):
-    block, own = inputs
-    log_q = jax.lax.stop_gradient(logits(block) - log_z[None, ..., None])
+  def one(both):
+    block, own = both
+    log_q = logits(block) - log_z[None, ..., None]
     q = jnp.exp(log_q)
-    new = means(block, own), -jnp.sum(q * log_q, axis=-1)
-    where = None if counted is None else counted[None, ..., None]
-    return jax.tree.map(jnp.add, total, new), jnp.sum(q, axis=2, where=where)
+    means = jax.tree.map(lambda v: _product("mnrk,mkd->mnrd", q, v), own)
+    fixed_log_q, fixed_q = jax.lax.stop_gradient((log_q, q))
+    entropy = -jnp.sum(fixed_q * fixed_log_q, axis=-1)
+    return (means, entropy), jnp.sum(fixed_q, axis=2, where=where)
 
-  first = jax.tree.map(lambda x: x[0], (blocks, values))
-  own_values = jax.eval_shape(means, *first)
-  rows = jax.ShapeDtypeStruct((_one_of(blocks).shape[1], *log_z.shape), jnp.float32)
-  total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (own_values, rows))
-  (by_values, entropy), counts = jax.lax.scan(add, total, (blocks, values))
-  by_values, entropy = jax.tree.map(lambda x: x.sum(axis=0), (by_values, entropy))
-  return Moments(by_values, entropy, joined(counts.sum(axis=2)))
+  (means, entropy), counts = _sum_over(one, (blocks, values))
+  means, entropy = jax.tree.map(lambda x: x.sum(axis=0), (means, entropy))
+  return Moments(means, entropy, joined(counts.sum(axis=2)))
 
 
 def sinkhorn(
@@ -192,7 +197,8 @@ def sinkhorn(
     (offsets [nb, m, k], partition [n, R]), float32.
   """
   rows = log_z.size if counted is None else jnp.maximum(counted.sum(), 1)
-  shape = _one_of(blocks).shape[:3]
+  m, example = placement.extent()[1], jax.tree.leaves(blocks)[0]
+  shape = (example.shape[0], m, example.shape[1 if m == 1 else 2])
   balanced = jnp.log(rows / math.prod(shape))
 
   def one(samples, block):
@@ -204,14 +210,35 @@ def sinkhorn(
 
   def step(_, carried):
     _, samples = carried
-    offsets, by_block = jax.lax.map(lambda block: one(samples, block), blocks)
+    offsets, by_block = each(lambda block: one(samples, block), blocks)
     return offsets, jax.nn.logsumexp(by_block, axis=(0, 1))
 
   return jax.lax.fori_loop(0, num_steps, step, (jnp.zeros(shape), log_z))
 
 
-def _one_of(blocks: PyTree) -> jax.Array:
-  return jax.tree.leaves(blocks)[0]
+def _sum_over(one: Callable, blocks: PyTree) -> tuple[PyTree, PyTree]:
+  """Of `one`, a function of a block, the first of two results added up, the second stacked.
+
+  Nothing of a block is kept for the gradient, which calls `one` again.
+  """
+  alone = placement.extent()[1] == 1  # see `cut`
+
+  @jax.checkpoint
+  def lean(block):
+    return one(jax.tree.map(lambda x: x[None], block) if alone else block)
+
+  def add(total, block):
+    new, out = lean(block)
+    return jax.tree.map(jnp.add, total, new), out
+
+  shapes, _ = jax.eval_shape(lean, jax.tree.map(lambda x: x[0], blocks))
+  start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  return jax.lax.scan(add, start, blocks)
+
+
+def each(one: Callable, blocks: PyTree) -> PyTree:
+  """What `one`, a function of a block, gives of each, stacked; blocks are from `cut`."""
+  return _sum_over(lambda block: (None, one(block)), blocks)[1]
 
 
 def _product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -111,11 +111,15 @@ def train_step(
     updates, opt_state = tx.update(grads, state.opt_state, trained)
     trained = optax.apply_updates(trained, updates)
 
-  with jax.named_scope("update"):
-    variables = variables.replace(**trained)
-    variables = method.update(variables, out.stats, state.step)
   metrics = {f"train/{k}": v for k, v in out.metrics.items()}
   metrics["train/grad_norm"] = optax.tree.norm(grads)
+
+  with jax.named_scope("update"):
+    variables = variables.replace(**trained)
+    # No norm is negative, but XLA does not know: the number comes after the gradient, see
+    # `prototype_set.after_step`.
+    step = state.step + (metrics["train/grad_norm"] < 0)
+    variables = method.update(variables, out.stats, step)
 
   carry = variables.carry
   if probe is not None:

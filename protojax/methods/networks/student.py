@@ -165,7 +165,7 @@ def build_with_prototypes(config) -> PrototypeStudent:
     return soft.Scores(prototypes.align(state, z), rows, block=block)
 
   def update(variables, stats, step):
-    state = prototype_set.after_step(prototypes, variables.prototypes, stats["prototypes"])
+    state = prototype_set.after_step(prototypes, variables.prototypes, stats["prototypes"], step)
     return net.method.update(variables.replace(prototypes=state), stats["batch_stats"], step)
 
   def codes(variables, images):

@@ -241,7 +241,7 @@ def build_with_prototypes(
     )
 
   def update(variables, stats, step):
-    state = prototype_set.after_step(prototypes, variables.prototypes, stats["prototypes"])
+    state = prototype_set.after_step(prototypes, variables.prototypes, stats["prototypes"], step)
     return net.method.update(variables.replace(prototypes=state), stats["batch_stats"], step)
 
   def state_of(variables):
