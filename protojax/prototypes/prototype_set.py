@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from protojax import errors, losses
-from protojax.prototypes import mixture, weight_norm
+from protojax.prototypes import mixture, streaming, weight_norm
 
 PyTree = Any
 
@@ -212,6 +212,18 @@ def _mixture(num: int, dim: int, config, block: int | None) -> PrototypeSet:
     mean=(lambda state: state.feature_mean) if config.center_features else _no_mean,
     move=lambda state, features: em.update(state, features)[0],
   )
+
+
+def block_size(config, num_rows: int = 0) -> int:
+  """Prototypes that a loss compares at a time, see `streaming.block_size`; 0: all.
+
+  Args:
+    config: reads `method.{block, num_prototypes}`, `batch_size` and `augment.num_local`.
+    num_rows: how many embeddings are compared, where they may be more than all views of a batch.
+  """
+  views = config.batch_size * (2 + config.augment.num_local)
+  options = config.method
+  return streaming.block_size(options.block, max(views, num_rows), options.num_prototypes)
 
 
 def build(config) -> PrototypeSet:

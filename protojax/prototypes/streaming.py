@@ -29,7 +29,7 @@ PyTree = Any
 Logits = Callable[[PyTree], jax.Array]  # a block, leaves [m, k, ...] -> float32 [m, n, R, k]
 
 DENSE = 2**27  # logits of a device, 512 MiB of float32, up to which all prototypes are one block
-_AT_ONCE = 2**24  # logits of a block above that
+_AT_ONCE = 2**22  # logits of a block above that
 LEFT_OUT = 1e30  # the log partition of a row that takes no part: finite, it gives nothing
 
 

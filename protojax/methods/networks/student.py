@@ -8,7 +8,7 @@ import jax
 from protojax import errors, losses, placement
 from protojax.methods import base
 from protojax.models import encoder as encoders
-from protojax.prototypes import prototype_set, soft, streaming
+from protojax.prototypes import prototype_set, soft
 from protojax.prototypes import scoring as scorings
 
 
@@ -161,7 +161,7 @@ def build_with_prototypes(config) -> PrototypeStudent:
 
   def scores(state, z):
     rows = prototypes.rows(state)
-    block = streaming.block_size(config.method.block, z.size // z.shape[-1], len(rows))
+    block = prototype_set.block_size(config, z.size // z.shape[-1])
     return soft.Scores(prototypes.align(state, z), rows, block=block)
 
   def update(variables, stats, step):

@@ -10,7 +10,7 @@ import optax
 from protojax import errors, losses, placement, schedules
 from protojax.methods import base
 from protojax.models import encoder as encoders
-from protojax.prototypes import prototype_set, soft, streaming, weight_norm
+from protojax.prototypes import prototype_set, soft, weight_norm
 from protojax.prototypes import scoring as scorings
 
 PyTree = Any
@@ -224,8 +224,8 @@ def build_with_prototypes(
       z_teacher["patch"] = jnp.take_along_axis(z, views["hidden"][..., None], axis=2)
 
     def of(kind, z, rows):
-      seen = z_student[kind].size // z_student[kind].shape[-1]  # no side has more rows
-      block = streaming.block_size(config.method.block, seen, len(rows[kind]))
+      compared = z_student[kind].size // z_student[kind].shape[-1]  # no side has more
+      block = prototype_set.block_size(config, compared)
       return soft.Scores(z[kind], rows[kind], block=block)
 
     student = {kind: of(kind, z_student, student_rows) for kind in kinds}
