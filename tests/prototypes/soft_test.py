@@ -128,8 +128,8 @@ def test_memory_does_not_grow_with_the_number_of_prototypes():
 
 def test_blocks_are_chosen_by_memory_or_asked_for():
   assert streaming.block_size(None, 1024, 131_072) == 0  # 2^27 scores
-  assert streaming.block_size(None, 2560, 65_536) == 1024
-  assert streaming.block_size(None, 2560, 1_000_000) == 1600  # a divisor
+  assert streaming.block_size(None, 2560, 65_536) == 128
+  assert streaming.block_size(None, 2560, 1_000_000) == 200  # a divisor
   assert streaming.block_size(0, 2560, 1_000_000) == 0
   assert streaming.block_size(500, 10, 1_000_000) == 500
   with pytest.raises(errors.UserError, match="method.block=7 does not cut the 48 prototypes"):
