@@ -228,8 +228,12 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
       "data": -1,  # the rest of the devices
       "model": 1,  # devices that share the prototypes; the batch is split over data x model
       # ((regular expression, "replicate" | "fsdp" | "prototypes" | "dictionary" | "rows" |
-      # "images"), ...) over the state's paths, first match wins; () takes sharding.DEFAULT_RULES.
+      # "images"), ...) over the state's paths, first match wins; () takes sharding.DEFAULT_RULES,
+      # or with fsdp FSDP_RULES.
       "rules": (),
+      # Of transformers: store encoder, teacher and optimizer split over "data" and gather each
+      # kernel where it is used (docs/accelerators.md).
+      "fsdp": False,
     }
   )
   return config

@@ -120,7 +120,8 @@ class Program:
     return linear.online_probe(num_classes, features.shape[-1], learning_rate=config.probe.lr)
 
   def _shardings_of(self, abstract: train_step.TrainState):
-    rules = self.config.mesh.rules or sharding.DEFAULT_RULES
+    mesh = self.config.mesh
+    rules = mesh.rules or (sharding.FSDP_RULES if mesh.fsdp else sharding.DEFAULT_RULES)
     return sharding.state_shardings(abstract, self.mesh, rules)
 
   def restore_target(self, leaves: dict[str, str] | None = None) -> train_step.TrainState:
