@@ -26,12 +26,8 @@ def whole(kernel: jax.Array) -> jax.Array:
   return gathered(kernel)
 
 
-def dot_general(x, kernel, dimension_numbers, precision=None, preferred_element_type=None):
+def dot_general(
+  x: jax.Array, kernel: jax.Array, dimension_numbers, precision=None, preferred_element_type=None
+) -> jax.Array:
   """`jax.lax.dot_general` by the `whole` kernel: for `nn.Dense`, which casts before."""
-  return jax.lax.dot_general(
-    x,
-    whole(kernel),
-    dimension_numbers,
-    precision=precision,
-    preferred_element_type=preferred_element_type,
-  )
+  return jax.lax.dot_general(x, whole(kernel), dimension_numbers, precision, preferred_element_type)
