@@ -97,15 +97,13 @@ def run_steps(c, steps, devices=None, num_classes=0):
   program = programs.Program(c, num_classes, devices=devices)
   with jax.set_mesh(program.mesh):
     state = program.init(c.seed)
-    rows = sharding.put_batch(batch(c), program.mesh)
-    probe_rows = None
+    rows = batch(c)
     if num_classes:
-      label = np.arange(c.probe.batch_size, dtype=np.int32) % num_classes
-      other = {k: v[: c.probe.batch_size] for k, v in batch(c, 1).items()}
-      probe_rows = sharding.put_batch({**other, "label": label}, program.mesh)
+      rows["label"] = np.arange(c.batch_size, dtype=np.int32) % num_classes
+    rows = sharding.put_batch(rows, program.mesh)
     metrics = []
     for _ in range(steps):
-      state, out = program.step(state, rows, probe_rows)
+      state, out = program.step(state, rows, None)
       metrics.append({k: float(v) for k, v in out.items()})
   return program, state, metrics
 
