@@ -78,7 +78,9 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
       "data_dir": config_dict.placeholder(str),  # None: data.data_dir
       "train_split": "train",
       "test_split": "test",  # a folder's may be called val, validation or valid too
-      "batch_size": 64,  # of the online linear probe; 0 turns it off
+      # Of the online linear probe; 0 turns it off. Where the bank is what is trained on, a divisor
+      # of config.batch_size takes images of each batch; any other number decodes others besides.
+      "batch_size": 64,
       "lr": 1e-3,
       "k": 20,
       "temperature": 0.07,
@@ -159,6 +161,9 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
       "num_prototypes": 65_536,
       "train_prototype_norm": False,  # learned prototypes only
       "em_order": "after_step",  # or before_loss, as in arXiv 2510.20108
+      # Prototypes that a device compares at a time: a divisor of those it has; 0: all of them;
+      # None: all where their scores need no more than half a GiB (prototypes/streaming.py).
+      "block": config_dict.placeholder(int),
       **methods.load(method).OPTIONS,
     }
   )
@@ -226,8 +231,12 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
       "data": -1,  # the rest of the devices
       "model": 1,  # devices that share the prototypes; the batch is split over data x model
       # ((regular expression, "replicate" | "fsdp" | "prototypes" | "dictionary" | "rows" |
-      # "images"), ...) over the state's paths, first match wins; () takes sharding.DEFAULT_RULES.
+      # "images"), ...) over the state's paths, first match wins; () takes sharding.DEFAULT_RULES,
+      # or with fsdp FSDP_RULES.
       "rules": (),
+      # Of transformers: store encoder, teacher and optimizer split over "data" and gather each
+      # kernel where it is used (docs/accelerators.md).
+      "fsdp": False,
     }
   )
   return config

@@ -20,6 +20,21 @@ ENCODED = PartitionSpec(AXES)  # the first axis of images, views, features
 COMPARED = PartitionSpec("data")  # the first axis of what meets prototypes
 
 
+_LARGE = 2**18  # numbers, 1 MiB of float32: smaller ones are not worth a gather
+
+
+def largest(shape: tuple[int, ...], size: int) -> PartitionSpec:
+  """The largest dimension that `size` divides over "data": how `mesh.fsdp` stores parameters.
+
+  None of small arrays, nor where `size` is 1.
+  """
+  dims = [d for d in range(len(shape)) if shape[d] % size == 0 and shape[d] >= size]
+  if size == 1 or not dims or math.prod(shape) < _LARGE:
+    return PartitionSpec()
+  first = max(dims, key=lambda d: shape[d])
+  return PartitionSpec(*[None] * first, "data")
+
+
 def extent() -> tuple[int, int]:
   """Devices along "data" and along "model" of the mesh of `jax.set_mesh`; 1 and 1 without one."""
   shape = jax.sharding.get_abstract_mesh().shape

@@ -182,7 +182,7 @@ def _run(path: str | os.PathLike, folder: pathlib.Path, step: int | None) -> Tra
       f"checkpoints in {path} are; copy it along with them"
     ) from None
   # This machine's, not the run's.
-  config.mesh.update({"data": -1, "model": 1, "rules": ()})
+  config.mesh.update({"data": -1, "model": 1, "rules": (), "fsdp": False})
   config.model.attention = "xla"
   if checkpoint.leaves(folder) is None:
     raise errors.UserError(

@@ -34,6 +34,9 @@ class Row(NamedTuple):
 # While a centre is still forming, DINO's loss may rise at first: balanced targets here.
 _DINO = (("method__targets", "sinkhorn"),)
 
+# Prototypes compared two at a time: two or eleven blocks of those of a device, whatever the mesh.
+_BLOCKS = (("method__block", 2),)
+
 # Every view hides two of its four patches: else the loss follows how many views are masked.
 _IBOT = (
   *_DINO,
@@ -111,16 +114,16 @@ _QUEUE = (("all-gather", 4 * 16 * 16, "every device holds the whole queue of key
 METHODS = (
   Row("dino", "learned", learns=_DINO),
   Row("dino", "learned", _VMF, learns=_DINO),
-  Row("dino", "mixture", _DINO, model=4),
+  Row("dino", "mixture", (*_DINO, *_BLOCKS), model=4),
   Row("dino", "frozen", (*_DINO, ("method__koleo", 0.1)), _KOLEO),
   Row("ibot", "learned", learns=_IBOT),
-  Row("ibot", "mixture", _IBOT, model=2),
+  Row("ibot", "mixture", (*_IBOT, *_BLOCKS), model=2),
   Row("ibot", "frozen", (*_IBOT, ("method__shared_head", True))),
-  Row("msn", "learned", _MSN),
+  Row("msn", "learned", (*_MSN, *_BLOCKS)),
   Row("msn", "mixture", (*_MSN, ("method__targets", "sharpened")), model=4),
-  Row("carp", "learned", _CARP),
+  Row("carp", "learned", (*_CARP, *_BLOCKS)),
   Row("carp", "mixture", _CARP),
-  Row("swav", "learned", _SWAV, model=2),
+  Row("swav", "learned", (*_SWAV, *_BLOCKS), model=2),
   Row("swav", "mixture", _SWAV),
   Row("swav", "frozen", model=8),  # without a queue
   Row("gedi", "learned", _GEDI, learns=(("head__l2", True),)),

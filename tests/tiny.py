@@ -10,6 +10,7 @@ import numpy as np
 from protojax import config as configs
 from protojax import recipes
 from protojax.data import sources
+from protojax.prototypes import soft
 from protojax.training import programs, sharding
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -75,6 +76,11 @@ def batch(c, seed=0):
   }
 
 
+def scores(x):
+  """Scores that are there already, [B, ..., K], as a loss takes them."""
+  return soft.Scores(x, jnp.eye(x.shape[-1], dtype=x.dtype))
+
+
 @functools.cache
 def _digits():
   return np.stack([row["image"] for row in sources.build("digits", split="train").read(range(64))])
@@ -91,15 +97,13 @@ def run_steps(c, steps, devices=None, num_classes=0):
   program = programs.Program(c, num_classes, devices=devices)
   with jax.set_mesh(program.mesh):
     state = program.init(c.seed)
-    rows = sharding.put_batch(batch(c), program.mesh)
-    probe_rows = None
+    rows = batch(c)
     if num_classes:
-      label = np.arange(c.probe.batch_size, dtype=np.int32) % num_classes
-      other = {k: v[: c.probe.batch_size] for k, v in batch(c, 1).items()}
-      probe_rows = sharding.put_batch({**other, "label": label}, program.mesh)
+      rows["label"] = np.arange(c.batch_size, dtype=np.int32) % num_classes
+    rows = sharding.put_batch(rows, program.mesh)
     metrics = []
     for _ in range(steps):
-      state, out = program.step(state, rows, probe_rows)
+      state, out = program.step(state, rows, None)
       metrics.append({k: float(v) for k, v in out.items()})
   return program, state, metrics
 

@@ -7,7 +7,6 @@ the 10,000 test images of CIFAR-10 have an NMI of .35. So every value stands bes
 import warnings
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
 from scipy import stats
@@ -139,7 +138,7 @@ def kmeans_codes(
 
   bank, queries = (preprocessing.normalize(np.asarray(x, np.float32)) for x in (bank, queries))
   found = kmeans.fit_by_starts(
-    jnp.asarray(bank),
+    bank,
     jax.random.key(seed),
     num_clusters=num_clusters,
     num_steps=num_steps,

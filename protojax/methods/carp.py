@@ -12,6 +12,7 @@ images have the same one; certain assignments, as different as possible and the 
 have ln(n / batch_size) or 0, whichever is more.
 """
 
+import dataclasses
 import math
 
 import jax
@@ -20,9 +21,43 @@ import jax.numpy as jnp
 from protojax import errors, losses
 from protojax.methods import base
 from protojax.methods.networks import student_teacher
-from protojax.prototypes import assignment
+from protojax.prototypes import assignment, soft
 
 OPTIONS = {"partition_size": 512}  # prototypes a block
+
+
+def _of_parts(student: jax.Array, teacher: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """The two terms of scores cut into parts, and the entropy of the teacher's assignments."""
+  entropy = losses.entropy(jax.nn.softmax(jax.lax.stop_gradient(teacher))).mean()
+  return (
+    losses.carp_consistency(student, teacher),
+    losses.carp_entropy(student, teacher),
+    entropy,
+  )
+
+
+def _terms(student: soft.Scores, teacher: soft.Scores, order: jax.Array, size: int):
+  """`_of_parts` of a random partition; by blocks where prototypes are compared by blocks."""
+  if not student.block:
+    return _of_parts(
+      assignment.partition(student.dense(), order, size),  # [B, V, P, n]
+      assignment.partition(teacher.dense(), order, size),  # [B, 2, P, n]
+    )
+
+  # A part needs its own prototypes and no others: the mean over parts is one over blocks of them.
+  @jax.checkpoint
+  def of_part(rows):
+    scores = (
+      dataclasses.replace(side, prototypes=own).dense()[..., None, :]
+      for side, own in zip((student, teacher), rows, strict=True)
+    )
+    return _of_parts(*scores)
+
+  cut = (
+    side.prototypes[order].reshape(-1, size, side.rows.shape[-1]) for side in (student, teacher)
+  )
+  at_once = max(student.block // size, 1)
+  return jax.tree.map(jnp.mean, jax.lax.map(of_part, tuple(cut), batch_size=at_once))
 
 
 def make(config) -> base.Method:
@@ -45,18 +80,14 @@ def make(config) -> base.Method:
     net_key, partition_key = jax.random.split(key)
     scores = networks.scores(trained, frozen, views, net_key)
     order = assignment.random_partition(partition_key, options.num_prototypes)
-    student = assignment.partition(scores.student, order, size)  # [B, V, P, n]
-    teacher = assignment.partition(scores.teacher, order, size)  # [B, 2, P, n]
-    consistency = losses.carp_consistency(student, teacher)
-    spread = losses.carp_entropy(student, teacher)
+    consistency, spread, entropy = _terms(scores.student, scores.teacher, order, size)
     value = consistency + spread
-    q = jax.nn.softmax(teacher)
     metrics = {
       "loss": value,
       "ln_k": jnp.float32(math.log(size)),  # of a student that says nothing: K is a block's size
       "consistency": consistency,
       "entropy_gap": spread,
-      "target_entropy": losses.entropy(q).mean(),
+      "target_entropy": entropy,
       "mean_entropy": math.log(size) - spread,
     }
     return value, base.LossOut(metrics, scores.stats)

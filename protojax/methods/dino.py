@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from protojax import errors, losses, schedules
 from protojax.methods import base
 from protojax.methods.networks import student_teacher
-from protojax.prototypes import assignment, vmf, weight_norm
+from protojax.prototypes import assignment, soft, vmf, weight_norm
 
 OPTIONS = {
   "targets": "center",  # center or sinkhorn
@@ -92,9 +92,11 @@ def make(config) -> base.Method:
     return variables.replace(carry={**variables.carry, "center": center})
 
   def of_mixture(scores, state, temperature):
-    if not options.vmf:
-      return scores
-    return vmf.mixture_scores(scores, jnp.abs(state["g"][:, 0]), temperature, head.bottleneck)
+    """Scores over a temperature, of a vMF mixture if it is one."""
+    if options.vmf:
+      norms = jnp.abs(state["g"][:, 0])
+      scores = scores.plus(vmf.offsets(norms, temperature, head.bottleneck))
+    return scores.over(temperature)
 
   def spread(trained, features, key):
     """The KoLeo terms that are asked for, before their weights."""
@@ -114,28 +116,28 @@ def make(config) -> base.Method:
     teacher = of_mixture(scores.teacher, frozen.teacher.get("prototypes"), temperature)
     # The centre of step n is made of the steps before it.
     center = frozen.carry["center"]
-    q = assignment.targets(
+    q = soft.targets(
       teacher,
       center * temperature if options.vmf else center,  # of a mixture it is a log probability
       kind=options.targets,
-      temperature=temperature,
       num_steps=options.sinkhorn_steps,
     )
-    cross_entropy = losses.cross_view_entropy(student, q, temperature=options.student_temp)
-    entropy = losses.entropy(q).mean()
+    beside = soft.compare_views(soft.softmax(student), q)
+    cross_entropy = losses.mean_over_other_views(beside.cross_entropy)
+    entropy = beside.entropy.mean()
     terms = spread(trained, scores.features, row_key)
     value = cross_entropy + sum(options[name] * term for name, term in terms.items())
     metrics = {
       "loss": value,
       "target_entropy": entropy,
       "kl": cross_entropy - entropy,
-      "mean_entropy": losses.entropy(q.mean(axis=(0, 1))),
+      "mean_entropy": losses.entropy(beside.mean),
       "teacher_temp": temperature,
       "ln_k": jnp.float32(math.log(options.num_prototypes)),  # of a student that says nothing
     }
     if terms:
       metrics |= {"cross_entropy": cross_entropy, **terms}
-    to_center = vmf.log_mean_assignment(teacher / temperature) if options.vmf else teacher
+    to_center = soft.log_mean(soft.softmax(teacher)) if options.vmf else scores.teacher.mean()
     return value, base.LossOut(metrics, {**scores.stats, "to_center": to_center})
 
   def update(variables, stats, step):
@@ -147,7 +149,11 @@ def make(config) -> base.Method:
 
   def codes(variables, images):
     scores, state = networks.method.codes(variables, images), variables.teacher.get("prototypes")
-    return {k: of_mixture(v, state, options.teacher_temp) for k, v in scores.items()}
+    if not options.vmf:
+      return scores
+    norms = jnp.abs(state["g"][:, 0])
+    offsets = vmf.offsets(norms, options.teacher_temp, head.bottleneck)
+    return {kind: found + offsets[None] for kind, found in scores.items()}
 
   def scoring(variables):
     found = networks.method.scoring(variables)

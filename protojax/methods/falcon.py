@@ -35,6 +35,7 @@ from protojax.prototypes import dictionary
 from protojax.prototypes import scoring as scorings
 
 OPTIONS = {
+  "block": 0,  # nothing else
   "prototypes": "dictionary",  # nothing else
   "assign": "l2",  # or "tanh"
   "tau_batch": 64,  # with tanh only
@@ -57,6 +58,7 @@ def make(config) -> base.Method:
     config, {"method.prototypes": "dictionary"}, "the codes of falcon are never learned"
   )
   errors.require(config, {"head.l2": False}, "method.assign normalises")
+  errors.require(config, {"method.block": 0}, "falcon's blocks are method.chunk_size")
   for name, choices in (("assign", ("l2", "tanh")), ("prior", ("reverse", "forward"))):
     if options[name] not in choices:
       raise errors.UserError(

@@ -34,6 +34,7 @@ from protojax.methods.networks import student
 from protojax.models import langevin
 
 OPTIONS = {
+  "block": 0,  # nothing else
   "temperature": 0.1,
   "weight_uniformity": 0.5,
   "weight_invariance": 0.05,
@@ -64,6 +65,7 @@ def make(config) -> base.Method:
   options = config.method
   slots = options.buffer_size // config.batch_size
   errors.require_positive(options, "temperature")
+  errors.require(config, {"method.block": 0}, "gedi compares all prototypes at once")
   if options.generative and (slots < 1 or options.sgld_steps < 1):
     raise errors.UserError(
       f"method.buffer_size={options.buffer_size}, method.sgld_steps={options.sgld_steps}: set the "
@@ -105,7 +107,7 @@ def make(config) -> base.Method:
     del step
     net_key, sample_key = jax.random.split(key)
     z, state, stats = net.embed(trained, frozen, views, net_key)
-    logits = net.scores(state, z) / options.temperature
+    logits = net.scores(state, z).dense() / options.temperature
     even = uniformity(logits[:, :2])
     pairs = losses.mutual_cross_entropies(jax.nn.log_softmax(logits))
     if options.legacy:

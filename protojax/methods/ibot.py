@@ -28,7 +28,7 @@ from protojax.data import masking
 from protojax.methods import base
 from protojax.methods.networks import student_teacher
 from protojax.models import vit
-from protojax.prototypes import assignment
+from protojax.prototypes import assignment, soft
 
 OPTIONS = {
   "targets": "center",  # center or sinkhorn
@@ -97,21 +97,21 @@ def make(config) -> base.Method:
     of_teacher = {"prototypes": (scores.teacher, None), "patch": (scores.teacher_patches, counted)}
     # The centre of step n is made of the steps before it.
     q = {
-      kind: assignment.targets(
-        teacher,
+      kind: soft.targets(
+        teacher.over(temps[kind](step)),
         frozen.carry["center"][kind],
         kind=options.targets,
-        temperature=temps[kind](step),
         num_steps=options.sinkhorn_steps,
         counted=rows,
       )
       for kind, (teacher, rows) in of_teacher.items()
     }
-    temp = options.student_temp
-    by_class = losses.cross_view_entropy(scores.student, q["prototypes"], temperature=temp)
-    by_patch = losses.masked_patch_entropy(
-      scores.student_patches, q["patch"], counted, temperature=temp
-    )
+    of_student = {"prototypes": scores.student, "patch": scores.student_patches}
+    p = {kind: soft.softmax(own.over(options.student_temp)) for kind, own in of_student.items()}
+    classes = soft.compare_views(p["prototypes"], q["prototypes"])
+    patches = soft.compare_rows(p["patch"], q["patch"], counted)
+    by_class = losses.mean_over_other_views(classes.cross_entropy)
+    by_patch = losses.masked_mean(patches.cross_entropy, counted)
     value = options.class_weight * by_class + options.patch_weight * by_patch
     metrics = {
       "loss": value,
@@ -119,14 +119,14 @@ def make(config) -> base.Method:
       "ln_k": jnp.float32(math.log(options.num_prototypes)),  # of class tokens that say nothing
       "patch_loss": by_patch,
       "masked": mask.mean(dtype=jnp.float32),
-      "target_entropy": losses.entropy(q["prototypes"]).mean(),
-      "patch_target_entropy": losses.masked_mean(losses.entropy(q["patch"]), counted),
-      "mean_entropy": losses.entropy(q["prototypes"].mean(axis=(0, 1))),
-      "patch_mean_entropy": losses.entropy(_mean_of(q["patch"], counted)),
+      "target_entropy": classes.entropy.mean(),
+      "patch_target_entropy": losses.masked_mean(patches.entropy, counted),
+      "mean_entropy": losses.entropy(classes.mean),
+      "patch_mean_entropy": losses.entropy(patches.mean),
       "teacher_temp": temps["prototypes"](step),
       "patch_temp": temps["patch"](step),
     }
-    to_center = {"prototypes": scores.teacher, "patch": scores.teacher_patch_mean}
+    to_center = {"prototypes": scores.teacher.mean(), "patch": scores.teacher_patch_mean}
     return value, base.LossOut(metrics, {**scores.stats, "to_center": to_center})
 
   def update(variables, stats, step):
@@ -138,9 +138,3 @@ def make(config) -> base.Method:
     return variables.replace(carry={**variables.carry, "center": center})
 
   return networks.method._replace(init=init, loss=loss, update=update)
-
-
-def _mean_of(q: jax.Array, counted: jax.Array) -> jax.Array:
-  """Mean of the rows of q [B, V, M, K] that count, bool [B, V, M]; 0 where none does: [K]."""
-  total = jnp.sum(jnp.where(counted[..., None], q, 0.0), axis=(0, 1, 2))
-  return total / jnp.maximum(counted.sum(), 1)

@@ -28,7 +28,7 @@ from protojax.data import masking
 from protojax.methods import base
 from protojax.methods.networks import student_teacher
 from protojax.models import vit
-from protojax.prototypes import assignment
+from protojax.prototypes import soft
 
 OPTIONS = {
   "temperature": 0.1,  # of the student
@@ -40,30 +40,30 @@ OPTIONS = {
 }
 
 
-def targets(scores: jax.Array, options) -> jax.Array:
-  """Assignments of the teacher: scores [B, K] -> [B, K] float32, rows sum to one, no gradient."""
-  scores = losses.full(jax.lax.stop_gradient(scores))
-  log_q = jax.nn.log_softmax(scores / (options.temperature * options.sharpening))
+def targets(scores: soft.Scores, options) -> soft.Assignments:
+  """Assignments of the teacher, of rows [B, 1, D], without a gradient."""
+  scores = jax.lax.stop_gradient(scores).over(options.temperature * options.sharpening)
   if options.targets == "sinkhorn":
-    log_q = assignment.log_sinkhorn(log_q, num_steps=options.sinkhorn_steps)
-  return jnp.exp(log_q)
+    return soft.balanced(scores, num_steps=options.sinkhorn_steps, normalized=True)
+  return soft.softmax(scores)
 
 
-def terms(scores: jax.Array, q: jax.Array, temperature: float) -> tuple[jax.Array, jax.Array]:
-  """Cross entropy of all views against the targets, and ln K minus the entropy of their mean.
+def terms(
+  scores: soft.Scores, q: soft.Assignments, temperature: float
+) -> tuple[soft.Comparison, jax.Array]:
+  """Views beside their targets, and ln K minus the entropy of the mean prediction.
 
   Args:
-    scores: [B, V, K] of the student, any float dtype.
-    q: [B, K] targets, rows sum to one.
+    scores: of the student, rows [B, V, D].
+    q: targets, of rows [B, 1, D].
     temperature: the student's.
 
   Returns:
-    [] and [], float32, both at least 0.
+    The comparison, its cross entropy [V, 1]; and float32 [], at least 0.
   """
-  log_p = jax.nn.log_softmax(losses.full(scores) / temperature)
-  cross_entropy = -jnp.einsum("bvk,bk->bv", log_p, q, precision="highest").mean()
-  mean = jnp.exp(log_p).mean(axis=(0, 1))
-  return cross_entropy, math.log(scores.shape[-1]) - losses.entropy(mean)
+  p = soft.softmax(scores.over(temperature))
+  num = len(scores.prototypes)
+  return soft.compare_views(p, q), math.log(num) - losses.entropy(soft.mean(p))
 
 
 def make(config) -> base.Method:
@@ -95,15 +95,16 @@ def make(config) -> base.Method:
       keep_key, config.batch_size, 1, dropped=options.drop_patches, num_patches=num_patches
     )
     scores = networks.scores(trained, frozen, student_views, net_key)
-    q = targets(scores.teacher[:, 0], options)
-    cross_entropy, prior = terms(scores.student, q, options.temperature)
+    q = targets(scores.teacher, options)
+    beside, prior = terms(scores.student, q, options.temperature)
+    cross_entropy = beside.cross_entropy.mean()
     value = cross_entropy + options.prior_weight * prior
     metrics = {
       "loss": value,
       "cross_entropy": cross_entropy,
       "prior": prior,
-      "target_entropy": losses.entropy(q).mean(),
-      "mean_entropy": losses.entropy(q.mean(axis=0)),
+      "target_entropy": beside.entropy.mean(),
+      "mean_entropy": losses.entropy(beside.mean),
       "ln_k": jnp.float32(math.log(options.num_prototypes)),  # of a student that says nothing
     }
     return value, base.LossOut(metrics, scores.stats)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from protojax import errors, losses, placement
 from protojax.methods import base
 from protojax.methods.networks import student_teacher
-from protojax.prototypes import kmeans, weight_norm
+from protojax.prototypes import kmeans, soft, streaming, weight_norm
 from protojax.prototypes import scoring as scorings
 
 OPTIONS = {
@@ -49,6 +49,16 @@ def _check(config, sizes) -> None:
       f"{sizes} clusters of {images} images: choose different numbers, 2 or more and fewer than "
       "images, for method.num_prototypes and method.coarse_clusters"
     )
+
+
+def _proto_nce(rows, centroids, phi, clusters, asked) -> jax.Array:
+  """`losses.proto_nce`, by blocks of clusters where they are many."""
+  block = streaming.block_size(asked, len(rows), len(centroids))
+  if not block:
+    return losses.proto_nce(rows, centroids, phi, clusters)
+  p = soft.softmax(soft.Scores(rows, centroids / phi[:, None], block=block))
+  own = jnp.sum(rows * (centroids / phi[:, None])[clusters], axis=-1)
+  return jnp.mean(p.log_partition.reshape(-1) - own)
 
 
 def make(config) -> base.Method:
@@ -92,7 +102,9 @@ def make(config) -> base.Method:
     rows, index = placement.beside_prototypes((q, views["index"]))
     clusters = frozen.carry["clusters"][:, index]  # [sets, B]
     sets = zip((frozen.prototypes[name] for name in sizes), clusters, strict=True)
-    proto = sum(losses.proto_nce(rows, **p, clusters=c) for p, c in sets) / len(sizes)
+    proto = sum(_proto_nce(rows, **p, clusters=c, asked=options.block) for p, c in sets) / len(
+      sizes
+    )
     proto = jnp.where(step >= start, proto, 0.0)  # until then the clusters are stand-ins
     value = info + proto
     metrics = {"loss": value, "info_nce": info, "proto_nce": proto}

@@ -25,6 +25,7 @@ from protojax.methods import base
 from protojax.methods.networks import student
 
 OPTIONS = {
+  "block": 0,  # nothing else
   "prototypes": "learned",
   "train_prototype_norm": True,
   "row_temp": 0.1,  # of the softmax over classes, the predictions
@@ -98,6 +99,7 @@ def make(config) -> base.Method:
       "classes or more, and set method.more_classifiers=() unless method.prototypes=learned"
     )
   errors.require_positive(options, "row_temp", "column_temp", "eps")
+  errors.require(config, {"method.block": 0}, "self_classifier compares all classes at once")
   joined_config = config.copy_and_resolve_references()
   joined_config.method.num_prototypes = sum(sizes)
   net = student.build_with_prototypes(joined_config)
@@ -110,7 +112,7 @@ def make(config) -> base.Method:
   def loss(trained, frozen, views, key, step):
     del step
     z, state, stats = net.embed(trained, frozen, views, key)
-    scores = list(split(net.scores(state, z)).values())
+    scores = list(split(net.scores(state, z).dense()).values())
     q = [targets(s, options.column_temp) for s in scores]
     log_p = [log_predictions(s, options.row_temp, options.eps) for s in scores]
 

@@ -13,6 +13,7 @@ from step 0, where that code makes it at `queue_start_epoch` and waits until it 
 The loss is at least the entropy of the targets, logged as `target_entropy`.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 from protojax import errors, losses
 from protojax.methods import base
 from protojax.methods.networks import student
-from protojax.prototypes import assignment
+from protojax.prototypes import soft
 
 OPTIONS = {
   "temperature": 0.1,  # of the predictions
@@ -33,21 +34,20 @@ OPTIONS = {
 }
 
 
-def targets(scores: jax.Array, *, epsilon: float, num_steps: int = 3) -> jax.Array:
+def targets(scores: soft.Scores, *, epsilon: float, num_steps: int = 3) -> list[soft.Assignments]:
   """Assignments of a batch, each view balanced over the batch and what is queued.
 
   Args:
-    scores: [B, 1 + S, T, K] cosines to the prototypes, any float dtype. [:, 0] is the batch, the
-      rest are S earlier ones.
+    scores: of rows [B, 1 + S, T, D]. [:, 0] is the batch, the rest are S earlier ones.
     epsilon: Sinkhorn's temperature.
     num_steps: of Sinkhorn.
 
   Returns:
-    [B, T, K] float32, rows sum to one; no gradient.
+    Of each of T views the assignments of its rows [B, 1, D]; no gradient.
   """
-  balance = functools.partial(assignment.sinkhorn, temperature=epsilon, num_steps=num_steps)
-  rows = scores.reshape(-1, *scores.shape[2:])
-  return jax.vmap(balance, in_axes=1, out_axes=1)(rows).reshape(scores.shape)[:, 0]
+  views = jnp.moveaxis(scores.rows, 2, 0)
+  each = (dataclasses.replace(scores, rows=rows).over(epsilon) for rows in views)
+  return [soft.first(soft.balanced(view, num_steps=num_steps)) for view in each]
 
 
 def make(config) -> base.Method:
@@ -78,26 +78,28 @@ def make(config) -> base.Method:
 
   def loss(trained, frozen, views, key, step):
     z, state, stats = net.embed(trained, frozen, views, key)
-    scores = net.scores(state, z)
-    batch_scores = jax.lax.stop_gradient(scores[:, None, :2])
+    p = soft.softmax(net.scores(state, z).over(options.temperature))
+    own, detached = jax.lax.stop_gradient((z[:, None, :2], state))
     if slots:
-      queue, detached = jax.lax.stop_gradient((frozen.carry["queue"], state))
+      queue = jax.lax.stop_gradient(frozen.carry["queue"])
       q = jax.lax.cond(
         step >= queue_start,
-        lambda: balanced(jnp.concatenate([batch_scores, net.scores(detached, queue)], axis=1)),
-        lambda: balanced(batch_scores),
+        lambda: balanced(net.scores(detached, jnp.concatenate([own, queue], axis=1))),
+        lambda: balanced(net.scores(detached, own)),
       )
-      stats |= {"queued": jax.lax.stop_gradient(z[:, None, :2])}
+      stats |= {"queued": own}
     else:
-      q = balanced(batch_scores)
-    value = losses.cross_view_entropy(scores, q, temperature=options.temperature)
-    entropy = losses.entropy(q).mean()
+      q = balanced(net.scores(detached, own))
+    views = [soft.compare_views(p, view) for view in q]
+    by_pair = jnp.concatenate([view.cross_entropy for view in views], axis=1)
+    value = losses.mean_over_other_views(by_pair)
+    entropy = sum(view.entropy.mean() for view in views) / len(views)
     metrics = {
       "loss": value,
       "ln_k": jnp.float32(math.log(options.num_prototypes)),  # of a student that says nothing
       "target_entropy": entropy,
       "kl": value - entropy,
-      "mean_entropy": losses.entropy(q.mean(axis=(0, 1))),
+      "mean_entropy": losses.entropy(sum(view.mean for view in views) / len(views)),
     }
     return value, base.LossOut(metrics, stats)
 

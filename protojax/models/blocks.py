@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from protojax.models import activations, attention
+from protojax.models import activations, attention, kernels
 
 # Plain normal: `truncated_normal(.02)` of jax.nn would cut at two deviations, DINO's at 100.
 normal = nn.initializers.normal(0.02)
@@ -32,6 +32,12 @@ def layer_norm(name: str, epsilon: float, dtype: jnp.dtype) -> nn.LayerNorm:
   return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, dtype=dtype, name=name)
 
 
+def dense(width: int, name: str, dtype: jnp.dtype, fsdp: bool) -> nn.Dense:
+  """A linear layer; with `fsdp` its kernel is stored split, see `kernels.whole`."""
+  product = kernels.dot_general if fsdp else None
+  return nn.Dense(width, dtype=dtype, kernel_init=normal, dot_general=product, name=name)
+
+
 class Attention(nn.Module):
   """Self-attention; queries, keys and values come from one kernel [D, 3 D]."""
 
@@ -39,30 +45,32 @@ class Attention(nn.Module):
   implementation: str
   tokens: int
   dtype: jnp.dtype
+  fsdp: bool
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """[N, T, D] -> [N, T, D]."""
     width = x.shape[-1]
-    qkv = rows(nn.Dense(3 * width, dtype=self.dtype, kernel_init=normal, name="qkv"), x)
+    qkv = rows(dense(3 * width, "qkv", self.dtype, self.fsdp), x)
     qkv = checkpoint_name(qkv, "qkv")
     x = attention.attend(qkv, self.num_heads, self.implementation, self.tokens)
     x = checkpoint_name(x, "attended")
-    return rows(nn.Dense(width, dtype=self.dtype, kernel_init=normal, name="proj"), x)
+    return rows(dense(width, "proj", self.dtype, self.fsdp), x)
 
 
 class Mlp(nn.Module):
   """Two linear layers around an exact (erf) GELU."""
 
   dtype: jnp.dtype
+  fsdp: bool
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """[N, T, D] -> [N, T, D]."""
     width = x.shape[-1]
-    x = rows(nn.Dense(4 * width, dtype=self.dtype, kernel_init=normal, name="fc1"), x)
+    x = rows(dense(4 * width, "fc1", self.dtype, self.fsdp), x)
     x = activations.gelu(checkpoint_name(x, "hidden"))
-    return rows(nn.Dense(width, dtype=self.dtype, kernel_init=normal, name="fc2"), x)
+    return rows(dense(width, "fc2", self.dtype, self.fsdp), x)
 
 
 class Block(nn.Module):
@@ -75,6 +83,7 @@ class Block(nn.Module):
     attention: who computes it, see `attention.attend`.
     tokens: how many of T there are, likewise.
     dtype: of the matrix products.
+    fsdp: whether kernels are stored split, see `kernels.whole`.
   """
 
   num_heads: int
@@ -83,6 +92,7 @@ class Block(nn.Module):
   attention: str
   tokens: int
   dtype: jnp.dtype
+  fsdp: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array, kept: jax.Array | None, keep: float | jax.Array) -> jax.Array:
@@ -98,11 +108,12 @@ class Block(nn.Module):
     """
     kept = (None, None) if kept is None else kept
     y = layer_norm("norm1", self.norm_eps, self.dtype)(x)
-    y = Attention(self.num_heads, self.attention, self.tokens, self.dtype, name="attn")(y)
+    of_attention = self.num_heads, self.attention, self.tokens, self.dtype, self.fsdp
+    y = Attention(*of_attention, name="attn")(y)
     x += self._finish_branch(y, "ls1", kept[0], keep)
     x = checkpoint_name(x, "between")
     y = layer_norm("norm2", self.norm_eps, self.dtype)(x)
-    y = Mlp(self.dtype, name="mlp")(y)
+    y = Mlp(self.dtype, self.fsdp, name="mlp")(y)
     return x + self._finish_branch(y, "ls2", kept[1], keep)
 
   def keys(self) -> jax.Array:

@@ -51,7 +51,8 @@ def build(config: ml_collections.ConfigDict, *, mask_token: bool = False) -> Enc
       model.{patch_size, image_size, width, depth, heads, drop_path, registers, layer_scale,
       norm_eps, position_offset, attention, scan, remat}; of the ResNets
       model.{width (resnet8), stem, zero_init_residual, joint_norm, remat};
-      head.{layers, hidden, bottleneck, norm, norm_output, activation, bias, init, l2}. A field
+      head.{layers, hidden, bottleneck, norm, norm_output, activation, bias, init, l2}; of all but
+      the ResNets mesh.fsdp. A field
       that the named model does not have is ignored, so that `model.name` can be switched alone.
     mask_token: for a method that hides patches from a transformer.
 
@@ -85,6 +86,7 @@ def build(config: ml_collections.ConfigDict, *, mask_token: bool = False) -> Enc
       remat="remat",
     )
     _check_attention(options.get("attention", "auto"), dtype)
+    options |= given("mesh", fsdp="fsdp")
     # 0 switches LayerScale off: a factor that starts at 0 would kill the branch.
     options["layer_scale"] = options.get("layer_scale") or None
     backbone = vit.make(name, dtype=dtype, mask_token=mask_token, **options)
@@ -113,7 +115,11 @@ def build(config: ml_collections.ConfigDict, *, mask_token: bool = False) -> Enc
     kernel_init="init",
     l2="l2",
   )
-  options |= given("model", joint_norm="joint_norm")
+  options |= given("model", joint_norm="joint_norm") | given("mesh", fsdp="fsdp")
+  if options.get("fsdp") and name not in vit.VARIANTS:
+    raise errors.UserError(
+      f"mesh.fsdp=True splits transformers, not model.name={name!r}: set mesh.fsdp=False"
+    )
   _choice("head.norm", options.get("norm", "none"), ("none", "batch"))
   _choice("head.activation", options.get("activation", "gelu"), heads.ACTIVATIONS)
   _choice("head.init", options.get("kernel_init", "normal"), heads.INITS)

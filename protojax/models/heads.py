@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from protojax import losses
-from protojax.models import activations
+from protojax.models import activations, kernels
 from protojax.models import batch_norm as norm_lib
 
 ACTIVATIONS = {
@@ -41,6 +41,7 @@ class Projector(nn.Module):
     kernel_init: of the weights, a key of INITS.
     joint_norm: batch norm over all views together instead of view by view.
     l2: normalise the output to length one.
+    fsdp: whether kernels are stored split over devices, see `kernels.whole`.
     dtype: of the matrix products; parameters, norms and output are float32.
   """
 
@@ -54,6 +55,7 @@ class Projector(nn.Module):
   kernel_init: str = "normal"
   joint_norm: bool = False
   l2: bool = True
+  fsdp: bool = False
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
@@ -75,6 +77,7 @@ class Projector(nn.Module):
         use_bias=self.bias,
         dtype=self.dtype,
         kernel_init=INITS[self.kernel_init],
+        dot_general=kernels.dot_general if self.fsdp else None,
         name=f"fc{i}",
       )
 

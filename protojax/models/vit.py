@@ -12,7 +12,7 @@ import numpy as np
 
 from protojax import errors, sizes
 from protojax.models import attention as attentions
-from protojax.models import blocks
+from protojax.models import blocks, kernels
 
 # width, blocks, attention heads; the hidden layer of the MLP is four times as wide.
 VARIANTS = {
@@ -98,6 +98,7 @@ class PatchEmbed(nn.Module):
   patch_size: int
   width: int
   dtype: jnp.dtype
+  fsdp: bool = False
 
   @nn.compact
   def __call__(self, images: jax.Array) -> jax.Array:
@@ -112,6 +113,7 @@ class PatchEmbed(nn.Module):
 
     kernel = self.param("kernel", uniform, (p, p, channels, self.width)).astype(self.dtype)
     bias = self.param("bias", uniform, (self.width,)).astype(self.dtype)
+    kernel = kernels.whole(kernel) if self.fsdp else kernel
     patches = images.astype(self.dtype).reshape(n, rows, p, columns, p, channels)
     if attentions.on_tpu():
       # Says the same without an order of the pixels; in the other one XLA copies every image twice.
@@ -143,6 +145,7 @@ class ViT(nn.Module):
     remat: recompute each block in the backward pass instead of storing its activations.
     scan: whether the blocks are one loop, see `blocks.loop`; None: on TPUs. The parameters are the
       same.
+    fsdp: whether kernels are stored split over devices, see `kernels.whole`.
     dtype: of the matrix products. Parameters, norms, softmax and the residual stream are float32.
   """
 
@@ -160,6 +163,7 @@ class ViT(nn.Module):
   mask_token: bool = False
   remat: bool = False
   scan: bool | None = None
+  fsdp: bool = False
   dtype: jnp.dtype = jnp.float32
 
   @property
@@ -195,7 +199,7 @@ class ViT(nn.Module):
     """
     del views
     n, height, width, _ = images.shape
-    x = PatchEmbed(self.patch_size, self.width, self.dtype, name="patch_embed")(images)
+    x = PatchEmbed(self.patch_size, self.width, self.dtype, self.fsdp, name="patch_embed")(images)
     if self.mask_token:
       mask_token = self.param("mask_token", nn.initializers.zeros, (1, 1, self.width))
       if mask is not None:
@@ -233,6 +237,7 @@ class ViT(nn.Module):
       "attention": attention,
       "tokens": tokens,
       "dtype": self.dtype,
+      "fsdp": self.fsdp,
     }
     looped = attentions.on_tpu() if self.scan is None else self.scan
     # Parameters are made, and outputs of single blocks seen, one by one.
@@ -256,6 +261,7 @@ class ViT(nn.Module):
     """[1, 1 + rows * columns, D] float32."""
     own = grid_size(*sizes.pair(self.image_size), self.patch_size)
     embedding = self.param("pos_embed", blocks.normal, (1, 1 + own[0] * own[1], self.width))
+    embedding = kernels.whole(embedding) if self.fsdp else embedding
     if grid == own:
       return embedding
     rows, columns = (

@@ -148,7 +148,9 @@ def _to_fit(step: compiled.Step) -> str:
   if step.parts["prototypes"] > 0.25 * needed:
     return f"{says}, and prototypes are most of it: split them by config.mesh.model"
   if state > 0.5 * needed:
-    return f'{says}, and the state is most of it: split it, config.mesh.rules=((".*", "fsdp"),)'
+    transformer = config.model.name.startswith("vit")
+    how = "config.mesh.fsdp=True" if transformer else 'config.mesh.rules=((".*", "fsdp"),)'
+    return f"{says}, and the state is most of it: split it, {how}"
   if config.model.name.startswith("vit") and not config.model.remat:
     return f"{says}: set config.model.remat=True, which computes the blocks twice"
   return f"{says}: raise config.accum_steps from {config.accum_steps}, or lower config.batch_size"

@@ -128,7 +128,7 @@ def count(text: str) -> Counts:
   """
   module = hlo.parse(text)
   counts = Counts([], [], 0, {})
-  unknown = _walk(module, module.computations[module.entry], 1, counts)
+  unknown = _walk(module, module.computations[module.entry], 1, counts, set())
   return counts._replace(unknown_loops=unknown)
 
 
@@ -137,23 +137,35 @@ def _walk(
   computation: hlo.Computation,
   times: int,
   counts: Counts,
+  chains: set[str],
   beside: bool = False,
 ) -> int:
-  """Adds a computation that runs `times`; returns how many loops of unknown length it has."""
+  """Adds a computation that runs `times`; returns how many loops of unknown length it has.
+
+  A TPU's compiler cuts a message that other work hides into a chain of fusions, each of which holds
+  the whole of it: `chains` has the channels of those that have been counted.
+  """
   unknown = 0
   for one in computation.instructions.values():
     if one.opcode == "while":
       rounds = loops.rounds(module, computation, one)
       unknown += rounds is None
-      unknown += _walk(module, module.called(one, "body"), times * (rounds or 1), counts, beside)
+      body = module.called(one, "body")
+      unknown += _walk(module, body, times * (rounds or 1), counts, chains, beside)
     elif one.opcode in ("call", "call-start", "async-start"):
       inner = module.called(one, "to_apply") or module.called(one)
-      unknown += _walk(module, inner, times, counts, beside or one.opcode != "call")
+      ahead = beside or one.opcode != "call"
+      unknown += _walk(module, inner, times, counts, chains, ahead)
     elif one.opcode == "conditional":
-      unknown += _walk(module, _dearest(module, one), times, counts, beside)
+      unknown += _walk(module, _dearest(module, one), times, counts, chains, beside)
     flops: dict[str, float] = {}
     for inner, part in [(computation, one), *_within(module, one)]:
       if part.opcode.removesuffix("-start") in COLLECTIVES:
+        if "chain_id=" in part.attributes:
+          channel = part.attribute("channel_id")
+          if channel in chains:
+            continue
+          chains.add(channel)
         ahead = beside or part.opcode.endswith("-start") or inner is not computation
         counts.collectives.append(_collective(inner, part, times, ahead))
       elif product := products.count(inner, part):
@@ -223,7 +235,7 @@ def _dearest(module: hlo.Module, one: hlo.Instruction) -> hlo.Computation:
 
   def cost(branch):
     counts = Counts([], [], 0, {})
-    _walk(module, branch, 1, counts)
+    _walk(module, branch, 1, counts, set())
     return sum(counts.flops.values()) + counts.bytes
 
   return max(branches, key=cost)

@@ -1,12 +1,13 @@
-"""k-means on the device in row chunks, deterministic, and how tight its clusters are."""
+"""k-means on devices in row chunks, deterministic, and how tight its clusters are."""
 
 import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from protojax import progress
+from protojax import local_devices, progress
 
 _PAIRS = 2**24  # row-centroid pairs held at a time: twice 64 MiB of float32
 _SHARPEST = 0.01  # least concentration over the mean one: finite logits for clusters of copies
@@ -30,23 +31,24 @@ class Clusters(NamedTuple):
   inertia: jax.Array
 
 
-def _assign(rows, centroids):
+def _assign(rows, real, centroids):
   """(sums of rows [K, D], sums of distances [K], counts [K], codes [N], squared distances [N]).
 
-  Sums are products with one-hot codes: a scatter would add in another order each time on a GPU.
+  `real` [N] is 1, and 0 for a row that is padding: it adds nothing, and its distance is 0. Sums are
+  products with one-hot codes: a scatter would add in another order each time on a GPU.
   """
   (num, dim), k = rows.shape, centroids.shape[0]
   chunk = max(1, min(num, _PAIRS // k))
   padding = -num % chunk
   parts = jnp.pad(rows, ((0, padding), (0, 0))).reshape(-1, chunk, dim)
-  real = jnp.pad(jnp.ones(num), (0, padding)).reshape(-1, chunk)
+  real = jnp.pad(real, (0, padding)).reshape(-1, chunk)
   half_norms = 0.5 * jnp.sum(jnp.square(centroids), axis=1)
   product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
   def one(totals, part):
     x, weight = part
     codes = jnp.argmax(product(x, centroids.T) - half_norms[None, :], axis=1).astype(jnp.int32)
-    squares = jnp.sum(jnp.square(x - centroids[codes]), axis=1)
+    squares = weight * jnp.sum(jnp.square(x - centroids[codes]), axis=1)
     member = jax.nn.one_hot(codes, k) * weight[:, None]
     new = product(member.T, x), product(jnp.sqrt(squares), member), member.sum(axis=0)
     return jax.tree.map(jnp.add, totals, new), (codes, squares)
@@ -64,9 +66,14 @@ def lloyd(rows: jax.Array, centroids: jax.Array, num_steps: int) -> Clusters:
     centroids: [K, D] float32, K <= N.
     num_steps: iterations.
   """
+  return _lloyd(_assign, rows, jnp.ones(rows.shape[0]), centroids, num_steps)
+
+
+def _lloyd(assign, rows, real, centroids, num_steps):
+  """`lloyd` by an `assign` such as `_assign`; padding comes last."""
 
   def step(_, centroids):
-    sums, _, counts, _, squares = _assign(rows, centroids)
+    sums, _, counts, _, squares = assign(rows, real, centroids)
     empty = counts == 0
     # The first empty cluster takes the farthest row, the second the next one, ...
     _, far = jax.lax.top_k(squares, centroids.shape[0])
@@ -74,13 +81,30 @@ def lloyd(rows: jax.Array, centroids: jax.Array, num_steps: int) -> Clusters:
     return jnp.where(empty[:, None], spare, sums / jnp.maximum(counts, 1.0)[:, None])
 
   centroids = jax.lax.fori_loop(0, num_steps, step, centroids)
-  _, distances, counts, codes, squares = _assign(rows, centroids)
+  _, distances, counts, codes, squares = assign(rows, real, centroids)
   return Clusters(centroids, codes, counts, distances / jnp.maximum(counts, 1.0), jnp.sum(squares))
 
 
-def _once(rows, key, num_clusters, num_steps):
-  start = jax.random.choice(key, rows.shape[0], (num_clusters,), replace=False)
-  return lloyd(rows, rows[start], num_steps)
+def _start(rows, key, num_rows, num_clusters):
+  """Distinct ones of the first `num_rows` rows."""
+  return rows[jax.random.choice(key, num_rows, (num_clusters,), replace=False)]
+
+
+def _assign_by_share(rows, real, centroids):
+  """`_assign` of rows that `local_devices.split` has spread: only sums leave a device."""
+
+  def of_share(share, centroids):
+    *sums, codes, squares = _assign(*share, centroids)
+    return [x[None] for x in sums], codes, squares
+
+  sums, codes, squares = local_devices.by_share(of_share)((rows, real), centroids)
+  return *(x.sum(axis=0) for x in sums), codes, squares
+
+
+@functools.partial(jax.jit, static_argnames=("num_rows", "num_clusters", "num_steps"))
+def _once_by_share(rows, real, key, *, num_rows, num_clusters, num_steps):
+  start = _start(rows, key, num_rows, num_clusters)
+  return _lloyd(_assign_by_share, rows, real, start, num_steps)
 
 
 @functools.partial(jax.jit, static_argnames=("num_clusters", "num_steps", "num_restarts"))
@@ -105,7 +129,8 @@ def fit(
   """
   rows = rows.astype(jnp.float32)
   runs = jax.lax.map(
-    lambda key: _once(rows, key, num_clusters, num_steps), jax.random.split(key, num_restarts)
+    lambda key: lloyd(rows, _start(rows, key, len(rows), num_clusters), num_steps),
+    jax.random.split(key, num_restarts),
   )
   best = jnp.argmin(runs.inertia)
   return jax.tree.map(lambda x: x[best], runs)
@@ -114,22 +139,31 @@ def fit(
 def fit_by_starts(
   rows: jax.Array, key: jax.Array, *, num_clusters: int, num_steps: int = 20, num_restarts: int = 1
 ) -> Clusters:
-  """`fit`, start by start from the host, which says how many are done; not for inside of a jit.
+  """`fit` on all devices of this process, start by start; not for inside of a jit.
+
+  Every device holds its share of the rows; sums of clusters and single rows go between them, so
+  that centroids are those of `fit` up to rounding. The host says how many starts are done.
 
   Args:
-    rows: [N, D], any float dtype.
+    rows: [N, D], any float dtype, that the host can read.
     key: as of `fit`, with the same starts.
     num_clusters: K, at most N.
     num_steps: Lloyd's iterations.
     num_restarts: starts; of equally good ones the first is taken.
+
+  Returns:
+    As `fit`, in NumPy's arrays.
   """
-  once = jax.jit(_once, static_argnums=(2, 3))
-  rows, best = rows.astype(jnp.float32), None
+  num, best = len(rows), None
+  spread, real = local_devices.split((np.asarray(rows, np.float32), np.ones(num, np.float32)))
   for start in progress.over(jax.random.split(key, num_restarts), "k-means, start"):
-    found = once(rows, start, num_clusters, num_steps)
+    found = _once_by_share(
+      spread, real, start, num_rows=num, num_clusters=num_clusters, num_steps=num_steps
+    )
     if best is None or found.inertia < best.inertia:
       best = found
-  return best
+  found = jax.device_get(best)
+  return found._replace(codes=found.codes[:num])
 
 
 def concentration(distances: jax.Array, counts: jax.Array, temperature: float) -> jax.Array:

@@ -13,14 +13,16 @@ Under jit over a mesh the sums are over the global batch. With K split over one 
 over another, devices exchange one number a row or a component and the sums of their own components.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from protojax import losses
-from protojax.prototypes import assignment
+from protojax.prototypes import assignment, streaming
 
 Schedule = Callable[[jax.Array], jax.Array | float]  # number of past updates, int32 [] -> value
 
@@ -93,6 +95,8 @@ class Options(NamedTuple):
       of the batch plus noise of a standard deviation of the batch per dimension.
     variance_floor: least variance of a dimension; None: max(1e-4, .05 / D).
     momentum: of the running usage and the running mean of the features.
+    block: components that a device compares at a time, a divisor of those it has, so that an
+      update needs the memory of one block; 0: all at once; None: see `streaming.block_size`.
   """
 
   mass: str = "ca"
@@ -105,6 +109,32 @@ class Options(NamedTuple):
   reseed: bool = False
   variance_floor: float | None = None
   momentum: float = 0.99
+  block: int | None = None
+
+
+class _Components(NamedTuple):
+  """What belongs to a component, leaves [..., k] or [..., k, D]: a part of `MixtureState`."""
+
+  mass: jax.Array
+  sums: jax.Array
+  squares: jax.Array | None
+  means: jax.Array
+  variances: jax.Array | None
+  usage: jax.Array
+
+
+class _Batch(NamedTuple):
+  """Sums over a batch and k components."""
+
+  counts: jax.Array | None  # [k], n_k
+  entropy: jax.Array  # [], of the responsibilities
+  moved: jax.Array  # [], squared distances of new means to old ones
+  cross: jax.Array  # [], sum of n_k mu (mu - 2 mean of the batch)
+  max_cos: jax.Array  # [], mean over rows of the cosine to the nearest old mean
+
+
+def _components(state: MixtureState) -> _Components:
+  return _Components(*(getattr(state, name) for name in _Components._fields))
 
 
 def weights(state: MixtureState) -> jax.Array:
@@ -144,14 +174,20 @@ def log_posterior(
   `balance_steps` above 0 is `balanced`.
   """
   rows = _coordinates(state, _flatten(features, state.means.shape[1]), normalize)
-  scores = assignment.gaussian_scores(
-    rows, state.means, kappa=state.kappa, variances=state.variances, unit_rows=normalize
-  )
-  if use_pi:  # less a constant
-    scores += jnp.log(state.mass)[None, :]
+  joint = _log_joint(state, _components(state), rows, beta=beta, use_pi=use_pi, unit=normalize)
   if balance_steps:
-    return assignment.log_sinkhorn(beta * scores, num_steps=balance_steps)
-  return jax.nn.log_softmax(beta * scores)
+    return assignment.log_sinkhorn(joint, num_steps=balance_steps)
+  return jax.nn.log_softmax(joint)
+
+
+def _log_joint(state, components, rows, *, beta, use_pi, unit) -> jax.Array:
+  """beta (log pi_k + log N(h; mu_k, Sigma_k)) less a constant: rows [N, D] -> [N, k]."""
+  scores = assignment.gaussian_scores(
+    rows, components.means, kappa=state.kappa, variances=components.variances, unit_rows=unit
+  )
+  if use_pi:
+    scores += jnp.log(components.mass)[None, :]
+  return beta * scores
 
 
 def online_em(
@@ -254,20 +290,123 @@ def online_em(
 
   def update(state: MixtureState, features: jax.Array) -> tuple[MixtureState, MixtureAux]:
     old, rows = jax.lax.stop_gradient((state, _flatten(features, dim)))
-    num_rows, step = rows.shape[0], state.step
+    step = state.step
     if center_features:
       feature_mean = _running(old.feature_mean, rows.mean(axis=0), 1.0 - momentum, step)
       old = old._replace(feature_mean=feature_mean)
-    log_q = log_posterior(
-      old,
-      rows,
-      beta=_at(beta, step),
-      use_pi=use_pi,
-      normalize=normalize,
-      balance_steps=balance_steps if balanced else 0,
-    )
-    q = jnp.exp(log_q)
     rows = _coordinates(old, rows, normalize)
+    block = streaming.block_size(options.block, rows.shape[0], num_components)
+    components, batch = by_blocks(old, rows, block) if block else at_once(old, rows)
+
+    share = batch.counts / rows.shape[0]
+    new = old._replace(step=step + 1, **components._asdict())
+    if learn_kappa:
+      # distance = sum_ik q_ik |h_i - mu_k|^2 / N
+      distance = (jnp.sum(rows**2) + batch.cross) / rows.shape[0]
+      forgotten = -jnp.expm1(-age_of(batch.counts, rows.shape[0], step).mean())
+      scatter = _running(old.scatter, distance, forgotten, step)
+      new = new._replace(scatter=scatter, kappa=_kappa(scatter, dim, normalize, 1.0 / floor))
+    elif not diagonal:
+      new = new._replace(kappa=jnp.asarray(_at(kappa, step + 1), jnp.float32))
+    aux = MixtureAux(
+      usage=share,
+      entropy=batch.entropy / rows.shape[0],
+      perplexity=jnp.exp(losses.entropy(share)),
+      movement=0.5 * batch.moved / num_components,  # 1 - cos, exact near 0
+      max_cos=batch.max_cos,
+    )
+    return (move_unused(new, rows) if reseed else new), aux
+
+  def at_once(old: MixtureState, rows: jax.Array) -> tuple[_Components, _Batch]:
+    log_q = joint(old, _components(old), rows)
+    if balanced:
+      log_q = assignment.log_sinkhorn(log_q, num_steps=balance_steps)
+    else:
+      log_q = jax.nn.log_softmax(log_q)
+    components, batch = m_step(old.step, _components(old), rows, log_q, rows.shape[0])
+    return components, batch._replace(max_cos=cosines(rows, old.means).max(axis=1).mean())
+
+  def by_blocks(old: MixtureState, rows: jax.Array, block: int) -> tuple[_Components, _Batch]:
+    """As `at_once`, without anything of size [N, K] or a second [K, D]."""
+    own = streaming.own_rows(rows)  # [m, n, R, D]
+    m = own.shape[0]
+
+    def logits(components):  # of k components on each of m devices: [m, n, R, k]
+      parts = jax.vmap(functools.partial(joint, old), in_axes=(None, 0))
+      return jax.vmap(parts)(components, own)
+
+    blocks = streaming.cut(_components(old), block)
+    log_z = streaming.log_partition(logits, blocks)
+    offsets = jnp.zeros(num_components)
+    if balanced:
+      offsets, log_z = streaming.sinkhorn(
+        logits, blocks, num_steps=balance_steps, log_z=jnp.zeros_like(log_z)
+      )
+      offsets = streaming.joined(offsets)
+
+    def on_devices(x):  # [K, ...] -> [m, K / m, ...]
+      x = x.reshape(m, -1, *x.shape[1:])
+      return x if m == 1 else jax.lax.with_sharding_constraint(x, PartitionSpec("model"))
+
+    def part(x, i):
+      return jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=1)
+
+    def put(x, new, i):
+      return jax.lax.dynamic_update_slice_in_dim(x, new, i * block, axis=1)
+
+    # A block waits for the next round to be put in its place: computed and put in one round, XLA
+    # fuses both and copies all prototypes in every round.
+    def move(i, carried):
+      everything, waiting, counts, sums = carried
+      everything = jax.tree.map(streaming.as_outside, everything)
+      everything = jax.tree.map(
+        lambda x, new: put(x, new, jnp.maximum(i - 1, 0)), everything, waiting
+      )
+      components = jax.tree.map(lambda x: part(x, i), everything)
+      log_q = logits(components) - log_z[None, ..., None] - part(offsets, i)[:, None, None]
+      each = jax.vmap(functools.partial(m_step, old.step), in_axes=(0, 0, 0, None))
+      flat = log_q.reshape(m, -1, block)
+      waiting, batch = each(components, own.reshape(m, -1, dim), flat, rows.shape[0])
+      sums = jax.tree.map(lambda a, b: a + b.sum(), sums, batch._replace(counts=None))
+      return everything, waiting, put(counts, batch.counts, i), sums
+
+    offsets = on_devices(offsets)
+    everything = jax.tree.map(on_devices, _components(old))
+    waiting = jax.tree.map(lambda x: part(x, 0), everything)
+    num_blocks = num_components // (m * block)
+    everything, waiting, counts, sums = jax.lax.fori_loop(
+      0,
+      num_blocks,
+      move,
+      (everything, waiting, jnp.zeros_like(offsets), _Batch(None, *jnp.zeros(4))),
+    )
+    everything = jax.tree.map(lambda x, new: put(x, new, num_blocks - 1), everything, waiting)
+    components = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), everything)
+    nearest = streaming.each(
+      lambda part: jax.vmap(jax.vmap(cosines, (0, None)))(own, part.means).max(axis=-1), blocks
+    )
+    return components, sums._replace(
+      counts=counts.reshape(-1), max_cos=nearest.max(axis=(0, 1)).mean()
+    )
+
+  def joint(old, components, rows):
+    return _log_joint(
+      old, components, rows, beta=_at(beta, old.step), use_pi=use_pi, unit=normalize
+    )
+
+  def cosines(rows, means):
+    if not normalize:
+      rows, means = losses.l2_normalize(rows), losses.l2_normalize(means)
+    return assignment.gaussian_scores(rows, means, unit_rows=True)
+
+  def age_of(count, num_rows, step):
+    if window is None:  # the load is 1 when balanced
+      return count / num_rows * num_components / _at(horizon_steps, step)
+    return count / _at(window, step)
+
+  def m_step(step, old: _Components, rows, log_q, num_rows) -> tuple[_Components, _Batch]:
+    """k components after rows [N, D] of which they take exp(log_q), [N, k]."""
+    q = jnp.exp(log_q)
     count = q.sum(axis=0)  # n_k
     share = count / num_rows
     load = share * num_components  # 1 when balanced
@@ -278,8 +417,7 @@ def online_em(
       return total / jnp.maximum(count, _TINY)[:, None]
 
     # Most components receive next to nothing in a step: 1 - exp would be 0 for them, expm1 is not.
-    age = load / _at(horizon_steps, step) if window is None else count / _at(window, step)
-    rate = -jnp.expm1(-age)
+    rate = -jnp.expm1(-age_of(count, num_rows, step))
     target = load if mass == "ema" else jnp.ones_like(load)
     new_mass = old.mass + rate * (target - old.mass)
 
@@ -292,31 +430,21 @@ def online_em(
     mean = sums / new_mass[:, None]
     means = jnp.where(received, losses.l2_normalize(mean) if normalize else mean, old.means)
     usage = momentum * old.usage + (1.0 - momentum) * share
-    new = old._replace(step=step + 1, mass=new_mass, sums=sums, means=means, usage=usage)
+    new = old._replace(mass=new_mass, sums=sums, means=means, usage=usage)
     if diagonal:
       squares = move(old.squares, average(rows**2))
       variances = jnp.maximum(squares / new_mass[:, None] - mean**2, floor)
       new = new._replace(squares=squares, variances=jnp.where(received, variances, old.variances))
-    elif learn_kappa:
-      # distance = sum_ik q_ik |h_i - mu_k|^2 / N
-      cross = jnp.sum(count[:, None] * means * (means - 2.0 * batch_means))
-      distance = (jnp.sum(rows**2) + cross) / num_rows
-      scatter = _running(old.scatter, distance, -jnp.expm1(-age.mean()), step)
-      new = new._replace(scatter=scatter, kappa=_kappa(scatter, dim, normalize, 1.0 / floor))
-    else:
-      new = new._replace(kappa=jnp.asarray(_at(kappa, step + 1), jnp.float32))
-
-    before, after, queries = old.means, means, rows
+    before, after = old.means, means
     if not normalize:
-      before, after, queries = map(losses.l2_normalize, (before, after, queries))
-    aux = MixtureAux(
-      usage=share,
-      entropy=-jnp.sum(q * log_q) / num_rows,  # from the logarithms, which are there
-      perplexity=jnp.exp(losses.entropy(share)),
-      movement=0.5 * jnp.sum((after - before) ** 2) / num_components,  # 1 - cos, exact near 0
-      max_cos=assignment.gaussian_scores(queries, before, unit_rows=True).max(axis=1).mean(),
+      before, after = losses.l2_normalize(before), losses.l2_normalize(after)
+    return new, _Batch(
+      counts=count,
+      entropy=-jnp.sum(q * log_q),  # from the logarithms, which are there
+      moved=jnp.sum((after - before) ** 2),
+      cross=jnp.sum(count[:, None] * means * (means - 2.0 * batch_means)),
+      max_cos=jnp.zeros(()),
     )
-    return (move_unused(new, rows) if reseed else new), aux
 
   def move_unused(state: MixtureState, rows: jax.Array) -> MixtureState:
     row_key, noise_key = jax.random.split(jax.random.fold_in(state.key, state.step))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from protojax import errors, losses
-from protojax.prototypes import mixture, weight_norm
+from protojax.prototypes import mixture, streaming, weight_norm
 
 PyTree = Any
 
@@ -83,11 +83,20 @@ def in_loss(
   return state, state if prototype_set.before_loss else features
 
 
-def after_step(prototype_set: PrototypeSet, state: PyTree, moved: PyTree) -> PyTree:
-  """The state of the next step, for `base.Method.update`; `moved` is from `in_loss`."""
+def after_step(
+  prototype_set: PrototypeSet, state: PyTree, moved: PyTree, step: jax.Array
+) -> PyTree:
+  """The state of the next step, for `base.Method.update`; `moved` is from `in_loss`.
+
+  What `step` is made of is done before anything moves (`train_step` makes it of the gradient): a
+  loss that still reads prototypes would need a copy of them, and they would not move in place.
+  """
   if prototype_set.learned:
     return state
-  return moved if prototype_set.before_loss else prototype_set.move(state, moved)
+  if prototype_set.before_loss:
+    return moved
+  nothing = (step < 0).astype(jnp.float32)  # 0, which XLA does not know
+  return prototype_set.move(state, jax.tree.map(lambda x: x + nothing, moved))
 
 
 def several(one: PrototypeSet, kinds: tuple[str, ...], *, shared: bool = False) -> PrototypeSet:
@@ -155,7 +164,7 @@ def _frozen(num: int, dim: int) -> PrototypeSet:
   )
 
 
-def _mixture(num: int, dim: int, config) -> PrototypeSet:
+def _mixture(num: int, dim: int, config, block: int | None) -> PrototypeSet:
   if not config.anneal_steps and (config.horizon_final, config.beta_final) != (
     config.horizon_steps,
     config.beta,
@@ -188,6 +197,7 @@ def _mixture(num: int, dim: int, config) -> PrototypeSet:
       reseed=config.reseed,
       variance_floor=config.variance_floor,
       momentum=config.momentum,
+      block=block,
     ),
   )
 
@@ -204,11 +214,23 @@ def _mixture(num: int, dim: int, config) -> PrototypeSet:
   )
 
 
+def block_size(config, num_rows: int = 0) -> int:
+  """Prototypes that a loss compares at a time, see `streaming.block_size`; 0: all.
+
+  Args:
+    config: reads `method.{block, num_prototypes}`, `batch_size` and `augment.num_local`.
+    num_rows: how many embeddings are compared, where they may be more than all views of a batch.
+  """
+  views = config.batch_size * (2 + config.augment.num_local)
+  options = config.method
+  return streaming.block_size(options.block, max(views, num_rows), options.num_prototypes)
+
+
 def build(config) -> PrototypeSet:
   """The prototype set that `config.method.prototypes` names.
 
   Args:
-    config: reads `method.{prototypes, num_prototypes, train_prototype_norm, em_order}`,
+    config: reads `method.{prototypes, num_prototypes, train_prototype_norm, em_order, block}`,
       `head.bottleneck` (D) and `mixture.*`.
 
   Raises:
@@ -228,7 +250,7 @@ def build(config) -> PrototypeSet:
     return _learned(num, dim, config.method.train_prototype_norm)
   if kind == "mixture":
     try:
-      moving = _mixture(num, dim, config.mixture)
+      moving = _mixture(num, dim, config.mixture, config.method.block)
     except ValueError as error:
       raise errors.UserError(f"mixture: {error}; see config.mixture") from None
     return moving._replace(before_loss=config.method.em_order == "before_loss")

@@ -28,6 +28,16 @@ def pretraining(config) -> sources.Source:
   )
 
 
+def one_source(config) -> bool:
+  """Whether the bank of the probe is the very images that `config` trains on."""
+  data, probe = config.data, config.probe
+  return (
+    (probe.name or data.name, probe.data_dir or data.data_dir) == (data.name, data.data_dir)
+    and probe.train_split == data.split
+    and data.imbalance is None
+  )
+
+
 def of_run(config) -> tuple[sources.Source, sources.Source, sources.Source | None]:
   """The images that a run needs: (to train on, the bank, labelled test images or None).
 
@@ -76,9 +86,10 @@ def of_run(config) -> tuple[sources.Source, sources.Source, sources.Source | Non
         _TEST,
       )
       return train, train, None
-  same = own and probe.train_split == data.split and data.imbalance is None
   bank = (
-    train if same else sources.build(name, split=probe.train_split, data_dir=data_dir, **seen_alike)
+    train
+    if one_source(config)
+    else sources.build(name, split=probe.train_split, data_dir=data_dir, **seen_alike)
   )
   if own and not bank.num_classes:
     logging.info("k-NN and linear probe are off: %s has no labels", bank.name)

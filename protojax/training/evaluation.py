@@ -61,6 +61,14 @@ class Snapshot:
 
   def _forward_fn(self, state, batch):
     """Features [B, D] and codes {set: [B]}; labels come back too; all of it on every process."""
+    if self._config.mesh.fsdp:  # gathered once a batch, whatever XLA would do at each product
+      together = functools.partial(
+        jax.lax.with_sharding_constraint, shardings=sharding.replicated(self._mesh)
+      )
+      state = state.replace(encoder=together(state.encoder))
+      if state.teacher != ():
+        teacher = state.teacher["encoder"]
+        state = state.replace(teacher={**state.teacher, "encoder": together(teacher)})
     variables = train_step.variables_of(state)
     images = self._evaluation(batch)
     codes = {

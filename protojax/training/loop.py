@@ -26,7 +26,7 @@ from protojax.training import workdir as workdirs
 
 
 def _no_batches():
-  """What `Program.batches` gives where there is no probe."""
+  """What `Program.batches` gives where no probe has batches of its own."""
   while True:
     yield None, (), 0.0
 
@@ -135,11 +135,11 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
       seed=config.seed,
       step=start,
       batch_size=config.batch_size,
-      keys=("image", "size", "index"),
+      keys=program.keys,
       cached=cached.get(train_source),
     )
     probe_batches = _no_batches()
-    if program.probe:
+    if program.probe_apart:
       probe_batches = program.batches(
         bank,
         seed=config.seed + 1,

@@ -9,6 +9,7 @@ import jax
 
 from protojax.data import sources
 from protojax.models import encoder as encoders
+from protojax.prototypes import prototype_set
 from protojax.training import optim, programs, train_step
 
 _WIDTH, INDENT = 80, 12  # columns of a line, and of the word before its text
@@ -47,9 +48,11 @@ def lines(
   processes = {device.process_index for device in devices}
   with jax.set_mesh(mesh):
     chosen = encoders.chosen(config)
+    block = prototype_set.block_size(config) if matrices else 0
+  at_a_time = [f"compared {block:,} at a time on each device"] * (block > 0)
   rows = {
     "method": config.method.name + ", with a teacher" * (program.abstract.teacher != ()),
-    "prototypes": ", ".join((config.method.prototypes, *sets)),
+    "prototypes": ", ".join((config.method.prototypes, *sets, *at_a_time)),
     "encoder": f"{config.model.name}; "
     + ", ".join(f"{name} {_millions(part)}" for name, part in model.items())
     + " parameters"

@@ -11,7 +11,7 @@ import numpy as np
 from protojax import methods, sizes
 from protojax.data import augment, cache, decoding, pipeline
 from protojax.evals import linear
-from protojax.training import optim, sharding, train_step
+from protojax.training import datasets, optim, sharding, train_step
 
 _PROBE_BIAS = "carry/probe/params/bias"  # in the leaves of a checkpoint
 
@@ -22,9 +22,13 @@ class Program:
   Attributes:
     config: resolved; see `config.resolve`.
     mesh, method, tx, evaluation, probe: what the step is made of.
+    probe_rows: of a batch that are the probe's too; 0 where there is no probe or where it has
+      batches of its own, for its images are others or their number is no divisor of a batch.
+    keys: of a batch, see `pipeline.batches`.
     abstract, shardings: of the `train_step.TrainState`.
     init: jitted (seed) -> state 0.
-    step: jitted (state, batch, probe_batch) -> (state, metrics); donates the state.
+    step: jitted (state, batch, probe_batch) -> (state, metrics); donates the state. The probe's
+      batch is None unless `probe_apart`.
     refresh: jitted (state, embeddings, index) -> state, donates the state; None without.
     exported: jitted (state) -> (`train_step.encoder_of` it, {set: `prototypes.scoring.Scoring`}),
       on every device.
@@ -56,6 +60,11 @@ class Program:
     self.probe = None
     if num_classes and config.probe.batch_size:
       self.probe = self._probe_of(num_classes)
+    self.probe_rows = 0
+    if self.probe and datasets.one_source(config):
+      divides = config.batch_size % config.probe.batch_size == 0
+      self.probe_rows = config.probe.batch_size if divides else 0
+    self.keys = ("image", "size", "index") + ("label",) * bool(self.probe_rows)
 
     def init(seed):
       return train_step.init_state(
@@ -74,8 +83,9 @@ class Program:
         augment=augment.make(views),
         evaluation=self.evaluation,
         probe=self.probe,
+        probe_rows=self.probe_rows,
       ),
-      in_shardings=(self.shardings, rows, rows if self.probe else None),
+      in_shardings=(self.shardings, rows, rows if self.probe_apart else None),
       out_shardings=(self.shardings, sharding.replicated(self.mesh)),
       donate_argnums=0,
     )
@@ -95,6 +105,11 @@ class Program:
         donate_argnums=0,
       )
 
+  @property
+  def probe_apart(self) -> bool:
+    """Whether the probe has batches of its own."""
+    return bool(self.probe) and not self.probe_rows
+
   def _probe_of(self, num_classes: int) -> linear.OnlineProbe:
     config = self.config
     shape = (1, *sizes.pair(config.augment.global_size), config.data.channels)
@@ -105,7 +120,8 @@ class Program:
     return linear.online_probe(num_classes, features.shape[-1], learning_rate=config.probe.lr)
 
   def _shardings_of(self, abstract: train_step.TrainState):
-    rules = self.config.mesh.rules or sharding.DEFAULT_RULES
+    mesh = self.config.mesh
+    rules = mesh.rules or (sharding.FSDP_RULES if mesh.fsdp else sharding.DEFAULT_RULES)
     return sharding.state_shardings(abstract, self.mesh, rules)
 
   def restore_target(self, leaves: dict[str, str] | None = None) -> train_step.TrainState:
@@ -174,11 +190,13 @@ class Program:
       }
 
     image = ((config.data.image_size, config.data.image_size, config.data.channels), jnp.uint8)
-    batch = rows(config.batch_size, image=image, size=((2,), jnp.int32), index=((), jnp.int32))
+    shapes = {"image": image, "size": ((2,), jnp.int32)}
+    shapes |= dict.fromkeys(("index", "label"), ((), jnp.int32))
+    batch = rows(config.batch_size, **{key: shapes[key] for key in self.keys})
     probe_batch = None
-    if self.probe:
+    if self.probe_apart:
       probe_batch = rows(
-        config.probe.batch_size, image=image, size=((2,), jnp.int32), label=((), jnp.int32)
+        config.probe.batch_size, **{key: shapes[key] for key in ("image", "size", "label")}
       )
     with jax.set_mesh(self.mesh):
       return self.step.trace(self.abstract, batch, probe_batch)
@@ -203,10 +221,10 @@ class Program:
   def decoders(self, data, *, batch_size: int) -> decoding.Plan:
     """Who decodes batches of `data` on each host, and how fast all of them together.
 
-    Those of the probe and those trained on have their share of the cores each.
+    Those trained on and those of a probe that has its own have their share of the cores each.
     """
     config = self.config
-    both = config.batch_size + (config.probe.batch_size if self.probe else 0)
+    both = config.batch_size + (config.probe.batch_size if self.probe_apart else 0)
     _, parts = sharding.rows_of_process(batch_size, self.mesh)
     plan = decoding.plan(
       data,

@@ -7,7 +7,6 @@ that prototype methods are made of.
 """
 
 import functools
-import math
 import re
 from typing import Any
 
@@ -28,6 +27,8 @@ DEFAULT_RULES = (
   (r"(^|/)carry/replay$", "images"),
   (r".*", "replicate"),
 )
+# With `mesh.fsdp`: the encoder, its teacher and what the optimizer keeps of it.
+FSDP_RULES = (*DEFAULT_RULES[:-1], (r"(^|/)encoder/", "fsdp"), DEFAULT_RULES[-1])
 
 
 def make_mesh(data: int = -1, model: int = 1, devices=None) -> jax.sharding.Mesh:
@@ -57,16 +58,6 @@ def make_mesh(data: int = -1, model: int = 1, devices=None) -> jax.sharding.Mesh
   return jax.sharding.Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
 
-def _fsdp(shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> PartitionSpec:
-  """The largest dimension that "data" divides; replicated where there is none."""
-  size = mesh.shape["data"]
-  dims = [d for d in range(len(shape)) if shape[d] % size == 0 and shape[d] >= size]
-  if size == 1 or not dims or math.prod(shape) < 2**18:  # 1 MiB of float32: not worth a gather
-    return PartitionSpec()
-  largest = max(dims, key=lambda d: shape[d])
-  return PartitionSpec(*[None] * largest, "data")
-
-
 def _prototypes(shape: tuple[int, ...], mesh: jax.sharding.Mesh, axis: int = 0) -> PartitionSpec:
   """The K axis, which comes first in rows, over "model"."""
   if not shape or mesh.shape["model"] == 1:
@@ -81,7 +72,7 @@ def _prototypes(shape: tuple[int, ...], mesh: jax.sharding.Mesh, axis: int = 0) 
 
 _TACTICS = {
   "replicate": lambda shape, mesh: PartitionSpec(),
-  "fsdp": _fsdp,
+  "fsdp": lambda shape, mesh: placement.largest(shape, mesh.shape["data"]),
   "prototypes": _prototypes,
   # A memory [B, S, ...] of S batches, each row where it came from: nothing is gathered to keep it.
   "rows": lambda shape, mesh: placement.COMPARED,  # of embeddings

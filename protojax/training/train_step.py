@@ -80,6 +80,7 @@ def train_step(
   augment,
   evaluation,
   probe=None,
+  probe_rows: int = 0,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One update. Pure; the caller jits, shards and donates `state`.
 
@@ -87,14 +88,17 @@ def train_step(
 
   Args:
     state: state n.
-    batch: {"image": uint8 [B, S, S, C], "size": int32 [B, 2], "index": int32 [B]}.
+    batch: {"image": uint8 [B, S, S, C], "size": int32 [B, 2], "index": int32 [B]}; with
+      `probe_rows` also "label": int32 [B].
     probe_batch: {"image": uint8 [P, S, S, C], "size": int32 [P, 2], "label": int32 [P]}, with
-      `probe` only.
+      `probe` and without `probe_rows` only.
     method: what to train.
     tx: optax transformation over `trained`.
     augment: (key, batch) -> views, see `data.augment.make`.
     evaluation: (batch) -> images float32 [P, H, W, C], the evaluation transform.
-    probe: `evals.linear.OnlineProbe` or None. It sees detached features of its own images.
+    probe: `evals.linear.OnlineProbe` or None. It sees detached features of images as evaluation
+      has them.
+    probe_rows: P, a divisor of B: so many images of `batch`, evenly spread, are the probe's.
 
   Returns:
     (state n + 1, {name: float32 []}).
@@ -111,15 +115,21 @@ def train_step(
     updates, opt_state = tx.update(grads, state.opt_state, trained)
     trained = optax.apply_updates(trained, updates)
 
-  with jax.named_scope("update"):
-    variables = variables.replace(**trained)
-    variables = method.update(variables, out.stats, state.step)
   metrics = {f"train/{k}": v for k, v in out.metrics.items()}
   metrics["train/grad_norm"] = optax.tree.norm(grads)
+
+  with jax.named_scope("update"):
+    variables = variables.replace(**trained)
+    # No norm is negative, but XLA does not know: the number comes after the gradient, see
+    # `prototype_set.after_step`.
+    step = state.step + (metrics["train/grad_norm"] < 0)
+    variables = method.update(variables, out.stats, step)
 
   carry = variables.carry
   if probe is not None:
     with jax.named_scope("probe"):
+      if probe_rows:
+        probe_batch = _spread(batch, probe_rows)
       features = method.features(variables, evaluation(probe_batch))
       probe_state, probe_metrics = probe.update(carry["probe"], features, probe_batch["label"])
     carry = {**carry, "probe": probe_state}
@@ -135,6 +145,11 @@ def train_step(
     key=state.key,
   )
   return state, metrics
+
+
+def _spread(batch: base.Batch, count: int) -> base.Batch:
+  """`count` rows of a batch, as many of every device's, which stay where they are."""
+  return jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:])[:, 0], batch)
 
 
 def refresh(state: TrainState, embeddings: jax.Array, index: jax.Array, *, method) -> TrainState:

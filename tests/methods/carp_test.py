@@ -54,7 +54,7 @@ def test_loss_is_that_of_the_blocks_its_key_draws():
     value, out = loss(trained, frozen, views, key, jnp.int32(0))
     net_key, order_key = jax.random.split(key)
     scores = jax.jit(networks.scores)(trained, frozen, views, net_key)
-    student, teacher = (np.asarray(x, np.float64) for x in (scores.student, scores.teacher))
+    student, teacher = (np.asarray(x.dense(), np.float64) for x in (scores.student, scores.teacher))
     order = np.asarray(assignment.random_partition(order_key, 32))
     agree, spread = _reference(student, teacher, order, 8)
     assert agree > 0.1 and spread > 1e-3

@@ -87,7 +87,9 @@ def _crops(rows):
 def test_golden_losses_with_the_centre_of_the_step_before(monkeypatch):
   n = np.arange(4)[:, None]
   cosines = np.cos(0.4 * n + 0.9 * np.arange(5)[None, :])
-  scores = student_teacher.Scores(_crops(_sin(6, 5)), _crops(cosines), {}, None)
+  scores = student_teacher.Scores(
+    tiny.scores(_crops(_sin(6, 5))), tiny.scores(_crops(cosines)), {}, None
+  )
   build = student_teacher.build_with_prototypes
 
   def build_golden(config):
@@ -194,7 +196,8 @@ def test_vmf_loss_centre_and_gradient_in_the_norms_match_numpy():
     x = np.asarray(scores, np.float64) / temperature + log_c
     return x - scipy.special.logsumexp(x, axis=-1, keepdims=True)
 
-  log_p, log_q = logits(scores.student, g[0], 0.1), logits(scores.teacher, g[1], 0.04)
+  log_p = logits(scores.student.dense(), g[0], 0.1)
+  log_q = logits(scores.teacher.dense(), g[1], 0.04)
   terms = [
     -(np.exp(log_q[:, t]) * log_p[:, v]).sum(-1).mean()
     for v in range(4)
@@ -216,7 +219,7 @@ def test_vmf_loss_centre_and_gradient_in_the_norms_match_numpy():
   )
   q = scipy.special.softmax(log_q - 5 * mean, axis=-1)
   norms = np.asarray(g[0], np.float64)
-  cosines = np.asarray(scores.student, np.float64) / norms[:, 0]
+  cosines = np.asarray(scores.student.dense(), np.float64) / norms[:, 0]
 
   def of_norms(norms):
     log_p = logits(cosines * norms[:, 0], norms, 0.1)

@@ -41,12 +41,12 @@ def _golden(config, monkeypatch):
   """The method of `config` over the golden scores and masks."""
   n = np.arange(80).reshape(4, 4, 5)
   scores = student_teacher.Scores(
-    student=_views(np.concatenate([_sin(4, 5), _sin(2, 5, 2.0)])),
-    teacher=_views(_cos(4, 5)),
+    student=tiny.scores(_views(np.concatenate([_sin(4, 5), _sin(2, 5, 2.0)]))),
+    teacher=tiny.scores(_views(_cos(4, 5))),
     stats={},
     features=None,
-    student_patches=_views(np.sin(0.3 * n)),
-    teacher_patches=_views(np.cos(0.2 * n)),
+    student_patches=tiny.scores(_views(np.sin(0.3 * n))),
+    teacher_patches=tiny.scores(_views(np.cos(0.2 * n))),
   )
   seen = {}
 
@@ -54,13 +54,13 @@ def _golden(config, monkeypatch):
     seen.update(views)
 
     def hidden(x):
-      return jnp.take_along_axis(x, views["hidden"][..., None], axis=2)
+      return tiny.scores(jnp.take_along_axis(x.rows, views["hidden"][..., None], axis=2))
 
     student, teacher = scores.student_patches, scores.teacher_patches
     return scores._replace(
       student_patches=hidden(student),
       teacher_patches=hidden(teacher),
-      teacher_patch_mean=teacher.mean(axis=(0, 1, 2)),
+      teacher_patch_mean=teacher.mean(),
     )
 
   build = student_teacher.build_with_prototypes
@@ -347,7 +347,8 @@ def test_hidden_patches_alone_are_scored():
   trained, frozen = train_step.split(variables, method.learns_prototypes)
   views = {**tiny.abstract_views(c), "hidden": jax.ShapeDtypeStruct((16, 2, 3), jnp.int32)}
   scores = jax.eval_shape(net.scores, trained, frozen, views, jax.random.key(0))
-  assert scores.student_patches.shape == scores.teacher_patches.shape == (16, 2, 3, 32)
+  assert scores.student_patches.rows.shape == (16, 2, 3, 16)
+  assert scores.teacher_patches.rows.shape == (16, 2, 3, 16)
   assert scores.teacher_patch_mean.shape == (32,)
   traced = jax.make_jaxpr(method.loss)(trained, frozen, _some_views(c), jax.random.key(0), 0)
   assert "16,2,2,32]" in str(traced) and "16,2,4,32]" not in str(traced)  # at most half of four

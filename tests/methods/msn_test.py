@@ -12,6 +12,7 @@ from protojax.data import masking
 from protojax.methods import msn
 from protojax.methods.networks import student_teacher
 from protojax.models import vit
+from protojax.prototypes import soft
 from protojax.training import train_step
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
@@ -40,8 +41,9 @@ def test_golden_values_of_the_published_code(kind, golden):
     anchors = jnp.asarray((_unit(_sin(4, 3)) @ rows.T).reshape(2, 2, 4).swapaxes(0, 1))
     seen = np.cos(0.4 * np.arange(2)[:, None] + 0.9 * np.arange(3)[None, :])
     options = tiny.config("msn", "learned", method__targets=kind).method
-    q = msn.targets(jnp.asarray(_unit(seen) @ rows.T), options)
-    cross_entropy, prior = msn.terms(anchors, q, 0.1)
+    q = msn.targets(tiny.scores(jnp.asarray(_unit(seen) @ rows.T)[:, None]), options)
+    beside, prior = msn.terms(tiny.scores(anchors), q, 0.1)
+    cross_entropy = beside.cross_entropy.mean()
     mean_entropy = losses.entropy(jax.nn.softmax(anchors / 0.1)).mean()
   # Sinkhorn is float32.
   np.testing.assert_allclose(cross_entropy, golden, rtol=1e-12 if kind == "sharpened" else 1e-5)
@@ -62,8 +64,13 @@ def test_terms_match_numpy_in_value_and_gradient(which):
   rng = np.random.default_rng(0)
   scores, q = 0.3 * rng.normal(size=(4, 3, 5)), rng.dirichlet(np.ones(5), 4)
   with jax.enable_x64(True):
-    value_and_grad = jax.jit(jax.value_and_grad(lambda x: msn.terms(x, q, 0.1)[which]))
-    value, gradient = value_and_grad(scores)
+    targets = soft.Assignments(tiny.scores(jnp.log(q)[:, None]), log_p=jnp.log(q)[:, None])
+
+    def term(x):
+      beside, prior = msn.terms(tiny.scores(x), targets, 0.1)
+      return (beside.cross_entropy.mean(), prior)[which]
+
+    value, gradient = jax.jit(jax.value_and_grad(term))(jnp.asarray(scores))
   np.testing.assert_allclose(value, _reference(scores, q, 0.1)[which], rtol=1e-12)
   numeric = np.zeros_like(scores)
   for index in np.ndindex(*scores.shape):

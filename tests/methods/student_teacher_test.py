@@ -64,12 +64,12 @@ def test_each_side_is_scored_by_its_own_learned_prototypes():
   net = encoders.build(c)
   teacher_views = {"global": views["global"]}
   for params, v, seen, actual in (
-    (variables.encoder, variables.prototypes["v"], views, scores.student),
+    (variables.encoder, variables.prototypes["v"], views, scores.student.dense()),
     (
       variables.teacher["encoder"],
       variables.teacher["prototypes"]["v"],
       teacher_views,
-      scores.teacher,
+      scores.teacher.dense(),
     ),
   ):
     out, _ = encoders.embed(net, params, {}, seen, train=True)
@@ -88,7 +88,7 @@ def test_a_set_without_a_gradient_serves_both_sides(kind):
     lambda s: jax.random.normal(jax.random.key(2), s.shape), tiny.abstract_views(c)
   )
   scores = jax.jit(networks.scores)(trained, frozen, views, jax.random.key(3))
-  np.testing.assert_allclose(scores.teacher, scores.student[:, :2], atol=1e-5)
+  np.testing.assert_allclose(scores.teacher.dense(), scores.student.dense()[:, :2], atol=1e-5)
 
 
 def test_a_network_says_that_it_lacks_a_loss():

@@ -87,23 +87,29 @@ def _queue(seed=0):
   return queue / np.linalg.norm(queue, axis=-1, keepdims=True)
 
 
+def _balanced(scores, epsilon):
+  """`swav.targets` of scores [B, 1 + S, T, K]: [B, T, K]."""
+  views = swav.targets(tiny.scores(jnp.asarray(scores)), epsilon=epsilon)
+  return np.exp(np.concatenate([view.log_p for view in views], axis=1))
+
+
 def test_targets_have_the_golden_rows_whether_a_sample_is_queued_or_not():
   scores = _cos(6, 4)
-  whole = swav.targets(jnp.asarray(scores)[:, None, None], epsilon=0.07)[:, 0]
+  whole = _balanced(scores[:, None, None], 0.07)[:, 0]
   first = [0.0226851907, 0.6466299891, 0.3306846619, 1.0684e-7]
   last = [1.0e-9, 2.3e-9, 0.00288075977, 0.99711924791]
   np.testing.assert_allclose(whole[0], first, rtol=1e-5, atol=1e-10)
   np.testing.assert_allclose(whole[5], last, rtol=1e-5, atol=1e-10)
-  queued = jnp.asarray(scores[[0, 1, 2, 5, 4, 3]].reshape(2, 3, 1, 4))
-  q = swav.targets(queued, epsilon=0.07)
+  queued = scores[[0, 1, 2, 5, 4, 3]].reshape(2, 3, 1, 4)
+  q = _balanced(queued, 0.07)
   assert q.shape == (2, 1, 4)
   np.testing.assert_allclose(q[:, 0], [first, last], rtol=1e-5, atol=1e-10)
 
 
 def test_views_are_balanced_apart():
-  scores = jnp.asarray(np.stack([_cos(6, 4), _cos(6, 4, b=0.2)], axis=1))[:, None]
-  q = swav.targets(scores, epsilon=0.07)
-  alone = swav.targets(scores[:, :, :1], epsilon=0.07)
+  scores = np.stack([_cos(6, 4), _cos(6, 4, b=0.2)], axis=1)[:, None]
+  q = _balanced(scores, 0.07)
+  alone = _balanced(scores[:, :, :1], 0.07)
   np.testing.assert_allclose(q[:, :1], alone, rtol=1e-6)
 
 
@@ -204,7 +210,7 @@ def test_extreme_settings_stay_finite(changes):
 
 
 def test_identical_features_get_even_targets():
-  q = swav.targets(jnp.full((8, 1, 2, 4), 0.3), epsilon=0.05)
+  q = _balanced(jnp.full((8, 1, 2, 4), 0.3), 0.05)
   np.testing.assert_allclose(q, 0.25, rtol=1e-6)
 
 

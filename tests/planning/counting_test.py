@@ -266,6 +266,24 @@ def test_messages_ahead_of_time_run_beside_and_count_once():
   assert counts.bytes == 4 * (8 + 32)
 
 
+def test_a_message_that_is_chained_through_fusions_counts_once():
+  """As on a v5e: each fusion works and moves a part of it on, and names the whole."""
+  channels = (3, 3, 3, 4, 4)
+  fused = "".join(
+    f"%fused.{i} (q: f32[8]) -> f32[32] {{\n"
+    "  %q = f32[8]{0} parameter(0)\n"
+    f"  ROOT %g = f32[32]{{0}} all-gather(%q), channel_id={channel}, "
+    f'replica_groups=[1,4]<=[4], frontend_attributes={{chain_id="{channel}"}}\n}}\n\n'
+    for i, channel in enumerate(channels)
+  )
+  lines = ["%p = f32[8]{0} parameter(0)"]
+  lines += [f"%f{i} = f32[32]{{0}} fusion(%p), kind=kCustom, calls=%fused.{i}" for i in range(5)]
+  text = _module(*lines[:-1], f"ROOT {lines[-1]}", computations=fused)
+  found = [(one.kind, one.bytes, one.asynchronous) for one in counting.count(text).collectives]
+  assert found == 2 * [("all-gather", 128, True)]
+  assert len(counting.count(text.replace("chain_id", "other")).collectives) == 5
+
+
 def test_products_of_split_numbers_are_as_many_as_the_tpu_makes():
   taken = {
     "bf16 x bf16": 1,

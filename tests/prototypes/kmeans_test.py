@@ -1,13 +1,17 @@
 """k-means against scikit-learn; concentrations against NumPy."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import sklearn.cluster
 import sklearn.datasets
+from jax.sharding import NamedSharding, PartitionSpec
 
-from protojax import progress
+from protojax import local_devices, progress
+from protojax.planning import counting, hlo
 from protojax.prototypes import kmeans
 
 
@@ -33,7 +37,8 @@ def test_iterations_are_those_of_scikit_learn():
     np.testing.assert_array_equal(ours.counts, np.bincount(theirs.labels_, minlength=12))
 
 
-def test_start_by_start_it_is_the_same(monkeypatch):
+def test_start_by_start_on_all_devices_it_is_the_same(monkeypatch):
+  """100 rows over eight devices, four of padding behind them."""
   rows, said = jnp.asarray(_blobs(num=100)), []
 
   def over(items, what):
@@ -44,8 +49,41 @@ def test_start_by_start_it_is_the_same(monkeypatch):
   arguments = {"num_clusters": 5, "num_steps": 3, "num_restarts": 6}
   whole = kmeans.fit(rows, jax.random.key(3), **arguments)
   parts = kmeans.fit_by_starts(rows, jax.random.key(3), **arguments)
-  assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), whole, parts))
+  np.testing.assert_array_equal(whole.codes, parts.codes)
+  np.testing.assert_array_equal(whole.counts, parts.counts)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), whole, parts)
   assert said == [("k-means, start", 6)]
+
+
+def test_on_all_devices_too_empty_clusters_go_to_the_farthest_rows_and_never_to_padding():
+  rows = np.array([[4.0], [4.1], [4.2], [8.0], [9.5]], np.float32)  # padding lies at 0, far away
+  start = jnp.array([[4.1], [100.0], [200.0]])
+  spread, real = local_devices.split((rows, np.ones(5, np.float32)))
+  run = jax.jit(lambda *of: kmeans._lloyd(kmeans._assign_by_share, *of, start, 1))
+  found, expected = run(spread, real), kmeans.lloyd(jnp.asarray(rows), start, 1)
+  np.testing.assert_allclose(found.centroids, expected.centroids, rtol=1e-6)
+  np.testing.assert_allclose(found.inertia, expected.inertia, rtol=1e-6)
+  np.testing.assert_array_equal(found.counts, expected.counts)
+
+
+def test_every_device_holds_its_share_of_the_rows_and_no_row_is_gathered():
+  """Of 8,192 rows in 16 dimensions; their squared distances alone, to find the farthest, are."""
+  over = NamedSharding(local_devices.mesh(), PartitionSpec(local_devices.AXIS))
+  rows, real = (jax.ShapeDtypeStruct(s, jnp.float32, sharding=over) for s in ((8192, 16), (8192,)))
+  compiled = kmeans._once_by_share.lower(
+    rows, real, jax.random.key(0), num_rows=8190, num_clusters=40, num_steps=2
+  ).compile()
+  found = hlo.parse(compiled.as_text())
+  sizes = {
+    math.prod(shape.dims)
+    for computation in found.computations.values()
+    for one in computation.instructions.values()
+    for shape in one.shapes
+  }
+  assert max(sizes) <= 1024 * 40  # pairs of a share; all rows: 131,072 numbers, all pairs 327,680
+  moved = counting.count(compiled.as_text()).collectives
+  assert {one.kind for one in moved} <= {"all-reduce", "all-gather"}
+  assert max(one.bytes for one in moved) <= 4 * 8192
 
 
 def test_inertia_of_the_best_start_is_that_of_scikit_learn():

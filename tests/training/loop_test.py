@@ -97,6 +97,18 @@ def _floors(folder):
   return dict(written)
 
 
+def _streams(patch):
+  """[(source, images) of every stream of batches that a run trains on], filled as it opens them."""
+  opened, original = [], programs.Program.batches
+
+  def batches(self, data, **options):
+    opened.append((data.name, options["batch_size"]))
+    return original(self, data, **options)
+
+  patch.setattr(programs.Program, "batches", batches)
+  return opened
+
+
 def test_stopped_and_resumed_run_equals_the_whole_one_to_the_bit(
   whole, tmp_path, monkeypatch, caplog
 ):
@@ -104,9 +116,11 @@ def test_stopped_and_resumed_run_equals_the_whole_one_to_the_bit(
   folder = tmp_path / "run"
   with monkeypatch.context() as patch:
     _stop_after(patch, 3)
+    streams = _streams(patch)
     patch.setattr(datasets.sources.Source, "in_memory", False)
     with pytest.raises(errors.Interrupted, match="stopped at step 3"):
       loop.run(tiny.run_config(**{"data.num_workers": 1}), str(folder))
+  assert streams == [("digits/train", 16)]  # whose images the probe learns from, too
   said = (folder / "train.log").read_text()
   assert said.count("worker decodes") == 1
   assert re.search(r"1 worker decodes about [\d,]+ img/s; this step takes [\d,]+", said)
@@ -170,18 +184,20 @@ def test_a_stop_after_the_last_step_says_that_all_are_saved(whole, tmp_path, mon
 
 
 def test_a_probe_may_change_when_a_run_goes_on_and_the_encoder_does_not_feel_it(
-  whole, tmp_path, caplog
+  whole, tmp_path, caplog, monkeypatch
 ):
   folder = tmp_path / "run"
   shutil.copytree(whole, folder)
   shutil.rmtree(folder / "checkpoints" / "6")
   shutil.rmtree(folder / "eval")
+  streams = _streams(monkeypatch)
   caplog.set_level("INFO")
   loop.run(tiny.run_config(**{"probe.train_split": "test", "probe.k": 5}), str(folder))
   assert (
     "the online linear probe starts fresh: config.probe.train_split was train at step 4; measured "
     "on digits/test from here on"
   ) in caplog.text
+  assert streams == [("digits/train", 16), ("digits/test", 16)]
   state, expected = _final(folder)[1], _final(whole)[1]
   for part in ("encoder", "prototypes", "teacher", "opt_state"):
     chex.assert_trees_all_equal(getattr(state, part), getattr(expected, part))

@@ -445,6 +445,39 @@ def test_online_probe_gets_no_hold_of_the_encoder():
   assert any(k.startswith("probe/") for k in metrics[0])
 
 
+def test_online_probe_learns_from_every_nth_image_of_the_batch_on_any_number_of_devices():
+  c = tiny.config(probe__batch_size=8)
+  for devices in (8, 1):
+    program, state, metrics = tiny.run_steps(c, 1, jax.devices()[:devices], num_classes=10)
+    assert program.probe_rows == 8 and not program.probe_apart
+    assert program.keys == ("image", "size", "index", "label")
+    rows = {k: v[::2] for k, v in tiny.batch(c).items()}
+    labels = np.arange(16, dtype=np.int32)[::2] % 10
+    features = program.method.features(train_step.variables_of(state), program.evaluation(rows))
+    start = program.probe.init(jax.random.key(0))
+    expected, said = program.probe.update(start, features, labels)
+    for name in ("mean", "var"):  # Adam's first step makes a sign of any gradient
+      np.testing.assert_allclose(state.carry["probe"][name], expected[name], atol=1e-4)
+    bias = state.carry["probe"]["params"]["bias"]
+    np.testing.assert_allclose(bias, expected["params"]["bias"], atol=1e-6)
+    for name, value in said.items():
+      np.testing.assert_allclose(metrics[0][name], value, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"probe__batch_size": 32},  # more than a batch
+    {"probe__train_split": "test"},
+    {"probe__name": "cifar10"},
+    {"data__imbalance": 10.0},  # whose bank is the whole set
+  ],
+)
+def test_online_probe_has_batches_of_its_own_where_its_images_are_not_those_of_the_batch(changes):
+  program = programs.Program(tiny.config(**changes), 10)
+  assert program.probe_apart and program.probe_rows == 0 and "label" not in program.keys
+
+
 def test_batch_norm_statistics_are_carried_for_student_and_teacher():
   c = tiny.config(head__norm="batch")
   program = programs.Program(c)

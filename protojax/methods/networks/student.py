@@ -8,7 +8,7 @@ import jax
 from protojax import errors, losses, placement
 from protojax.methods import base
 from protojax.models import encoder as encoders
-from protojax.prototypes import prototype_set, weight_norm
+from protojax.prototypes import prototype_set, soft
 from protojax.prototypes import scoring as scorings
 
 
@@ -129,7 +129,7 @@ class PrototypeStudent(NamedTuple):
     method: all but `loss`. Its `update` takes the stats of `embed`.
     embed: (trained, frozen, views, key) -> (z float32 [B, V, D] with a gradient, the state of the
       prototypes that the loss scores with, stats); views 0 and 1 are the global ones.
-    scores: (state, z [..., D]) -> float32 [..., K].
+    scores: (state, z [..., D]) -> `soft.Scores`.
   """
 
   method: base.Method
@@ -160,14 +160,17 @@ def build_with_prototypes(config) -> PrototypeStudent:
     return z, state, {"batch_stats": batch_stats, "prototypes": moved}
 
   def scores(state, z):
-    return weight_norm.scores(prototypes.rows(state), prototypes.align(state, z))
+    rows = prototypes.rows(state)
+    block = prototype_set.block_size(config, z.size // z.shape[-1])
+    return soft.Scores(prototypes.align(state, z), rows, block=block)
 
   def update(variables, stats, step):
-    state = prototype_set.after_step(prototypes, variables.prototypes, stats["prototypes"])
+    state = prototype_set.after_step(prototypes, variables.prototypes, stats["prototypes"], step)
     return net.method.update(variables.replace(prototypes=state), stats["batch_stats"], step)
 
   def codes(variables, images):
-    return {"prototypes": scores(variables.prototypes, net.project(variables, images))}
+    found = scores(variables.prototypes, net.project(variables, images))
+    return {"prototypes": found.dense()}
 
   def embeddings(variables, images):
     return {"prototypes": prototypes.align(variables.prototypes, net.project(variables, images))}

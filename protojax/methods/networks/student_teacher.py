@@ -10,7 +10,7 @@ import optax
 from protojax import errors, losses, placement, schedules
 from protojax.methods import base
 from protojax.models import encoder as encoders
-from protojax.prototypes import prototype_set, weight_norm
+from protojax.prototypes import prototype_set, soft, weight_norm
 from protojax.prototypes import scoring as scorings
 
 PyTree = Any
@@ -138,24 +138,25 @@ def build(config, *, patches: bool = False, constant_momentum: bool = False) -> 
 
 
 class Scores(NamedTuple):
-  """Scores of every view over the prototypes, float32.
+  """Scores of every view over the prototypes.
 
   Attributes:
-    student: [B, V, K], with a gradient; global views first.
-    teacher: [B, 2, K] of the global views, or [B, T, K] of the views "target", without.
+    student: of rows [B, V, D], with a gradient; global views first.
+    teacher: of rows [B, 2, D] of the global views, or [B, T, D] of the views "target", without.
     stats: what `Method.update` needs.
     features: [B, V, F] of the student's backbone, with a gradient.
-    student_patches: [B, 2, M, K] of the hidden patches of the global views; None unless asked for.
+    student_patches: of rows [B, 2, M, D], the hidden patches of the global views; None unless asked
+      for.
     teacher_patches: likewise, of the same patches.
-    teacher_patch_mean: [K], the mean over all patches of the global views; None likewise.
+    teacher_patch_mean: float32 [K], the mean over all patches of the global views; None likewise.
   """
 
-  student: jax.Array
-  teacher: jax.Array
+  student: soft.Scores
+  teacher: soft.Scores
   stats: dict[str, PyTree]
   features: jax.Array
-  student_patches: jax.Array | None = None
-  teacher_patches: jax.Array | None = None
+  student_patches: soft.Scores | None = None
+  teacher_patches: soft.Scores | None = None
   teacher_patch_mean: jax.Array | None = None
 
 
@@ -214,17 +215,21 @@ def build_with_prototypes(
     z_student, z_teacher = by_kind(embedded), jax.lax.stop_gradient(by_kind(embedded_teacher))
     state, moved = prototype_set.in_loss(prototypes, trained, frozen, z_teacher)
     teacher_state = frozen.teacher["prototypes"] if averaged else jax.lax.stop_gradient(state)
+    student_rows, z_student = prototypes.rows(state), prototypes.align(state, z_student)
     rows, z_teacher = prototypes.rows(teacher_state), prototypes.align(teacher_state, z_teacher)
     patch_mean = None
     if patches:
       z = z_teacher["patch"]
-      # Scores are linear: their mean over all patches is that of the mean patch.
-      patch_mean = weight_norm.scores(rows["patch"], z.mean(axis=(0, 1, 2)))
+      patch_mean = soft.Scores(z, rows["patch"]).mean()
       z_teacher["patch"] = jnp.take_along_axis(z, views["hidden"][..., None], axis=2)
-    teacher = jax.tree.map(weight_norm.scores, rows, z_teacher)
-    student = jax.tree.map(
-      weight_norm.scores, prototypes.rows(state), prototypes.align(state, z_student)
-    )
+
+    def of(kind, z, rows):
+      compared = z_student[kind].size // z_student[kind].shape[-1]  # no side has more
+      block = prototype_set.block_size(config, compared)
+      return soft.Scores(z[kind], rows[kind], block=block)
+
+    student = {kind: of(kind, z_student, student_rows) for kind in kinds}
+    teacher = {kind: of(kind, z_teacher, rows) for kind in kinds}
     return Scores(
       student["prototypes"],
       teacher["prototypes"],
@@ -236,7 +241,7 @@ def build_with_prototypes(
     )
 
   def update(variables, stats, step):
-    state = prototype_set.after_step(prototypes, variables.prototypes, stats["prototypes"])
+    state = prototype_set.after_step(prototypes, variables.prototypes, stats["prototypes"], step)
     return net.method.update(variables.replace(prototypes=state), stats["batch_stats"], step)
 
   def state_of(variables):
