@@ -101,6 +101,7 @@ def _normalise(
 
 
 def _forwards(x, scale, bias, views, dtype):
+  """What `_normalise` returns, and what is kept."""
   mean, var = _moments(x, views)
   inverse = _inverse(var)
   y = _affine(x, mean, inverse * scale[None], bias[None]).astype(dtype)
@@ -108,6 +109,7 @@ def _forwards(x, scale, bias, views, dtype):
 
 
 def _backwards(views, dtype, kept, gradients):
+  """dx = scale / std (dy - mean(dy) - n mean(dy n)), n the normalised x, which is made again."""
   del dtype
   x, scale, mean, inverse = kept
   dy = gradients[0].astype(jnp.float32)
@@ -130,15 +132,15 @@ def _moments(x: jax.Array, views: int) -> tuple[jax.Array, jax.Array]:
   about one of them, and what is added up of its mean are two parts: the upper eight bits, whose
   sums and sums of squares are exact for 256 devices of like means, and the small rest.
   """
-  first = x[(slice(None), *(0,) * (x.ndim - 2))]  # of the positions: [B V, C]
-  near = _parts(first.astype(jnp.float32), views)[:, :1]
-  near = jax.lax.stop_gradient(near)  # [N, 1, V, C]
-  centred = x.astype(jnp.float32) - _to_rows(near, x)
-  devices = near.shape[0]
-  count = x.size // near.size
+  corners = x[(slice(None), *(0,) * (x.ndim - 2))].astype(jnp.float32)  # [B V, C]
+  corners = jax.lax.stop_gradient(_parts(corners, views))
+  near = corners[:, 0]  # [N, V, C]
+  centres = jnp.broadcast_to(near[:, None], corners.shape).reshape(-1, *near.shape[1:])
+  centred = x.astype(jnp.float32) - _to_rows(centres, x)
+  devices, count = near.shape[0], x.size // near.size
   offset = _own_sums(centred, views) / count
   var = _own_sums(jnp.square(centred), views) / count - jnp.square(offset)
-  mean = near[:, 0] + offset  # [N, V, C]
+  mean = near + offset  # [N, V, C]
 
   high = jax.lax.stop_gradient(_eight_bits(mean))
   low = mean - high
@@ -174,11 +176,9 @@ def _parts(rows: jax.Array, views: int) -> jax.Array:
 
 
 def _to_rows(statistic: jax.Array, x: jax.Array) -> jax.Array:
-  """[V, C] or, device by device, [N, 1, V, C] -> [B V, ..., C] beside the rows of `x`."""
-  *devices, views, channels = statistic.shape
-  images = x.shape[0] // views
-  shape = (devices[0], images // devices[0]) if devices else (images,)
-  rows = jnp.broadcast_to(statistic, (*shape, views, channels))
+  """[V, C] or [B, V, C] -> [B V, 1, ..., C], one for each row of `x`."""
+  views, channels = statistic.shape[-2:]
+  rows = jnp.broadcast_to(statistic, (x.shape[0] // views, views, channels))
   return rows.reshape(x.shape[0], *(1,) * (x.ndim - 2), channels)
 
 
