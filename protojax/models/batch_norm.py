@@ -1,5 +1,7 @@
 """Batch normalisation over the global batch, one view at a time."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -58,45 +60,92 @@ class BatchNorm(nn.Module):
     running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
 
     groups = 1 if self.joint else views
-    # [B, V, positions, C]: the view axis is kept, B and the positions are averaged over.
-    y = x.astype(jnp.float32).reshape(x.shape[0] // groups, groups, -1, channels)
-    if train:
-      mean, var = _moments(y)
-      if not self.is_initializing():
-        count = y.shape[0] * y.shape[2]
-        unbiased = var * (count / max(count - 1, 1))
-        running_mean.value = _move(running_mean.value, mean)
-        running_var.value = _move(running_var.value, unbiased)
-    else:
-      mean, var = running_mean.value, running_var.value
-      mean, var = mean[None, None, None], var[None, None, None]
-    y = (y - mean) * (jax.lax.rsqrt(var + _EPSILON) * scale[None, None, None])
-    return (y + bias[None, None, None]).reshape(x.shape).astype(self.dtype)
+    if not train:
+      mean, var = running_mean.value[None], running_var.value[None]
+      return _affine(x, mean, _inverse(var) * scale[None], bias[None]).astype(self.dtype)
+    y, mean, var = _normalise(x, scale, bias, groups, self.dtype)
+    if not self.is_initializing():
+      mean, var = jax.lax.stop_gradient((mean, var))
+      count = x.size // (groups * channels)
+      unbiased = var * (count / max(count - 1, 1))
+      running_mean.value = _move(running_mean.value, mean)
+      running_var.value = _move(running_var.value, unbiased)
+    return y
 
 
 def _move(running: jax.Array, batch: jax.Array) -> jax.Array:
-  """[C] running statistic after one batch whose statistic is [1, V, 1, C]."""
-  return _MOMENTUM * running + (1.0 - _MOMENTUM) * batch.mean(axis=(0, 1, 2))
+  """[C] running statistic after one batch whose statistic is [V, C]."""
+  return _MOMENTUM * running + (1.0 - _MOMENTUM) * batch.mean(axis=0)
 
 
-def _moments(y: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Mean and variance over images and positions: float32 [B, V, P, C] -> [1, V, 1, C] twice.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _normalise(
+  x: jax.Array, scale: jax.Array, bias: jax.Array, views: int, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Normalises every view with its own moments over images and positions.
 
-  E[y^2] - E[y]^2 cancels where the mean is large. So a device takes the moments of its own rows
+  The derivative is written out so that what is kept for it is `x` in its own dtype, and no array
+  of its size in float32; it says nothing of the moments, which are not to be differentiated.
+
+  Args:
+    x: [B V, ..., C].
+    scale: [C] float32.
+    bias: [C] float32.
+    views: V.
+    dtype: of the first result.
+
+  Returns:
+    [B V, ..., C] in `dtype`; mean and variance, float32 [V, C].
+  """
+  return _forwards(x, scale, bias, views, dtype)[0]
+
+
+def _forwards(x, scale, bias, views, dtype):
+  """What `_normalise` returns, and what is kept."""
+  mean, var = _moments(x, views)
+  inverse = _inverse(var)
+  y = _affine(x, mean, inverse * scale[None], bias[None]).astype(dtype)
+  return (y, mean, var), (x, scale, mean, inverse)
+
+
+def _backwards(views, dtype, kept, gradients):
+  """dx = scale / std (dy - mean(dy) - n mean(dy n)), n the normalised x, which is made again."""
+  del dtype
+  x, scale, mean, inverse = kept
+  dy = gradients[0].astype(jnp.float32)
+  normalised = _affine(x, mean, inverse, jnp.zeros_like(mean))
+  sums = jnp.stack([_own_sums(dy, views), _own_sums(dy * normalised, views)])
+  dbias, dscale = sums.sum(axis=1)  # [V, C], one exchange
+  count = x.size // mean.size
+  dx = dy - _to_rows(dbias / count, x) - normalised * _to_rows(dscale / count, x)
+  dx = dx * _to_rows(inverse * scale[None], x)
+  return dx.astype(x.dtype), dscale.sum(axis=0), dbias.sum(axis=0)
+
+
+_normalise.defvjp(_forwards, _backwards)
+
+
+def _moments(x: jax.Array, views: int) -> tuple[jax.Array, jax.Array]:
+  """Mean and variance over images and positions: [B V, ..., C] -> float32 [V, C] twice.
+
+  E[x^2] - E[x]^2 cancels where the mean is large. So a device takes the moments of its own rows
   about one of them, and what is added up of its mean are two parts: the upper eight bits, whose
   sums and sums of squares are exact for 256 devices of like means, and the small rest.
   """
-  y = placement.parts(y)  # [N, B / N, V, P, C], a part each device
-  devices = y.shape[0]
-  near = jax.lax.stop_gradient(y[:, :1, :, :1])
-  offset = (y - near).mean(axis=(1, 3), keepdims=True)
-  var = jnp.square(y - near).mean(axis=(1, 3), keepdims=True) - jnp.square(offset)
-  mean = near + offset  # [N, 1, V, 1, C]
+  corners = x[(slice(None), *(0,) * (x.ndim - 2))].astype(jnp.float32)  # [B V, C]
+  corners = jax.lax.stop_gradient(_parts(corners, views))
+  near = corners[:, 0]  # [N, V, C]
+  centres = jnp.broadcast_to(near[:, None], corners.shape).reshape(-1, *near.shape[1:])
+  centred = x.astype(jnp.float32) - _to_rows(centres, x)
+  devices, count = near.shape[0], x.size // near.size
+  offset = _own_sums(centred, views) / count
+  var = _own_sums(jnp.square(centred), views) / count - jnp.square(offset)
+  mean = near + offset  # [N, V, C]
 
   high = jax.lax.stop_gradient(_eight_bits(mean))
   low = mean - high
   parts = jnp.stack([var, high, high * high, low, low * (2.0 * high + low)])
-  var, high, high_squares, low, squares = parts.sum(axis=1)  # [1, V, 1, C], one exchange
+  var, high, high_squares, low, squares = parts.sum(axis=1)  # [V, C], one exchange
   about = jax.lax.stop_gradient(_eight_bits(high / devices))
   high_offset = high - devices * about
   # The sum of squares of the devices' means about `about`, large terms first.
@@ -104,6 +153,33 @@ def _moments(y: jax.Array) -> tuple[jax.Array, jax.Array]:
   offset = (high_offset + low) / devices
   var = var / devices + (spread / devices - jnp.square(offset))
   return about + offset, jnp.maximum(var, 0.0)
+
+
+def _affine(x: jax.Array, mean: jax.Array, factor: jax.Array, bias: jax.Array) -> jax.Array:
+  """float32 (x - mean) factor + bias: [B V, ..., C] and [V, C] or [1, C] -> [B V, ..., C]."""
+  return (x.astype(jnp.float32) - _to_rows(mean, x)) * _to_rows(factor, x) + _to_rows(bias, x)
+
+
+def _inverse(var: jax.Array) -> jax.Array:
+  return jax.lax.rsqrt(var + _EPSILON)
+
+
+def _own_sums(x: jax.Array, views: int) -> jax.Array:
+  """Sums over the images of each of N devices, and positions: [B V, ..., C] -> [N, V, C]."""
+  # Positions first: a large array whose rows are split into images and views is a copy on a TPU.
+  return _parts(x.sum(axis=range(1, x.ndim - 1)), views).sum(axis=1)
+
+
+def _parts(rows: jax.Array, views: int) -> jax.Array:
+  """[B V, C] -> [N, B / N, V, C], a part each device."""
+  return placement.parts(rows.reshape(-1, views, rows.shape[-1]))
+
+
+def _to_rows(statistic: jax.Array, x: jax.Array) -> jax.Array:
+  """[V, C] or [B, V, C] -> [B V, 1, ..., C], one for each row of `x`."""
+  views, channels = statistic.shape[-2:]
+  rows = jnp.broadcast_to(statistic, (x.shape[0] // views, views, channels))
+  return rows.reshape(x.shape[0], *(1,) * (x.ndim - 2), channels)
 
 
 def _eight_bits(x: jax.Array) -> jax.Array:

@@ -217,6 +217,60 @@ def test_batch_norm_keeps_small_variances_beside_large_means():
   np.testing.assert_allclose(np.std(y, axis=0), 1.0, atol=1e-3)
 
 
+@pytest.mark.parametrize("joint", [False, True])
+def test_gradients_of_batch_norm_are_finite_differences(joint):
+  """Of float64 NumPy; the derivative is written by hand, and has one of its own."""
+  views, step = 2, 1e-5
+  x, weights = 5.0 + random(6, 2, 1, 3), random(6, 2, 1, 3, seed=1)
+  layer = batch_norm.BatchNorm(joint=joint)
+  variables = layer.init(jax.random.key(0), x)
+  inputs = {"x": x, **scrambled(variables["params"])}
+  along = jax.tree.map(lambda leaf: random(*leaf.shape, seed=2), inputs)
+
+  def value(inputs):
+    params = {name: inputs[name] for name in ("scale", "bias")}
+    changed = {**variables, "params": params}
+    y, _ = layer.apply(changed, inputs["x"], views=views, train=True, mutable=["batch_stats"])
+    return jnp.vdot(weights, jnp.tanh(y))
+
+  def slope(inputs):
+    slopes = jax.tree.map(jnp.vdot, jax.grad(value)(inputs), along)
+    return slopes, sum(jax.tree.leaves(slopes))
+
+  (slopes, _), bend = jax.jit(lambda i: (slope(i), jax.grad(lambda j: slope(j)[1])(i)))(inputs)
+
+  at, u, w = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (inputs, along, weights))
+
+  def moved(by, names):
+    there = {name: at[name] + (by * u[name] if name in names else 0.0) for name in at}
+    return np.vdot(w, np.tanh(reference_norm(there["x"], there, 1 if joint else views)))
+
+  for name, found in slopes.items():
+    expected = (moved(step, [name]) - moved(-step, [name])) / (2 * step)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+  expected = (moved(1e-3, at) - 2.0 * moved(0.0, at) + moved(-1e-3, at)) / 1e-6
+  np.testing.assert_allclose(
+    sum(jax.tree.leaves(jax.tree.map(np.vdot, bend, u))), expected, rtol=1e-3
+  )
+
+
+def test_batch_norm_keeps_its_input_alone_for_the_backward_pass():
+  """In bfloat16, if it comes so: float32 copies of it would fill a device."""
+  x = jnp.ones((8, 4, 4, 16), jnp.bfloat16)
+  layer = batch_norm.BatchNorm(dtype=jnp.bfloat16)
+  variables = layer.init(jax.random.key(0), x)
+
+  def kept(params, x):
+    def run(params, x):
+      changed = {**variables, "params": params}
+      return layer.apply(changed, x, views=2, train=True, mutable=["batch_stats"])
+
+    return jax.tree.leaves(jax.vjp(run, params, x, has_aux=True)[1])
+
+  large = [leaf for leaf in jax.eval_shape(kept, variables["params"], x) if leaf.size >= x.size]
+  assert [(leaf.shape, leaf.dtype) for leaf in large] == [(x.shape, x.dtype)]
+
+
 def test_batch_norm_refuses_rows_that_are_not_whole_images():
   with pytest.raises(ValueError, match="5 rows are not a multiple of 2 views"):
     batch_norm.BatchNorm().init(jax.random.key(0), jnp.zeros((5, 3)), views=2)
