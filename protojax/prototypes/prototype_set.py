@@ -21,6 +21,8 @@ from protojax.prototypes import mixture, streaming, weight_norm
 
 PyTree = Any
 
+_LARGE = 2**24  # numbers of a state, 64 MiB: no copy of it is worth fewer messages
+
 
 class PrototypeSet(NamedTuple):
   """Pure functions over one set of K prototypes of dimension D.
@@ -88,15 +90,17 @@ def after_step(
 ) -> PyTree:
   """The state of the next step, for `base.Method.update`; `moved` is from `in_loss`.
 
-  What `step` is made of is done before anything moves (`train_step` makes it of the gradient): a
-  loss that still reads prototypes would need a copy of them, and they would not move in place.
+  Of a large state, what `step` is made of is done before anything moves (`train_step` makes it of
+  all that a loss gives): a loss that still reads prototypes would need a copy of them.
   """
   if prototype_set.learned:
     return state
   if prototype_set.before_loss:
     return moved
-  nothing = (step < 0).astype(jnp.float32)  # 0, which XLA does not know
-  return prototype_set.move(state, jax.tree.map(lambda x: x + nothing, moved))
+  if sum(x.size for x in jax.tree.leaves(state)) >= _LARGE:
+    nothing = (step < 0).astype(jnp.float32)  # 0, which XLA does not know
+    moved = jax.tree.map(lambda x: x + nothing, moved)
+  return prototype_set.move(state, moved)
 
 
 def several(one: PrototypeSet, kinds: tuple[str, ...], *, shared: bool = False) -> PrototypeSet:

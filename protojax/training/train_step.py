@@ -120,10 +120,7 @@ def train_step(
 
   with jax.named_scope("update"):
     variables = variables.replace(**trained)
-    # No norm is negative, but XLA does not know: the number comes after the gradient, see
-    # `prototype_set.after_step`.
-    step = state.step + (metrics["train/grad_norm"] < 0)
-    variables = method.update(variables, out.stats, step)
+    variables = method.update(variables, out.stats, _after_all(state.step, grads, out))
 
   carry = variables.carry
   if probe is not None:
@@ -150,6 +147,15 @@ def train_step(
 def _spread(batch: base.Batch, count: int) -> base.Batch:
   """`count` rows of a batch, as many of every device's, which stay where they are."""
   return jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:])[:, 0], batch)
+
+
+def _after_all(step: jax.Array, grads, out: base.LossOut) -> jax.Array:
+  """The step's number, from when all that the loss reads of prototypes has been read.
+
+  No norm is negative, but XLA does not know. See `prototype_set.after_step`.
+  """
+  vectors = [x for x in jax.tree.leaves(out.stats) if x.ndim <= 1 and x.dtype == jax.numpy.float32]
+  return step + (optax.tree.norm((grads, out.metrics, vectors)) < 0)
 
 
 def refresh(state: TrainState, embeddings: jax.Array, index: jax.Array, *, method) -> TrainState:

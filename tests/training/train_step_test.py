@@ -274,6 +274,16 @@ def test_work_memory_messages_and_placement_are_as_stored(row):
   guards.check(f"{row.name}-{row.prototypes}-{same.index(row)}", found, "jax")
 
 
+def test_a_step_holds_no_copy_of_many_prototypes():
+  """They move in place, after the loss has read them: 64 MiB of means, as much of sums."""
+  num, dim = 2**18, 64
+  config = tiny.config(
+    "dino", "mixture", head__bottleneck=dim, method__num_prototypes=num, method__block=2**12
+  )
+  step = programs.Program(config, devices=jax.devices()[:1]).lower().compile()
+  assert step.memory_analysis().temp_size_in_bytes < 4 * num * dim
+
+
 @every_method
 def test_exported_arrays_score_images_as_the_method_does(row):
   """Embeddings up to a positive factor, scores up to rounding, codes but for ties."""
