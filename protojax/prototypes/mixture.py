@@ -13,20 +13,17 @@ Under jit over a mesh the sums are over the global batch. With K split over one 
 over another, devices exchange one number a row or a component and the sums of their own components.
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from protojax import losses
-from protojax.prototypes import assignment, streaming
+from protojax.prototypes import assignment, em_step, streaming
 
 Schedule = Callable[[jax.Array], jax.Array | float]  # number of past updates, int32 [] -> value
 
-_TINY = 1e-30
 _RESEED_BELOW = 0.1  # usage, in units of 1 / K, under which a component is moved
 _RESEED_MOST = 8  # components that one update moves
 _RESEED_NOISE = 1.0  # standard deviations of the batch; below 1, copies of few rows cost uniqueness
@@ -112,29 +109,8 @@ class Options(NamedTuple):
   block: int | None = None
 
 
-class _Components(NamedTuple):
-  """What belongs to a component, leaves [..., k] or [..., k, D]: a part of `MixtureState`."""
-
-  mass: jax.Array
-  sums: jax.Array
-  squares: jax.Array | None
-  means: jax.Array
-  variances: jax.Array | None
-  usage: jax.Array
-
-
-class _Batch(NamedTuple):
-  """Sums over a batch and k components."""
-
-  counts: jax.Array | None  # [k], n_k
-  entropy: jax.Array  # [], of the responsibilities
-  moved: jax.Array  # [], squared distances of new means to old ones
-  cross: jax.Array  # [], sum of n_k mu (mu - 2 mean of the batch)
-  max_cos: jax.Array  # [], mean over rows of the cosine to the nearest old mean
-
-
-def _components(state: MixtureState) -> _Components:
-  return _Components(*(getattr(state, name) for name in _Components._fields))
+def _components(state: MixtureState) -> em_step.Components:
+  return em_step.Components(*(getattr(state, name) for name in em_step.Components._fields))
 
 
 def weights(state: MixtureState) -> jax.Array:
@@ -154,7 +130,7 @@ def center(state: MixtureState, features: jax.Array) -> jax.Array:
 def without_mean(features: jax.Array, mean: jax.Array) -> jax.Array:
   """Features [..., D] less a mean [D], each row of the length it had; float32."""
   features = losses.as_array(features).astype(jnp.float32)
-  length = jnp.sqrt(jnp.maximum(jnp.sum(features**2, axis=-1, keepdims=True), _TINY))
+  length = jnp.sqrt(jnp.maximum(jnp.sum(features**2, axis=-1, keepdims=True), em_step.TINY))
   mean = jnp.expand_dims(mean, range(features.ndim - 1))
   return length * losses.l2_normalize(features - mean)
 
@@ -174,20 +150,12 @@ def log_posterior(
   `balance_steps` above 0 is `balanced`.
   """
   rows = _coordinates(state, _flatten(features, state.means.shape[1]), normalize)
-  joint = _log_joint(state, _components(state), rows, beta=beta, use_pi=use_pi, unit=normalize)
+  joint = em_step.log_joint(
+    _components(state), rows, kappa=state.kappa, beta=beta, use_pi=use_pi, unit=normalize
+  )
   if balance_steps:
     return assignment.log_sinkhorn(joint, num_steps=balance_steps)
   return jax.nn.log_softmax(joint)
-
-
-def _log_joint(state, components, rows, *, beta, use_pi, unit) -> jax.Array:
-  """beta (log pi_k + log N(h; mu_k, Sigma_k)) less a constant: rows [N, D] -> [N, k]."""
-  scores = assignment.gaussian_scores(
-    rows, components.means, kappa=state.kappa, variances=components.variances, unit_rows=unit
-  )
-  if use_pi:
-    scores += jnp.log(components.mass)[None, :]
-  return beta * scores
 
 
 def online_em(
@@ -295,15 +263,34 @@ def online_em(
       feature_mean = _running(old.feature_mean, rows.mean(axis=0), 1.0 - momentum, step)
       old = old._replace(feature_mean=feature_mean)
     rows = _coordinates(old, rows, normalize)
+
+    def age(count):
+      if window is None:  # the load is 1 when balanced
+        return count / rows.shape[0] * num_components / _at(horizon_steps, step)
+      return count / _at(window, step)
+
+    rules = em_step.Rules(
+      num_components=num_components,
+      num_rows=rows.shape[0],
+      kappa=old.kappa,
+      beta=_at(beta, step),
+      use_pi=use_pi,
+      normalize=normalize,
+      balance_steps=balance_steps if balanced else 0,
+      mass=mass,
+      age=age,
+      variance_floor=floor,
+      momentum=momentum,
+    )
     block = streaming.block_size(options.block, rows.shape[0], num_components)
-    components, batch = by_blocks(old, rows, block) if block else at_once(old, rows)
+    components, batch = em_step.update(rules, _components(old), rows, block)
 
     share = batch.counts / rows.shape[0]
     new = old._replace(step=step + 1, **components._asdict())
     if learn_kappa:
       # distance = sum_ik q_ik |h_i - mu_k|^2 / N
       distance = (jnp.sum(rows**2) + batch.cross) / rows.shape[0]
-      forgotten = -jnp.expm1(-age_of(batch.counts, rows.shape[0], step).mean())
+      forgotten = -jnp.expm1(-age(batch.counts).mean())
       scatter = _running(old.scatter, distance, forgotten, step)
       new = new._replace(scatter=scatter, kappa=_kappa(scatter, dim, normalize, 1.0 / floor))
     elif not diagonal:
@@ -316,135 +303,6 @@ def online_em(
       max_cos=batch.max_cos,
     )
     return (move_unused(new, rows) if reseed else new), aux
-
-  def at_once(old: MixtureState, rows: jax.Array) -> tuple[_Components, _Batch]:
-    log_q = joint(old, _components(old), rows)
-    if balanced:
-      log_q = assignment.log_sinkhorn(log_q, num_steps=balance_steps)
-    else:
-      log_q = jax.nn.log_softmax(log_q)
-    components, batch = m_step(old.step, _components(old), rows, log_q, rows.shape[0])
-    return components, batch._replace(max_cos=cosines(rows, old.means).max(axis=1).mean())
-
-  def by_blocks(old: MixtureState, rows: jax.Array, block: int) -> tuple[_Components, _Batch]:
-    """As `at_once`, without anything of size [N, K] or a second [K, D]."""
-    own = streaming.own_rows(rows)  # [m, n, R, D]
-    m = own.shape[0]
-
-    def logits(components):  # of k components on each of m devices: [m, n, R, k]
-      parts = jax.vmap(functools.partial(joint, old), in_axes=(None, 0))
-      return jax.vmap(parts)(components, own)
-
-    blocks = streaming.cut(_components(old), block)
-    log_z = streaming.log_partition(logits, blocks)
-    offsets = jnp.zeros(num_components)
-    if balanced:
-      offsets, log_z = streaming.sinkhorn(
-        logits, blocks, num_steps=balance_steps, log_z=jnp.zeros_like(log_z)
-      )
-      offsets = streaming.joined(offsets)
-
-    def on_devices(x):  # [K, ...] -> [m, K / m, ...]
-      x = x.reshape(m, -1, *x.shape[1:])
-      return x if m == 1 else jax.lax.with_sharding_constraint(x, PartitionSpec("model"))
-
-    def part(x, i):
-      return jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=1)
-
-    def put(x, new, i):
-      return jax.lax.dynamic_update_slice_in_dim(x, new, i * block, axis=1)
-
-    # A block waits for the next round to be put in its place: computed and put in one round, XLA
-    # fuses both and copies all prototypes in every round.
-    def move(i, carried):
-      everything, waiting, counts, sums = carried
-      everything = jax.tree.map(streaming.as_outside, everything)
-      everything = jax.tree.map(
-        lambda x, new: put(x, new, jnp.maximum(i - 1, 0)), everything, waiting
-      )
-      components = jax.tree.map(lambda x: part(x, i), everything)
-      log_q = logits(components) - log_z[None, ..., None] - part(offsets, i)[:, None, None]
-      each = jax.vmap(functools.partial(m_step, old.step), in_axes=(0, 0, 0, None))
-      flat = log_q.reshape(m, -1, block)
-      waiting, batch = each(components, own.reshape(m, -1, dim), flat, rows.shape[0])
-      sums = jax.tree.map(lambda a, b: a + b.sum(), sums, batch._replace(counts=None))
-      return everything, waiting, put(counts, batch.counts, i), sums
-
-    offsets = on_devices(offsets)
-    everything = jax.tree.map(on_devices, _components(old))
-    waiting = jax.tree.map(lambda x: part(x, 0), everything)
-    num_blocks = num_components // (m * block)
-    everything, waiting, counts, sums = jax.lax.fori_loop(
-      0,
-      num_blocks,
-      move,
-      (everything, waiting, jnp.zeros_like(offsets), _Batch(None, *jnp.zeros(4))),
-    )
-    everything = jax.tree.map(lambda x, new: put(x, new, num_blocks - 1), everything, waiting)
-    components = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), everything)
-    nearest = streaming.each(
-      lambda part: jax.vmap(jax.vmap(cosines, (0, None)))(own, part.means).max(axis=-1), blocks
-    )
-    return components, sums._replace(
-      counts=counts.reshape(-1), max_cos=nearest.max(axis=(0, 1)).mean()
-    )
-
-  def joint(old, components, rows):
-    return _log_joint(
-      old, components, rows, beta=_at(beta, old.step), use_pi=use_pi, unit=normalize
-    )
-
-  def cosines(rows, means):
-    if not normalize:
-      rows, means = losses.l2_normalize(rows), losses.l2_normalize(means)
-    return assignment.gaussian_scores(rows, means, unit_rows=True)
-
-  def age_of(count, num_rows, step):
-    if window is None:  # the load is 1 when balanced
-      return count / num_rows * num_components / _at(horizon_steps, step)
-    return count / _at(window, step)
-
-  def m_step(step, old: _Components, rows, log_q, num_rows) -> tuple[_Components, _Batch]:
-    """k components after rows [N, D] of which they take exp(log_q), [N, k]."""
-    q = jnp.exp(log_q)
-    count = q.sum(axis=0)  # n_k
-    share = count / num_rows
-    load = share * num_components  # 1 when balanced
-    received = count[:, None] > 0.0
-
-    def average(x):
-      total = jnp.einsum("nk,nd->kd", q, x, precision=jax.lax.Precision.HIGHEST)
-      return total / jnp.maximum(count, _TINY)[:, None]
-
-    # Most components receive next to nothing in a step: 1 - exp would be 0 for them, expm1 is not.
-    rate = -jnp.expm1(-age_of(count, num_rows, step))
-    target = load if mass == "ema" else jnp.ones_like(load)
-    new_mass = old.mass + rate * (target - old.mass)
-
-    def move(statistic, of_batch):
-      moved = statistic + rate[:, None] * (target[:, None] * of_batch - statistic)
-      return jnp.where(received, moved, statistic)
-
-    batch_means = average(rows)
-    sums = move(old.sums, batch_means)
-    mean = sums / new_mass[:, None]
-    means = jnp.where(received, losses.l2_normalize(mean) if normalize else mean, old.means)
-    usage = momentum * old.usage + (1.0 - momentum) * share
-    new = old._replace(mass=new_mass, sums=sums, means=means, usage=usage)
-    if diagonal:
-      squares = move(old.squares, average(rows**2))
-      variances = jnp.maximum(squares / new_mass[:, None] - mean**2, floor)
-      new = new._replace(squares=squares, variances=jnp.where(received, variances, old.variances))
-    before, after = old.means, means
-    if not normalize:
-      before, after = losses.l2_normalize(before), losses.l2_normalize(after)
-    return new, _Batch(
-      counts=count,
-      entropy=-jnp.sum(q * log_q),  # from the logarithms, which are there
-      moved=jnp.sum((after - before) ** 2),
-      cross=jnp.sum(count[:, None] * means * (means - 2.0 * batch_means)),
-      max_cos=jnp.zeros(()),
-    )
 
   def move_unused(state: MixtureState, rows: jax.Array) -> MixtureState:
     row_key, noise_key = jax.random.split(jax.random.fold_in(state.key, state.step))
@@ -470,8 +328,8 @@ def online_em(
 
 def _kappa(scatter, dim, normalize, ceiling) -> jax.Array:
   r = 1.0 - 0.5 * scatter
-  on_sphere = r * (dim - r**2) / jnp.maximum(1.0 - r**2, _TINY)
-  in_space = dim / jnp.maximum(scatter, _TINY)
+  on_sphere = r * (dim - r**2) / jnp.maximum(1.0 - r**2, em_step.TINY)
+  in_space = dim / jnp.maximum(scatter, em_step.TINY)
   return jnp.clip(on_sphere, 1.0, ceiling) if normalize else jnp.minimum(in_space, ceiling)
 
 
