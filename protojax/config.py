@@ -521,9 +521,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   if config.num_steps < 0 or config.num_epochs < 0:
     raise errors.UserError("num_steps and num_epochs must not be negative")
   if not config.num_steps and not config.num_epochs:
-    raise errors.UserError(
-      "num_steps=0 and num_epochs=0: the run has no length; set one of the two above 0"
-    )
+    raise errors.UserError("num_steps=0 and num_epochs=0: set exactly one, the other to 0")
 
 
 def debug(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
