@@ -461,6 +461,7 @@ def test_a_mistake_in_a_source_of_ones_own_is_one_line_before_anything_is_made(
   (own_package / "wrong.py").write_text(text)
   importlib.invalidate_caches()
   config = configs.default()
+  config.num_steps = 1
   config.data.update({"name": "own_package.wrong", "data_dir": "/nowhere"})
   with pytest.raises(errors.UserError, match=words) as caught:
     loop.run(config, str(tmp_path / "run"))
