@@ -16,7 +16,7 @@ library's mixture; how the paper's authors set theirs is not published.
 
 Cost: mode "gmm" compiled for 64 TPU v5e, 64 images each, takes .6 GiB for the state and 7.5 for
 the step of the 15.75 that a program gets (`protojax plan --topology=v5e:8x8`, commit 97ecb78,
-libtpu 0.0.52; it has not been run). Eight devices have 512 images each, for which XLA asks 173 GiB
+libtpu 0.0.52; it has not been run). Eight devices have 512 images each, for which XLA asks 171 GiB
 on a CPU's: too many, and batch norm lets no gradient accumulate.
 Result: not measured here. The authors report for their code k-NN 67.7 and linear 75.3 % (100
 epochs: 63.5 and 72.5).

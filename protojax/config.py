@@ -78,9 +78,7 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
       "data_dir": config_dict.placeholder(str),  # None: data.data_dir
       "train_split": "train",
       "test_split": "test",  # a folder's may be called val, validation or valid too
-      # Of the online linear probe; 0 turns it off. Where the bank is what is trained on, a divisor
-      # of config.batch_size takes images of each batch; any other number decodes others besides.
-      "batch_size": 64,
+      "batch_size": 64,  # of the online linear probe; 0: off. Best a divisor of config.batch_size
       "lr": 1e-3,
       "k": 20,
       "temperature": 0.07,
