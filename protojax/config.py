@@ -78,7 +78,7 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
       "data_dir": config_dict.placeholder(str),  # None: data.data_dir
       "train_split": "train",
       "test_split": "test",  # a folder's may be called val, validation or valid too
-      "batch_size": 64,  # of the online linear probe; 0: off. Best a divisor of config.batch_size
+      "batch_size": 64,  # of the online linear probe; 0 turns it off
       "lr": 1e-3,
       "k": 20,
       "temperature": 0.07,
