@@ -24,6 +24,11 @@ case "$*" in
 esac
 """
 _TRAINED = 'echo "trained: $*"'
+# Started under nohup, as these tests may be, a script could not hear a hang-up.
+_HEARS = (
+  "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); "
+  "os.execvp(sys.argv[1], sys.argv[1:])"
+)
 
 
 def _script(folder, **runs):
@@ -38,7 +43,8 @@ def _script(folder, **runs):
   wanted = subprocess.check_output(["bash", "-c", names], cwd=ROOT, text=True)
   (venv / "installed").write_text(wanted)
   return subprocess.Popen(
-    ["bash", str(ROOT / "launch" / "quickstart.sh"), str(folder / "out"), "--config.seed=3"],
+    [sys.executable, "-c", _HEARS, "bash", str(ROOT / "launch" / "quickstart.sh")]
+    + [str(folder / "out"), "--config.seed=3"],
     env={**os.environ, "PROTOJAX_VENV": str(venv), "PROTOJAX_PYTHON": sys.executable},
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,

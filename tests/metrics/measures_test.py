@@ -160,7 +160,7 @@ def test_a_new_row_is_shown_by_log_line_report_and_doctor(monkeypatch, tmp_path)
   weights = np.eye(6, 4, dtype=np.float32)[[0, 1, 2, 3, 0, 1]]
   values = metrics.summary(prototypes=weights)
   assert values["collapse/widest"] == 1.0
-  config = ml_collections.ConfigDict({"num_steps": 9, "batch_size": 4})
+  config = ml_collections.ConfigDict({"num_steps": 9, "batch_size": 4, "method": {}})
   line = console.log_line(3, values, verdicts.Verdict("ok", "", False), config=config)
   assert "  wide 1.000  [ok]" in line
   assert "\n  Widest prototype    1\n" in str(diagnosis.diagnose(weights))
