@@ -73,7 +73,8 @@ def diagnose(
     data: encodes images for the embeddings, of a run its own ("run") or "digits", "folder", the
       name of a TFDS data set. Of a file of another library, too, if its backbone, head and
       prototypes are of a known layout: those of DINO, iBOT (class tokens) and SwAV.
-    data_dir, split: of the images; None takes the run's own and "train".
+    data_dir, split: of the images; None takes the run's own and "train", which is all of a folder
+      that is not divided.
     limit: images at most, evenly spread; 0 takes all.
     heads: of attention, of a file whose network `data` is run through; None: width / 64.
     step: checkpoint of a run; None takes the newest.
@@ -159,6 +160,12 @@ def _diagnose_file(
   if rows not in (None, "prototypes", "features"):
     raise errors.UserError(f"rows={rows} is unknown: choose prototypes or features")
   lone = matrices[0][0] if len(arrays) == len(matrices) == 1 else None
+  if len(arrays) == 1 and not matrices and not prototype_layouts.find(arrays):
+    (only,) = arrays.values()
+    raise errors.UserError(
+      f"{path} holds an array of {only.ndim} dimensions, {list(only.shape)} of {only.dtype.name}; "
+      "prototypes are [K, D] of floating point numbers, at least two rows and columns"
+    )
   if rows and lone is None:
     raise errors.UserError(
       f"rows={rows} is for a file of one matrix, and {path} holds {len(arrays)} arrays: name the "
@@ -187,12 +194,6 @@ def _diagnose_file(
   else:
     sets = prototype_layouts.find(arrays, which, transpose)
     layout = f"names as in {prototype_layouts.kind(arrays, sets)}"
-  if not sets and len(arrays) == 1 and not matrices:
-    (only,) = arrays.values()
-    raise errors.UserError(
-      f"{path} holds an array of {only.ndim} dimensions, {list(only.shape)} of {only.dtype.name}; "
-      "prototypes are [K, D] of floating point numbers"
-    )
   if not sets:
     listed = ", ".join(f"{name} {list(shape)}" for name, shape in matrices[:_LISTED]) or "none"
     more = f" and {len(matrices) - _LISTED} more" * (len(matrices) > _LISTED)
@@ -443,8 +444,7 @@ def _arrays_of_run(
   if data is None or not model.prototypes:
     return {}, None, []
   name = None if data == "run" else data
-  default = None if name == "folder" else "train"
-  source = pretrained.source(model, split or default, name=name, data_dir=data_dir)
+  source = pretrained.source(model, split or "train", name=name, data_dir=data_dir)
   found = pretrained.encoded(model, source, parts=("features", "embeddings"), limit=limit)
   images = f"  images: {source.name}, {len(found['index']):,} of {len(source):,}"
   return found["embeddings"], found["features"]["last"], [images]

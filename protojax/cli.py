@@ -88,6 +88,7 @@ def nearest(word: str, words: Iterable[str]) -> str | None:
   >>> nearest("workdr", ["config", "workdir"])
   'workdir'
   """
+  words = [one for one in words if len(one.lstrip("-")) > 1]  # a letter resembles anything
   return next(iter(difflib.get_close_matches(word, words, 1)), None)
 
 
@@ -107,7 +108,7 @@ _NAMED = (
   r"|workdir)="
 )
 _KEY = r"config\.(?!json\b|py\b)[a-z]"  # config.json and protojax/config.py are files
-_FLAG = re.compile(rf"(?<![^\s(])(?={_NAMED}|{_KEY})|(?<=another )(?=workdir\b)")
+_FLAG = re.compile(rf"(?<![^\s(])(?={_NAMED}|{_KEY})|(?<=another )(?=workdir\b)|(?<=give )(?=data_dir=)")
 _SWITCH = re.compile(r"(?<![^\s(])transpose=True\b")  # a flag without a value
 # Alone, data_dir is a setting of training; beside data it is an argument too.
 _BESIDE = re.compile(r"(?<=data=folder)(\s+)(?=data_dir=)")

@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument("--embeddings", help=".npy [N, D]: what the prototypes are compared with")
   parser.add_argument("--data", help="images: a run's own (run), or digits, folder, a TFDS name")
   parser.add_argument("--data_dir", help="where the data is")
-  parser.add_argument("--split", help="default: train")
+  parser.add_argument("--split", help="default: train; of an undivided folder all of it")
   parser.add_argument("--limit", type=int, default=0, help="images at most, evenly spread; 0: all")
   parser.add_argument("--heads", type=int, help="attention heads of a ViT; default: width / 64")
   parser.add_argument("--step", type=int, help="checkpoint of a run; default: the newest")

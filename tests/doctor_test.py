@@ -9,6 +9,7 @@ import pytest
 import safetensors.numpy
 import tiny
 import torch_format as made
+from PIL import Image
 
 from protojax import api, cli, convert, doctor, errors, pretrained
 from protojax.interop import tensor_files
@@ -97,6 +98,47 @@ def test_a_lone_matrix_is_not_judged_before_somebody_says_what_it_is(tmp_path, c
   ):
     with pytest.raises(errors.UserError, match=words):
       doctor.main([str(tmp_path / path), *flags])
+
+
+def test_what_is_no_matrix_of_prototypes_is_refused_by_its_shape(tmp_path):
+  for array, shown in (
+    (np.arange(9), "[9] of int64"),
+    (np.ones((8, 4), np.int32), "[8, 4] of int32"),
+    (np.ones((1, 32), np.float32), "[1, 32] of float32"),
+    (np.ones((0, 32), np.float32), "[0, 32] of float32"),
+  ):
+    np.save(tmp_path / "mine.npy", array)
+    for flags in ([], ["--rows=prototypes"]):
+      with pytest.raises(errors.UserError) as caught:
+        doctor.main([str(tmp_path / "mine.npy"), *flags])
+      said = str(caught.value)
+      assert f"{shown}; prototypes are [K, D] of floating point numbers, at least two" in said
+      assert "key=" not in said
+
+
+def test_a_guess_of_one_letter_is_no_guess(tmp_path):
+  np.savez(tmp_path / "x.npz", a=np.eye(4), b=np.eye(5))
+  with pytest.raises(errors.UserError, match="key=protos: no such array in this file"):
+    doctor.main([str(tmp_path / "x.npz"), "--key=protos"])
+
+
+def test_images_of_a_divided_folder_are_those_of_its_train_split(foreign, tmp_path, capsys):
+  for split, count in (("train", 6), ("val", 3)):
+    for i in range(count):
+      path = tmp_path / "images" / split / f"class{i % 2}" / f"{i}.png"
+      path.parent.mkdir(parents=True, exist_ok=True)
+      Image.new("RGB", (16, 16), (40 * i, 0, 9)).save(path)
+  flags = [str(foreign), "--data=folder", f"--data_dir={tmp_path / 'images'}"]
+  for more, expected in (
+    ([], f"{tmp_path / 'images' / 'train'}, 6 of 6"),
+    (["--split=val"], f"{tmp_path / 'images' / 'val'}, 3 of 3"),
+  ):
+    doctor.main([*flags, *more])
+    assert expected in capsys.readouterr().out
+  shutil.rmtree(tmp_path / "images" / "val")
+  flags[-1] = f"--data_dir={tmp_path / 'images' / 'train'}"  # not divided
+  doctor.main(flags)
+  assert "6 of 6" in capsys.readouterr().out
 
 
 def test_prototypes_found_by_name_are_transposed_too(tmp_path, collapsed, capsys):
@@ -233,6 +275,7 @@ def test_a_checkpoint_that_cannot_be_run_says_why_and_what_to_do(foreign, full, 
     (foreign, ["--data=run"], "data=run is for runs of protojax"),
     (foreign, ["--data=digits", "--key=teacher.head.last_layer.weight_v"], "data and key="),
     (foreign, ["--data=nothing"], "nothing"),
+    (foreign, ["--data=folder"], "data_dir=None of .* give data_dir=FOLDER .in training"),
   ):
     with pytest.raises(errors.UserError, match=words) as caught:
       doctor.main([str(path), *flags])

@@ -145,7 +145,8 @@ def at(arrays: Mapping[str, np.ndarray], key: str, transpose: bool = False) -> P
     UserError: if there is no such matrix of floating point numbers.
   """
   if key not in arrays:
-    near = difflib.get_close_matches(key, arrays, 1, 0)
+    # Of one letter any other letter is as near.
+    near = difflib.get_close_matches(key, [name for name in arrays if len(name) > 1], 1, 0)
     raise errors.UserError(
       f"key={key}: no such array" + (f"; did you mean {near[0]}?" if near else " in this file")
     )
