@@ -8,7 +8,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from protojax import errors, metrics, pretrained
+from protojax import errors, metrics, pretrained, trees
 from protojax.interop import importers, network, prototype_layouts, tensor_files
 from protojax.metrics import diagnosis, loss_curve, measures
 from protojax.reports import of_run, record
@@ -178,11 +178,6 @@ def _diagnose_file(
     if rows == "features" or (rows is None and not transpose and embeddings is None):
       return _describe(arrays[lone], said=rows == "features")
     key = lone
-  if transpose and images:
-    raise errors.UserError(
-      "data and transpose=True: the network in a file is run as it is published, with prototypes "
-      "[K, D]: save what comes out of the head as .npy and pass it as embeddings=FILE"
-    )
   if key and images:
     raise errors.UserError(
       f"data and key={key}: images need the backbone and the head too, which key does not name: "
@@ -194,16 +189,18 @@ def _diagnose_file(
   else:
     sets = prototype_layouts.find(arrays, which, transpose)
     layout = f"names as in {prototype_layouts.kind(arrays, sets)}"
+  not_finite = trees.not_finite(arrays) if len(arrays) > 1 else ""
   if not sets:
     listed = ", ".join(f"{name} {list(shape)}" for name, shape in matrices[:_LISTED]) or "none"
     more = f" and {len(matrices) - _LISTED} more" * (len(matrices) > _LISTED)
     raise errors.UserError(
       f"no prototypes found in {path}: {prototype_layouts.advice(arrays)}; its matrices: "
-      f"{listed}{more}"
+      f"{listed}{more}" + (f"; {not_finite}" if not_finite else "")
     )
   whose = sorted({prototype_layouts.owner(s.name) for s in sets} - {""})
   lines = [f"file: {len(arrays)} array{'s' * (len(arrays) > 1)}, {layout}"]
   lines[0] += "".join(f"; weights of the {w}" for w in whose)
+  lines += diagnosis.bullets([not_finite] if not_finite else [])
   lines += diagnosis.bullets(
     _doubts(path, arrays, sets, transpose=transpose, embeddings=embeddings)
   )
@@ -211,7 +208,7 @@ def _diagnose_file(
   of_layers: dict[str, Any] = {}
   features = None
   if images:
-    of_layers, features, told = _arrays_of_file(path, which, **images)
+    of_layers, features, told = _arrays_of_file(path, which, transpose, **images)
     lines += told
   for_usage = "embeddings=FILE.npy, [N, D], what comes out of the head just before the prototypes"
   if not images and embeddings is None and not key and not transpose:
@@ -316,6 +313,7 @@ def _describe(matrix: np.ndarray, *, said: bool) -> diagnosis.Diagnosis:
 def _arrays_of_file(
   path: pathlib.Path,
   which: str | None,
+  transpose: bool,
   *,
   data: str,
   data_dir: str | None = None,
@@ -327,12 +325,17 @@ def _arrays_of_file(
   if data == "run":
     raise errors.UserError(f"data=run is for runs of protojax: name a data set for {path}")
   try:
-    done = importers.convert(path, which=which, heads=heads)
+    done = importers.convert(path, which=which, heads=heads, transpose=transpose)
   except errors.UserError as error:
     raise errors.UserError(
       f"data={data} needs a backbone and a head that protojax knows, to run them: {error}; save "
       "what comes out of the head as .npy and pass it as embeddings=FILE"
     ) from None
+  if done.not_finite:
+    raise errors.UserError(
+      f"data={data}: {path} cannot be run up to its prototypes: {done.not_finite}: take an earlier "
+      "or an undamaged copy"
+    )
   lacks = [*done.missing, *done.unexpected]
   if lacks or not done.prototypes:
     why = (
@@ -372,14 +375,17 @@ def _diagnose_run(
     lines += diagnosis.bullets(["there is no checkpoint yet whose prototypes could be examined"])
     return diagnosis.joined({}, lines=lines, result=result, verdict=verdict)
   model = pretrained.load(str(folder), step=step)
+  not_finite = pretrained.not_finite(model)
   if exported and not model.prototypes:
     raise errors.UserError(
       f"{folder} holds an encoder without prototypes: its method, or the file that was converted, "
       "has none, or an older version exported it; give the workdir of the run or that file"
+      + (f"; {not_finite}" if not_finite else "")
     )
   embeddings, features, told = _arrays_of_run(model, **images)
   lines += [
     *told,
+    *diagnosis.bullets([not_finite] if not_finite else []),
     ("exported weights" if exported else "checkpoint")
     + (f" of step {model.step:,}" if model.step is not None else "")
     + ", no prototypes" * (not model.prototypes),
@@ -443,6 +449,8 @@ def _arrays_of_run(
     return dict.fromkeys(model.prototypes, embeddings), None, []
   if data is None or not model.prototypes:
     return {}, None, []
+  if wrong := pretrained.not_finite(model):
+    raise errors.UserError(f"data={data}: {model.path} cannot be run: {wrong}")
   name = None if data == "run" else data
   source = pretrained.source(model, split or "train", name=name, data_dir=data_dir)
   found = pretrained.encoded(model, source, parts=("features", "embeddings"), limit=limit)

@@ -108,7 +108,8 @@ _NAMED = (
   r"|workdir)="
 )
 _KEY = r"config\.(?!json\b|py\b)[a-z]"  # config.json and protojax/config.py are files
-_FLAG = re.compile(rf"(?<![^\s(])(?={_NAMED}|{_KEY})|(?<=another )(?=workdir\b)|(?<=give )(?=data_dir=)")
+_ADVISED = r"(?<=another )(?=workdir\b)|(?<=give )(?=data_dir=)"
+_FLAG = re.compile(rf"(?<![^\s(])(?={_NAMED}|{_KEY})|{_ADVISED}")
 _SWITCH = re.compile(r"(?<![^\s(])transpose=True\b")  # a flag without a value
 # Alone, data_dir is a setting of training; beside data it is an argument too.
 _BESIDE = re.compile(r"(?<=data=folder)(\s+)(?=data_dir=)")

@@ -135,9 +135,15 @@ def bring_in(
     The account, lines.
 
   Raises:
-    UserError: for weights that do not fit one to one, and anything that cannot be read or written.
+    UserError: for weights that do not fit one to one or are not finite, and anything that cannot be
+      read or written.
   """
   done = importers.convert(path, **options)
+  if done.not_finite:
+    raise errors.UserError(
+      f"{path}: {done.not_finite}: nothing made with them means anything, so nothing was written; "
+      "take an earlier or an undamaged copy (protojax doctor looks at what else is in this one)"
+    )
   source = done.info["source"]
   lines = [
     f"read {source['file']}: {source['layout']}"
@@ -249,6 +255,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--stem", choices=resnet.STEMS, help="of a ResNet whose first layer is 3 x 3")
   parser.add_argument("--image_size", type=int, help="pixels to resample the position embedding to")
   parser.add_argument("--no_head", action="store_true", help="leave the projection head out")
+  parser.add_argument("--transpose", action="store_true", help="prototypes are stored [D, K]")
   parser.add_argument("--allow_partial", action="store_true", help="convert what fits")
   parser.add_argument("--overwrite", action="store_true", help="replace an earlier conversion")
   args = parser.parse_args(argv)
@@ -273,13 +280,14 @@ def main(argv: list[str]) -> None:
         stem=args.stem,
         image_size=args.image_size,
         with_head=not args.no_head,
+        transpose=args.transpose,
       )
   else:
     if to_ours:
       raise errors.UserError(
         f"{args.path} is protojax's already: --format={', '.join(FORMATS[1:])} converts it"
       )
-    for name in ("which", "heads", "stem", "image_size", "no_head", "allow_partial"):
+    for name in ("which", "heads", "stem", "image_size", "no_head", "transpose", "allow_partial"):
       if getattr(args, name):
         raise errors.UserError(
           f"--{name} is for weights of other libraries; {args.path} is protojax's"

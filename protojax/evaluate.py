@@ -116,9 +116,10 @@ def _encode(model: pretrained.Trained, images: Images, layers: Sequence[str]) ->
   for layer, x in rows["features"].items():
     if bad := int(np.sum(~np.isfinite(x).all(axis=1))):
       when = "" if model.step is None else f" at step {model.step}"
+      why = pretrained.not_finite(model) or "its weights are finite, what they make of these is not"
       raise errors.UserError(
         f"{bad} of {len(x)} rows of features of {name} (layer {layer}) hold NaN or infinity{when}: "
-        "the encoder has diverged, take an earlier --step"
+        f"of {model.path} {why}"
       )
   return images._replace(rows=rows)
 

@@ -341,6 +341,16 @@ def _require_fit(
     )
 
 
+def not_finite(model: Trained) -> str:
+  """Which weights hold NaN or infinity, and what to take instead, in words; "" if none does."""
+  found = trees.not_finite(trees.flat({"params": model.params, "batch_stats": model.batch_stats}))
+  if not found:
+    return ""
+  if model.kind == "run":
+    return f"{found}: the encoder has diverged, take an earlier step=NUMBER"
+  return f"{found}: export or convert an earlier or an undamaged checkpoint"
+
+
 def layers(model: Trained) -> tuple[str, ...]:
   """Names of the layers that a linear probe compares; `encoded` gives single ones beside them."""
   return backbone_layers.available(model.encoder)

@@ -14,7 +14,7 @@ from PIL import Image
 from protojax import api, cli, convert, doctor, errors, pretrained
 from protojax.interop import tensor_files
 from protojax.metrics import collapse
-from protojax.training import checkpoint, programs, workdir
+from protojax.training import checkpoint, export, programs, workdir
 
 pytestmark = [
   pytest.mark.xdist_group("doctor"),  # one worker: its tests share a fixture that is costly
@@ -153,8 +153,6 @@ def test_prototypes_found_by_name_are_transposed_too(tmp_path, collapsed, capsys
   said = " ".join(capsys.readouterr().out.split())
   assert "fewer rows than columns, 32 and 300: if they are stored [D, K], give --transpose" in said
   assert "transpose=True" in str(api.diagnose(path))
-  with pytest.raises(errors.UserError, match="data and transpose=True"):
-    doctor.main([str(path), "--transpose", "--data=digits"])
 
 
 def test_what_shows_that_prototypes_lie_the_other_way_round_refuses_them(tmp_path, collapsed):
@@ -263,6 +261,43 @@ def test_what_would_show_the_use_of_prototypes_is_said_as_it_is_typed(
     assert words in " ".join(capsys.readouterr().out.split())
   assert any("this file holds no network" in s for s in api.diagnose(full).sentences)
   assert "give embeddings; random" in api.diagnose(np.eye(8)).sentences[-1]
+
+
+def test_images_are_run_through_a_checkpoint_with_transposed_prototypes(foreign, tmp_path):
+  flags = ["--data=digits", "--limit=100"]
+  name = "teacher.head.last_layer"
+  expected = _examined(tmp_path, foreign, *flags)["sets"][name]["usage"]
+  arrays = dict(tensor_files.read(foreign))
+  arrays[f"{name}.weight_v"] = np.ascontiguousarray(arrays[f"{name}.weight_v"].T)
+  safetensors.numpy.save_file(arrays, tmp_path / "turned.safetensors")
+  found = _examined(tmp_path, tmp_path / "turned.safetensors", "--transpose", *flags)["sets"]
+  assert found[name]["usage"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_tensors_that_are_not_finite_are_named(foreign, tmp_path, capsys):
+  """Of a file, run or not, of what older versions converted, and of a backbone alone."""
+  arrays = {k: v for k, v in tensor_files.read(foreign).items() if k.startswith("teacher.")}
+  bad = "teacher.backbone.blocks.1.norm1.weight"
+  path = tmp_path / "nan.safetensors"
+  safetensors.numpy.save_file(arrays | {bad: np.full_like(arrays[bad], np.nan)}, path)
+  said = f"1 of {len(arrays)} tensors hold NaN or infinity: {bad}"
+  doctor.main([str(path)])
+  assert said in capsys.readouterr().out
+  with pytest.raises(errors.UserError, match=f"nan.safetensors cannot be run .*: {said}: take an"):
+    doctor.main([str(path), "--data=digits"])
+  backbone = {k: v for k, v in tensor_files.read(path).items() if ".head." not in k}
+  safetensors.numpy.save_file(backbone, tmp_path / "backbone.safetensors")
+  with pytest.raises(errors.UserError, match=f"no prototypes found .* infinity: {bad}$"):
+    doctor.main([str(tmp_path / "backbone.safetensors")])
+  convert.bring_in(foreign, tmp_path / "old")
+  tensors, info = export.read(tmp_path / "old")
+  sets = export.read_prototypes(tmp_path / "old", info)
+  ours = "params.backbone.blocks_1.norm1.scale"
+  export.write(tmp_path / "old", tensors | {ours: np.full(64, np.inf, np.float32)}, info, sets)
+  doctor.main([str(tmp_path / "old")])
+  assert f"tensors hold NaN or infinity: {ours}: export or" in capsys.readouterr().out
+  with pytest.raises(errors.UserError, match=f"old cannot be run: .* infinity: {ours}: export or"):
+    doctor.main([str(tmp_path / "old"), "--data=digits"])
 
 
 def test_a_checkpoint_that_cannot_be_run_says_why_and_what_to_do(foreign, full, tmp_path):

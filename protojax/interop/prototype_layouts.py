@@ -81,6 +81,12 @@ def _set(arrays: Mapping[str, np.ndarray], key: str, matrix: np.ndarray) -> Prot
   return Prototypes(name, key, matrix, cosine="prototypes" in name)
 
 
+def layer(one: Prototypes) -> str:
+  """The name of the layer of a set that `find` has found, without those of its arrays."""
+  found = _LAYER.fullmatch(one.key)
+  return found["stem"] if found else one.name
+
+
 def owner(name: str) -> str:
   """Says whose weights these are by the words in a name: "teacher", "student" or ""."""
   words = set(re.split(r"[._]", name))
