@@ -459,11 +459,10 @@ def _resolve_sizes(config: ml_collections.ConfigDict) -> None:
   for section, name, key in used:
     section[key] = size = sizes.checked(f"{name}.{key}", section[key])
     patch = model.patch_size
-    if model.name in vit.VARIANTS and any(side % patch for side in sizes.pair(size)):
-      nearest = [max(patch, round(side / patch) * patch) for side in sizes.pair(size)]
+    if model.name in vit.VARIANTS and sizes.nearest(size, patch) != size:
       raise errors.UserError(
         f"{name}.{key}={size} is no multiple of model.patch_size={patch}: the nearest is "
-        f"{sizes.text(sizes.checked(key, nearest))}"
+        f"{sizes.text(sizes.nearest(size, patch))}"
       )
   large = sizes.pair(views.global_size)
   small = sizes.pair(views.local_size)

@@ -87,6 +87,10 @@ def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, argparse.Name
       )
   config = typed.config(args.config, changes)
   given = dict(changes)
+  if config.init_from and "init_from" in given:
+    from protojax.training import origin
+
+    origin.take_over(config, given)
   if config.data.name == "digits" and "data.data_dir" in given and "data.name" not in given:
     logging.warning(
       "config.data.data_dir=%s is not looked at: %s is on the digits of scikit-learn; add "

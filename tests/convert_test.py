@@ -142,7 +142,7 @@ def test_prototypes_that_lie_the_other_way_round_are_called_that_and_taken_on_re
   file = str(_save(tmp_path, tensors))
   convert.main([file, str(tmp_path / "without")])
   shown = capsys.readouterr().out
-  assert "set aside (prototypes stored [D, K], for 8 gains lie beside it, one a prototype: " in shown
+  assert "(prototypes stored [D, K], for 8 gains lie beside it, one a prototype: " in shown
   assert "--transpose takes them) 2: head.last_layer.weight_g, head.last_layer.weight_v" in shown
   convert.main([file, str(tmp_path / "with"), "--transpose"])
   assert "prototypes 8 of 16 dimensions, from head.last_layer" in capsys.readouterr().out

@@ -123,9 +123,7 @@ def convert(
     UserError: for a network that no model here is, a tensor of a wrong shape, or a mistake in the
       arguments.
   """
-  net = network.read(
-    network.file_of(path), which=which, with_head=with_head, transpose=transpose
-  )
+  net = network.read(network.file_of(path), which=which, with_head=with_head, transpose=transpose)
   model, tensors, size, notes = _model(net, heads, stem, image_size)
   head, sources = settings.of_head(net.head, net.activation) if net.head else (None, {})
   encoder = encoders.build(ml_collections.ConfigDict({"model": model, "head": head or {}}))
