@@ -42,7 +42,7 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
   # num_epochs, and from there on with the schedules of a run of that length.
   config.resume = "auto"
   config.overwrite = False  # delete the run in the workdir first
-  config.init_from = config_dict.placeholder(str)  # exported/encoder.safetensors of another run
+  config.init_from = config_dict.placeholder(str)  # another run, its exported/, what convert wrote
   config.log_every = 50
   config.save_every = 1000
   config.eval_every = 5000

@@ -30,8 +30,12 @@ Converts weights, tensor by tensor, and says what became of each.
 In: DINO, iBOT, DINOv2 and timm transformers, Hugging Face's ViT and Dinov2, torchvision ResNet-18
 and -50 (SwAV's and DINO's too), as .pth, .pt, .safetensors, .npz or a folder. The folder OUT then
 holds encoder.safetensors and config.json, and of a full checkpoint of DINO, iBOT or SwAV
-prototypes.safetensors: --config.init_from=OUT trains from it, evaluate, embed and doctor take it as
-it is.
+prototypes.safetensors. evaluate, embed and doctor take it as it is, and a run starts from it, of
+whatever width and depth:
+
+  protojax train --config=gmm_photos --workdir=runs/own --config.init_from=OUT
+
+Weights that hold NaN or infinity are refused, by their names.
 
 Out, of a run or of exported weights:
   timm  a folder for timm.create_model("local-dir:OUT", pretrained=True); of a ResNet the names in
@@ -250,14 +254,15 @@ def main(argv: list[str]) -> None:
   parser.add_argument("path", metavar="IN", help="file of weights, folder, or workdir of a run")
   parser.add_argument("out", metavar="OUT", help="folder to write")
   parser.add_argument("--format", choices=FORMATS, help="default: protojax, from others")
-  parser.add_argument("--which", help="teacher (default), student or a prefix, of several networks")
-  parser.add_argument("--heads", type=int, help="attention heads; default: config.json, width / 64")
-  parser.add_argument("--stem", choices=resnet.STEMS, help="of a ResNet whose first layer is 3 x 3")
-  parser.add_argument("--image_size", type=int, help="pixels to resample the position embedding to")
-  parser.add_argument("--no_head", action="store_true", help="leave the projection head out")
-  parser.add_argument("--transpose", action="store_true", help="prototypes are stored [D, K]")
-  parser.add_argument("--allow_partial", action="store_true", help="convert what fits")
   parser.add_argument("--overwrite", action="store_true", help="replace an earlier conversion")
+  theirs = parser.add_argument_group("of weights from other libraries")
+  theirs.add_argument("--which", help="teacher (default), student or a prefix, of several networks")
+  theirs.add_argument("--heads", type=int, help="attention heads; default: config.json, width / 64")
+  theirs.add_argument("--stem", choices=resnet.STEMS, help="of a ResNet whose first layer is 3 x 3")
+  theirs.add_argument("--image_size", type=int, help="pixels to resample the position embedding to")
+  theirs.add_argument("--no_head", action="store_true", help="leave the projection head out")
+  theirs.add_argument("--transpose", action="store_true", help="prototypes are stored [D, K]")
+  theirs.add_argument("--allow_partial", action="store_true", help="convert what fits")
   args = parser.parse_args(argv)
   path, out = (pathlib.Path(p).expanduser() for p in (args.path, args.out))
   if out.resolve() in (path.resolve(), *path.resolve().parents):

@@ -123,8 +123,9 @@ def require_same(config: ml_collections.ConfigDict) -> None:
   info = export.describe(path_of(config))
   if wrong := differences(config, info):
     needed = " ".join(f"config.{key}={shlex.quote(str(value))}" for key, value in wrong.items())
-    without = "; a head of its own the run has after protojax convert ... --no_head"
+    without = " (protojax convert --no_head leaves the head out, so that a run has its own)"
     raise errors.UserError(
-      f"config.init_from={config.init_from} is another encoder than this run's, which needs "
-      f"{needed}" + without * ("source" in info and any(k.startswith("head.") for k in wrong))
+      f"config.init_from={config.init_from} is another encoder than this run's"
+      + without * ("source" in info and any(key.startswith("head.") for key in wrong))
+      + f"; give {needed}"
     )
