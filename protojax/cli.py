@@ -23,14 +23,20 @@ from protojax import errors, progress
 class _Parser(argparse.ArgumentParser):
   """argparse prints its usage before an error and ends the process; here an error is one line."""
 
+  meant: Callable[[str], str | None] | None = None  # of a flag that there is not: the one for it
+
   def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
     # Before argparse does: a mistyped flag would be called a missing one.
     flags = [option for action in self._actions for option in action.option_strings]
     for argument in sys.argv[1:] if args is None else args:
       if argument == "--":
         break
-      name = argument.partition("=")[0]
-      if name.startswith("--") and name not in flags and (near := nearest(name, flags)):
+      name, equals, value = argument.partition("=")
+      if not name.startswith("--") or name in flags:
+        continue
+      if self.meant and (flag := self.meant(name)):
+        raise errors.UserError(f"there is no flag {argument}: did you mean {flag}{equals}{value}?")
+      if near := nearest(name, flags):
         self.error(f"there is no flag {argument}: did you mean {near}?")
     if word := self._stray(sys.argv[1:] if args is None else args):
       meant = " or ".join(f"{flag}={word}" for flag in self._named())
@@ -65,21 +71,31 @@ class _Parser(argparse.ArgumentParser):
     raise errors.UserError(f"{message}; {self.prog} --help shows what there is")
 
 
-def parser(verb: str, description: str, *, epilog: str = "") -> argparse.ArgumentParser:
+def parser(
+  verb: str,
+  description: str,
+  *,
+  epilog: str = "",
+  meant: Callable[[str], str | None] | None = None,
+) -> argparse.ArgumentParser:
   """A parser for `protojax <verb>` that raises UserError for a mistake.
 
   Args:
     verb: as in `protojax.__main__.VERBS`.
     description: what --help says first, kept as it is written.
     epilog: what --help says last, likewise.
+    meant: a flag that there is not -> the one that it was probably meant to be, or None; asked
+      before the nearest of this program's own is looked for.
   """
-  return _Parser(
+  made = _Parser(
     prog=f"protojax {verb}",
     description=description,
     epilog=epilog,
     allow_abbrev=False,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
+  made.meant = meant
+  return made
 
 
 def nearest(word: str, words: Iterable[str]) -> str | None:

@@ -108,6 +108,7 @@ _FREE = (
   "model.attention",
   "model.remat",
   "model.scan",
+  "method.block",
   "mesh.",
   "data.data_dir",
   "data.num_workers",
