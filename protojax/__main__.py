@@ -13,6 +13,7 @@ VERBS = {
   "report": "one HTML page about a run or several",
   "convert": "weights from other libraries and to them",
   "embed": "features of every image of a folder or data set",
+  "replay": "which layer broke in a step whose loss was not finite",
   "verify-resume": "does a killed run end as a whole one, on this machine",
   "prepare": "CIFAR, or images of yours at the size that training stores",
 }
