@@ -11,13 +11,13 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from protojax import cli, errors, files, methods, progress, trees
 from protojax import config as configs
 from protojax.data import augment
+from protojax.models import watching
 from protojax.training import checkpoint, datasets, programs, train_step
 
 _DESCRIPTION = """\
@@ -46,21 +46,6 @@ class Look(NamedTuple):
   gradients: dict[str, float]
 
 
-def _norm(x: jax.Array) -> jax.Array:
-  """2-norm, float32; not finite if and only if an element is not, or it is beyond float32."""
-  x = x.astype(jnp.float32)
-  largest = jnp.max(jnp.abs(x), initial=0.0)
-  scale = jnp.where((largest > 0.0) & jnp.isfinite(largest), largest, 1.0)
-  return largest * jnp.sqrt(jnp.sum(jnp.square(x / scale)))
-
-
-def _root(module: nn.Module) -> str:
-  """ "ViT" of any module inside of one: backbone and head are called apart."""
-  while isinstance(module.parent, nn.Module):
-    module = module.parent
-  return type(module).__name__
-
-
 def look(config, state: train_step.TrainState, batch: dict[str, jax.Array]) -> Look:
   """The loss of state n on batch n, its gradients, and what each module gave.
 
@@ -76,21 +61,7 @@ def look(config, state: train_step.TrainState, batch: dict[str, jax.Array]) -> L
   names: list[str] = []
 
   def loss(trained, frozen, views, key, step):
-    found = []
-
-    def watched(call, args, kwargs, context):
-      out = call(*args, **kwargs)
-      arrays = [x for x in jax.tree.leaves(out) if isinstance(x, jax.Array) and x.size]
-      floats = [x for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)]
-      if context.method_name == "__call__" and floats:
-        name = "/".join([_root(context.module), *context.module.path])
-        times = sum(known.split(" (")[0] == name for known, _ in found) + 1
-        norm = jnp.max(jnp.stack([_norm(x) for x in floats]))
-        found.append((name if times == 1 else f"{name} ({times})", norm))
-      return out
-
-    with nn.intercept_methods(watched):
-      value, _ = method.loss(trained, frozen, views, key, step)
+    (value, _), found = watching.norms(method.loss, trained, frozen, views, key, step)
     names[:] = [name for name, _ in found]
     return value, [norm for _, norm in found]
 
@@ -102,7 +73,7 @@ def look(config, state: train_step.TrainState, batch: dict[str, jax.Array]) -> L
     trained, frozen = train_step.split(variables, method.learns_prototypes)
     grad = jax.value_and_grad(loss, has_aux=True)
     (value, outputs), grads = grad(trained, frozen, views, loss_key, state.step)
-    return value, outputs, jax.tree.map(_norm, grads)
+    return value, outputs, jax.tree.map(watching.norm, grads)
 
   value, outputs, grads = jax.device_get(run(state, batch))
   return Look(

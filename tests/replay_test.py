@@ -125,7 +125,7 @@ def test_the_first_layer_that_breaks_is_named(of_the_sixth):
   qkv["kernel"] = qkv["kernel"].at[0, 0].set(jnp.nan)
   found = replay.look(config, state.replace(encoder=encoder), batch)
   assert "ViT/blocks_1/attn/qkv" in replay.first_broken(found)
-  prototypes = jax.tree.map(lambda x: x.at[:1].set(jnp.nan), state.prototypes)
+  prototypes = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), state.prototypes)
   found = replay.look(config, state.replace(prototypes=prototypes), batch)
   assert "every layer's output is finite, the loss is not" in replay.first_broken(found)
 
