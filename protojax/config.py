@@ -212,6 +212,9 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
       "clip_mode": "tensor",  # each; or global: all together; encoder: all but the prototypes'
       "trust": 0.001,  # of LARS: length of a step over that of the weights, at learning rate 1
       "lars_clip": False,  # LARS no faster than SGD: trust ratio over learning rate, at most 1
+      # Updates in a row that may be left out because their loss or gradient is not finite; 0 stops
+      # at the first (docs/runs.md).
+      "skip_nonfinite": 0,
       "freeze_prototypes_epochs": 1.0,
       "freeze_prototypes_steps": 0,
       "beta1": 0.9,

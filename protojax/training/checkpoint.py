@@ -60,6 +60,32 @@ def leaves(workdir: str | os.PathLike) -> dict[str, str] | None:
   return None
 
 
+def steps(workdir: str | os.PathLike) -> list[int]:
+  """The steps whose checkpoints are in a run's folder, in order; read or not, whole or not."""
+  folder = pathlib.Path(workdir).expanduser() / "checkpoints"
+  return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+
+
+def on_host(workdir: str | os.PathLike) -> dict[str, np.ndarray]:
+  """{"teacher/encoder/head/fc1/kernel": array} of a run's newest checkpoint, of whatever program.
+
+  Raises:
+    UserError: if there is none.
+  """
+  folder = pathlib.Path(workdir).expanduser().absolute() / "checkpoints"
+  there = steps(workdir)
+  if not there:
+    raise errors.UserError(f"there is no checkpoint in {folder}")
+  handler = ocp.PyTreeCheckpointHandler()
+  state = folder / str(there[-1]) / "state"
+  as_numpy = jax.tree.map(
+    lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(state).tree
+  )
+  tree = handler.restore(state, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+  name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+  return {name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
 def _one_line(error: Exception) -> str:
   first, *_ = str(error).strip().splitlines() or [""]
   return f"{type(error).__name__}: {first[:200]}"

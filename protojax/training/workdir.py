@@ -17,12 +17,14 @@ from protojax import config as configs
 from protojax.training import export, optim, train_step, wandb_run
 
 REPORT = "report.html"  # the page about a run
+BAD_STEPS = "bad_steps.jsonl"  # updates whose loss or gradient was not finite, for replay
 _OURS = (
   "config.json",
   "env.json",
   "checkpoints",
   "exported",
   "metrics.jsonl",
+  BAD_STEPS,
   "train.log",
   "eval",
   "report.png",
@@ -113,6 +115,7 @@ _FREE = (
   "data.data_dir",
   "data.num_workers",
   "data.cache",
+  "optim.skip_nonfinite",
   "probe.",  # no gradient of a probe reaches the encoder
   # Compared as the steps they come to:
   "num_epochs",
