@@ -257,12 +257,12 @@ def partners(
   """Counts unique prototypes by all pairs, or estimates their number by those of some with all.
 
   All: `unique_counts` and `nearest_distances`. Some: M evenly spaced prototypes are compared with
-  all K, M * K * D multiplications. One that has n - 1 others nearer than the threshold counts 1 / n,
+  all K, M * K * D multiplications. One with n - 1 others nearer than the threshold counts 1 / n,
   and K times the mean of that is the estimate. Where copies are copies of one another, as in a
   collapse, its expectation is the number of the greedy cover, whatever M is, with a standard error
   of at most K / (2 sqrt(M)); where nearness does not carry over, it is what a cover in random order
-  reaches at least (Caro and Wei's bound). The value of random prototypes is exact in both cases:
-  drawn (`random_unique`), or the expectation of K / n.
+  reaches at least (Caro and Wei's bound). The value of random prototypes is counted on drawn ones
+  (`random_unique`), or is the expectation of K / n.
 
   Args:
     prototypes: [K, D], any norm.

@@ -241,9 +241,10 @@ class Snapshot:
     Returns:
       Measures: those of `monitor` and `evaluate` and, with labels, "probe/linear_fitted", the
       accuracy of a linear classifier fitted to frozen features; and the arrays that the report
-      draws: "usage" [K], "nearest" and "nearest_random" (cosine distance of every prototype that was
-      looked at to its nearest neighbour, and quantiles of that of random ones), "spectrum" [D], and with labels "majority" and "purity" [K], the most
-      frequent class of each prototype's images and its share.
+      draws: "usage" [K], "nearest" and "nearest_random" [M] (cosine distance of every prototype that
+      was looked at to its nearest neighbour, and quantiles of that of random ones), "spectrum" [D],
+      and with labels "majority" and "purity" [K], the most frequent class of each prototype's
+      images and its share.
     """
     bank, test = self._encode(state)
     partners = self._partners(state, ended=True)

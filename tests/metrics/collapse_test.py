@@ -133,9 +133,8 @@ def test_all_partners_count_and_some_estimate_the_same_number():
   """Groups of 1 to 20 copies: a plain count among the sample would find them unique."""
   rng = np.random.default_rng(0)
   sizes = rng.integers(1, 21, size=190)
-  rows = np.repeat(rng.normal(size=(190, 64)), sizes, axis=0) * rng.uniform(
-    0.5, 2, (sizes.sum(), 1)
-  )
+  rows = np.repeat(rng.normal(size=(190, 64)), sizes, axis=0)
+  rows = rows * rng.uniform(0.5, 2, (len(rows), 1))
   rows = rows[rng.permutation(len(rows))].astype(np.float32)
   every = collapse.partners(rows)
   assert (every.num, every.looked) == (len(rows), len(rows))
