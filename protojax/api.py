@@ -10,7 +10,7 @@ import numpy as np
 
 from protojax import errors, metrics, pretrained
 from protojax.interop import importers, network, prototype_layouts, tensor_files
-from protojax.metrics import diagnosis, loss_curve, measures
+from protojax.metrics import diagnosis, loss_curve, measures, verdicts
 from protojax.reports import of_run, record
 from protojax.training import loop
 
@@ -51,6 +51,7 @@ def diagnose(
   heads: int | None = None,
   step: int | None = None,
   rows: str | None = None,
+  cosine: bool | None = None,
 ) -> diagnosis.Diagnosis:
   """Says what is wrong with prototypes, a run or a log; `print` it to read all of it.
 
@@ -79,6 +80,9 @@ def diagnose(
     step: checkpoint of a run; None takes the newest.
     rows: what the rows of a file's lone matrix are, where nothing in it says so: "prototypes", or
       "features" of images, which are described and not judged.
+    cosine: of arrays and files: whether embeddings are compared with the directions of prototypes
+      alone (True) or by products, in which norms count (False); None takes what the names in a file
+      say, products where they say nothing.
 
   Raises:
     UserError: if there is no such thing, no prototypes are found, or an argument says nothing about
@@ -87,6 +91,7 @@ def diagnose(
   arguments = {"embeddings": embeddings, "key": key, "transpose": transpose or None}
   arguments |= {"which": which, "data": data, "data_dir": data_dir, "split": split}
   arguments |= {"limit": limit or None, "heads": heads, "step": step, "rows": rows}
+  arguments |= {"cosine": cosine}
   given: dict[str, Any] = {name: value for name, value in arguments.items() if value is not None}
   idle = next((name for name in ("data_dir", "split", "limit", "heads") if name in given), "")
   if idle and data is None:
@@ -98,7 +103,7 @@ def diagnose(
   examine: Callable[..., diagnosis.Diagnosis]
   allowed: tuple[str, ...]
   if not isinstance(what, str | os.PathLike):
-    kind, examine, allowed = "an array", diagnosis.diagnose, ("embeddings",)
+    kind, examine, allowed = "an array", diagnosis.diagnose, ("embeddings", "cosine")
   else:
     what = pathlib.Path(what).expanduser()
     if not what.exists():
@@ -114,7 +119,7 @@ def diagnose(
     else:
       kind, examine = f"{what}, a file of arrays", _diagnose_file
       allowed = ("embeddings", "key", "transpose", "which", "data", "data_dir", "split", "limit")
-      allowed += ("heads", "rows")
+      allowed += ("heads", "rows", "cosine")
   for name in given:
     if name not in allowed:
       raise errors.UserError(f"{name} means nothing for {kind}: leave it out")
@@ -152,6 +157,7 @@ def _diagnose_file(
   transpose: bool = False,
   which: str | None = None,
   rows: str | None = None,
+  cosine: bool | None = None,
   **images: Any,
 ) -> diagnosis.Diagnosis:
   arrays = tensor_files.read(path)
@@ -228,7 +234,7 @@ def _diagnose_file(
       features=None if of_set is None else features,
       name=one.name,
       gain=one.gain,
-      cosine=one.cosine,
+      cosine=one.cosine if cosine is None else cosine,
       aliases=one.aliases,
       for_usage=for_usage,
     )
@@ -398,6 +404,11 @@ def _diagnose_run(
       made=model.config.method.prototypes,
       for_usage="data=run or " * (not exported) + "data=folder data_dir=IMAGES",
       use=use,
+      circumstances=(
+        None
+        if exported or model.step is None
+        else verdicts.circumstances_of(model.config, model.step)
+      ),
     )
     if use:
       sets[name].result["use_by_metrics"] = use

@@ -32,6 +32,13 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument("--key", help="array that holds the prototypes, where its name says nothing")
   parser.add_argument("--transpose", action="store_true", help="the prototypes are stored [D, K]")
   parser.add_argument("--rows", help="of a file of one matrix: prototypes, or features of images")
+  parser.add_argument(
+    "--cosine",
+    action=argparse.BooleanOptionalAction,
+    default=None,
+    help="whether embeddings are compared with directions alone, or by products (--no-cosine): "
+    "norms count; default: as the names in a file say, else by products",
+  )
   parser.add_argument("--which", choices=("teacher", "student"), help="default: the teacher's")
   parser.add_argument("--embeddings", help=".npy [N, D]: what the prototypes are compared with")
   parser.add_argument("--data", help="images: a run's own (run), or digits, folder, a TFDS name")

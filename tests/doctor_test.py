@@ -115,6 +115,21 @@ def test_prototypes_found_by_name_are_transposed_too(tmp_path, collapsed, capsys
     doctor.main([str(path), "--transpose", "--data=digits"])
 
 
+def test_a_flag_says_whether_norms_count(tmp_path, capsys):
+  """As names do: the same matrix is compared in the same way under any name."""
+  weights = _RNG.normal(size=(64, 16)) * np.where(np.arange(64) < 4, 50.0, 1.0)[:, None]
+  np.save(tmp_path / "z.npy", _RNG.normal(size=(500, 16)))
+  np.save(tmp_path / "mine.npy", weights)
+  used = {}
+  for flag in ("", "--cosine", "--no-cosine"):
+    flags = [f"--embeddings={tmp_path / 'z.npy'}", *filter(None, [flag])]
+    usage = _examined(tmp_path, tmp_path / "mine.npy", *flags)["sets"]["mine"]["usage"]
+    used[flag], shown = usage["used"], capsys.readouterr().out
+    assert usage["compared_by"] == ("cosine" if flag == "--cosine" else "product")
+    assert ("--cosine compares directions" in shown) == (flag != "--cosine")
+  assert used[""] == used["--no-cosine"] < 0.5 < used["--cosine"]
+
+
 def test_what_shows_that_prototypes_lie_the_other_way_round_refuses_them(tmp_path, collapsed):
   """The head ends in 32 dimensions, or there are 300 gains, or embeddings of 32 dimensions."""
   turned = np.ascontiguousarray(collapsed.T.astype(np.float32))
@@ -355,6 +370,13 @@ def test_a_run_is_judged_by_its_metrics_its_prototypes_and_its_images(run, tmp_p
   assert alone["rankme"] == pytest.approx(float(collapse.rankme(seen["embeddings"]["prototypes"])))
   assert "are of the backbone's features" in shown
   assert "are of the head's embeddings" in capsys.readouterr().out
+
+
+def test_a_run_of_one_step_is_warming_up_whatever_its_prototypes_look_like(run, tmp_path, capsys):
+  doctor.main([str(run), "--data=run", "--limit=100"])
+  shown = capsys.readouterr().out
+  assert shown.count("warming up") == 2 and "cluster collapse" not in shown
+  assert "unused:" not in shown
 
 
 def test_a_run_shows_the_use_of_prototypes_that_it_has_measured(run, tmp_path, capsys):

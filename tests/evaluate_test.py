@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import pathlib
+import re
 import shutil
 
 import numpy as np
@@ -430,10 +431,50 @@ def test_nothing_to_judge_is_one_line():
   assert stopped.value.code == 2
 
 
-def test_floors_of_the_training_stand_below_the_accuracies(tmp_path):
+def _images(split, num=None):
+  source = sources.build("digits", split=split)
+  return evaluate.Images(source, split, {"label": np.zeros(num or len(source), int)})
+
+
+def test_floors_are_measured_on_the_images_of_the_accuracies(run):
+  """The state of checkpoint 1 is the untrained net of seed 1, so that its k-NN is that floor."""
+  model = pretrained.load(str(run), step=1)
+  config = model.config.copy_and_resolve_references()
+  config.seed = 1
+  model = model._replace(config=config)
+  bank, test = _images("train"), _images("test")
+  (line,) = evaluate._floors(model, bank, test, own=True)
+  rows = [pretrained.encoded(model, images.source) for images in (bank, test)]
+  options = {"num_classes": 10, "k": 20, "temperature": 0.07}
+
+  def accuracy(of):
+    (a, x), (b, y) = ((of(r), r["label"]) for r in rows)
+    return knn.accuracy(a, x, b, y, **options)
+
+  untrained = accuracy(lambda r: r["features"]["last"])
+  assert f"untrained {untrained:.1%}" in line
+  found = re.fullmatch(
+    r"  floors on these images, k = 20: k-NN raw pixels (.*)%, untrained .*", line
+  )
+  assert float(found[1]) > 90  # of digits
+  said = " ".join((run / "said.txt").read_text().split())
+  assert said.count("floors on these images, k = 20") == 3  # knn, linear, and the table
+
+
+def test_floors_of_the_training_are_those_of_its_images(tmp_path):
   run = pretrained.Trained._make([None] * len(pretrained.Trained._fields))
   run = run._replace(kind="run", path=str(tmp_path))
   floors = {"step": 0, "floor/knn_pixels": 0.977, "floor/knn_untrained": 0.904}
+  floors |= {"floor/bank_images": 512, "floor/test_images": 355}
   (tmp_path / "metrics.jsonl").write_text(json.dumps(floors) + "\n")
-  assert evaluate._floors(run) == "  floors: k-NN raw pixels 97.7%, untrained 90.4%"
-  assert "unknown here" in evaluate._floors(run._replace(kind="export"))
+  few, many = (_images("train", num) for num in (512, 20_000))
+  test = _images("test", 355)
+  floors = "k-NN raw pixels 97.7%, untrained 90.4%"
+  (line,) = evaluate._floors(run, few, test, own=True)
+  assert line == f"  floors of the training, bank 512 images, test 355: {floors}"
+  (line,) = evaluate._floors(run, many, test, own=True)
+  assert line == (
+    "  floors of the training, bank 512 images, test 355 (not comparable with these): " + floors
+  )
+  (line,) = evaluate._floors(run._replace(kind="encoder"), many, test, own=False)
+  assert "unknown here" in line

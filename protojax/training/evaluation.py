@@ -47,6 +47,28 @@ def looked_at(num: int, asked: int | None, *, ended: bool) -> int:
   return min(asked or num, num)
 
 
+def pixels(config, batch) -> dict[str, jax.Array]:
+  """Images as the rows of a floor: {"pixels": float32 [B, H * W * C], 0 to 1, "label": [B]}.
+
+  The evaluation transform without its normalisation, at most `FLOOR_SIDE` pixels a side.
+
+  Args:
+    config: resolved.
+    batch: as `encode.chunks` has it.
+  """
+  channels = batch["image"].shape[-1]
+  sides = [min(side, FLOOR_SIDE) for side in sizes.pair(config.augment.global_size)]
+  images = augment.evaluate(
+    batch["image"],
+    sizes.checked("augment.global_size", sides),
+    (0.0,) * channels,
+    (1.0,) * channels,
+    crop=config.probe.crop,
+    original=batch["size"],
+  )
+  return {"pixels": images.reshape(len(images), -1), "label": batch["label"]}
+
+
 class Snapshot:
   """Measures of a state, compiled once.
 
@@ -64,7 +86,7 @@ class Snapshot:
     self._bank, self._test, self._cached = bank, test, cached or {}
     replicated = sharding.replicated(self._mesh)
     self._forward = jax.jit(self._forward_fn, out_shardings=replicated)
-    self._pixels = jax.jit(self._pixels_fn, out_shardings=replicated)
+    self._pixels = jax.jit(functools.partial(pixels, config), out_shardings=replicated)
     self._matrices = jax.jit(
       lambda s: method.prototype_matrices(train_step.variables_of(s)), out_shardings=replicated
     )
@@ -100,20 +122,6 @@ class Snapshot:
       "index": batch["index"],
       "label": batch["label"],
     }
-
-  def _pixels_fn(self, batch):
-    """Float32 [B, H * W * C], 0 to 1: the evaluation transform without its normalisation."""
-    channels = batch["image"].shape[-1]
-    sides = [min(side, FLOOR_SIDE) for side in sizes.pair(self._config.augment.global_size)]
-    images = augment.evaluate(
-      batch["image"],
-      sizes.checked("augment.global_size", sides),
-      (0.0,) * channels,
-      (1.0,) * channels,
-      crop=self._config.probe.crop,
-      original=batch["size"],
-    )
-    return {"pixels": images.reshape(len(images), -1), "label": batch["label"]}
 
   def _run(self, state, source, limit=0, parts=("features", "codes", "label")):
     """Rows of all images of `source`, on the host of every process: {part: array or {set: array}}.
@@ -241,9 +249,9 @@ class Snapshot:
     Returns:
       Measures: those of `monitor` and `evaluate` and, with labels, "probe/linear_fitted", the
       accuracy of a linear classifier fitted to frozen features; and the arrays that the report
-      draws: "usage" [K], "nearest" and "nearest_random" [M] (cosine distance of every prototype that
-      was looked at to its nearest neighbour, and quantiles of that of random ones), "spectrum" [D],
-      and with labels "majority" and "purity" [K], the most frequent class of each prototype's
+      draws: "usage" [K], "nearest" and "nearest_random" [M] (cosine distance of every prototype
+      that was looked at to its nearest neighbour, and quantiles of that of random ones), "spectrum"
+      [D], and with labels "majority" and "purity" [K], the most frequent class of each prototype's
       images and its share.
     """
     bank, test = self._encode(state)

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 
+from protojax import config as configs
 from protojax import errors
 from protojax.metrics import collapse, diagnosis, verdicts
 
@@ -75,6 +76,44 @@ def test_usage_is_that_of_the_largest_product_of_the_weights():
     assert any("wins images by its norm" in s for s in said) == (not cosine)
   assert result["usage"]["unused"] == 0 and result["usage"]["images"] == 8
   np.testing.assert_allclose(result["usage"]["perplexity"], 8.0, rtol=1e-5)
+
+
+def test_a_page_says_how_prototypes_and_random_ones_were_compared():
+  """By products, random ones have these norms: few of them win images, too."""
+  weights = _rows(64, 16)
+  weights[:4] *= 50.0
+  embeddings = _rows(500, 16)
+  by_product = diagnosis.diagnose(weights, embeddings=embeddings)
+  by_cosine = diagnosis.diagnose(weights, embeddings=embeddings, cosine=True)
+  assert "(largest product, norms count; random prototypes have these norms" in str(by_product)
+  assert "(largest cosine, for random prototypes too)" in str(by_cosine)
+  names = ("collapse/used", "collapse/used_random")
+  assert all(by_product.measures[name] < 0.3 for name in names)
+  assert all(by_cosine.measures[name] > 0.8 for name in names)
+  unit = weights / np.linalg.norm(weights, axis=1, keepdims=True)
+  assert "(largest cosine" in str(diagnosis.diagnose(unit, embeddings=embeddings))  # the same
+
+
+def test_prototypes_of_a_run_are_judged_as_its_training_judges_them():
+  """A slow start looks like a cluster collapse; and what is set already is no advice."""
+  embeddings = _rows(200, 32) * 0.1 + 3 * np.eye(32, dtype=np.float32)[0]
+  config = configs.resolve(configs.default("dino"), 1000)
+  config.method.prototypes = "mixture"
+
+  def found(step, **more):
+    told = verdicts.circumstances_of(config, step) | more
+    return diagnosis.diagnose(
+      _rows(128, 32), embeddings=embeddings, made="mixture", circumstances=told
+    )
+
+  early = found(20)
+  assert early.verdict.label == "warming up" and "no verdict before step" in early.sentences[0]
+  late = found(config.num_steps)
+  assert (
+    late.verdict.label == diagnosis.diagnose(_rows(128, 32), embeddings=embeddings).verdict.label
+  )
+  assert late.verdict.label in ("cluster collapse", "unique but unused")
+  assert config.mixture.balanced and "mixture.balanced" not in late.sentences[0]
 
 
 def test_usage_matches_collapse_over_many_blocks():
