@@ -288,20 +288,24 @@ def _leads_to_prototypes(path: pathlib.Path, which: str | None) -> bool:
     return False
 
 
+def _rows(count: int) -> str:
+  return f"{count:,} row{'s' * (count != 1)}"
+
+
 def _describe(matrix: np.ndarray, *, said: bool) -> diagnosis.Diagnosis:
   """A matrix of features, or of what nobody said, in numbers and without a verdict."""
   rows = np.asarray(matrix, np.float32)
   norms = np.linalg.norm(rows, axis=1)
   result: dict[str, Any] = {"kind": "matrix", "rows": len(rows), "dim": rows.shape[1]}
   result["not_finite"] = int(np.sum(~np.isfinite(norms)))
-  lines = [f"file: one matrix, {len(rows):,} rows of {rows.shape[1]} numbers, not judged"]
+  lines = [f"file: one matrix, {_rows(len(rows))} of {rows.shape[1]} numbers, not judged"]
   measured: dict[str, float] = {}
   verdict = None
   sentences: list[str] = []
   if result["not_finite"]:
     verdict = diagnosis.not_finite(result["not_finite"], len(rows))
     sentences = [f"{verdict.label}: {verdict.sentence}"]
-    lines[0] = f"file: one matrix, {len(rows):,} rows of {rows.shape[1]} numbers"
+    lines[0] = f"file: one matrix, {_rows(len(rows))} of {rows.shape[1]} numbers"
   else:
     measured = metrics.summary(features=rows)
     result |= {"norm": [float(norms.min()), float(norms.max())], "measures": measured}

@@ -115,6 +115,14 @@ def test_prototypes_found_by_name_are_transposed_too(tmp_path, collapsed, capsys
     doctor.main([str(path), "--transpose", "--data=digits"])
 
 
+def test_the_status_tells_a_collapse_only_if_asked(full, tmp_path):
+  doctor.main([str(full)])
+  with pytest.raises(SystemExit) as ended:
+    doctor.main([str(full), "--fail"])
+  assert ended.value.code == 1
+  doctor.main([str(full), "--fail", "--which=student"])  # "unique, use unknown" is no alarm
+
+
 def test_a_flag_says_whether_norms_count(tmp_path, capsys):
   """As names do: the same matrix is compared in the same way under any name."""
   weights = _RNG.normal(size=(64, 16)) * np.where(np.arange(64) < 4, 50.0, 1.0)[:, None]

@@ -190,11 +190,15 @@ def _measures(known: Mapping[str, float], **arrays) -> dict[str, float]:
   return measures.summary(known={f"collapse/{k}": v for k, v in known.items()}, **arrays)
 
 
+def _rows_are(count: int) -> str:
+  return "1 row is" if count == 1 else f"{count:,} rows are"
+
+
 def not_finite(count: int, num: int) -> verdicts.Verdict:
   """The verdict on a matrix of `num` rows, `count` of which are not finite."""
   return verdicts.Verdict(
     "non-finite",
-    f"{count:,} of {num:,} rows are not finite: nothing made with them means anything, and "
+    f"{_rows_are(count)} not finite, of {num:,}: nothing made with them means anything, and "
     "training on will spread it; go back to a checkpoint without them",
     True,
   )
@@ -241,7 +245,7 @@ def words(
     out = [f"{verdict.label}: {verdict.sentence}"]
   if lost["zero"] or lost["not_finite"]:
     out.append(
-      f"{lost['zero']:,} rows are zero and {lost['not_finite']:,} are not finite (first: "
+      f"{_rows_are(lost['zero'])} zero and {_rows_are(lost['not_finite'])} not finite (first: "
       f"{', '.join(map(str, lost['first']))}): they are no prototypes"
     )
   if "spectrum" not in result:
