@@ -8,6 +8,7 @@ import argparse
 import functools
 import pathlib
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -290,9 +291,11 @@ def _floors(model: pretrained.Trained, bank: Images, test: Images, *, own: bool)
     )
     known = {key: value for key, value in known.items() if "knn" not in key}
   if listed(known):
-    same = "" if own and there == here else " (not comparable with these)"
-    of = f" of the training, bank {there[0]} images, test {there[1]}{same}" if any(there) else ""
-    lines.append(f"  floors{of}: {listed(known)}")
+    of = ""
+    if any(there) and not (own and there == here):
+      of = f" of the training's bank of {there[0]} and test of {there[1]} images, not comparable"
+    text = f"floors{of}: {listed(known)}"
+    lines += textwrap.wrap(text, 80, initial_indent="  ", subsequent_indent="    ")
   return lines or ["  floors: unknown here; raw pixels or an untrained net may do as well"]
 
 

@@ -227,7 +227,7 @@ def untrained(model: Trained) -> Trained:
   """The same run before its first step, for features: the weights that its seed gives."""
 
   @functools.partial(jax.jit, out_shardings=sharding.replicated(model.mesh))
-  def start(seed):
+  def start(seed: int) -> Any:
     method_key, _, _ = jax.random.split(jax.random.key(seed), 3)  # as `train_step.init_state`
     return model.method.init(method_key)
 

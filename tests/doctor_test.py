@@ -125,7 +125,7 @@ def test_the_status_tells_a_collapse_only_if_asked(full, tmp_path):
 
 def test_a_flag_says_whether_norms_count(tmp_path, capsys):
   """As names do: the same matrix is compared in the same way under any name."""
-  weights = _RNG.normal(size=(64, 16)) * np.where(np.arange(64) < 4, 50.0, 1.0)[:, None]
+  weights = _RNG.normal(size=(64, 16)) * np.where(np.arange(64) < 10, 50.0, 1.0)[:, None]
   np.save(tmp_path / "z.npy", _RNG.normal(size=(500, 16)))
   np.save(tmp_path / "mine.npy", weights)
   used = {}
@@ -394,7 +394,7 @@ def test_a_run_shows_the_use_of_prototypes_that_it_has_measured(run, tmp_path, c
   lines = [{"step": 1, "train/loss": 3.5} | use, {"step": 2, "train/loss": 3.5}]
   (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
   result = _examined(tmp_path, folder)["sets"]["prototypes"]
-  shown = capsys.readouterr().out
+  shown = " ".join(capsys.readouterr().out.split())
   assert "prototypes used at step 1 by its labelled images: 50.0%, by metrics.jsonl" in shown
   assert "50.0% are used" in shown and "use unknown" not in shown and "cannot be seen" not in shown
   assert result["use_by_metrics"] == {"collapse/used": 0.5, "collapse/used_most": 1.0}

@@ -198,7 +198,7 @@ def not_finite(count: int, num: int) -> verdicts.Verdict:
   """The verdict on a matrix of `num` rows, `count` of which are not finite."""
   return verdicts.Verdict(
     "non-finite",
-    f"{_rows_are(count)} not finite, of {num:,}: nothing made with them means anything, and "
+    f"{count:,} of {num:,} rows are not finite: nothing made with them means anything, and "
     "training on will spread it; go back to a checkpoint without them",
     True,
   )
