@@ -431,7 +431,7 @@ def test_nothing_to_judge_is_one_line():
   assert stopped.value.code == 2
 
 
-def _images(split, num=None):
+def _of_digits(split, num=None):
   source = sources.build("digits", split=split)
   return evaluate.Images(source, split, {"label": np.zeros(num or len(source), int)})
 
@@ -442,7 +442,7 @@ def test_floors_are_measured_on_the_images_of_the_accuracies(run):
   config = model.config.copy_and_resolve_references()
   config.seed = 1
   model = model._replace(config=config)
-  bank, test = _images("train"), _images("test")
+  bank, test = _of_digits("train"), _of_digits("test")
   (line,) = evaluate._floors(model, bank, test, own=True)
   rows = [pretrained.encoded(model, images.source) for images in (bank, test)]
   options = {"num_classes": 10, "k": 20, "temperature": 0.07}
@@ -467,8 +467,8 @@ def test_floors_of_the_training_are_those_of_its_images(tmp_path):
   floors = {"step": 0, "floor/knn_pixels": 0.977, "floor/knn_untrained": 0.904}
   floors |= {"floor/bank_images": 512, "floor/test_images": 355}
   (tmp_path / "metrics.jsonl").write_text(json.dumps(floors) + "\n")
-  few, many = (_images("train", num) for num in (512, 20_000))
-  test = _images("test", 355)
+  few, many = (_of_digits("train", num) for num in (512, 20_000))
+  test = _of_digits("test", 355)
   floors = "k-NN raw pixels 97.7%, untrained 90.4%"
   (line,) = evaluate._floors(run, few, test, own=True)
   assert line == f"  floors: {floors}"
