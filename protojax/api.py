@@ -10,7 +10,7 @@ import numpy as np
 
 from protojax import errors, metrics, pretrained, trees
 from protojax.interop import importers, network, prototype_layouts, tensor_files
-from protojax.metrics import diagnosis, loss_curve, measures
+from protojax.metrics import diagnosis, loss_curve, measures, verdicts
 from protojax.reports import of_run, record
 from protojax.training import loop
 
@@ -51,6 +51,7 @@ def diagnose(
   heads: int | None = None,
   step: int | None = None,
   rows: str | None = None,
+  cosine: bool | None = None,
 ) -> diagnosis.Diagnosis:
   """Says what is wrong with prototypes, a run or a log; `print` it to read all of it.
 
@@ -80,6 +81,9 @@ def diagnose(
     step: checkpoint of a run; None takes the newest.
     rows: what the rows of a file's lone matrix are, where nothing in it says so: "prototypes", or
       "features" of images, which are described and not judged.
+    cosine: of arrays and files: whether embeddings are compared with the directions of prototypes
+      alone (True) or by products, in which norms count (False); None takes what the names in a file
+      say, products where they say nothing.
 
   Raises:
     UserError: if there is no such thing, no prototypes are found, or an argument says nothing about
@@ -88,6 +92,7 @@ def diagnose(
   arguments = {"embeddings": embeddings, "key": key, "transpose": transpose or None}
   arguments |= {"which": which, "data": data, "data_dir": data_dir, "split": split}
   arguments |= {"limit": limit or None, "heads": heads, "step": step, "rows": rows}
+  arguments |= {"cosine": cosine}
   given: dict[str, Any] = {name: value for name, value in arguments.items() if value is not None}
   idle = next((name for name in ("data_dir", "split", "limit", "heads") if name in given), "")
   if idle and data is None:
@@ -99,7 +104,7 @@ def diagnose(
   examine: Callable[..., diagnosis.Diagnosis]
   allowed: tuple[str, ...]
   if not isinstance(what, str | os.PathLike):
-    kind, examine, allowed = "an array", diagnosis.diagnose, ("embeddings",)
+    kind, examine, allowed = "an array", diagnosis.diagnose, ("embeddings", "cosine")
   else:
     what = pathlib.Path(what).expanduser()
     if not what.exists():
@@ -115,7 +120,7 @@ def diagnose(
     else:
       kind, examine = f"{what}, a file of arrays", _diagnose_file
       allowed = ("embeddings", "key", "transpose", "which", "data", "data_dir", "split", "limit")
-      allowed += ("heads", "rows")
+      allowed += ("heads", "rows", "cosine")
   for name in given:
     if name not in allowed:
       raise errors.UserError(f"{name} means nothing for {kind}: leave it out")
@@ -153,6 +158,7 @@ def _diagnose_file(
   transpose: bool = False,
   which: str | None = None,
   rows: str | None = None,
+  cosine: bool | None = None,
   **images: Any,
 ) -> diagnosis.Diagnosis:
   arrays = tensor_files.read(path)
@@ -226,7 +232,7 @@ def _diagnose_file(
       features=None if of_set is None else features,
       name=one.name,
       gain=one.gain,
-      cosine=one.cosine,
+      cosine=one.cosine if cosine is None else cosine,
       aliases=one.aliases,
       for_usage=for_usage,
     )
@@ -280,20 +286,24 @@ def _leads_to_prototypes(path: pathlib.Path, which: str | None) -> bool:
     return False
 
 
+def _rows(count: int) -> str:
+  return f"{count:,} row{'s' * (count != 1)}"
+
+
 def _describe(matrix: np.ndarray, *, said: bool) -> diagnosis.Diagnosis:
   """A matrix of features, or of what nobody said, in numbers and without a verdict."""
   rows = np.asarray(matrix, np.float32)
   norms = np.linalg.norm(rows, axis=1)
   result: dict[str, Any] = {"kind": "matrix", "rows": len(rows), "dim": rows.shape[1]}
   result["not_finite"] = int(np.sum(~np.isfinite(norms)))
-  lines = [f"file: one matrix, {len(rows):,} rows of {rows.shape[1]} numbers, not judged"]
+  lines = [f"file: one matrix, {_rows(len(rows))} of {rows.shape[1]} numbers, not judged"]
   measured: dict[str, float] = {}
   verdict = None
   sentences: list[str] = []
   if result["not_finite"]:
     verdict = diagnosis.not_finite(result["not_finite"], len(rows))
     sentences = [f"{verdict.label}: {verdict.sentence}"]
-    lines[0] = f"file: one matrix, {len(rows):,} rows of {rows.shape[1]} numbers"
+    lines[0] = f"file: one matrix, {_rows(len(rows))} of {rows.shape[1]} numbers"
   else:
     measured = metrics.summary(features=rows)
     result |= {"norm": [float(norms.min()), float(norms.max())], "measures": measured}
@@ -405,6 +415,11 @@ def _diagnose_run(
       made=model.config.method.prototypes,
       for_usage="data=run or " * (not exported) + "data=folder data_dir=IMAGES",
       use=use,
+      circumstances=(
+        None
+        if exported or model.step is None
+        else verdicts.circumstances_of(model.config, model.step)
+      ),
     )
     if use:
       sets[name].result["use_by_metrics"] = use

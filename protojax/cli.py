@@ -126,7 +126,7 @@ _NAMED = (
 _KEY = r"config\.(?!json\b|py\b)[a-z]"  # config.json and protojax/config.py are files
 _ADVISED = r"(?<=another )(?=workdir\b)|(?<=give )(?=data_dir=)"
 _FLAG = re.compile(rf"(?<![^\s(])(?={_NAMED}|{_KEY})|{_ADVISED}")
-_SWITCH = re.compile(r"(?<![^\s(])transpose=True\b")  # a flag without a value
+_SWITCH = re.compile(r"(?<![^\s(])(transpose|cosine)=True\b")  # a flag without a value
 # Alone, data_dir is a setting of training; beside data it is an argument too.
 _BESIDE = re.compile(r"(?<=data=folder)(\s+)(?=data_dir=)")
 
@@ -137,7 +137,7 @@ def with_flags(message: str) -> str:
   >>> with_flags("workdir=runs/a is a file: lower config.optim.lr or choose another workdir")
   '--workdir=runs/a is a file: lower --config.optim.lr or choose another --workdir'
   """
-  return _FLAG.sub("--", _SWITCH.sub("--transpose", _BESIDE.sub(r"\1--", message)))
+  return _FLAG.sub("--", _SWITCH.sub(r"--\1", _BESIDE.sub(r"\1--", message)))
 
 
 # What these say below these levels tells a user nothing: jax looks for a TPU on every machine,

@@ -90,6 +90,9 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
     {
       "every": 1000,
       "images": 2048,
+      # Of many prototypes those whose partners are looked for among all: see docs/instruments.md.
+      # None: all of 65,536, 2,048 of more while training lasts; 0: all.
+      "prototypes": config_dict.placeholder(int),
       "stop_on_collapse": False,
     }
   )
@@ -517,6 +520,10 @@ def check(config: ml_collections.ConfigDict) -> None:
   if config.monitor.images < 2:
     raise errors.UserError(
       f"monitor.images={config.monitor.images}: the collapse measures need at least 2 images"
+    )
+  if (config.monitor.prototypes or 0) < 0:
+    raise errors.UserError(
+      f"monitor.prototypes={config.monitor.prototypes} must not be negative (0: all)"
     )
   if config.num_steps < 0 or config.num_epochs < 0:
     raise errors.UserError("num_steps and num_epochs must not be negative")

@@ -223,6 +223,18 @@ def of_state(
   )
 
 
+def untrained(model: Trained) -> Trained:
+  """The same run before its first step, for features: the weights that its seed gives."""
+
+  @functools.partial(jax.jit, out_shardings=sharding.replicated(model.mesh))
+  def start(seed: int) -> Any:
+    method_key, _, _ = jax.random.split(jax.random.key(seed), 3)  # as `train_step.init_state`
+    return model.method.init(method_key)
+
+  _, tree = train_step.encoder_of(start(model.config.seed))
+  return model._replace(step=0, **tree)
+
+
 class Sets(NamedTuple):
   """In the place of a method, for prototypes that were exported; see `prototypes.scoring`.
 

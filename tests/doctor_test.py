@@ -155,6 +155,29 @@ def test_prototypes_found_by_name_are_transposed_too(tmp_path, collapsed, capsys
   assert "transpose=True" in str(api.diagnose(path))
 
 
+def test_the_status_tells_a_collapse_only_if_asked(full, tmp_path):
+  doctor.main([str(full)])
+  with pytest.raises(SystemExit) as ended:
+    doctor.main([str(full), "--fail"])
+  assert ended.value.code == 1
+  doctor.main([str(full), "--fail", "--which=student"])  # "unique, use unknown" is no alarm
+
+
+def test_a_flag_says_whether_norms_count(tmp_path, capsys):
+  """As names do: the same matrix is compared in the same way under any name."""
+  weights = _RNG.normal(size=(64, 16)) * np.where(np.arange(64) < 10, 50.0, 1.0)[:, None]
+  np.save(tmp_path / "z.npy", _RNG.normal(size=(500, 16)))
+  np.save(tmp_path / "mine.npy", weights)
+  used = {}
+  for flag in ("", "--cosine", "--no-cosine"):
+    flags = [f"--embeddings={tmp_path / 'z.npy'}", *filter(None, [flag])]
+    usage = _examined(tmp_path, tmp_path / "mine.npy", *flags)["sets"]["mine"]["usage"]
+    used[flag], shown = usage["used"], capsys.readouterr().out
+    assert usage["compared_by"] == ("cosine" if flag == "--cosine" else "product")
+    assert ("--cosine compares directions" in shown) == (flag != "--cosine")
+  assert used[""] == used["--no-cosine"] < 0.5 < used["--cosine"]
+
+
 def test_what_shows_that_prototypes_lie_the_other_way_round_refuses_them(tmp_path, collapsed):
   """The head ends in 32 dimensions, or there are 300 gains, or embeddings of 32 dimensions."""
   turned = np.ascontiguousarray(collapsed.T.astype(np.float32))
@@ -435,6 +458,13 @@ def test_a_run_is_judged_by_its_metrics_its_prototypes_and_its_images(run, tmp_p
   assert "are of the head's embeddings" in capsys.readouterr().out
 
 
+def test_a_run_of_one_step_is_warming_up_whatever_its_prototypes_look_like(run, tmp_path, capsys):
+  doctor.main([str(run), "--data=run", "--limit=100"])
+  shown = capsys.readouterr().out
+  assert shown.count("warming up") == 2 and "cluster collapse" not in shown
+  assert "unused:" not in shown
+
+
 def test_a_run_shows_the_use_of_prototypes_that_it_has_measured(run, tmp_path, capsys):
   """Of the checkpoint's step it is judged too, of another one only shown."""
   folder = shutil.copytree(run, tmp_path / "run")
@@ -442,7 +472,7 @@ def test_a_run_shows_the_use_of_prototypes_that_it_has_measured(run, tmp_path, c
   lines = [{"step": 1, "train/loss": 3.5} | use, {"step": 2, "train/loss": 3.5}]
   (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
   result = _examined(tmp_path, folder)["sets"]["prototypes"]
-  shown = capsys.readouterr().out
+  shown = " ".join(capsys.readouterr().out.split())
   assert "prototypes used at step 1 by its labelled images: 50.0%, by metrics.jsonl" in shown
   assert "50.0% are used" in shown and "use unknown" not in shown and "cannot be seen" not in shown
   assert result["use_by_metrics"] == {"collapse/used": 0.5, "collapse/used_most": 1.0}
