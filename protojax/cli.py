@@ -103,7 +103,7 @@ def listed(kind: Callable[[str], Any]) -> Callable[[str], tuple]:
 
 # Arguments of the library for which there is a flag of the same name, as messages have them.
 _NAMED = (
-  r"(data|devices|embeddings|format|heads|image_size|key|limit|rows|stem|step|topology|which"
+  r"(coordinator_address|data|devices|embeddings|format|heads|image_size|key|limit|num_processes|rows|stem|step|topology|which"
   r"|workdir)="
 )
 _KEY = r"config\.(?!json\b|py\b)[a-z]"  # config.json and protojax/config.py are files
@@ -211,6 +211,9 @@ def guarded(call: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> Any:
   except errors.Interrupted as stop:
     progress.write(f"protojax: {with_flags(str(stop))}")
     sys.exit(128 + stop.number)
+  except errors.Missing as missing:
+    progress.write(f"protojax: {with_flags(str(missing))}")
+    sys.exit(errors.LOST)
   except OSError as error:
     if error.errno == errno.EPIPE and _unread(sys.stdout):
       progress.discard(sys.stdout)

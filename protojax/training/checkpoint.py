@@ -60,6 +60,12 @@ def leaves(workdir: str | os.PathLike) -> dict[str, str] | None:
   return None
 
 
+def newest(workdir: str | os.PathLike) -> int | None:
+  """The step of the newest sealed checkpoint, or None."""
+  seals = (pathlib.Path(workdir).expanduser() / "checkpoints").glob(f"*/{_SEAL}")
+  return max((int(s.parent.name) for s in seals if s.parent.name.isdigit()), default=None)
+
+
 def _one_line(error: Exception) -> str:
   first, *_ = str(error).strip().splitlines() or [""]
   return f"{type(error).__name__}: {first[:200]}"
