@@ -233,8 +233,7 @@ def _intact(workdir: str) -> str:
   """What there is to go on from."""
   from protojax.training import checkpoint
 
-  step = checkpoint.newest(workdir)
-  return "no checkpoint was saved yet" if step is None else f"checkpoint {step} is intact"
+  return checkpoint.intact(workdir)
 
 
 def main(argv: Sequence[str]) -> None:

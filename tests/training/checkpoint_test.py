@@ -364,7 +364,7 @@ def test_failure_of_the_last_save_surfaces_at_close(tmp_path, monkeypatch):
   monkeypatch.setattr(checkpoint.Checkpoints, "_seal", full)
   saved = checkpoint.Checkpoints(tmp_path)
   saved.save(1, _state(1), META)
-  with pytest.raises(errors.UserError, match="no space left .* 1 in .*; there is none before it"):
+  with pytest.raises(errors.UserError, match="no space left .* 1 in .*; there is no checkpoint yet"):
     saved.close()
   assert _steps(tmp_path) == [] and _read(tmp_path) is None
 
