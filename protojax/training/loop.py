@@ -126,7 +126,8 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
       log.summary(result, bank=bank)
       return result
     log.lines(opening.lines(program, train=train_source, bank=bank, test=test, folder=folder))
-    log.lines(opening.disk(*checkpoints.room(program.abstract)))
+    if start < config.num_steps:
+      log.lines(opening.disk(*checkpoints.room(program.abstract)))
     cached = {data: program.load(data) for data in to_cache}
     view = evaluation.Snapshot(program, bank=bank, test=test, cached=cached)
     if start == 0:
