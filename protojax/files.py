@@ -46,7 +46,9 @@ def write(path: str | os.PathLike, content: str | bytes | Callable[[pathlib.Path
   except OSError as error:
     if error.errno in _FULL:
       raise
-    raise errors.UserError(f"cannot write to {path}: {error.strerror}") from None
+    raise errors.UserError(
+      f"cannot write to {path}: {error.strerror}: mend it or choose another place"
+    ) from None
   finally:
     if temporary.is_file():
       temporary.unlink()

@@ -304,7 +304,10 @@ def _write(workdir: str, path: pathlib.Path, content: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_json(path, content)
   except OSError as error:
-    raise errors.UserError(f"cannot write to workdir={workdir}: {error.strerror}") from None
+    what, advice = files.trouble(error) or (error.strerror, "mend it")
+    raise errors.UserError(
+      f"cannot write to workdir={workdir}: {what}: {advice} or choose another workdir"
+    ) from None
 
 
 @contextlib.contextmanager
