@@ -10,7 +10,6 @@ own, `errors.LOST`.
 import atexit
 import contextlib
 import errno
-import logging
 import os
 import re
 import select
@@ -19,6 +18,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+
+from absl import logging
 
 from protojax import errors, progress
 
@@ -86,19 +87,23 @@ class Hosts:
     self._thread.start()
 
   def _watch(self) -> None:
-    last = time.monotonic()
+    last, poll = time.monotonic(), select.poll()
+    for link in self._links.values():
+      poll.register(link, select.POLLIN)
     while True:
-      ready, _, _ = select.select(list(self._links.values()), [], [], _BEAT)
+      ready = {descriptor for descriptor, _ in poll.poll(1000 * _BEAT)}
       now = time.monotonic()
       if now - last > 4 * _BEAT:  # this process stood still: what it missed is nobody's fault
         for link in self._links.values():
           link.heard += now - last
       last = now
       for index, link in [*self._links.items()]:
-        if link in ready and (lines := link.lines()) is not None:
+        come = link.fileno() in ready
+        if come and (lines := link.lines()) is not None:
           for line in lines:
             self._take(index, link, line)
-        elif link in ready:
+        elif come:
+          poll.unregister(link)
           del self._links[index]
           if not link.done:
             self._lose(index, link, "is gone: killed, or its machine went down")
@@ -245,7 +250,7 @@ def _called(port: int, count: int, limit: float, seconds: float) -> dict[int, _L
       missing = [i for i in range(1, count) if i not in links]
       names = f"process {', '.join(map(str, missing))}"
       if time.monotonic() > said:
-        logging.getLogger("absl").info("waiting for %s of %d processes", names, count)
+        logging.info("waiting for %s of %d", names, count)
         said = limit
       if time.monotonic() > limit:
         text = (

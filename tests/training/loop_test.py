@@ -401,18 +401,18 @@ loop.run(main.parse([*arguments, "--config.data.cache=device"])[0], folder)
 """
 
 
-def test_two_processes_train_and_resume_as_one(whole, tmp_path):
-  folder = tmp_path / "run"
+def _two_processes(code, folder, **changes):
+  """Two processes of two devices each that run `code`."""
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     port = probe.getsockname()[1]
-  flags = [f"--config.{k}={v}" for k, v in tiny.RUN.items()]
+  flags = [f"--config.{k}={v}" for k, v in (tiny.RUN | changes).items()]
   flags += [f"--config={ROOT / 'configs' / 'quickstart.py:debug'}", "--num_processes=2"]
   flags.append("--config.optim.warmup_steps=200")  # the recipe's, as of the whole run
   flags.append(f"--coordinator_address=127.0.0.1:{port}")
-  processes = [
+  return [
     subprocess.Popen(
-      [sys.executable, "-c", _TWICE, str(folder), *flags, f"--process_id={i}"],
+      [sys.executable, "-c", code, str(folder), *flags, f"--process_id={i}"],
       cwd=ROOT,
       env={**os.environ, "JAX_NUM_CPU_DEVICES": "2"},
       text=True,
@@ -421,6 +421,11 @@ def test_two_processes_train_and_resume_as_one(whole, tmp_path):
     )
     for i in range(2)
   ]
+
+
+def test_two_processes_train_and_resume_as_one(whole, tmp_path):
+  folder = tmp_path / "run"
+  processes = _two_processes(_TWICE, folder)
   for index, process in enumerate(processes):
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
@@ -444,10 +449,49 @@ def _goes_on_alone(folder, whole):
     np.testing.assert_allclose(losses[step], loss, rtol=1e-4)
   (step, state), (_, expected) = _final(folder), _final(whole)
   assert step == 6
-  for (k,leaf), (_,other) in zip(*map(jax.tree_util.tree_leaves_with_path, (state.encoder, expected.encoder))): print('MEAS', jax.tree_util.keystr(k), float(np.abs(leaf-other).max()), float(np.abs(other).max()))
-  print('LOSS', losses, _losses(whole))
   for leaf, other in zip(*map(jax.tree.leaves, (state.encoder, expected.encoder)), strict=True):
     assert np.abs(leaf - other).max() < 1e-3 * max(1e-3, np.abs(other).max())
+
+
+_ONCE = """
+import sys
+from protojax import cli, main
+folder, *arguments = sys.argv[1:]
+cli.guarded(main.main, [*arguments, f"--workdir={folder}"])
+"""
+
+
+@long
+def test_sigterm_on_the_second_process_saves_on_both_and_one_process_goes_on(tmp_path):
+  folder = tmp_path / "run"
+  changes = {"num_steps": 300, "save_every": 1000, "eval_every": 1000, "monitor.every": 1000}
+  zero, one = _two_processes(_ONCE, folder, **changes)
+  for line in zero.stdout:
+    if line.startswith("step 5/"):
+      one.send_signal(signal.SIGTERM)
+      break
+  output, log = zero.communicate(timeout=600)[0], one.communicate(timeout=600)[0]
+  assert zero.returncode == one.returncode == 143, output + log
+  stopped = re.search(r"\nprotojax: stopped at step (\d+); run the same command", output)
+  assert stopped and stopped[0] in log and int(stopped[1]) % 10 == 0
+  config = tiny.run_config(**changes, **{"optim.warmup_steps": 200})
+  assert loop.run(config, str(folder))["step"] == 300
+  said = f"resumed at step {stopped[1]}, saved on 4 devices and now on 8: equal to rounding"
+  assert said in (folder / "train.log").read_text()
+
+
+@long
+def test_a_run_of_one_process_goes_on_with_two(whole, tmp_path):
+  folder = tmp_path / "run"
+  shutil.copytree(whole, folder)
+  shutil.rmtree(folder / "checkpoints" / "6")
+  for process in _two_processes(_ONCE, folder):
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+  assert "resumed at step 4, saved on 8 devices and now on 4" in (folder / "train.log").read_text()
+  losses = _losses(folder)
+  for step, loss in _losses(whole).items():
+    np.testing.assert_allclose(losses[step], loss, rtol=1e-4)
 
 
 def _full(*unused, **options):
