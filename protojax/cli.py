@@ -24,14 +24,20 @@ from protojax import errors, progress
 class _Parser(argparse.ArgumentParser):
   """argparse prints its usage before an error and ends the process; here an error is one line."""
 
+  meant: Callable[[str], str | None] | None = None  # of a flag that there is not: the one for it
+
   def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
     # Before argparse does: a mistyped flag would be called a missing one.
     flags = [option for action in self._actions for option in action.option_strings]
     for argument in sys.argv[1:] if args is None else args:
       if argument == "--":
         break
-      name = argument.partition("=")[0]
-      if name.startswith("--") and name not in flags and (near := nearest(name, flags)):
+      name, equals, value = argument.partition("=")
+      if not name.startswith("--") or name in flags:
+        continue
+      if self.meant and (flag := self.meant(name)):
+        raise errors.UserError(f"there is no flag {argument}: did you mean {flag}{equals}{value}?")
+      if near := nearest(name, flags):
         self.error(f"there is no flag {argument}: did you mean {near}?")
     if word := self._stray(sys.argv[1:] if args is None else args):
       meant = " or ".join(f"{flag}={word}" for flag in self._named())
@@ -66,21 +72,31 @@ class _Parser(argparse.ArgumentParser):
     raise errors.UserError(f"{message}; {self.prog} --help shows what there is")
 
 
-def parser(verb: str, description: str, *, epilog: str = "") -> argparse.ArgumentParser:
+def parser(
+  verb: str,
+  description: str,
+  *,
+  epilog: str = "",
+  meant: Callable[[str], str | None] | None = None,
+) -> argparse.ArgumentParser:
   """A parser for `protojax <verb>` that raises UserError for a mistake.
 
   Args:
     verb: as in `protojax.__main__.VERBS`.
     description: what --help says first, kept as it is written.
     epilog: what --help says last, likewise.
+    meant: a flag that there is not -> the one that it was probably meant to be, or None; asked
+      before the nearest of this program's own is looked for.
   """
-  return _Parser(
+  made = _Parser(
     prog=f"protojax {verb}",
     description=description,
     epilog=epilog,
     allow_abbrev=False,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
+  made.meant = meant
+  return made
 
 
 def nearest(word: str, words: Iterable[str]) -> str | None:
@@ -89,6 +105,7 @@ def nearest(word: str, words: Iterable[str]) -> str | None:
   >>> nearest("workdr", ["config", "workdir"])
   'workdir'
   """
+  words = [one for one in words if len(one.lstrip("-")) > 1]  # a letter resembles anything
   return next(iter(difflib.get_close_matches(word, words, 1)), None)
 
 
@@ -108,8 +125,9 @@ _NAMED = (
   r"|workdir)="
 )
 _KEY = r"config\.(?!json\b|py\b)[a-z]"  # config.json and protojax/config.py are files
-_FLAG = re.compile(rf"(?<![^\s(])(?={_NAMED}|{_KEY})|(?<=another )(?=workdir\b)")
-_SWITCH = re.compile(r"(?<![^\s(])transpose=True\b")  # a flag without a value
+_ADVISED = r"(?<=another )(?=workdir\b)|(?<=give )(?=data_dir=)"
+_FLAG = re.compile(rf"(?<![^\s(])(?={_NAMED}|{_KEY})|{_ADVISED}")
+_SWITCH = re.compile(r"(?<![^\s(])(transpose|cosine)=True\b")  # a flag without a value
 # Alone, data_dir is a setting of training; beside data it is an argument too.
 _BESIDE = re.compile(r"(?<=data=folder)(\s+)(?=data_dir=)")
 
@@ -120,7 +138,7 @@ def with_flags(message: str) -> str:
   >>> with_flags("workdir=runs/a is a file: lower config.optim.lr or choose another workdir")
   '--workdir=runs/a is a file: lower --config.optim.lr or choose another --workdir'
   """
-  return _FLAG.sub("--", _SWITCH.sub("--transpose", _BESIDE.sub(r"\1--", message)))
+  return _FLAG.sub("--", _SWITCH.sub(r"--\1", _BESIDE.sub(r"\1--", message)))
 
 
 # What these say below these levels tells a user nothing: jax looks for a TPU on every machine,

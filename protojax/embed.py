@@ -27,8 +27,8 @@ Writes what a trained encoder makes of images, one row an image.
 --what, one or more of
   features    [F] of the backbone, what k-NN and linear probes see
   patches     [h, w, F], the patch tokens of a ViT, the map of a ResNet
-  embeddings  [D] of the head, what is compared with the prototypes
-  codes       the number of the prototype with the largest score
+  embeddings  [D] of the head, what is compared with the prototypes; called embedding in the file
+  codes       the number of the prototype with the largest score; called code in the file
 --layers, of features and patches: last; one by one block1, block2, ... of a ViT (through the final
 norm) and stage1 to stage4 of a ResNet; of features of a ViT also last4, last_avg, last4_avg.
 

@@ -63,10 +63,17 @@ def by_share(function: Callable, *, summed: bool = False) -> Callable:
     out = function(rows, shared)
     return jax.lax.psum(out, AXIS) if summed else out
 
-  return jax.shard_map(
+  shared = jax.shard_map(
     of_share,
     mesh=mesh(),
     in_specs=(PartitionSpec(AXIS), PartitionSpec()),
     out_specs=PartitionSpec() if summed else PartitionSpec(AXIS),
     check_vma=False,
   )
+
+  def run(rows, whole):
+    # The caller may be inside of `jax.set_mesh` with the mesh of a training.
+    with jax.sharding.use_abstract_mesh(mesh().abstract_mesh):
+      return shared(rows, whole)
+
+  return run

@@ -36,12 +36,20 @@ NAME:debug is the recipe NAME as a minute's run on a CPU, on the digits of sciki
 _EXAMPLE = "protojax train --config=quickstart --workdir=runs/quickstart"
 
 
+def _of_the_recipe(flag: str) -> str | None:
+  """--num_steps is --config.num_steps: the flag of a setting that was typed as one of its own."""
+  key = configs.key_named(flag.removeprefix("--"), configs.default())
+  return f"--config.{key}" if key else None
+
+
 def _parser(list_recipes: bool) -> argparse.ArgumentParser:
   listed = [
     textwrap.fill(f"  {name:<25}{recipes.title(name)}", 100, subsequent_indent=" " * 27)
     for name in (recipes.names() if list_recipes else ())
   ]
-  parser = cli.parser("train", _DESCRIPTION, epilog="\n".join(["recipes:", *listed]))
+  parser = cli.parser(
+    "train", _DESCRIPTION, epilog="\n".join(["recipes:", *listed]), meant=_of_the_recipe
+  )
   parser.usage = "protojax train --config=RECIPE --workdir=FOLDER [--config.KEY=VALUE ...]"
   parser.add_argument("--config", metavar="RECIPE", help="NAME, FILE.py, NAME:debug")
   parser.add_argument("--workdir", help="folder of this run; resumed if it holds one")
@@ -82,17 +90,7 @@ def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, argparse.Name
   of_recipe = help_wanted and any(a.startswith("--config") for a in others)
   if of_recipe:
     others = [a for a in others if a not in ("--help", "-h")]
-  parser = _parser(list_recipes=help_wanted)
-  flags = {option for action in parser._actions for option in action.option_strings}
-  for argument in others:
-    flag, equals, value = argument.partition("=")
-    if flag.startswith("--") and flag not in flags:
-      key = configs.key_named(flag.removeprefix("--"), configs.default())
-      if key:
-        raise errors.UserError(
-          f"there is no flag {argument}: did you mean --config.{key}{equals}{value}?"
-        )
-  args = parser.parse_args(others)
+  args = _parser(list_recipes=help_wanted).parse_args(others)
   for name in ("config", *["workdir"] * (not of_recipe)):
     if not getattr(args, name):
       raise errors.UserError(
@@ -100,6 +98,10 @@ def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, argparse.Name
       )
   config = typed.config(args.config, changes)
   given = dict(changes)
+  if config.init_from and "init_from" in given:
+    from protojax.training import origin
+
+    origin.take_over(config, given)
   if config.data.name == "digits" and "data.data_dir" in given and "data.name" not in given:
     logging.warning(
       "config.data.data_dir=%s is not looked at: %s is on the digits of scikit-learn; add "

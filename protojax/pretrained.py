@@ -223,6 +223,18 @@ def of_state(
   )
 
 
+def untrained(model: Trained) -> Trained:
+  """The same run before its first step, for features: the weights that its seed gives."""
+
+  @functools.partial(jax.jit, out_shardings=sharding.replicated(model.mesh))
+  def start(seed: int) -> Any:
+    method_key, _, _ = jax.random.split(jax.random.key(seed), 3)  # as `train_step.init_state`
+    return model.method.init(method_key)
+
+  _, tree = train_step.encoder_of(start(model.config.seed))
+  return model._replace(step=0, **tree)
+
+
 class Sets(NamedTuple):
   """In the place of a method, for prototypes that were exported; see `prototypes.scoring`.
 
@@ -339,6 +351,16 @@ def _require_fit(
       f"shape {there.get(wrong[0], 'none')}, the model {here.get(wrong[0], 'none')} "
       f"({len(wrong)} differences): export or convert them again"
     )
+
+
+def not_finite(model: Trained) -> str:
+  """Which weights hold NaN or infinity, and what to take instead, in words; "" if none does."""
+  found = trees.not_finite(trees.flat({"params": model.params, "batch_stats": model.batch_stats}))
+  if not found:
+    return ""
+  if model.kind == "run":
+    return f"{found}: the encoder has diverged, take an earlier step=NUMBER"
+  return f"{found}: export or convert an earlier or an undamaged checkpoint"
 
 
 def layers(model: Trained) -> tuple[str, ...]:

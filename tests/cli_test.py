@@ -96,6 +96,10 @@ def test_the_log_is_plain_lines_of_ours_and_warnings_of_others(path, level, show
       "give --rows=prototypes or --data=folder  --data_dir=IMAGES",
     ),
     (
+      "data_dir=None of data set 'folder' is not a folder: give data_dir=FOLDER",
+      "data_dir=None of data set 'folder' is not a folder: give --data_dir=FOLDER",
+    ),
+    (
       "cannot write to workdir=a: choose another workdir",
       "cannot write to --workdir=a: choose another --workdir",
     ),

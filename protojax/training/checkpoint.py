@@ -65,16 +65,36 @@ def leaves(workdir: str | os.PathLike) -> dict[str, str] | None:
   return None
 
 
-def newest(workdir: str | os.PathLike) -> int | None:
-  """The step of the newest sealed checkpoint, or None."""
-  seals = (pathlib.Path(workdir).expanduser() / "checkpoints").glob(f"*/{_SEAL}")
-  return max((int(s.parent.name) for s in seals if s.parent.name.isdigit()), default=None)
+def steps(workdir: str | os.PathLike) -> list[int]:
+  """The steps whose checkpoints are in a run's folder, in order; read or not, whole or not."""
+  folder = pathlib.Path(workdir).expanduser() / "checkpoints"
+  return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+
+
+def on_host(workdir: str | os.PathLike) -> dict[str, np.ndarray]:
+  """{"teacher/encoder/head/fc1/kernel": array} of a run's newest checkpoint, of whatever program.
+
+  Raises:
+    UserError: if there is none.
+  """
+  folder = pathlib.Path(workdir).expanduser().absolute() / "checkpoints"
+  there = steps(workdir)
+  if not there:
+    raise errors.UserError(f"there is no checkpoint in {folder}")
+  handler = ocp.PyTreeCheckpointHandler()
+  state = folder / str(there[-1]) / "state"
+  as_numpy = jax.tree.map(
+    lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(state).tree
+  )
+  tree = handler.restore(state, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+  name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+  return {name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def intact(workdir: str | os.PathLike) -> str:
   """What there is to go on from, where a run breaks off: "checkpoint 30 is intact"."""
-  step = newest(workdir)
-  return "there is no checkpoint yet" if step is None else f"checkpoint {step} is intact"
+  there = steps(workdir)
+  return f"checkpoint {there[-1]} is intact" if there else "there is no checkpoint yet"
 
 
 def _one_line(error: Exception) -> str:
@@ -177,7 +197,7 @@ class Checkpoints:
       UserError: if not a single one fits.
     """
     size, free = _size(state), self._free()
-    there = sum(1 for path in self._folder.glob("*") if path.name.isdigit())
+    there = len(steps(self._folder.parent))
     if _of_first(lambda: "full" if free < size else None):
       raise errors.UserError(
         f"a checkpoint takes up to {size / 1e9:.3g} GB and {free / 1e9:.3g} GB of the disk of "

@@ -1,7 +1,6 @@
 """The training loop: build, restore, then save / next / step / log / evaluate."""
 
 import contextlib
-import pathlib
 import time
 from collections.abc import Callable
 
@@ -19,6 +18,7 @@ from protojax.training import (
   evaluation,
   export,
   opening,
+  origin,
   programs,
   sharding,
 )
@@ -62,6 +62,8 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
   train_source, bank, test = datasets.of_run(config)
   config = configs.resolve(config, len(train_source))
   config = data_settings.completed(config, train_source)
+  if config.init_from:
+    origin.require_same(config)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.model)
   sharding.rows_of_process(config.batch_size, mesh)
   if test is not None:
@@ -82,8 +84,7 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
   )
   start_from = None
   if config.init_from:
-    path = pathlib.Path(config.init_from).expanduser()
-    start_from = export.load(path, program.abstract.encoder)
+    start_from = export.load(origin.path_of(config), program.abstract.encoder)
 
   folder = workdirs.claim(workdir, config)
   checkpoints = checkpoint.Checkpoints(folder, keep=config.keep_checkpoints)

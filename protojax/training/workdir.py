@@ -19,12 +19,14 @@ from protojax import config as configs
 from protojax.training import checkpoint, export, optim, train_step, wandb_run
 
 REPORT = "report.html"  # the page about a run
+BAD_STEPS = "bad_steps.jsonl"  # updates whose loss or gradient was not finite, for replay
 _OURS = (
   "config.json",
   "env.json",
   "checkpoints",
   "exported",
   "metrics.jsonl",
+  BAD_STEPS,
   "train.log",
   "eval",
   "report.png",
@@ -110,10 +112,12 @@ _FREE = (
   "model.attention",
   "model.remat",
   "model.scan",
+  "method.block",
   "mesh.",
   "data.data_dir",
   "data.num_workers",
   "data.cache",
+  "optim.skip_nonfinite",
   "probe.",  # no gradient of a probe reaches the encoder
   # Compared as the steps they come to:
   "num_epochs",

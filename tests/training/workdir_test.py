@@ -97,6 +97,8 @@ def test_settings_that_do_not_change_the_numbers_may_change():
     probe__name="folder",
     probe__train_split="validation",
     model__remat=True,
+    method__block=4,
+    optim__skip_nonfinite=3,
     wandb="project",
   )
   workdir.refuse_mismatch(before, free)
