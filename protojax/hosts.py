@@ -135,7 +135,7 @@ class Hosts:
     if self._index == 0:
       for link in self._links.values():
         link.tell(f"leave {status} {text}")
-    time.sleep(max(grace, _BEAT))  # process 0 must be read before its connections close
+    time.sleep(max(grace, 2 * _BEAT))  # process 0 must be read before its connections close
     with contextlib.suppress(OSError):
       progress.end()
       progress.write(f"protojax: {text}")
@@ -153,7 +153,7 @@ class Hosts:
       link.tell(
         f"failed {status} {line}" if self._index else f"leave {status} process 0 has ended: {line}"
       )
-    time.sleep(_BEAT)
+    time.sleep(2 * _BEAT)  # read, before the connections close
     atexit.register(_end, status)  # JAX would wait for the others, minutes, and crash
 
   def done(self) -> None:
