@@ -51,11 +51,12 @@ def _raise(error):
       "command again; what was written before is intact",
     ),
     (KeyboardInterrupt(), 130, "protojax: interrupted"),
+    (errors.Missing("process 1 did not come"), 75, "protojax: process 1 did not come"),
   ],
 )
 def test_what_ends_a_program_is_one_line_with_its_status(capsys, monkeypatch, error, status, line):
   left = []
-  monkeypatch.setattr(cli, "_interrupted", False)
+  monkeypatch.setattr(cli, "_at_once", None)
   monkeypatch.setattr(cli.os, "_exit", left.append)
   assert _outcome(capsys, _raise(error)) == (status, [line])
   cli._leave()  # as atexit does; after Ctrl-C XLA is not taken down

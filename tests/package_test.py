@@ -20,7 +20,7 @@ _SCRIPTS = [*sorted((_ROOT / "launch").glob("*.sh")), _ROOT / ".ci" / "run"]
 # Imports go from a room to those before it; modules beside the rooms are rooms of one.
 _ROOMS = (
   *("errors", "environment", "files", "sizes", "trees", "own_modules"),
-  *("progress", "schedules", "losses", "local_devices", "placement"),
+  *("progress", "schedules", "losses", "hosts", "local_devices", "placement"),
   *("prototypes", "models", "data", "metrics", "evals", "methods", "config", "recipes", "typed"),
   *("training", "planning", "pretrained", "interop", "reports", "api", "cli"),
 )

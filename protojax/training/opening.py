@@ -116,6 +116,14 @@ def memory(step: jax.stages.Compiled, mesh: jax.sharding.Mesh) -> list[str]:
   return _wrapped("memory", text)
 
 
+def disk(needed: int, free: int) -> list[str]:
+  """How much the checkpoints will take, of what is free; see `checkpoint.Checkpoints.room`."""
+  text = f"up to {_size(needed)} more for checkpoints, of {_size(free)} that are free"
+  if needed > free:
+    text += ": the run will stop when it is full; free some space or lower config.keep_checkpoints"
+  return _wrapped("disk", text)
+
+
 def _wrapped(name: str, text: str) -> list[str]:
   return textwrap.wrap(
     text,
