@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from protojax import errors
-from protojax.prototypes import mixture, soft, streaming
+from protojax.methods import self_classifier
+from protojax.prototypes import dictionary, mixture, soft, streaming
 from protojax.training import sharding
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
@@ -40,6 +41,16 @@ def _losses(rows, prototypes, teacher, teacher_prototypes, bias, *, block):
     ):
       out |= {f"{name}/{kind}/{k}": v for k, v in found._asdict().items()}
     out[f"{name}/mean"] = soft.mean(q)
+  agreement = soft.agreement(p)
+  agreement = agreement._replace(log_mean=agreement.log_mean / _K)
+  readings = self_classifier.compare(
+    soft.Scores(rows, prototypes, block=block), row_temp=0.3, column_temp=0.5, eps=1e-3
+  )
+  codes = jnp.where(prototypes > 0, 1, -1).T.astype(jnp.int8)
+  falcon = dictionary.compare(codes, rows, scale=5.0, block=block)
+  for kind, found in (("agreement", agreement), ("readings", readings), ("codes", falcon)):
+    out |= {f"{kind}/{k}": v for k, v in found._asdict().items()}
+  out["log_partition"] = soft.log_partition(student)
   return out
 
 
