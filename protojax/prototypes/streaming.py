@@ -38,7 +38,7 @@ def block_size(asked: int | None, num_rows: int, num_prototypes: int) -> int:
   """How many prototypes are compared at a time.
 
   Args:
-    asked: `method.block`: None chooses by the memory of a device, 0 is all at once.
+    asked: `method.block` of a run: None chooses by the memory of a device, 0 is all at once.
     num_rows: of the global batch.
     num_prototypes: K.
 
@@ -58,9 +58,11 @@ def block_size(asked: int | None, num_rows: int, num_prototypes: int) -> int:
     most = max((_AT_ONCE_ON_CPU if on_cpu else _AT_ONCE) // rows, 1)
     return next(size for size in range(min(most, held), 0, -1) if held % size == 0)
   if asked < 0 or (asked and held % asked):
+    less = next((size for size in range(min(asked, held), 1, -1) if held % size == 0), None)
+    near = f", {less} say" if less else ""
     raise errors.UserError(
-      f"method.block={asked} does not cut the {held} prototypes of a device into equal blocks: "
-      "choose a divisor, 0 for all at once, or leave it out"
+      f"block={asked} (method.block of a run) does not cut the {held} prototypes of a device into "
+      f"equal blocks: choose a divisor{near}, 0 for all at once, or leave it out"
     )
   return asked
 
