@@ -70,8 +70,8 @@ def scores(scoring: Scoring, embedded: jax.Array) -> jax.Array:
 def codes(method: Any, variables: Any, images: jax.Array) -> dict[str, jax.Array]:
   """The prototype with the largest score of every image, of equal ones the first.
 
-  Where a device has many scores [B, K] (`streaming.block_size`) they are made by blocks
-  of prototypes. A method without `scoring` makes all of them.
+  Where a device has many scores [B, K] (`streaming.block_size`) they are made by blocks of
+  prototypes. A method without `scoring` makes all of them.
 
   Args:
     method: what has `codes`, `embeddings` and `scoring` of `methods.Method`.

@@ -8,7 +8,6 @@ teacher) under the evaluation transform, detached: nothing here has a gradient.
 import functools
 
 import jax
-
 import numpy as np
 from absl import logging
 
