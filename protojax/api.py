@@ -8,7 +8,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from protojax import errors, metrics, pretrained, trees
+from protojax import errors, loading, metrics, pretrained, trees
 from protojax.interop import importers, network, prototype_layouts, tensor_files
 from protojax.metrics import diagnosis, loss_curve, measures, verdicts
 from protojax.reports import of_run, record
@@ -357,7 +357,7 @@ def _arrays_of_file(
       f"data={data}: {path} cannot be run up to its prototypes: {why}; save what comes out of the "
       "head as .npy and pass it as embeddings=FILE"
     )
-  model = pretrained.of_export(path, done.tensors, done.info, done.prototypes)
+  model = loading.of_export(path, done.tensors, done.info, done.prototypes)
   found, features, told = _arrays_of_run(
     model, data=data, data_dir=data_dir, split=split, limit=limit
   )
@@ -384,7 +384,7 @@ def _diagnose_run(
       )
     lines += diagnosis.bullets(["there is no checkpoint yet whose prototypes could be examined"])
     return diagnosis.joined({}, lines=lines, result=result, verdict=verdict)
-  model = pretrained.load(str(folder), step=step)
+  model = loading.load(str(folder), step=step)
   not_finite = pretrained.not_finite(model)
   if exported and not model.prototypes:
     raise errors.UserError(

@@ -14,7 +14,17 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from protojax import __version__, cli, environment, errors, files, pretrained, progress, sizes
+from protojax import (
+  __version__,
+  cli,
+  environment,
+  errors,
+  files,
+  loading,
+  pretrained,
+  progress,
+  sizes,
+)
 from protojax.data import sources
 
 _DESCRIPTION = """\
@@ -108,7 +118,7 @@ def chunks(
   """The columns of the file, {name: array [n, ...]}, in the order of the source, batch by batch.
 
   Args:
-    model: from `pretrained.load`.
+    model: from `loading.load`.
     source: from `data.build`.
     what: of `WHAT`.
     layers: of features and patches, see `pretrained.chunks`.
@@ -236,7 +246,7 @@ def main(argv: list[str]) -> None:
   if unknown := [what for what in args.what or () if what not in WHAT]:
     raise errors.UserError(f"--what={unknown[0]} is unknown: choose of {', '.join(WHAT)}")
   environment.keep_compiled()
-  model = pretrained.load(args.path, step=args.step)
+  model = loading.load(args.path, step=args.step)
   split = args.split or (None if args.data in ("folder", "parquet", "tar") else "train")
   given, trained = args.value_range, model.config.data.value_range
   if given is not None and trained is not None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from protojax import cli, environment, errors, pretrained
+from protojax import cli, environment, errors, loading, pretrained
 from protojax.data import sources
 from protojax.evals import knn, protocols, result_files
 from protojax.training import console, encode, evaluation, sharding
@@ -213,7 +213,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, dict]:
     UserError: for a mistake of the user; results are written whole or not at all.
   """
   names = PROTOCOLS if args.protocol == "all" else (args.protocol,)
-  model = pretrained.load(args.workdir, step=args.step)
+  model = loading.load(args.workdir, step=args.step)
   images = _sources(model, args, names)
   for k in (args.k or (10,)) if "knn" in names else ():
     num = len(images["bank"].source)
@@ -332,7 +332,7 @@ def _measured_floors(model: pretrained.Trained, bank: Images, test: Images) -> d
   ]
   found = {"floor/knn_pixels": accuracy(raw, lambda rows: rows["pixels"])}
   if model.kind == "run" and not config.init_from:
-    fresh = pretrained.untrained(model)
+    fresh = loading.untrained(model)
     rows = [pretrained.encoded(fresh, images.source) for images in (bank, test)]
     found["floor/knn_untrained"] = accuracy(rows, lambda rows: rows["features"]["last"])
   return found

@@ -12,7 +12,7 @@ import zipfile
 
 import pytest
 
-from protojax import __main__, cli, errors, pretrained, progress
+from protojax import __main__, cli, errors, loading, progress
 from protojax.interop import tensor_files
 from protojax.reports import record
 
@@ -131,7 +131,7 @@ def test_a_user_error_is_a_value_error_that_no_reader_swallows(tmp_path):
   (tmp_path / "config.json").write_text('{"method": {"name": "nothing"}}')
   (tmp_path / "metrics.jsonl").write_text("{}")
   (tmp_path / "env.json").write_text("{}")
-  for read in (record.verdict, pretrained.load):
+  for read in (record.verdict, loading.load):
     with pytest.raises(errors.UserError, match="method.name='nothing' is unknown"):
       read(tmp_path)
   with zipfile.ZipFile(tmp_path / "script.pth", "w") as archive:

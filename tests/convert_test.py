@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 import tiny
 
-from protojax import cli, convert, errors, pretrained
+from protojax import cli, convert, errors, loading
 from protojax.interop import compiled, importers, names, settings
 from protojax.models import encoder as encoders
 from protojax.training import export, programs, workdir
@@ -308,7 +308,7 @@ def test_a_parameter_that_the_file_does_not_say_it_lacks_is_refused(tmp_path):
 
 def test_evaluation_takes_what_was_converted(tmp_path):
   folder = _brought_in(tmp_path, layouts.vit(width=32, depth=1), heads=2)
-  model = pretrained.load(str(folder))
+  model = loading.load(str(folder))
   assert (model.kind, model.step, model.weights) == ("encoder", None, "encoder")
   images = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
 

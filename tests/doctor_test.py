@@ -11,7 +11,7 @@ import tiny
 import torch_format as made
 from PIL import Image
 
-from protojax import api, cli, convert, doctor, errors, pretrained
+from protojax import api, cli, convert, doctor, errors, loading, pretrained
 from protojax.interop import tensor_files
 from protojax.metrics import collapse
 from protojax.training import checkpoint, export, programs, workdir
@@ -258,7 +258,7 @@ def test_images_show_which_prototypes_of_a_foreign_checkpoint_are_used(foreign, 
   convert.bring_in(foreign, tmp_path / "converted")
   again = _examined(tmp_path, tmp_path / "converted", *flags)
   assert again["sets"]["prototypes"]["usage"] == pytest.approx(usage, rel=1e-3)
-  model = pretrained.load(tmp_path / "converted")
+  model = loading.load(tmp_path / "converted")
   seen = pretrained.encoded(
     model, pretrained.source(model, "train", name="digits"), parts=("codes",), limit=100
   )
@@ -437,7 +437,7 @@ def test_a_run_is_judged_by_its_metrics_its_prototypes_and_its_images(run, tmp_p
   result = _examined(tmp_path, run, "--data=run", "--limit=100")
   assert result["kind"] == "run" and result["run"]["step"] == 1
   one = result["sets"]["prototypes"]
-  model = pretrained.load(str(run))
+  model = loading.load(str(run))
   images = pretrained.source(model, "train")
   parts = ("features", "embeddings", "codes")
   seen = pretrained.encoded(model, images, parts=parts, limit=100)

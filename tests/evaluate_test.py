@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
-from protojax import cli, errors, evaluate, pretrained, recipes
+from protojax import cli, errors, evaluate, loading, pretrained, recipes
 from protojax import config as configs
 from protojax.data import sources
 from protojax.evals import clustering, knn, long_tail, protocols, result_files
@@ -67,7 +67,7 @@ def _refused(words, *argv):
 @pytest.fixture(scope="module")
 def rows(run):
   """(bank, test) as `pretrained.encoded` gives them."""
-  model = pretrained.load(str(run))
+  model = loading.load(str(run))
   return [
     pretrained.encoded(model, pretrained.source(model, split), parts=("features", "codes"))
     for split in ("train", "test")
@@ -182,7 +182,7 @@ def test_content_changes_with_an_image_a_label_or_the_order():
 
 def test_long_tail_takes_the_images_the_run_was_trained_on(run):
   result = _result(run, "long_tail")
-  model = pretrained.load(str(run))
+  model = loading.load(str(run))
   data = datasets.of_run(model.config)[0]
   assert result["protocol"]["bank"]["images"] == len(data) < 1442
   assert result["protocol"]["bank"]["split"] == "train, imbalance 10, seed 0"
@@ -439,7 +439,7 @@ def _of_digits(split, num=None):
 
 def test_floors_are_measured_on_the_images_of_the_accuracies(run):
   """The state of checkpoint 1 is the untrained net of seed 1, so that its k-NN is that floor."""
-  model = pretrained.load(str(run), step=1)
+  model = loading.load(str(run), step=1)
   config = model.config.copy_and_resolve_references()
   config.seed = 1
   model = model._replace(config=config)
