@@ -122,7 +122,12 @@ def test_shapes_that_do_not_fit_are_refused(shape):
 @pytest.mark.parametrize("name", ["barlow_twins", "vicreg"])
 @pytest.mark.parametrize(
   ("key", "value"),
-  [("method.prototypes", "mixture"), ("augment.num_local", 2), ("head.l2", True)],
+  [
+    ("method.prototypes", "mixture"),
+    ("method.block", 4),
+    ("augment.num_local", 2),
+    ("head.l2", True),
+  ],
 )
 def test_what_has_no_meaning_without_prototypes_is_one_line(name, key, value):
   c = tiny.config(name, "none", **{**_PAIRS, key: value})

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import tiny
 
-from protojax import errors, losses, placement
+from protojax import errors, placement
 from protojax.methods import gedi
+from protojax.prototypes import soft
 from protojax.training import programs, train_step
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
@@ -46,8 +47,16 @@ def _loss(logits, weight_uniformity=0.5, weight_invariance=0.05, legacy=False):
   return weight_uniformity * _uniformity(logits[:, :2]).mean() + weight_invariance * invariance
 
 
+def _agreement(logits):
+  return soft.agreement(soft.Assignments(None, log_p=jax.nn.log_softmax(logits)))
+
+
+def _even(logits):
+  return -_agreement(logits).log_mean.mean(axis=-1)
+
+
 def _pairs(logits):
-  return losses.mutual_cross_entropies(jax.nn.log_softmax(logits))
+  return _agreement(logits).cross_entropy
 
 
 def _numeric(function, x):
@@ -81,19 +90,19 @@ def _parts(kind="learned", **changes):
 
 def test_terms_match_numpy_in_value_and_gradient():
   x = 2.0 * np.random.default_rng(0).normal(size=(5, 3, 4))
-  weight_v, weight_p = np.array([0.3, 1.0, -0.7]), np.random.default_rng(1).normal(size=(3, 2))
+  weight_v, weight_p = np.array([0.3, -0.7]), np.random.default_rng(1).normal(size=(3, 2))
   with jax.enable_x64(True):
     logits = jnp.asarray(x)
-    np.testing.assert_allclose(gedi.uniformity(logits), _uniformity(x), rtol=1e-12)
+    np.testing.assert_allclose(_even(logits), _uniformity(x)[:2], rtol=1e-12)
     np.testing.assert_allclose(
       _pairs(logits),
       [[_cross_entropy(x, v, t) for t in range(2)] for v in range(3)],
       rtol=1e-12,
     )
-    by_uniformity = np.asarray(jax.grad(lambda y: gedi.uniformity(y) @ weight_v)(logits))
+    by_uniformity = np.asarray(jax.grad(lambda y: _even(y) @ weight_v)(logits))
     by_pairs = np.asarray(jax.grad(lambda y: (_pairs(y) * weight_p).sum())(logits))
   for got, expected in (
-    (by_uniformity, _numeric(lambda y: _uniformity(y) @ weight_v, x)),
+    (by_uniformity, _numeric(lambda y: _uniformity(y)[:2] @ weight_v, x)),
     (
       by_pairs,
       _numeric(
@@ -107,15 +116,15 @@ def test_terms_match_numpy_in_value_and_gradient():
 
 def test_uniform_assignments_cost_ln_k_and_in_the_released_form_k_ln_k():
   logits = jnp.zeros((2, 2, 2048))
-  np.testing.assert_allclose(gedi.uniformity(logits), np.log(2048), rtol=1e-6)
+  np.testing.assert_allclose(_even(logits), np.log(2048), rtol=1e-6)
   np.testing.assert_allclose(_pairs(logits), np.log(2048), rtol=2e-5)
-  np.testing.assert_allclose(2048 * gedi.uniformity(logits)[0], 15_616, atol=1.0)
+  np.testing.assert_allclose(2048 * _even(logits)[0], 15_616, atol=1.0)
 
 
 def test_saturated_logits_stay_finite_where_probabilities_underflow():
   """All images certain of one cluster: the others' mean probability is exp(-400), 0 in float32."""
   logits = jnp.zeros((2, 2, 5)).at[..., 0].set(400.0)
-  value, gradient = jax.value_and_grad(lambda x: gedi.uniformity(x).mean())(logits)
+  value, gradient = jax.value_and_grad(lambda x: _even(x).mean())(logits)
   np.testing.assert_allclose(value, 400.0 * 4 / 5, rtol=1e-6)
   assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0.1
   opposite = logits.at[:, 1].set(logits[:, 1, ::-1])
