@@ -1,25 +1,38 @@
 """What prototypes cost, all at once and by blocks: python -m benchmarks.prototypes --num 4096 65536
 
+  python -m benchmarks.prototypes --kind mixture learned --num 4096 16384 65536 262144 1048576 \
+    --runs=0 --blocks 128 --json=docs/results/prototypes.json
+  python -m benchmarks.prototypes --draw=docs/results/prototypes.json --figure=docs/prototypes.png
+
 For each number of prototypes, the part of a training step that meets them, without an encoder: the
 targets of a teacher's two views by Sinkhorn, the cross entropy of V views with its gradient and,
 for a mixture, the EM update, in place. Prints one JSON line a row: the memory that the compiled
 program asks for beside its arguments, which are prototypes, statistics and embeddings
 ("temporary_bytes", counted by XLA, no run), and the median milliseconds of runs taken in turn,
 block after block, so that a drifting machine drifts for all of them. --runs=0 counts memory alone,
-at sizes that the machine could not hold.
+at sizes that the machine could not hold. A row says under "compared" whether its block is "all at
+once", "asked for" or "chosen", as a run without `method.block` would.
 """
 
 import argparse
 import functools
+import itertools
 import json
+import pathlib
+import shlex
 import statistics
+import subprocess
+import sys
 import time
 
 import jax
 import jax.numpy as jnp
+import matplotlib.figure
 
-from protojax import losses
+from protojax import files, losses
 from protojax.prototypes import mixture, soft, streaming, weight_norm
+
+_KINDS = ("mixture", "learned")
 
 
 def program(kind: str, num: int, block: int, rows: int, views: int, dim: int):
@@ -72,6 +85,7 @@ def measure(kind: str, num: int, blocks, rows: int, views: int, dim: int, runs: 
     found.append(
       {
         "kind": kind,
+        "compared": "chosen" if asked is None else "asked for" if asked else "all at once",
         "prototypes": num,
         "dim": dim,
         "images": rows,
@@ -101,20 +115,66 @@ def measure(kind: str, num: int, blocks, rows: int, views: int, dim: int, runs: 
   return found
 
 
+def draw(rows: list[dict], path: pathlib.Path) -> None:
+  """A picture of what `measure` counted: memory beside the arguments over K, a panel a kind."""
+  kinds = [kind for kind in _KINDS if any(row["kind"] == kind for row in rows)]
+  figure = matplotlib.figure.Figure(figsize=(4.5 * len(kinds), 3.6), layout="constrained")
+  for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
+    own = sorted((r for r in rows if r["kind"] == kind), key=lambda r: r["prototypes"])
+    first = [r for r in own if r["compared"] == "all at once"]
+    state = [r["argument_bytes"] for r in first]
+    axes.plot([r["prototypes"] for r in first], state, ":", color="gray", label="arguments")
+    for compared, label in (("all at once", "all at once"), ("asked for", "in blocks")):
+      for block in sorted({r["block"] for r in own if r["compared"] == compared}):
+        line = [r for r in own if (r["compared"], r["block"]) == (compared, block)]
+        x, y = ([r[key] for r in line] for key in ("prototypes", "temporary_bytes"))
+        axes.plot(x, y, "o-", label=label + f" of {block:,}" * (block > 0))
+    axes.set(xscale="log", yscale="log", title=kind, xlabel="prototypes", ylabel="bytes")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+  figure.savefig(path, dpi=110, format="png")
+
+
+def _commit() -> str:
+  """Of the code that runs, or ""."""
+  here = pathlib.Path(__file__).parent
+  ask = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=7"]
+  return subprocess.run(ask, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def main(argv=None) -> None:
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("--num", type=int, nargs="+", default=[1024, 4096, 16_384, 65_536])
-  parser.add_argument("--kind", choices=("mixture", "learned"), default="mixture")
-  parser.add_argument("--blocks", type=int, nargs="*", default=[], help="further sizes of blocks")
+  parser.add_argument("--kind", choices=_KINDS, nargs="+", default=["mixture"])
+  parser.add_argument(
+    "--blocks", type=int, nargs="*", default=[], help="further sizes of blocks, divisors of --num"
+  )
   parser.add_argument("--images", type=int, default=256)
   parser.add_argument("--views", type=int, default=10)
   parser.add_argument("--dim", type=int, default=256)
   parser.add_argument("--runs", type=int, default=7)
+  parser.add_argument("--json", type=pathlib.Path, help="file to write all rows to, for --draw")
+  parser.add_argument("--draw", type=pathlib.Path, help="draw memory from such a file, run nothing")
+  parser.add_argument("--figure", type=pathlib.Path, help="png that --draw makes")
   args = parser.parse_args(argv)
-  for num in args.num:
-    blocks = [0, None, *(b for b in args.blocks if num % b == 0)]
-    for row in measure(args.kind, num, blocks, args.images, args.views, args.dim, args.runs):
+  if bool(args.draw) != bool(args.figure):
+    parser.error("--draw and --figure go together")
+  if args.draw:
+    draw(json.loads(args.draw.read_text())["rows"], args.figure)
+    return
+  for num, block in itertools.product(args.num, args.blocks):
+    if block < 1 or num % block:
+      parser.error(f"--blocks {block} does not cut --num {num} into equal blocks: take a divisor")
+  rows = []
+  for kind, num in itertools.product(args.kind, args.num):
+    sizes = args.images, args.views, args.dim, args.runs
+    for row in measure(kind, num, [0, None, *args.blocks], *sizes):
       print(json.dumps(row), flush=True)
+      rows.append(row)
+  if args.json:
+    command = ["python", "-m", "benchmarks.prototypes", *(sys.argv[1:] if argv is None else argv)]
+    about = {"command": shlex.join(command), "jax": jax.__version__, "commit": _commit()}
+    files.write_json(args.json, about | {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -589,7 +589,6 @@ def debug(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     ("queue_start_epoch", 0.0),
     ("buffer_size", 64),
     ("sgld_steps", 4),
-    ("chunk_size", 64),
     ("queue_size", 64),
     ("warmup_epochs", 0),
   ):

@@ -254,6 +254,9 @@ class Sets(NamedTuple):
       z["patch"] = out.patches[:, 0]
     return {name: scoring.embeddings(one, z[one.tokens]) for name, one in sets.items()}
 
+  def scoring(self, variables: Any) -> dict[str, Any]:
+    return variables[2]
+
   def codes(self, variables: Any, images: jax.Array) -> dict[str, jax.Array]:
     found = self.embeddings(variables, images)
     return {name: scoring.scores(one, found[name]) for name, one in variables[2].items()}
@@ -414,8 +417,7 @@ def _forward(
       if part in parts:
         out[part] = of_layers(encoder, params, batch_stats, images, layers)
     if "codes" in parts:
-      scores = method.codes(variables, images)
-      out["codes"] = {k: jnp.argmax(v, axis=-1).astype(jnp.int32) for k, v in scores.items()}
+      out["codes"] = scoring.codes(method, variables, images)
     if "embeddings" in parts:
       out["embeddings"] = method.embeddings(variables, images)
     return out

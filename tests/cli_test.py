@@ -305,7 +305,7 @@ def _refused(monkeypatch, capsys, *arguments):
 def test_one_command_holds_every_program(monkeypatch, capsys, tmp_path):
   _together(monkeypatch)
   described = capsys.readouterr().out
-  assert described.splitlines()[2:] == [f"  {v:<9} {what}" for v, what in __main__.VERBS.items()]
+  assert described.splitlines()[2:] == [f"  {v:<14} {what}" for v, what in __main__.VERBS.items()]
   for module in __main__.MODULES.values():
     assert importlib.util.find_spec(f"protojax.{module}")
   monkeypatch.setattr(sys, "path", list(sys.path))

@@ -62,14 +62,14 @@ _FALCON = (
   ("head__init", "uniform"),
   ("head__l2", False),
 )
-_FALCON_CHUNKS = (
+_FALCON_BLOCKS = (
   *_FALCON,
   ("method__assign", "tanh"),
   ("method__prior", "forward"),
-  ("method__chunk_size", 44),
+  *_BLOCKS,
 )
 # With more codes than images the forward prior says little.
-_FALCON_FEW = (("method__num_prototypes", 16), ("method__chunk_size", 8))
+_FALCON_FEW = (("method__num_prototypes", 16),)
 
 _SWAV = (("method__queue_length", 32),)  # two batches: the third step uses it
 
@@ -126,13 +126,13 @@ METHODS = (
   Row("swav", "learned", (*_SWAV, *_BLOCKS), model=2),
   Row("swav", "mixture", _SWAV),
   Row("swav", "frozen", model=8),  # without a queue
-  Row("gedi", "learned", _GEDI, learns=(("head__l2", True),)),
+  Row("gedi", "learned", (*_GEDI, *_BLOCKS), learns=(("head__l2", True),)),
   Row("gedi", "mixture", _GEDI_LEGACY),
-  Row("gedi", "learned", _GEDI_GEN, model=4),
-  Row("self_classifier", "learned", (("method__more_classifiers", (8, 16)),)),
-  Row("self_classifier", "mixture", model=4),
+  Row("gedi", "learned", (*_GEDI_GEN, *_BLOCKS), model=4),
+  Row("self_classifier", "learned", (("method__more_classifiers", (8, 16)), *_BLOCKS)),
+  Row("self_classifier", "mixture", _BLOCKS, model=4),
   Row("falcon", "dictionary", _FALCON),
-  Row("falcon", "dictionary", _FALCON_CHUNKS, learns=_FALCON_FEW, model=4),
+  Row("falcon", "dictionary", _FALCON_BLOCKS, learns=_FALCON_FEW, model=4),
   Row("pcl", "kmeans", _PCL, _QUEUE, (("optim__name", "adamw"), ("optim__lr", 0.005)), model=4),
   Row("barlow_twins", "none", _TWO_VIEWS),
   Row("vicreg", "none", _TWO_VIEWS, model=2),

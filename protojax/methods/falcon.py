@@ -5,7 +5,7 @@ A Linear and a batch norm lead from the backbone to D dimensions, where a dictio
 spread. No teacher, no learned prototypes, no stopped gradient: it flows through both views. The
 head is the published one with head.layers=1, norm_output=True and init="uniform"; any other is
 taken, but the guarantees against collapse rest on that batch norm. `method.assign` normalises, so
-head.l2 is False. K may exceed the batch: `method.chunk_size` bounds the memory.
+head.l2 is False. K may exceed the batch.
 
 Where paper and code differ, there is an option:
   assign  "l2" compares cosines, as the first version of the paper; "tanh" is the published code.
@@ -31,18 +31,16 @@ import jax.numpy as jnp
 from protojax import errors, losses, placement
 from protojax.methods import base
 from protojax.methods.networks import student
-from protojax.prototypes import dictionary
+from protojax.prototypes import dictionary, prototype_set
 from protojax.prototypes import scoring as scorings
 
 OPTIONS = {
-  "block": 0,  # nothing else
   "prototypes": "dictionary",  # nothing else
   "assign": "l2",  # or "tanh"
   "tau_batch": 64,  # with tanh only
   "prior": "reverse",  # or "forward"
   "beta": 1.0,  # weight of the agreement between views; the prior's is 1
   "eps": 1e-8,  # probability of a code that is not chosen, below 1 / num_prototypes
-  "chunk_size": 0,  # codes compared at a time, a divisor of num_prototypes; 0: all at once
 }
 
 
@@ -53,12 +51,11 @@ def make(config) -> base.Method:
     UserError: for unknown or impossible options.
   """
   options, dim = config.method, config.head.bottleneck
-  num, size = options.num_prototypes, options.chunk_size
+  num = options.num_prototypes
   errors.require(
     config, {"method.prototypes": "dictionary"}, "the codes of falcon are never learned"
   )
   errors.require(config, {"head.l2": False}, "method.assign normalises")
-  errors.require(config, {"method.block": 0}, "falcon's blocks are method.chunk_size")
   for name, choices in (("assign", ("l2", "tanh")), ("prior", ("reverse", "forward"))):
     if options[name] not in choices:
       raise errors.UserError(
@@ -73,11 +70,6 @@ def make(config) -> base.Method:
     raise errors.UserError(
       f"method.eps={options.eps} must be above 0 and below 1 / method.num_prototypes={num}, and "
       f"method.tau_batch={options.tau_batch} at least 1"
-    )
-  if size < 0 or (size and num % size):
-    raise errors.UserError(
-      f"method.chunk_size={size} does not cut method.num_prototypes={num} into equal chunks: "
-      "choose a divisor, or 0 for no chunks"
     )
   scale = dictionary.inverse_temperature(num, options.eps)
   if options.assign == "tanh":
@@ -97,7 +89,8 @@ def make(config) -> base.Method:
     z, batch_stats = net.embed(trained, frozen, views, key)
     codes = frozen.prototypes["dictionary"]
     x = placement.beside_prototypes(place(z))
-    out = dictionary.compare(codes, x, scale=scale, chunk_size=size)
+    block = prototype_set.block_size(config, x.size // dim)
+    out = dictionary.compare(codes, x, scale=scale, block=block)
     consistency = losses.mean_over_other_views(out.cross_entropy)
     mean_entropy = out.mean_entropy.mean()
     reverse = options.prior == "reverse"

@@ -32,9 +32,9 @@ from protojax import errors, losses, sizes
 from protojax.methods import base
 from protojax.methods.networks import student
 from protojax.models import langevin
+from protojax.prototypes import soft
 
 OPTIONS = {
-  "block": 0,  # nothing else
   "temperature": 0.1,
   "weight_uniformity": 0.5,
   "weight_invariance": 0.05,
@@ -51,11 +51,6 @@ OPTIONS = {
 }
 
 
-def uniformity(logits: jax.Array) -> jax.Array:
-  """-mean_k ln p-bar_k of each view: float32 logits [B, V, K] -> [V], at least ln K."""
-  return -losses.log_batch_mean(jax.nn.log_softmax(logits)).mean(axis=-1)
-
-
 def make(config) -> base.Method:
   """GEDI from `config.method`: OPTIONS, `num_prototypes`, `prototypes`.
 
@@ -65,7 +60,6 @@ def make(config) -> base.Method:
   options = config.method
   slots = options.buffer_size // config.batch_size
   errors.require_positive(options, "temperature")
-  errors.require(config, {"method.block": 0}, "gedi compares all prototypes at once")
   if options.generative and (slots < 1 or options.sgld_steps < 1):
     raise errors.UserError(
       f"method.buffer_size={options.buffer_size}, method.sgld_steps={options.sgld_steps}: set the "
@@ -83,8 +77,8 @@ def make(config) -> base.Method:
     return variables.replace(carry={**variables.carry, "replay": replay})
 
   def log_density(variables, images):
-    scores = net.method.codes(variables, images)["prototypes"]
-    return jax.nn.logsumexp(scores / options.temperature, axis=-1)
+    scores = net.scores(variables.prototypes, net.project(variables, images))
+    return soft.log_partition(scores.over(options.temperature))
 
   def generative(variables, data, key):
     """The term, and for `update` the slot of the chains and where they ended."""
@@ -107,21 +101,20 @@ def make(config) -> base.Method:
     del step
     net_key, sample_key = jax.random.split(key)
     z, state, stats = net.embed(trained, frozen, views, net_key)
-    logits = net.scores(state, z).dense() / options.temperature
-    even = uniformity(logits[:, :2])
-    pairs = losses.mutual_cross_entropies(jax.nn.log_softmax(logits))
+    scores = net.scores(state, z).over(options.temperature)
+    pairs, log_mean = soft.agreement(soft.softmax(scores))
+    even = -log_mean.mean(axis=-1)  # of each view, at least ln K
     if options.legacy:
       even, invariant = options.num_prototypes * even[0], pairs[0, 1]
     else:
       even, invariant = even.mean(), losses.mean_over_other_views(pairs)
-    p = jax.nn.softmax(logits[:, :2])
     metrics = {
       "loss": options.weight_uniformity * even + options.weight_invariance * invariant,
       "uniformity": even,
       "cross_entropy": invariant,
       "ln_k": jnp.float32(math.log(options.num_prototypes)),  # of assignments that say nothing
-      "target_entropy": losses.entropy(p).mean(),
-      "mean_entropy": losses.entropy(p.mean(axis=(0, 1))),
+      "target_entropy": jnp.trace(pairs) / 2,
+      "mean_entropy": losses.entropy(jnp.exp(log_mean).mean(axis=0)),
     }
     if options.generative:
       variables = jax.lax.stop_gradient(frozen).replace(

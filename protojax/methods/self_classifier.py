@@ -15,6 +15,7 @@ out: the published queue of nearest neighbours.
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,9 @@ import numpy as np
 from protojax import errors, losses
 from protojax.methods import base
 from protojax.methods.networks import student
+from protojax.prototypes import soft, streaming
 
 OPTIONS = {
-  "block": 0,  # nothing else
   "prototypes": "learned",
   "train_prototype_norm": True,
   "row_temp": 0.1,  # of the softmax over classes, the predictions
@@ -76,13 +77,95 @@ def cross_entropy(q: jax.Array, log_p: jax.Array) -> jax.Array:
   Raises:
     ValueError: if there is no such pair.
   """
-  num_views = q.shape[1]
-  local = np.arange(num_views) >= 2
-  pairs = ~np.eye(num_views, dtype=bool) & ~(local[:, None] & local[None, :])
-  if not pairs.any():
+  if q.shape[1] < 2:
     raise ValueError(f"targets {q.shape} need 2 views, one of them global")
-  by_pair = -jnp.einsum("bik,bjk->ij", q, log_p, precision="highest") / q.shape[0]
+  return _mean_of_pairs(-_products(q, log_p) / q.shape[0])
+
+
+def _products(q: jax.Array, log_p: jax.Array) -> jax.Array:
+  """[B, V, K] each -> [V, V], targets of view i beside predictions of view j, summed."""
+  return jnp.einsum("bik,bjk->ij", q, log_p, precision="highest")
+
+
+def _mean_of_pairs(by_pair: jax.Array) -> jax.Array:
+  """[V, V] -> [], the mean over the pairs that `cross_entropy` takes."""
+  local = np.arange(by_pair.shape[0]) >= 2
+  pairs = ~np.eye(by_pair.shape[0], dtype=bool) & ~(local[:, None] & local[None, :])
   return jnp.sum(jnp.where(pairs, by_pair, 0.0)) / pairs.sum()
+
+
+class Readings(NamedTuple):
+  """Both readings of a classifier's scores, compared.
+
+  Attributes:
+    cross_entropy: float32 [], see `cross_entropy`, with a gradient.
+    target_entropy: float32 [], mean entropy of the targets.
+    mean_target: float32 [K], of all images and views.
+  """
+
+  cross_entropy: jax.Array
+  target_entropy: jax.Array
+  mean_target: jax.Array
+
+
+def compare(scores: soft.Scores, *, row_temp: float, column_temp: float, eps: float) -> Readings:
+  """Targets beside predictions, of all classes at once or by blocks of them (`scores.block`).
+
+  By blocks it takes three passes: the first finds what the columns of the targets and the rows of
+  the predictions are divided by, the second, with that, the rows of the targets and the columns of
+  the predictions, and the third compares.
+
+  Args:
+    scores: of rows [B, V, D], without a temperature.
+    row_temp, column_temp, eps: see OPTIONS.
+  """
+  if not scores.block:
+    dense = scores.dense()
+    q, log_p = targets(dense, column_temp), log_predictions(dense, row_temp, eps)
+    return Readings(cross_entropy(q, log_p), losses.entropy(q).mean(), q.mean(axis=(0, 1)))
+  batch, views, _ = scores.rows.shape
+  logits, blocks = soft.by_block(scores)
+
+  def by_image(block):  # [m, n, B / n, V, k]
+    own = logits(block)
+    return own.reshape(*own.shape[:2], -1, views, own.shape[-1])
+
+  def totals(block):
+    own = by_image(block)
+    return jax.nn.logsumexp(own / column_temp, axis=2), jax.nn.logsumexp(own / row_temp, axis=-1)
+
+  def over_devices(columns, rows):  # [nb, m, n, V, k], [nb, m, n, B / n, V] -> as a loop reads them
+    rows_on = columns.shape[2]
+    columns = streaming.back(jax.nn.logsumexp(columns, axis=2), rows_on)
+    return columns, streaming.beside(jax.nn.logsumexp(rows, axis=(0, 1)))
+
+  target_columns, rows = over_devices(*streaming.each(totals, blocks))
+
+  def totals_again(both):
+    block, columns = both
+    own = by_image(block)
+    target = own / column_temp - columns[:, :, None]
+    prediction = own / row_temp - rows[..., None]
+    return jax.nn.logsumexp(prediction, axis=2), jax.nn.logsumexp(target, axis=-1)
+
+  columns, target_rows = over_devices(*streaming.each(totals_again, (blocks, target_columns)))
+  evenly = math.log(batch / scores.prototypes.shape[0])
+
+  def compared(all_three):
+    block, target_columns, columns = all_three
+    own = by_image(block)
+    log_q = own / column_temp - target_columns[:, :, None] - target_rows[..., None]
+    q = jnp.exp(log_q)
+    log_p = own / row_temp - rows[..., None] - columns[:, :, None]
+    log_p = jnp.logaddexp(log_p + evenly, math.log(eps))
+    return jax.vmap(jax.vmap(_products))(q, log_p), -jnp.sum(q * log_q), q.sum(axis=(2, 3))
+
+  products, entropy, total = streaming.each(compared, (blocks, target_columns, columns))
+  return Readings(
+    _mean_of_pairs(-products.sum(axis=(0, 1, 2)) / batch),
+    entropy.sum() / (batch * views),
+    streaming.joined(total.sum(axis=2)) / (batch * views),
+  )
 
 
 def make(config) -> base.Method:
@@ -99,9 +182,10 @@ def make(config) -> base.Method:
       "classes or more, and set method.more_classifiers=() unless method.prototypes=learned"
     )
   errors.require_positive(options, "row_temp", "column_temp", "eps")
-  errors.require(config, {"method.block": 0}, "self_classifier compares all classes at once")
   joined_config = config.copy_and_resolve_references()
   joined_config.method.num_prototypes = sum(sizes)
+  if len(sizes) > 1:
+    joined_config.method.block = 0  # of each classifier its own
   net = student.build_with_prototypes(joined_config)
   names = ("prototypes", *(f"prototypes_{i + 1}" for i in range(1, len(sizes))))
 
@@ -109,22 +193,30 @@ def make(config) -> base.Method:
     """{name: the classifier's part} of an axis of length sum(sizes)."""
     return dict(zip(names, jnp.split(x, np.cumsum(sizes)[:-1], axis), strict=True))
 
+  def block_size(z, num):
+    return streaming.block_size(options.block, z.size // z.shape[-1], num)
+
   def loss(trained, frozen, views, key, step):
     del step
     z, state, stats = net.embed(trained, frozen, views, key)
-    scores = list(split(net.scores(state, z).dense()).values())
-    q = [targets(s, options.column_temp) for s in scores]
-    log_p = [log_predictions(s, options.row_temp, options.eps) for s in scores]
+    whole = net.scores(state, z)
+    found = [
+      compare(
+        dataclasses.replace(whole, prototypes=rows, block=block_size(z, len(rows))),
+        **{name: options[name] for name in ("row_temp", "column_temp", "eps")},
+      )
+      for rows in split(whole.prototypes, axis=0).values()
+    ]
 
-    def mean(function, *lists):
-      return sum(map(function, *lists)) / len(sizes)
+    def mean(function, every):
+      return sum(map(function, every)) / len(sizes)
 
-    value = mean(cross_entropy, q, log_p)
+    value = mean(lambda one: one.cross_entropy, found)
     metrics = {
       "loss": value,
       "ln_k": jnp.float32(mean(math.log, sizes)),  # of predictions that say nothing
-      "target_entropy": mean(lambda a: losses.entropy(a).mean(), q),
-      "mean_entropy": mean(lambda a: losses.entropy(a.mean(axis=(0, 1))), q),
+      "target_entropy": mean(lambda one: one.target_entropy, found),
+      "mean_entropy": mean(lambda one: losses.entropy(one.mean_target), found),
     }
     return value, base.LossOut(metrics, stats)
 

@@ -147,10 +147,8 @@ def _pairs(prototypes: jax.Array, *, thresholds: Sequence[float], block: int) ->
     return owner, jax.lax.pmin(nearest, local_devices.AXIS)
 
   everywhere = PartitionSpec()
-  shared = jax.shard_map(
-    all_blocks, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False
-  )
-  owner, nearest = shared(rows, owner, nearest)
+  compared = local_devices.on_each(all_blocks, in_specs=everywhere, out_specs=everywhere)
+  owner, nearest = compared(rows, owner, nearest)
   nearest = jnp.where(finite, jnp.maximum(nearest[:num], 0.0), jnp.nan)
   return Pairs(owner[:, :num], nearest)
 

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from protojax import losses, placement
+from protojax import losses
+from protojax.prototypes import soft
 
 
 def init(key: jax.Array, dim: int, num: int) -> dict[str, jax.Array]:
@@ -67,57 +68,21 @@ class Comparison(NamedTuple):
   uniform: jax.Array
 
 
-def compare(codes: jax.Array, x: jax.Array, *, scale: float, chunk_size: int = 0) -> Comparison:
+def compare(codes: jax.Array, x: jax.Array, *, scale: float, block: int = 0) -> Comparison:
   """Softmax assignments of views to codes, beside one another and beside uniform ones.
 
   All in the log domain: at scale 147 probabilities underflow, and so would their mean over a batch,
-  whose logarithm is wanted. In chunks the scores are computed twice in the forward pass and twice
+  whose logarithm is wanted. In blocks the scores are computed twice in the forward pass and twice
   in the backward one, and never stored.
 
   Args:
     codes: int8 [D, K].
     x: [B, V, D] embeddings of norm sqrt(D) or less, views 0 and 1 the global ones; any float dtype.
     scale: the score of x = code, an inverse temperature.
-    chunk_size: codes compared at a time, a divisor of K; 0 takes all. Same value, less memory.
+    block: codes that a device compares at a time, see `streaming.block_size`; 0 takes all.
   """
-  if not chunk_size:
-    every = scale * scores(codes, x)
-    log_p = every - jax.nn.logsumexp(every, axis=-1, keepdims=True)
-    return _comparison(losses.mutual_cross_entropies(log_p), losses.log_batch_mean(log_p[:, :2]))
-
-  # Each of n x m devices takes its own images and codes through both loops, alone. What is summed
-  # over devices is summed once, behind the loops.
-  n, m = placement.extent()
-  if x.shape[0] % n or chunk_size % m:
-    n, m = 1, 1
-  chunks = codes.reshape(codes.shape[0], m, -1, chunk_size // m)
-  chunks = jnp.moveaxis(chunks, 2, 0)  # [chunks, D, m, k]
-  own = placement.parts_beside_prototypes(x, (n, m))
-
-  def scores_of(chunk):  # [m, n, B / n, V, k]
-    return scale * jax.vmap(scores, in_axes=(1, 0))(chunk, own)
-
-  def part(log_p):  # [B / n, V, k]
-    return losses.mutual_cross_entropies(log_p), losses.log_batch_mean(log_p[:, :2])
-
-  @jax.checkpoint
-  def total_of(chunk):
-    return jax.nn.logsumexp(scores_of(chunk), axis=-1)
-
-  @jax.checkpoint
-  def parts_of(chunk):
-    return jax.vmap(jax.vmap(part))(scores_of(chunk) - total[..., None])
-
-  total = jax.nn.logsumexp(jax.lax.map(total_of, chunks), axis=(0, 1))  # [n, B / n, V]
-  total = placement.parts_beside_prototypes(total.reshape(x.shape[:2]), (n, m))
-  cross_entropy, log_mean = jax.lax.map(parts_of, chunks)  # [chunks, m, n, V, 2], [.., 2, k]
-  log_mean = losses.log_batch_mean(jnp.moveaxis(log_mean, (2, 3), (0, 1)))  # [2, chunks, m, k]
-  return _comparison(cross_entropy.mean(axis=2).sum(axis=(0, 1)), log_mean)
-
-
-def _comparison(cross_entropy, log_mean) -> Comparison:
-  """Of what `mutual_cross_entropies` gives and the log mean assignment [2, ...] over all codes."""
-  codes = tuple(range(1, log_mean.ndim))
+  every = soft.Scores(x, codes.T, temperature=codes.shape[0] / scale, block=block)
+  cross_entropy, log_mean = soft.agreement(soft.softmax(every))
   # Not `losses.entropy`: these probabilities underflow, their logarithms do not.
-  mean_entropy = -jnp.sum(jnp.exp(log_mean) * log_mean, axis=codes)
-  return Comparison(cross_entropy, mean_entropy, -log_mean.mean(axis=codes))
+  mean_entropy = -jnp.sum(jnp.exp(log_mean) * log_mean, axis=-1)
+  return Comparison(cross_entropy, mean_entropy, -log_mean.mean(axis=-1))

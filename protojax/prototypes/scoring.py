@@ -12,12 +12,13 @@ image's code:
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from protojax import losses
-from protojax.prototypes import mixture, weight_norm
+from protojax.prototypes import mixture, soft, streaming, weight_norm
 
 PLACES = ("as_is", "unit", "tanh")
 TOKENS = ("class", "patch")
@@ -64,3 +65,31 @@ def scores(scoring: Scoring, embedded: jax.Array) -> jax.Array:
   """[B, D] from `embeddings` -> float32 [B, K]."""
   out = scoring.scale * weight_norm.scores(scoring.rows, embedded)
   return out if scoring.bias is None else out + scoring.bias[None]
+
+
+def codes(method: Any, variables: Any, images: jax.Array) -> dict[str, jax.Array]:
+  """The prototype with the largest score of every image, of equal ones the first.
+
+  Where a device has many scores [B, K] (`streaming.block_size`) they are made by blocks of
+  prototypes. A method without `scoring` makes all of them.
+
+  Args:
+    method: what has `codes`, `embeddings` and `scoring` of `methods.Method`.
+    variables: its own.
+    images: [B, S, S, 3].
+
+  Returns:
+    {set: int32 [B]}.
+  """
+  sets = method.scoring(variables) if method.scoring else {}
+  blocks = {k: streaming.block_size(None, len(images), len(one.rows)) for k, one in sets.items()}
+  if not any(blocks.values()):
+    every = method.codes(variables, images)
+    return {k: scores.argmax(axis=-1).astype(jnp.int32) for k, scores in every.items()}
+  embedded = method.embeddings(variables, images)
+
+  def best(name, one):
+    bias = None if one.bias is None else one.bias / one.scale
+    return soft.best(soft.Scores(embedded[name], one.rows, bias, block=blocks[name]))
+
+  return {name: best(name, one) for name, one in sets.items()}

@@ -89,15 +89,15 @@ class Assignments:
   log_p: jax.Array | None = None
 
 
-def _blocks(scores: Scores):
-  """The prototypes, cut, and the function that makes logits of a block."""
-  own = streaming.own_rows(scores.rows.astype(jnp.float32) / scores.temperature)
+def by_block(scores: Scores):
+  """(logits, blocks) as functions of `streaming` take them; `scores.block` is not 0."""
+  own = streaming.own_rows(losses.full(scores.rows) / scores.temperature)
   bias = None if scores.bias is None else scores.bias / scores.temperature
   blocks = streaming.cut((scores.prototypes, bias), scores.block)
 
   def logits(block):
     rows, offset = block
-    products = jnp.einsum("mnrd,mkd->mnrk", own, rows, precision=_HIGHEST)
+    products = jnp.einsum("mnrd,mkd->mnrk", own, losses.full(rows), precision=_HIGHEST)
     return products if offset is None else products + offset[:, None, None]
 
   return logits, blocks
@@ -112,7 +112,7 @@ def softmax(scores: Scores) -> Assignments:
   """Assignments in proportion to exp(scores), with a gradient."""
   if not scores.block:
     return Assignments(scores, log_p=jax.nn.log_softmax(scores.dense()))
-  return Assignments(scores, streaming.log_partition(*_blocks(scores)))
+  return Assignments(scores, streaming.log_partition(*by_block(scores)))
 
 
 def balanced(
@@ -138,7 +138,7 @@ def balanced(
     counted = None if counted is None else counted.reshape(-1)
     log_q = assignment.log_sinkhorn(flat, num_steps=num_steps, counted=counted)
     return Assignments(scores, log_p=log_q.reshape(logits.shape))
-  logits, blocks = _blocks(scores)
+  logits, blocks = by_block(scores)
   log_z = streaming.log_partition(logits, blocks)
   offsets, log_z = streaming.sinkhorn(
     logits,
@@ -199,7 +199,7 @@ def log_mean(q: Assignments, counted: jax.Array | None = None) -> jax.Array:
   log_z = q.log_partition
   if counted is not None:
     log_z = jnp.where(counted.reshape(log_z.shape), log_z, streaming.LEFT_OUT)
-  return streaming.log_column_sums(*_blocks(q.scores), log_z) - jnp.log(rows)
+  return streaming.log_column_sums(*by_block(q.scores), log_z) - jnp.log(rows)
 
 
 def mean(q: Assignments, counted: jax.Array | None = None) -> jax.Array:
@@ -272,9 +272,60 @@ def compare_rows(p: Assignments, q: Assignments, counted: jax.Array) -> Comparis
   return Comparison(by_row, entropy, average)
 
 
+class Agreement(NamedTuple):
+  """Views beside one another and beside uniform targets, in nats, with a gradient through all.
+
+  Attributes:
+    cross_entropy: float32 [V, 2], -sum_k p_k ln p'_k of any view v (p') and global view t (p), the
+      mean over images; v = t is the entropy of the assignments of a view.
+    log_mean: float32 [2, K], ln of the mean assignment of a global view over the batch.
+  """
+
+  cross_entropy: jax.Array
+  log_mean: jax.Array
+
+
+def agreement(p: Assignments) -> Agreement:
+  """Compares assignments of views, of rows [B, V, D], views 0 and 1 the global ones.
+
+  All in the log domain: sharp probabilities underflow, and so would their mean over a batch.
+  """
+
+  def part(log_p):  # [B, V, k] of some images and some prototypes
+    return losses.mutual_cross_entropies(log_p), losses.log_batch_mean(log_p[:, :2])
+
+  if p.log_p is not None:
+    return Agreement(*part(p.log_p))
+  logits, blocks = by_block(p.scores)
+  log_z, views = streaming.beside(p.log_partition)[..., None], p.scores.rows.shape[1]
+
+  def one(block):
+    log_p = logits(block) - log_z
+    return jax.vmap(jax.vmap(part))(log_p.reshape(*log_p.shape[:2], -1, views, log_p.shape[-1]))
+
+  cross_entropy, log_mean = streaming.each(one, blocks)  # [nb, m, n, V, 2], [nb, m, n, 2, k]
+  log_mean = losses.log_batch_mean(jnp.moveaxis(log_mean, 2, 0))
+  log_mean = jax.vmap(streaming.joined)(jnp.moveaxis(log_mean, 2, 0))
+  return Agreement(cross_entropy.mean(axis=2).sum(axis=(0, 1)), log_mean)
+
+
+def best(scores: Scores) -> jax.Array:
+  """The prototype of the largest score of each row, of equal ones the first: int32 [B, ...]."""
+  if not scores.block:
+    return scores.dense().argmax(axis=-1).astype(jnp.int32)
+  return _as_rows(scores, streaming.best(*by_block(jax.lax.stop_gradient(scores))))
+
+
+def log_partition(scores: Scores) -> jax.Array:
+  """ln of the sum of exp(scores) of each row, with a gradient: float32 [B, ...]."""
+  if not scores.block:
+    return jax.nn.logsumexp(scores.dense(), axis=-1)
+  return _as_rows(scores, streaming.log_partition(*by_block(scores)))
+
+
 def _moments(q: Assignments, of: Scores, counted: jax.Array | None = None):
   """Under each of q: mean prototype [B, ..., D], bias [B, ...] of `of`, entropy; and the mean."""
-  logits, blocks = _blocks(q.scores)
+  logits, blocks = by_block(q.scores)
   bias = None if of.bias is None else of.bias[:, None]
   values = streaming.cut((of.prototypes, bias), q.scores.block)
   laid = None if counted is None else counted.reshape(q.log_partition.shape)

@@ -38,7 +38,7 @@ def block_size(asked: int | None, num_rows: int, num_prototypes: int) -> int:
   """How many prototypes are compared at a time.
 
   Args:
-    asked: `method.block`: None chooses by the memory of a device, 0 is all at once.
+    asked: `method.block` of a run: None chooses by the memory of a device, 0 is all at once.
     num_rows: of the global batch.
     num_prototypes: K.
 
@@ -58,9 +58,11 @@ def block_size(asked: int | None, num_rows: int, num_prototypes: int) -> int:
     most = max((_AT_ONCE_ON_CPU if on_cpu else _AT_ONCE) // rows, 1)
     return next(size for size in range(min(most, held), 0, -1) if held % size == 0)
   if asked < 0 or (asked and held % asked):
+    less = next((size for size in range(min(asked, held), 1, -1) if held % size == 0), None)
+    near = f", {less} say" if less else ""
     raise errors.UserError(
-      f"method.block={asked} does not cut the {held} prototypes of a device into equal blocks: "
-      "choose a divisor, 0 for all at once, or leave it out"
+      f"block={asked} (method.block of a run) does not cut the {held} prototypes of a device into "
+      f"equal blocks: choose a divisor{near}, 0 for all at once, or leave it out"
     )
   return asked
 
@@ -108,10 +110,50 @@ def own_rows(rows: jax.Array) -> jax.Array:
   return own.reshape(m, n, -1, rows.shape[-1])
 
 
+def beside(x: jax.Array) -> jax.Array:
+  """Numbers of rows, [n, ...] -> [m, n, ...]: to each device those of its own rows.
+
+  Read in a loop, their gradient adds up over the devices behind it, not in every turn.
+  """
+  n, m = placement.extent()
+  x = jnp.broadcast_to(x, (m, *x.shape))
+  if n * m == 1 or x.shape[1] != n:
+    return x
+  return jax.lax.with_sharding_constraint(x, PartitionSpec("model", "data"))
+
+
+def back(x: jax.Array, rows: int) -> jax.Array:
+  """What all rows made of each prototype, [nb, m, ...] -> [nb, m, n, ...], to go with the blocks.
+
+  A copy for each of the n devices that rows lie on (`rows`, the n of `own_rows`), for the reason of
+  `beside`; without m where that is 1, as the blocks are.
+  """
+  n, m = placement.extent()
+  x = jnp.broadcast_to(x[:, :, None], (*x.shape[:2], rows, *x.shape[2:]))
+  if n * m > 1 and rows == n:
+    x = jax.lax.with_sharding_constraint(x, PartitionSpec(None, "model", "data"))
+  return x[:, 0] if m == 1 else x
+
+
 def log_partition(logits: Logits, blocks: PyTree) -> jax.Array:
   """ln of the sum of exp(logits) over all prototypes: float32 [n, R]."""
   by_block = each(lambda block: jax.nn.logsumexp(logits(block), axis=-1), blocks)
   return jax.nn.logsumexp(by_block, axis=(0, 1))
+
+
+def best(logits: Logits, blocks: PyTree) -> jax.Array:
+  """The prototype of the largest logit, of equal ones the first: int32 [n, R]."""
+
+  def one(block):
+    own = logits(block)
+    return own.max(axis=-1), own.argmax(axis=-1).astype(jnp.int32)
+
+  # A device's blocks lie one after the other: [nb, m, n, R] -> [m nb, n, R].
+  largest, index = each(one, blocks)
+  largest, index = (jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]) for x in (largest, index))
+  where = largest.argmax(axis=0)
+  within = jnp.take_along_axis(index, where[None], axis=0)[0]
+  return (where * _block(blocks) + within).astype(jnp.int32)
 
 
 def log_column_sums(logits: Logits, blocks: PyTree, log_z: jax.Array) -> jax.Array:
@@ -200,8 +242,7 @@ def sinkhorn(
     (offsets [nb, m, k], partition [n, R]), float32.
   """
   rows = log_z.size if counted is None else jnp.maximum(counted.sum(), 1)
-  m, example = placement.extent()[1], jax.tree.leaves(blocks)[0]
-  shape = (example.shape[0], m, example.shape[1 if m == 1 else 2])
+  shape = (jax.tree.leaves(blocks)[0].shape[0], placement.extent()[1], _block(blocks))
   balanced = jnp.log(rows / math.prod(shape))
 
   def one(samples, block):
@@ -217,6 +258,11 @@ def sinkhorn(
     return offsets, jax.nn.logsumexp(by_block, axis=(0, 1))
 
   return jax.lax.fori_loop(0, num_steps, step, (jnp.zeros(shape), log_z))
+
+
+def _block(blocks: PyTree) -> int:
+  """k, the prototypes of a block on each device; blocks are from `cut`."""
+  return jax.tree.leaves(blocks)[0].shape[1 if placement.extent()[1] == 1 else 2]
 
 
 def _sum_over(one: Callable, blocks: PyTree) -> tuple[PyTree, PyTree]:

@@ -8,7 +8,6 @@ teacher) under the evaluation transform, detached: nothing here has a gradient.
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
@@ -16,6 +15,7 @@ from protojax import metrics, progress, sizes
 from protojax.data import augment, pipeline
 from protojax.evals import knn, linear, purity
 from protojax.metrics import collapse, uniqueness
+from protojax.prototypes import scoring
 from protojax.training import encode, sharding, train_step
 
 # What a floor costs is bounded: images of the bank and of the test, pixels a side, and what the
@@ -111,14 +111,10 @@ class Snapshot:
         state = state.replace(teacher={**state.teacher, "encoder": together(teacher)})
     variables = train_step.variables_of(state)
     images = self._evaluation(batch)
-    codes = {
-      name: jnp.argmax(scores, axis=-1).astype(jnp.int32)
-      for name, scores in self._method.codes(variables, images).items()
-    }
     return {
       "features": self._method.features(variables, images),
       "embeddings": self._method.embeddings(variables, images),
-      "codes": codes,
+      "codes": scoring.codes(self._method, variables, images),
       "index": batch["index"],
       "label": batch["label"],
     }

@@ -50,7 +50,8 @@ def lines(
   with jax.set_mesh(mesh):
     chosen = encoders.chosen(config)
     block = prototype_set.block_size(config) if matrices else 0
-  at_a_time = [f"compared {block:,} at a time on each device"] * (block > 0)
+  at_once = f"{block:,} at a time on each device" if block else "all at once"
+  at_a_time = [f"compared {at_once}"] * bool(matrices)
   rows = {
     "method": config.method.name + ", with a teacher" * (program.abstract.teacher != ()),
     "prototypes": ", ".join((config.method.prototypes, *sets, *at_a_time)),

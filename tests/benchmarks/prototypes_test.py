@@ -15,10 +15,23 @@ def test_a_million_prototypes_need_the_memory_of_a_block():
   assert at_once["temporary_bytes"] > 4 * (2.2e9 + 512e6)
 
 
+_SMALL = ("--num", "64", "--images", "8", "--views", "3", "--dim", "16")
+
+
+def test_blocks_that_cut_nothing_equally_are_refused(capsys):
+  with pytest.raises(SystemExit):
+    prototypes.main([*_SMALL, "--blocks", "16", "48"])
+  assert "--blocks 48 does not cut --num 64 into equal blocks" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", ["mixture", "learned"])
-def test_rows_are_timed_in_turn(kind, capsys):
-  sizes = ["--num", "64", "--images", "8", "--views", "3", "--dim", "16", "--blocks", "16", "48"]
-  prototypes.main([*sizes, "--runs", "2", "--kind", kind])
+def test_rows_are_labelled_timed_in_turn_and_drawn(kind, capsys, tmp_path):
+  stored, figure = tmp_path / "rows.json", tmp_path / "memory.png"
+  prototypes.main([*_SMALL, "--blocks", "16", "--runs", "2", "--kind", kind, f"--json={stored}"])
   rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-  assert [row["block"] for row in rows] == [0, 0, 16]  # 48 is no divisor
+  labels = [(row["compared"], row["block"]) for row in rows]
+  assert labels == [("all at once", 0), ("chosen", 0), ("asked for", 16)]
+  assert json.loads(stored.read_text())["rows"] == rows
+  prototypes.main([f"--draw={stored}", f"--figure={figure}"])
+  assert figure.read_bytes().startswith(b"\x89PNG")
   assert all(row["milliseconds"] > 0 and row["kind"] == kind for row in rows)

@@ -77,15 +77,15 @@ def _reference(z, codes, *, eps, assign, prior, beta, tau_batch):
 
 
 @pytest.mark.parametrize(
-  ("assign", "prior", "chunk_size"),
+  ("assign", "prior", "block"),
   [("l2", "reverse", 0), ("l2", "forward", 4), ("tanh", "reverse", 4), ("tanh", "forward", 0)],
 )
-def test_loss_and_gradient_match_numpy_in_float64(bare, assign, prior, chunk_size):
+def test_loss_and_gradient_match_numpy_in_float64(bare, assign, prior, block):
   options = {"eps": 0.01, "assign": assign, "prior": prior, "beta": 0.5, "tau_batch": 3}
   config = _config(
     head__bottleneck=5,
     method__num_prototypes=12,
-    method__chunk_size=chunk_size,
+    method__block=block,
     **{f"method__{k}": v for k, v in options.items()},
   )
   rng = np.random.default_rng(0)
@@ -175,7 +175,6 @@ def test_codes_split_over_the_model_axis_agree_with_one_device():
     ({"method__tau_batch": 0}, "method.tau_batch=0"),
     ({"method__num_prototypes": 1}, "method.num_prototypes=1"),
     ({"head__bottleneck": 4}, "head.bottleneck=4"),
-    ({"method__chunk_size": 5}, "method.chunk_size=5 does not cut method.num_prototypes=32"),
     ({"head__l2": True}, "head.l2=False"),
   ],
 )

@@ -19,7 +19,7 @@ from protojax.training import sharding
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
 _EPS = 1e-8
-compare = jax.jit(dictionary.compare, static_argnames="chunk_size")
+compare = jax.jit(dictionary.compare, static_argnames="block")
 
 
 def _codes(dim, num, seed=0):
@@ -167,12 +167,12 @@ def test_gradients_are_the_published_formulas():
     np.testing.assert_allclose(forward, expected, atol=1e-12)
 
 
-@functools.partial(jax.jit, static_argnames="chunk_size")
-def _value_and_gradient(codes, x, *, chunk_size, scale):
+@functools.partial(jax.jit, static_argnames="block")
+def _value_and_gradient(codes, x, *, block, scale):
   """All terms in one number, each with a weight of its own; and the gradient in x."""
 
   def value(x):
-    c = dictionary.compare(codes, x, scale=scale, chunk_size=chunk_size)
+    c = dictionary.compare(codes, x, scale=scale, block=block)
     weights = jnp.arange(1.0, 1.0 + c.cross_entropy.size).reshape(c.cross_entropy.shape)
     return jnp.sum(weights * c.cross_entropy) - 3.0 * c.mean_entropy[0] + 2.0 * c.uniform[1]
 
@@ -182,9 +182,9 @@ def _value_and_gradient(codes, x, *, chunk_size, scale):
 @pytest.mark.parametrize(("assign", "scale"), [("l2", 18.42), ("tanh", 147.4)])
 def test_chunks_change_neither_value_nor_gradient(assign, scale):
   codes, x = _codes(16, 24), _place(_normal(6, 4, 16), assign)
-  value, gradient = _value_and_gradient(codes, x, chunk_size=0, scale=scale)
-  for chunk_size in (1, 8, 24):
-    other, other_gradient = _value_and_gradient(codes, x, chunk_size=chunk_size, scale=scale)
+  value, gradient = _value_and_gradient(codes, x, block=0, scale=scale)
+  for block in (1, 8, 24):
+    other, other_gradient = _value_and_gradient(codes, x, block=block, scale=scale)
     np.testing.assert_allclose(other, value, rtol=1e-5)
     gap = np.linalg.norm(other_gradient - gradient) / np.linalg.norm(gradient)
     assert gap < 1e-5
@@ -194,14 +194,14 @@ def test_chunks_change_neither_value_nor_gradient(assign, scale):
 def test_devices_compare_chunks_alone_and_add_up_once():
   """On two groups of four: no exchange in a loop, and no more of them for more chunks."""
   codes, x = _codes(16, 88), _place(_normal(16, 3, 16), "l2")
-  value, gradient = _value_and_gradient(codes, x, chunk_size=0, scale=18.4)
+  value, gradient = _value_and_gradient(codes, x, block=0, scale=18.4)
   mesh = sharding.make_mesh(2, 4)
   specs = (PartitionSpec(None, "model"), placement.COMPARED)
   placed = [
     jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip((codes, x), specs, strict=True)
   ]
   with jax.set_mesh(mesh):
-    step = _value_and_gradient.lower(*placed, chunk_size=8, scale=18.4).compile()
+    step = _value_and_gradient.lower(*placed, block=2, scale=18.4).compile()
     other, other_gradient = step(*placed, scale=18.4)
   exchanges = [line for line in step.as_text().splitlines() if re.search(r"all-\w+\(", line)]
   assert len(exchanges) <= 8 and not any("while/body" in line for line in exchanges)
@@ -212,16 +212,16 @@ def test_devices_compare_chunks_alone_and_add_up_once():
 def test_chunks_bound_the_memory_of_the_gradient():
   codes, x = _codes(16, 4096), _normal(32, 2, 16)
 
-  def bytes_needed(chunk_size):
-    lowered = _value_and_gradient.lower(codes, x, chunk_size=chunk_size, scale=1.0)
+  def bytes_needed(block):
+    lowered = _value_and_gradient.lower(codes, x, block=block, scale=1.0)
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
   scores = 32 * 2 * 4096 * 4
   assert bytes_needed(0) > scores > 2 * bytes_needed(64)
 
 
-@pytest.mark.parametrize("chunk_size", [0, 16])
-def test_certain_assignments_are_finite_however_wrong(chunk_size):
+@pytest.mark.parametrize("block", [0, 16])
+def test_certain_assignments_are_finite_however_wrong(block):
   """At a scale of 147 every probability but one underflows; views agree, differ or all collapse."""
   codes = _codes(64, 32)
   agree = jnp.stack([codes.T[:8]] * 2, axis=1)
@@ -230,7 +230,7 @@ def test_certain_assignments_are_finite_however_wrong(chunk_size):
   assert np.exp(np.float32(-147.4)) == 0.0
   for x in (agree, differ, collapse):
     x = x.astype(jnp.float32)
-    value, gradient = _value_and_gradient(codes, x, chunk_size=chunk_size, scale=147.4)
+    value, gradient = _value_and_gradient(codes, x, block=block, scale=147.4)
     assert np.isfinite(value) and np.isfinite(gradient).all()
   assert float(compare(codes, differ, scale=147.4).cross_entropy[1, 0]) > 50.0
 

@@ -1,12 +1,15 @@
 """Assignments by blocks of prototypes: the numbers of the matrix, in the memory of a block."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from protojax import errors
-from protojax.prototypes import mixture, soft, streaming
+from protojax.methods import self_classifier
+from protojax.prototypes import dictionary, mixture, scoring, soft, streaming
 from protojax.training import sharding
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
@@ -40,6 +43,16 @@ def _losses(rows, prototypes, teacher, teacher_prototypes, bias, *, block):
     ):
       out |= {f"{name}/{kind}/{k}": v for k, v in found._asdict().items()}
     out[f"{name}/mean"] = soft.mean(q)
+  agreement = soft.agreement(p)
+  agreement = agreement._replace(log_mean=agreement.log_mean / _K)
+  readings = self_classifier.compare(
+    soft.Scores(rows, prototypes, block=block), row_temp=0.3, column_temp=0.5, eps=1e-3
+  )
+  codes = jnp.where(prototypes > 0, 1, -1).T.astype(jnp.int8)
+  falcon = dictionary.compare(codes, rows, scale=5.0, block=block)
+  for kind, found in (("agreement", agreement), ("readings", readings), ("codes", falcon)):
+    out |= {f"{kind}/{k}": v for k, v in found._asdict().items()}
+  out["log_partition"] = soft.log_partition(student)
   return out
 
 
@@ -75,6 +88,40 @@ def test_values_and_gradients_are_those_of_all_prototypes_at_once(mesh):
   """On every mesh; the gradient of a teacher is 0 but for what its mean may have."""
   placed = None if mesh is None else sharding.make_mesh(*mesh)
   _close(_values_and_gradients(3, placed), _values_and_gradients(0))
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (8, 1), (2, 4)])
+def test_the_best_prototype_by_blocks_is_that_of_all_at_once(mesh):
+  """Of equal scores the first: here every prototype is there twice."""
+  rows, prototypes = _random(16, 3, _DIM), jnp.tile(_random(_K // 2, _DIM, seed=1), (2, 1))
+  scores = soft.Scores(rows, prototypes, _random(_K // 2, seed=2)[jnp.arange(_K) % (_K // 2)])
+  with jax.set_mesh(sharding.make_mesh(*mesh, jax.devices()[: mesh[0] * mesh[1]])):
+    found = jax.jit(lambda s: soft.best(dataclasses.replace(s, block=3)))(scores)
+  np.testing.assert_array_equal(found, scores.dense().argmax(axis=-1))
+  assert found.dtype == jnp.int32 and (found < _K // 2).all()
+
+
+def test_codes_of_images_need_no_scores_over_all_prototypes(monkeypatch):
+  rows, bias = _random(_K, _DIM), _random(_K, seed=1)
+
+  class Method:
+    scoring = staticmethod(
+      lambda variables: {
+        "a": scoring.Scoring(rows, bias=bias, scale=0.5),
+        "b": scoring.Scoring(rows),
+      }
+    )
+    embeddings = staticmethod(lambda variables, images: {"a": images, "b": -images})
+    codes = staticmethod(
+      lambda variables, images: {"a": 0.5 * images @ rows.T + bias, "b": -images @ rows.T}
+    )
+
+  images = _random(16, _DIM, seed=2)
+  at_once = scoring.codes(Method, (), images)
+  monkeypatch.setattr(streaming, "DENSE", 100)
+  monkeypatch.setattr(Method, "codes", None)
+  for name, by_blocks in scoring.codes(Method, (), images).items():
+    np.testing.assert_array_equal(by_blocks, at_once[name])
 
 
 _FORMS = {
@@ -132,10 +179,12 @@ def test_blocks_are_chosen_by_memory_or_asked_for():
   assert streaming.block_size(None, 2560, 1_000_000) == 200  # a divisor
   assert streaming.block_size(0, 2560, 1_000_000) == 0
   assert streaming.block_size(500, 10, 1_000_000) == 500
-  with pytest.raises(errors.UserError, match="method.block=7 does not cut the 48 prototypes"):
+  with pytest.raises(
+    errors.UserError, match="block=7 .method.block of a run. .* 48 .* divisor, 6 say"
+  ):
     streaming.block_size(7, 10, 48)
   with jax.set_mesh(sharding.make_mesh(2, 4)):  # what a device has
     assert streaming.block_size(None, 1024, 131_072) == 0
     assert streaming.block_size(12, 10, 48) == 12
-    with pytest.raises(errors.UserError, match="method.block=24 does not cut the 12 prototypes"):
+    with pytest.raises(errors.UserError, match="block=24 .* does not cut the 12 prototypes"):
       streaming.block_size(24, 10, 48)

@@ -105,7 +105,12 @@ def two_views(config, objective: Callable) -> base.Method:
   """
   errors.require(
     config,
-    {"method.prototypes": "none", "augment.num_local": 0, "head.l2": False},
+    {
+      "method.prototypes": "none",
+      "method.block": None,
+      "augment.num_local": 0,
+      "head.l2": False,
+    },
     f"method.name={config.method.name!r} compares two global views by batch statistics, without "
     "prototypes",
   )
@@ -130,11 +135,13 @@ class PrototypeStudent(NamedTuple):
     embed: (trained, frozen, views, key) -> (z float32 [B, V, D] with a gradient, the state of the
       prototypes that the loss scores with, stats); views 0 and 1 are the global ones.
     scores: (state, z [..., D]) -> `soft.Scores`.
+    project: see `Student`.
   """
 
   method: base.Method
   embed: Callable
   scores: Callable
+  project: Callable
 
 
 def build_with_prototypes(config) -> PrototypeStudent:
@@ -191,4 +198,4 @@ def build_with_prototypes(config) -> PrototypeStudent:
     prototype_matrices=prototype_matrices,
     scoring=scoring,
   )
-  return PrototypeStudent(method, embed, scores)
+  return PrototypeStudent(method, embed, scores, net.project)
