@@ -345,6 +345,50 @@ def test_slurm_process_takes_every_gpu_of_its_node(tmp_path):
   assert done.stdout.strip() == expected, done.stderr
 
 
+@pytest.mark.parametrize(
+  ("status", "restarts", "again"),
+  [
+    *((0, 0, False), (1, 0, False), (2, 0, False), (130, 0, False)),
+    *((143, 0, True), (143, 9, True), (75, 0, True), (137, 0, True), (75, 5, False)),
+  ],
+)
+def test_slurm_job_is_queued_again_by_the_status_of_the_run(tmp_path, status, restarts, again):
+  _command(tmp_path / "bin" / "srun", f'echo "$*"; exit {status}')
+  _command(tmp_path / "bin" / "scontrol", 'echo "scontrol $*"')
+  _command(tmp_path / "env" / "bin" / "python", "exit 1")
+  names = {"SLURM_SUBMIT_DIR": str(_ROOT), "SLURM_JOB_ID": "7"}
+  names |= {"SLURM_RESTART_COUNT": str(restarts)} if restarts else {}
+  done = _launch("slurm.sh", tmp_path, "--config=x", "--config.overwrite", **names)
+  assert done.returncode == status, done.stderr
+  assert ("scontrol requeue 7" in done.stdout) == again
+  # Who goes on must not delete what there is.
+  assert ("--config.overwrite --config.overwrite=False" in done.stdout) == bool(restarts)
+
+
+def test_slurm_job_that_is_cancelled_does_not_come_back(tmp_path):
+  _command(tmp_path / "bin" / "srun", "kill -TERM $PPID; sleep 1; exit 143")
+  _command(tmp_path / "bin" / "scontrol", 'echo "scontrol $*"')
+  _command(tmp_path / "env" / "bin" / "python", "exit 1")
+  names = {"SLURM_SUBMIT_DIR": str(_ROOT), "SLURM_JOB_ID": "7"}
+  done = _launch("slurm.sh", tmp_path, "--config=x", **names)
+  assert done.returncode == 143 and done.stdout == ""
+
+
+def test_slurm_job_at_the_end_of_its_time_tells_its_processes_to_stop(tmp_path):
+  told = tmp_path / "told"
+  _command(
+    tmp_path / "bin" / "srun",
+    f"kill -USR1 $PPID; while [ ! -e {told} ]; do sleep .1; done; exit 143",
+  )
+  _command(tmp_path / "bin" / "scancel", f'echo "scancel $*"; touch {told}')
+  _command(tmp_path / "bin" / "scontrol", 'echo "scontrol $*"')
+  _command(tmp_path / "env" / "bin" / "python", "exit 1")
+  names = {"SLURM_SUBMIT_DIR": str(_ROOT), "SLURM_JOB_ID": "7"}
+  done = _launch("slurm.sh", tmp_path, "--config=x", **names)
+  said = [line for line in done.stdout.splitlines() if line.startswith("sc")]
+  assert said == ["scancel --signal=TERM 7", "scontrol requeue 7"] and done.returncode == 143
+
+
 def test_gpu_launch_without_a_gpu_is_one_line(tmp_path):
   _command(tmp_path / "bin" / "nvidia-smi", "exit 9")
   done = _launch("gpu_local.sh", tmp_path, "--config=x")
