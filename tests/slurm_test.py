@@ -59,7 +59,7 @@ def _job(number: str) -> dict[str, str]:
   return dict(part.split("=", 1) for part in text.split() if "=" in part)
 
 
-def _until(done, what: str, seconds: float = 400.0):
+def _until(done, what: str, seconds: float = 600.0):
   limit = time.monotonic() + seconds
   while not done():
     assert time.monotonic() < limit, what
@@ -118,7 +118,7 @@ def test_a_job_that_is_stopped_goes_on_by_itself_and_ends_as_a_whole_one(tmp_pat
     check=False,
     capture_output=True,
     text=True,
-    timeout=1200,
+    timeout=2400,
   )
   assert done.returncode == 0, done.stdout + done.stderr
 
