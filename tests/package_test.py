@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import tomllib
 
 import pytest
 
-from protojax import __main__
+from protojax import __main__, errors, main
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _PROJECT = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]
@@ -456,6 +457,47 @@ def test_slurm_job_at_the_end_of_its_time_tells_its_processes_to_stop(tmp_path):
   done = _launch("slurm.sh", tmp_path, "--config=x", **names)
   said = [line for line in done.stdout.splitlines() if line.startswith("sc")]
   assert said == ["scancel --signal=TERM 7", "scontrol requeue 7"] and done.returncode == 143
+
+
+def test_jobset_starts_the_same_program_and_gives_up_where_slurm_does():
+  yaml = pytest.importorskip("yaml")  # ml-collections brings it along
+  jobset = yaml.safe_load((_ROOT / "launch" / "jobset.yaml").read_text())
+  (replicated,) = jobset["spec"]["replicatedJobs"]
+  job = replicated["template"]["spec"]
+  pod = job["template"]["spec"]
+  (container,) = pod["containers"]
+  nodes = container["env"][0]["value"]
+  assert job["parallelism"] == job["completions"] == int(nodes) and job["backoffLimit"] == 0
+
+  # The shell that starts it hands over: the signal must reach the program.
+  words = shlex.split(container["command"][2])
+  assert words[:4] == ["exec", "python", "-m", "protojax.main"] and pod["shareProcessNamespace"]
+  values = {"$NODES": nodes, "$JOB_COMPLETION_INDEX": "3"}
+  for name, value in values.items():
+    words = [word.replace(name, value) for word in words]
+  _, args = main.parse(words[4:])
+  assert (args.num_processes, args.process_id) == (4, 3)
+  host = f"{jobset['metadata']['name']}-{replicated['name']}-0-0.{jobset['metadata']['name']}"
+  assert args.coordinator_address.partition(":")[0] == host
+
+  (rule,) = job["podFailurePolicy"]["rules"]
+  codes = rule["onExitCodes"]
+  assert (rule["action"], codes["operator"]) == ("FailJob", "NotIn")
+  assert codes["containerName"] == container["name"] and pod["restartPolicy"] == "Never"
+  (given_up,) = jobset["spec"]["failurePolicy"]["rules"]
+  assert given_up["action"] == "FailJobSet"
+  assert given_up["onJobFailureReasons"] == ["PodFailurePolicy"]
+  again = {143, *_again("slurm.sh")}
+  assert set(codes["values"]) == again == {75, 137, 143} and errors.LOST in again
+  assert pod["terminationGracePeriodSeconds"] == 120
+  table = (_ROOT / "docs" / "accelerators.md").read_text()
+  assert "| 143 | " in table and "| 75, 137 | " in table and "| 2, 1 and the rest | " in table
+
+
+def _again(script: str) -> set[int]:
+  """The statuses of a lost process, as a launch script has them."""
+  (found,) = re.findall(r"^ *((?:\d+ \| )+\d+)\) ", (_ROOT / "launch" / script).read_text(), re.M)
+  return {int(status) for status in found.split(" | ")}
 
 
 def test_gpu_launch_without_a_gpu_is_one_line(tmp_path):
