@@ -92,6 +92,15 @@ print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependenc
   fi 2>/dev/null
 }
 
+# A Slurm, in which a job is stopped and goes on: Debian's packages, which only root may install.
+add_slurm() {
+  [ ! -x /usr/sbin/slurmd ] || return 0
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    apt-get install -y munge slurm-wlm >/dev/null 2>&1 && return
+  fi
+  echo "Jobs of Slurm left out: apt-get install munge slurm-wlm"
+}
+
 failed=
 if "$python" -c "import sys; sys.exit(sys.version_info[:2] != (3, 11))"; then
   make_venv "$venv" "$python" -c launch/floors.txt -e ".[test]"
@@ -110,6 +119,7 @@ else
 fi
 [ -z "$all" ] || add_peers
 [ -z "$all" ] || add_libtpu
+[ -z "$all" ] || add_slurm
 
 "$venv/bin/python" -m ruff check . || failed+=" ruff"
 "$venv/bin/python" -m ruff format --check . || failed+=" format"

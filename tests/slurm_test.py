@@ -53,17 +53,20 @@ def _sbatch(folder: pathlib.Path, name: str) -> str:
 
 def _job(number: str) -> dict[str, str]:
   """What Slurm knows of a job: JobState, ExitCode, Restarts, ..."""
-  text = subprocess.run(
-    ["scontrol", "--oneliner", "show", "job", number], check=True, text=True, stdout=subprocess.PIPE
-  ).stdout
-  return dict(part.split("=", 1) for part in text.split() if "=" in part)
+  command = ["scontrol", "--oneliner", "show", "job", number]
+  for _ in range(20):  # a busy machine's controller hangs up now and then
+    done = subprocess.run(command, check=False, text=True, stdout=subprocess.PIPE)
+    if done.returncode == 0:
+      return dict(part.split("=", 1) for part in done.stdout.split() if "=" in part)
+    time.sleep(1.0)
+  raise AssertionError(f"no answer to {command}")
 
 
 def _until(done, what: str, seconds: float = 600.0):
   limit = time.monotonic() + seconds
   while not done():
     assert time.monotonic() < limit, what
-    time.sleep(0.1)
+    time.sleep(0.3)
 
 
 def _ended(number: str) -> bool:
