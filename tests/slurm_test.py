@@ -27,10 +27,10 @@ pytestmark = [
   ),
 ]
 _CHANGES = tiny.RUN | {
-  "num_steps": 90,
+  "num_steps": 150,
   "save_every": 1000,
   "log_every": 10,
-  "eval_every": 90,
+  "eval_every": 150,
   "monitor.every": 45,
 }
 

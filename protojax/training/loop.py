@@ -189,7 +189,7 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
     if train_source not in cached and not train_source.in_memory:
       plan = program.decoders(train_source, batch_size=config.batch_size)
     stop = stack.enter_context(workdirs.Stop())
-    if restored is not None and metadata.get("unseen"):
+    if restored is not None and workdirs.unseen(folder, metadata, start):
       look(start, state)
     for step in range(start, config.num_steps):
       if step > start and step % config.save_every == 0:

@@ -434,6 +434,23 @@ def page_is_old(folder: pathlib.Path) -> bool:
   return bool(multihost_utils.broadcast_one_to_all(np.asarray(old)))
 
 
+def unseen(folder: pathlib.Path, metadata: dict, step: int) -> bool:
+  """Whether the look at a restored state is still to be made; every process gets the same answer.
+
+  Args:
+    folder: from `claim`.
+    metadata: of the checkpoint.
+    step: of the checkpoint.
+  """
+  if not metadata.get("unseen"):
+    return False
+  records, _ = files.json_lines(folder / "metrics.jsonl")
+  seen = any(r.get("step") == step and any(k.startswith("collapse/") for k in r) for r in records)
+  if jax.process_count() == 1:
+    return not seen
+  return not multihost_utils.broadcast_one_to_all(np.asarray(seen))
+
+
 def read_arrays(folder: pathlib.Path) -> dict[str, np.ndarray]:
   """The arrays that `write_result` wrote."""
   with np.load(folder / "eval" / "final" / "arrays.npz", allow_pickle=False) as arrays:

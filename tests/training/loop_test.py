@@ -206,6 +206,11 @@ def test_a_stop_within_a_look_saves_at_once_and_the_look_is_made_when_the_run_go
     with pytest.raises(errors.Interrupted, match="stopped at step 3"):
       loop.run(config, str(folder))
   assert "collapse/" not in (folder / "metrics.jsonl").read_text()
+  with monkeypatch.context() as patch:  # and once, if that run is lost before it saves
+    _stop_after(patch, 4)
+    patch.setattr(checkpoint.Checkpoints, "save", lambda *unused: None)
+    with pytest.raises(errors.Interrupted, match="stopped at step 4"):
+      loop.run(config, str(folder))
   loop.run(config, str(folder))
   lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
   assert [r["step"] for r in lines if any(k.startswith("collapse/") for k in r)] == [3, 6]
@@ -512,6 +517,34 @@ def test_sigterm_on_the_second_process_saves_on_both_and_one_process_goes_on(tmp
   assert loop.run(config, str(folder))["step"] == 300
   said = f"resumed at step {stopped[1]}, saved on 4 devices and now on 8: equal to rounding"
   assert said in (folder / "train.log").read_text()
+
+
+_TOLD_IN_A_LOOK = """
+import os, signal, sys
+import jax
+from protojax import cli, main
+from protojax.training import evaluation
+
+def monitor(*arguments, original=evaluation.Snapshot.monitor):
+  if jax.process_index() == 1:
+    os.kill(os.getpid(), signal.SIGTERM)
+  return original(*arguments)
+
+evaluation.Snapshot.monitor = monitor
+folder, *arguments = sys.argv[1:]
+cli.guarded(main.main, [*arguments, f"--workdir={folder}"])
+"""
+
+
+@long
+def test_sigterm_on_the_second_process_within_a_look_saves_on_both(tmp_path):
+  changes = {"num_steps": 8, "eval_every": 1000, "monitor.every": 3, "monitor.images": 512}
+  for process in _two_processes(_TOLD_IN_A_LOOK, tmp_path, **changes):
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 143, output
+    assert "\nprotojax: stopped at step 3; run the same command" in output
+  assert checkpoint.steps(tmp_path)[-1] == 3
+  assert "collapse/" not in (tmp_path / "metrics.jsonl").read_text()
 
 
 @long
