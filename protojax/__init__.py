@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     schedules,
   )
   from protojax.api import diagnose, train
-  from protojax.pretrained import load
+  from protojax.loading import load
   from protojax.prototypes import mixture
   from protojax.prototypes.mixture import online_em
 
@@ -44,7 +44,7 @@ __all__ = [
 
 _FUNCTIONS = {  # and the module that each is in; all other names are modules
   "diagnose": "protojax.api",
-  "load": "protojax.pretrained",
+  "load": "protojax.loading",
   "online_em": "protojax.prototypes.mixture",
   "train": "protojax.api",
 }

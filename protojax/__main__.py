@@ -13,9 +13,14 @@ VERBS = {
   "report": "one HTML page about a run or several",
   "convert": "weights from other libraries and to them",
   "embed": "features of every image of a folder or data set",
+  "replay": "which layer broke in a step whose loss was not finite",
+  "verify-resume": "does a killed run end as a whole one, on this machine",
   "prepare": "CIFAR, or images of yours at the size that training stores",
 }
-MODULES = {verb: verb for verb in VERBS} | {"train": "main"}  # in protojax/
+MODULES = {verb: verb for verb in VERBS} | {
+  "train": "main",
+  "verify-resume": "verify_resume",
+}  # in protojax/
 
 
 def run() -> None:
@@ -27,7 +32,7 @@ def run() -> None:
     del sys.argv[1]
     runpy.run_module(f"protojax.{MODULES.get(verb, verb)}", run_name="__main__", alter_sys=True)
     return
-  lines = "\n".join(f"  {name:<9} {what}" for name, what in VERBS.items())
+  lines = "\n".join(f"  {name:<14} {what}" for name, what in VERBS.items())
   if verb in ("--help", "-h"):
     print(f"protojax VERB ..., each with --help\n\n{lines}")
     return

@@ -8,9 +8,9 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from protojax import errors, metrics, pretrained
+from protojax import errors, loading, metrics, pretrained, trees
 from protojax.interop import importers, network, prototype_layouts, tensor_files
-from protojax.metrics import diagnosis, loss_curve, measures
+from protojax.metrics import diagnosis, loss_curve, measures, verdicts
 from protojax.reports import of_run, record
 from protojax.training import loop
 
@@ -51,6 +51,7 @@ def diagnose(
   heads: int | None = None,
   step: int | None = None,
   rows: str | None = None,
+  cosine: bool | None = None,
 ) -> diagnosis.Diagnosis:
   """Says what is wrong with prototypes, a run or a log; `print` it to read all of it.
 
@@ -73,12 +74,16 @@ def diagnose(
     data: encodes images for the embeddings, of a run its own ("run") or "digits", "folder", the
       name of a TFDS data set. Of a file of another library, too, if its backbone, head and
       prototypes are of a known layout: those of DINO, iBOT (class tokens) and SwAV.
-    data_dir, split: of the images; None takes the run's own and "train".
+    data_dir, split: of the images; None takes the run's own and "train", which is all of a folder
+      that is not divided.
     limit: images at most, evenly spread; 0 takes all.
     heads: of attention, of a file whose network `data` is run through; None: width / 64.
     step: checkpoint of a run; None takes the newest.
     rows: what the rows of a file's lone matrix are, where nothing in it says so: "prototypes", or
       "features" of images, which are described and not judged.
+    cosine: of arrays and files: whether embeddings are compared with the directions of prototypes
+      alone (True) or by products, in which norms count (False); None takes what the names in a file
+      say, products where they say nothing.
 
   Raises:
     UserError: if there is no such thing, no prototypes are found, or an argument says nothing about
@@ -87,6 +92,7 @@ def diagnose(
   arguments = {"embeddings": embeddings, "key": key, "transpose": transpose or None}
   arguments |= {"which": which, "data": data, "data_dir": data_dir, "split": split}
   arguments |= {"limit": limit or None, "heads": heads, "step": step, "rows": rows}
+  arguments |= {"cosine": cosine}
   given: dict[str, Any] = {name: value for name, value in arguments.items() if value is not None}
   idle = next((name for name in ("data_dir", "split", "limit", "heads") if name in given), "")
   if idle and data is None:
@@ -98,7 +104,7 @@ def diagnose(
   examine: Callable[..., diagnosis.Diagnosis]
   allowed: tuple[str, ...]
   if not isinstance(what, str | os.PathLike):
-    kind, examine, allowed = "an array", diagnosis.diagnose, ("embeddings",)
+    kind, examine, allowed = "an array", diagnosis.diagnose, ("embeddings", "cosine")
   else:
     what = pathlib.Path(what).expanduser()
     if not what.exists():
@@ -114,7 +120,7 @@ def diagnose(
     else:
       kind, examine = f"{what}, a file of arrays", _diagnose_file
       allowed = ("embeddings", "key", "transpose", "which", "data", "data_dir", "split", "limit")
-      allowed += ("heads", "rows")
+      allowed += ("heads", "rows", "cosine")
   for name in given:
     if name not in allowed:
       raise errors.UserError(f"{name} means nothing for {kind}: leave it out")
@@ -152,6 +158,7 @@ def _diagnose_file(
   transpose: bool = False,
   which: str | None = None,
   rows: str | None = None,
+  cosine: bool | None = None,
   **images: Any,
 ) -> diagnosis.Diagnosis:
   arrays = tensor_files.read(path)
@@ -159,6 +166,12 @@ def _diagnose_file(
   if rows not in (None, "prototypes", "features"):
     raise errors.UserError(f"rows={rows} is unknown: choose prototypes or features")
   lone = matrices[0][0] if len(arrays) == len(matrices) == 1 else None
+  if len(arrays) == 1 and not matrices and not prototype_layouts.find(arrays):
+    (only,) = arrays.values()
+    raise errors.UserError(
+      f"{path} holds an array of {only.ndim} dimensions, {list(only.shape)} of {only.dtype.name}; "
+      "prototypes are [K, D] of floating point numbers, at least two rows and columns"
+    )
   if rows and lone is None:
     raise errors.UserError(
       f"rows={rows} is for a file of one matrix, and {path} holds {len(arrays)} arrays: name the "
@@ -171,11 +184,6 @@ def _diagnose_file(
     if rows == "features" or (rows is None and not transpose and embeddings is None):
       return _describe(arrays[lone], said=rows == "features")
     key = lone
-  if transpose and images:
-    raise errors.UserError(
-      "data and transpose=True: the network in a file is run as it is published, with prototypes "
-      "[K, D]: save what comes out of the head as .npy and pass it as embeddings=FILE"
-    )
   if key and images:
     raise errors.UserError(
       f"data and key={key}: images need the backbone and the head too, which key does not name: "
@@ -187,22 +195,18 @@ def _diagnose_file(
   else:
     sets = prototype_layouts.find(arrays, which, transpose)
     layout = f"names as in {prototype_layouts.kind(arrays, sets)}"
-  if not sets and len(arrays) == 1 and not matrices:
-    (only,) = arrays.values()
-    raise errors.UserError(
-      f"{path} holds an array of {only.ndim} dimensions, {list(only.shape)} of {only.dtype.name}; "
-      "prototypes are [K, D] of floating point numbers"
-    )
+  not_finite = trees.not_finite(arrays) if len(arrays) > 1 else ""
   if not sets:
     listed = ", ".join(f"{name} {list(shape)}" for name, shape in matrices[:_LISTED]) or "none"
     more = f" and {len(matrices) - _LISTED} more" * (len(matrices) > _LISTED)
     raise errors.UserError(
       f"no prototypes found in {path}: {prototype_layouts.advice(arrays)}; its matrices: "
-      f"{listed}{more}"
+      f"{listed}{more}" + (f"; {not_finite}" if not_finite else "")
     )
   whose = sorted({prototype_layouts.owner(s.name) for s in sets} - {""})
   lines = [f"file: {len(arrays)} array{'s' * (len(arrays) > 1)}, {layout}"]
   lines[0] += "".join(f"; weights of the {w}" for w in whose)
+  lines += diagnosis.bullets([not_finite] if not_finite else [])
   lines += diagnosis.bullets(
     _doubts(path, arrays, sets, transpose=transpose, embeddings=embeddings)
   )
@@ -210,7 +214,7 @@ def _diagnose_file(
   of_layers: dict[str, Any] = {}
   features = None
   if images:
-    of_layers, features, told = _arrays_of_file(path, which, **images)
+    of_layers, features, told = _arrays_of_file(path, which, transpose, **images)
     lines += told
   for_usage = "embeddings=FILE.npy, [N, D], what comes out of the head just before the prototypes"
   if not images and embeddings is None and not key and not transpose:
@@ -228,7 +232,7 @@ def _diagnose_file(
       features=None if of_set is None else features,
       name=one.name,
       gain=one.gain,
-      cosine=one.cosine,
+      cosine=one.cosine if cosine is None else cosine,
       aliases=one.aliases,
       for_usage=for_usage,
     )
@@ -282,20 +286,24 @@ def _leads_to_prototypes(path: pathlib.Path, which: str | None) -> bool:
     return False
 
 
+def _rows(count: int) -> str:
+  return f"{count:,} row{'s' * (count != 1)}"
+
+
 def _describe(matrix: np.ndarray, *, said: bool) -> diagnosis.Diagnosis:
   """A matrix of features, or of what nobody said, in numbers and without a verdict."""
   rows = np.asarray(matrix, np.float32)
   norms = np.linalg.norm(rows, axis=1)
   result: dict[str, Any] = {"kind": "matrix", "rows": len(rows), "dim": rows.shape[1]}
   result["not_finite"] = int(np.sum(~np.isfinite(norms)))
-  lines = [f"file: one matrix, {len(rows):,} rows of {rows.shape[1]} numbers, not judged"]
+  lines = [f"file: one matrix, {_rows(len(rows))} of {rows.shape[1]} numbers, not judged"]
   measured: dict[str, float] = {}
   verdict = None
   sentences: list[str] = []
   if result["not_finite"]:
     verdict = diagnosis.not_finite(result["not_finite"], len(rows))
     sentences = [f"{verdict.label}: {verdict.sentence}"]
-    lines[0] = f"file: one matrix, {len(rows):,} rows of {rows.shape[1]} numbers"
+    lines[0] = f"file: one matrix, {_rows(len(rows))} of {rows.shape[1]} numbers"
   else:
     measured = metrics.summary(features=rows)
     result |= {"norm": [float(norms.min()), float(norms.max())], "measures": measured}
@@ -315,6 +323,7 @@ def _describe(matrix: np.ndarray, *, said: bool) -> diagnosis.Diagnosis:
 def _arrays_of_file(
   path: pathlib.Path,
   which: str | None,
+  transpose: bool,
   *,
   data: str,
   data_dir: str | None = None,
@@ -326,12 +335,17 @@ def _arrays_of_file(
   if data == "run":
     raise errors.UserError(f"data=run is for runs of protojax: name a data set for {path}")
   try:
-    done = importers.convert(path, which=which, heads=heads)
+    done = importers.convert(path, which=which, heads=heads, transpose=transpose)
   except errors.UserError as error:
     raise errors.UserError(
       f"data={data} needs a backbone and a head that protojax knows, to run them: {error}; save "
       "what comes out of the head as .npy and pass it as embeddings=FILE"
     ) from None
+  if done.not_finite:
+    raise errors.UserError(
+      f"data={data}: {path} cannot be run up to its prototypes: {done.not_finite}: take an earlier "
+      "or an undamaged copy"
+    )
   lacks = [*done.missing, *done.unexpected]
   if lacks or not done.prototypes:
     why = (
@@ -343,7 +357,7 @@ def _arrays_of_file(
       f"data={data}: {path} cannot be run up to its prototypes: {why}; save what comes out of the "
       "head as .npy and pass it as embeddings=FILE"
     )
-  model = pretrained.of_export(path, done.tensors, done.info, done.prototypes)
+  model = loading.of_export(path, done.tensors, done.info, done.prototypes)
   found, features, told = _arrays_of_run(
     model, data=data, data_dir=data_dir, split=split, limit=limit
   )
@@ -370,15 +384,18 @@ def _diagnose_run(
       )
     lines += diagnosis.bullets(["there is no checkpoint yet whose prototypes could be examined"])
     return diagnosis.joined({}, lines=lines, result=result, verdict=verdict)
-  model = pretrained.load(str(folder), step=step)
+  model = loading.load(str(folder), step=step)
+  not_finite = pretrained.not_finite(model)
   if exported and not model.prototypes:
     raise errors.UserError(
       f"{folder} holds an encoder without prototypes: its method, or the file that was converted, "
       "has none, or an older version exported it; give the workdir of the run or that file"
+      + (f"; {not_finite}" if not_finite else "")
     )
   embeddings, features, told = _arrays_of_run(model, **images)
   lines += [
     *told,
+    *diagnosis.bullets([not_finite] if not_finite else []),
     ("exported weights" if exported else "checkpoint")
     + (f" of step {model.step:,}" if model.step is not None else "")
     + ", no prototypes" * (not model.prototypes),
@@ -398,6 +415,11 @@ def _diagnose_run(
       made=model.config.method.prototypes,
       for_usage="data=run or " * (not exported) + "data=folder data_dir=IMAGES",
       use=use,
+      circumstances=(
+        None
+        if exported or model.step is None
+        else verdicts.circumstances_of(model.config, model.step)
+      ),
     )
     if use:
       sets[name].result["use_by_metrics"] = use
@@ -442,9 +464,10 @@ def _arrays_of_run(
     return dict.fromkeys(model.prototypes, embeddings), None, []
   if data is None or not model.prototypes:
     return {}, None, []
+  if wrong := pretrained.not_finite(model):
+    raise errors.UserError(f"data={data}: {model.path} cannot be run: {wrong}")
   name = None if data == "run" else data
-  default = None if name == "folder" else "train"
-  source = pretrained.source(model, split or default, name=name, data_dir=data_dir)
+  source = pretrained.source(model, split or "train", name=name, data_dir=data_dir)
   found = pretrained.encoded(model, source, parts=("features", "embeddings"), limit=limit)
   images = f"  images: {source.name}, {len(found['index']):,} of {len(source):,}"
   return found["embeddings"], found["features"]["last"], [images]

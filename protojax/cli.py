@@ -2,6 +2,7 @@
 
 import argparse
 import atexit
+import contextlib
 import difflib
 import errno
 import logging
@@ -104,6 +105,7 @@ def nearest(word: str, words: Iterable[str]) -> str | None:
   >>> nearest("workdr", ["config", "workdir"])
   'workdir'
   """
+  words = [one for one in words if len(one.lstrip("-")) > 1]  # a letter resembles anything
   return next(iter(difflib.get_close_matches(word, words, 1)), None)
 
 
@@ -119,12 +121,13 @@ def listed(kind: Callable[[str], Any]) -> Callable[[str], tuple]:
 
 # Arguments of the library for which there is a flag of the same name, as messages have them.
 _NAMED = (
-  r"(data|devices|embeddings|format|heads|image_size|key|limit|rows|stem|step|topology|which"
+  r"(coordinator_address|data|devices|embeddings|format|heads|image_size|key|limit|num_processes|rows|stem|step|topology|which"
   r"|workdir)="
 )
 _KEY = r"config\.(?!json\b|py\b)[a-z]"  # config.json and protojax/config.py are files
-_FLAG = re.compile(rf"(?<![^\s(])(?={_NAMED}|{_KEY})|(?<=another )(?=workdir\b)")
-_SWITCH = re.compile(r"(?<![^\s(])transpose=True\b")  # a flag without a value
+_ADVISED = r"(?<=another )(?=workdir\b)|(?<=give )(?=data_dir=)"
+_FLAG = re.compile(rf"(?<![^\s(])(?={_NAMED}|{_KEY})|{_ADVISED}")
+_SWITCH = re.compile(r"(?<![^\s(])(transpose|cosine)=True\b")  # a flag without a value
 # Alone, data_dir is a setting of training; beside data it is an argument too.
 _BESIDE = re.compile(r"(?<=data=folder)(\s+)(?=data_dir=)")
 
@@ -135,7 +138,7 @@ def with_flags(message: str) -> str:
   >>> with_flags("workdir=runs/a is a file: lower config.optim.lr or choose another workdir")
   '--workdir=runs/a is a file: lower --config.optim.lr or choose another --workdir'
   """
-  return _FLAG.sub("--", _SWITCH.sub("--transpose", _BESIDE.sub(r"\1--", message)))
+  return _FLAG.sub("--", _SWITCH.sub(r"--\1", _BESIDE.sub(r"\1--", message)))
 
 
 # What these say below these levels tells a user nothing: jax looks for a TPU on every machine,
@@ -180,18 +183,20 @@ def _plain_log() -> None:
   absl_logging.set_verbosity(absl_logging.INFO)
 
 
-_interrupted = False  # by Ctrl-C, and the program is about to end
+_at_once: int | None = None  # the status of a program that is about to end by Ctrl-C or its disk
 
 
 def _leave() -> None:
-  """Ends an interrupted process here, the last of what atexit does.
+  """Ends such a process here, the last of what atexit does.
 
-  Taking XLA down after a compilation that was interrupted crashes (jax 0.10.2).
+  Taking XLA down after a compilation that was interrupted crashes (jax 0.10.2); what orbax could
+  not write complains of a closed event loop.
   """
-  if _interrupted:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(130)
+  if _at_once is not None:
+    with contextlib.suppress(OSError):
+      sys.stdout.flush()
+      sys.stderr.flush()
+    os._exit(_at_once)
 
 
 def _unread(stream: TextIO) -> bool:
@@ -213,7 +218,7 @@ def guarded(call: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> Any:
   A run that was asked to stop ends with 143 (SIGTERM), 129 (SIGHUP) or 130 (Ctrl-C), as shells have
   it; a program whose reader is gone, as of `protojax doctor ... | head -1`, without a word and 141.
   """
-  global _interrupted
+  global _at_once
   _hush()
   _plain_log()
   atexit.register(_leave)
@@ -223,10 +228,15 @@ def guarded(call: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> Any:
     return done
   except errors.UserError as error:
     progress.write(f"protojax: {with_flags(str(error))}")
+    if isinstance(error.__cause__, OSError | ValueError):  # the disk's: tensorstore has ValueErrors
+      _at_once = 2
     sys.exit(2)
   except errors.Interrupted as stop:
     progress.write(f"protojax: {with_flags(str(stop))}")
     sys.exit(128 + stop.number)
+  except errors.Missing as missing:
+    progress.write(f"protojax: {with_flags(str(missing))}")
+    sys.exit(errors.LOST)
   except OSError as error:
     if error.errno == errno.EPIPE and _unread(sys.stdout):
       progress.discard(sys.stdout)
@@ -240,7 +250,7 @@ def guarded(call: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> Any:
     sys.exit(2)
   except KeyboardInterrupt as stop:
     progress.write(f"protojax: {with_flags(str(stop)) or 'interrupted'}")
-    _interrupted = True
+    _at_once = 130
     sys.exit(130)
   finally:
     progress.end()

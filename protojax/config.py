@@ -42,7 +42,7 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
   # num_epochs, and from there on with the schedules of a run of that length.
   config.resume = "auto"
   config.overwrite = False  # delete the run in the workdir first
-  config.init_from = config_dict.placeholder(str)  # exported/encoder.safetensors of another run
+  config.init_from = config_dict.placeholder(str)  # another run, its exported/, what convert wrote
   config.log_every = 50
   config.save_every = 1000
   config.eval_every = 5000
@@ -90,6 +90,9 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
     {
       "every": 1000,
       "images": 2048,
+      # Of many prototypes those whose partners are looked for among all: see docs/instruments.md.
+      # None: all of 65,536, 2,048 of more while training lasts; 0: all.
+      "prototypes": config_dict.placeholder(int),
       "stop_on_collapse": False,
     }
   )
@@ -212,6 +215,9 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
       "clip_mode": "tensor",  # each; or global: all together; encoder: all but the prototypes'
       "trust": 0.001,  # of LARS: length of a step over that of the weights, at learning rate 1
       "lars_clip": False,  # LARS no faster than SGD: trust ratio over learning rate, at most 1
+      # Updates in a row that may be left out because their loss or gradient is not finite; 0 stops
+      # at the first (docs/runs.md).
+      "skip_nonfinite": 0,
       "freeze_prototypes_epochs": 1.0,
       "freeze_prototypes_steps": 0,
       "beta1": 0.9,
@@ -459,11 +465,10 @@ def _resolve_sizes(config: ml_collections.ConfigDict) -> None:
   for section, name, key in used:
     section[key] = size = sizes.checked(f"{name}.{key}", section[key])
     patch = model.patch_size
-    if model.name in vit.VARIANTS and any(side % patch for side in sizes.pair(size)):
-      nearest = [max(patch, round(side / patch) * patch) for side in sizes.pair(size)]
+    if model.name in vit.VARIANTS and sizes.nearest(size, patch) != size:
       raise errors.UserError(
         f"{name}.{key}={size} is no multiple of model.patch_size={patch}: the nearest is "
-        f"{sizes.text(sizes.checked(key, nearest))}"
+        f"{sizes.text(sizes.nearest(size, patch))}"
       )
   large = sizes.pair(views.global_size)
   small = sizes.pair(views.local_size)
@@ -515,6 +520,10 @@ def check(config: ml_collections.ConfigDict) -> None:
   if config.monitor.images < 2:
     raise errors.UserError(
       f"monitor.images={config.monitor.images}: the collapse measures need at least 2 images"
+    )
+  if (config.monitor.prototypes or 0) < 0:
+    raise errors.UserError(
+      f"monitor.prototypes={config.monitor.prototypes} must not be negative (0: all)"
     )
   if config.num_steps < 0 or config.num_epochs < 0:
     raise errors.UserError("num_steps and num_epochs must not be negative")

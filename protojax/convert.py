@@ -30,8 +30,12 @@ Converts weights, tensor by tensor, and says what became of each.
 In: DINO, iBOT, DINOv2 and timm transformers, Hugging Face's ViT and Dinov2, torchvision ResNet-18
 and -50 (SwAV's and DINO's too), as .pth, .pt, .safetensors, .npz or a folder. The folder OUT then
 holds encoder.safetensors and config.json, and of a full checkpoint of DINO, iBOT or SwAV
-prototypes.safetensors: --config.init_from=OUT trains from it, evaluate, embed and doctor take it as
-it is.
+prototypes.safetensors. evaluate, embed and doctor take it as it is, and a run starts from it, of
+whatever width and depth:
+
+  protojax train --config=gmm_photos --workdir=runs/own --config.init_from=OUT
+
+Weights that hold NaN or infinity are refused, by their names.
 
 Out, of a run or of exported weights:
   timm  a folder for timm.create_model("local-dir:OUT", pretrained=True); of a ResNet the names in
@@ -135,9 +139,15 @@ def bring_in(
     The account, lines.
 
   Raises:
-    UserError: for weights that do not fit one to one, and anything that cannot be read or written.
+    UserError: for weights that do not fit one to one or are not finite, and anything that cannot be
+      read or written.
   """
   done = importers.convert(path, **options)
+  if done.not_finite:
+    raise errors.UserError(
+      f"{path}: {done.not_finite}: nothing made with them means anything, so nothing was written; "
+      "take an earlier or an undamaged copy (protojax doctor looks at what else is in this one)"
+    )
   source = done.info["source"]
   lines = [
     f"read {source['file']}: {source['layout']}"
@@ -244,13 +254,15 @@ def main(argv: list[str]) -> None:
   parser.add_argument("path", metavar="IN", help="file of weights, folder, or workdir of a run")
   parser.add_argument("out", metavar="OUT", help="folder to write")
   parser.add_argument("--format", choices=FORMATS, help="default: protojax, from others")
-  parser.add_argument("--which", help="teacher (default), student or a prefix, of several networks")
-  parser.add_argument("--heads", type=int, help="attention heads; default: config.json, width / 64")
-  parser.add_argument("--stem", choices=resnet.STEMS, help="of a ResNet whose first layer is 3 x 3")
-  parser.add_argument("--image_size", type=int, help="pixels to resample the position embedding to")
-  parser.add_argument("--no_head", action="store_true", help="leave the projection head out")
-  parser.add_argument("--allow_partial", action="store_true", help="convert what fits")
   parser.add_argument("--overwrite", action="store_true", help="replace an earlier conversion")
+  theirs = parser.add_argument_group("of weights from other libraries")
+  theirs.add_argument("--which", help="teacher (default), student or a prefix, of several networks")
+  theirs.add_argument("--heads", type=int, help="attention heads; default: config.json, width / 64")
+  theirs.add_argument("--stem", choices=resnet.STEMS, help="of a ResNet whose first layer is 3 x 3")
+  theirs.add_argument("--image_size", type=int, help="pixels to resample the position embedding to")
+  theirs.add_argument("--no_head", action="store_true", help="leave the projection head out")
+  theirs.add_argument("--transpose", action="store_true", help="prototypes are stored [D, K]")
+  theirs.add_argument("--allow_partial", action="store_true", help="convert what fits")
   args = parser.parse_args(argv)
   path, out = (pathlib.Path(p).expanduser() for p in (args.path, args.out))
   if out.resolve() in (path.resolve(), *path.resolve().parents):
@@ -273,13 +285,14 @@ def main(argv: list[str]) -> None:
         stem=args.stem,
         image_size=args.image_size,
         with_head=not args.no_head,
+        transpose=args.transpose,
       )
   else:
     if to_ours:
       raise errors.UserError(
         f"{args.path} is protojax's already: --format={', '.join(FORMATS[1:])} converts it"
       )
-    for name in ("which", "heads", "stem", "image_size", "no_head", "allow_partial"):
+    for name in ("which", "heads", "stem", "image_size", "no_head", "transpose", "allow_partial"):
       if getattr(args, name):
         raise errors.UserError(
           f"--{name} is for weights of other libraries; {args.path} is protojax's"

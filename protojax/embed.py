@@ -14,7 +14,17 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from protojax import __version__, cli, environment, errors, files, pretrained, progress, sizes
+from protojax import (
+  __version__,
+  cli,
+  environment,
+  errors,
+  files,
+  loading,
+  pretrained,
+  progress,
+  sizes,
+)
 from protojax.data import sources
 
 _DESCRIPTION = """\
@@ -27,8 +37,8 @@ Writes what a trained encoder makes of images, one row an image.
 --what, one or more of
   features    [F] of the backbone, what k-NN and linear probes see
   patches     [h, w, F], the patch tokens of a ViT, the map of a ResNet
-  embeddings  [D] of the head, what is compared with the prototypes
-  codes       the number of the prototype with the largest score
+  embeddings  [D] of the head, what is compared with the prototypes; called embedding in the file
+  codes       the number of the prototype with the largest score; called code in the file
 --layers, of features and patches: last; one by one block1, block2, ... of a ViT (through the final
 norm) and stage1 to stage4 of a ResNet; of features of a ViT also last4, last_avg, last4_avg.
 
@@ -108,7 +118,7 @@ def chunks(
   """The columns of the file, {name: array [n, ...]}, in the order of the source, batch by batch.
 
   Args:
-    model: from `pretrained.load`.
+    model: from `loading.load`.
     source: from `data.build`.
     what: of `WHAT`.
     layers: of features and patches, see `pretrained.chunks`.
@@ -236,7 +246,7 @@ def main(argv: list[str]) -> None:
   if unknown := [what for what in args.what or () if what not in WHAT]:
     raise errors.UserError(f"--what={unknown[0]} is unknown: choose of {', '.join(WHAT)}")
   environment.keep_compiled()
-  model = pretrained.load(args.path, step=args.step)
+  model = loading.load(args.path, step=args.step)
   split = args.split or (None if args.data in ("folder", "parquet", "tar") else "train")
   given, trained = args.value_range, model.config.data.value_range
   if given is not None and trained is not None:

@@ -38,6 +38,13 @@ class Interrupted(Exception):
     self.step, self.number = step, number
 
 
+LOST = 75  # status of a program whose other processes are lost: nothing to mend, start it again
+
+
+class Missing(Exception):
+  """Another process of the run did not come or is lost; `cli.guarded` ends with `LOST`."""
+
+
 def require_positive(options: Mapping[str, Any], *names: str) -> None:
   """Refuses the first of these settings, in the section `config.method`, that is not above 0.
 

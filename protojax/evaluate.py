@@ -5,17 +5,20 @@ protojax evaluate --compare runs/own runs/other
 """
 
 import argparse
+import functools
 import pathlib
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from protojax import cli, environment, errors, pretrained
+from protojax import cli, environment, errors, loading, pretrained
 from protojax.data import sources
-from protojax.evals import protocols, result_files
-from protojax.training import console
+from protojax.evals import knn, protocols, result_files
+from protojax.training import console, encode, evaluation, sharding
 
 _DESCRIPTION = """\
 Judges frozen features: of the teacher (the encoder where there is none), evaluation transform.
@@ -35,6 +38,7 @@ all         all of these, from images encoded once; ends in a table of the main 
 
 Writes WORKDIR/eval/PROTOCOL/result.json: measures, protocol, environment."""
 
+_PIXELS_AT_A_TIME = 256  # images, over all devices
 PROTOCOLS = ("knn", "linear", "low_shot", "clustering", "long_tail")
 
 
@@ -116,9 +120,10 @@ def _encode(model: pretrained.Trained, images: Images, layers: Sequence[str]) ->
   for layer, x in rows["features"].items():
     if bad := int(np.sum(~np.isfinite(x).all(axis=1))):
       when = "" if model.step is None else f" at step {model.step}"
+      why = pretrained.not_finite(model) or "its weights are finite, what they make of these is not"
       raise errors.UserError(
         f"{bad} of {len(x)} rows of features of {name} (layer {layer}) hold NaN or infinity{when}: "
-        "the encoder has diverged, take an earlier --step"
+        f"of {model.path} {why}"
       )
   return images._replace(rows=rows)
 
@@ -208,7 +213,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, dict]:
     UserError: for a mistake of the user; results are written whole or not at all.
   """
   names = PROTOCOLS if args.protocol == "all" else (args.protocol,)
-  model = pretrained.load(args.workdir, step=args.step)
+  model = loading.load(args.workdir, step=args.step)
   images = _sources(model, args, names)
   for k in (args.k or (10,)) if "knn" in names else ():
     num = len(images["bank"].source)
@@ -235,13 +240,15 @@ def evaluate(args: argparse.Namespace) -> dict[str, dict]:
     if not args.overwrite:
       result_files.require_free(root / name / "result.json", protocol)
     tasks[name] = task, protocol
-  results = {}
+  results, floors = {}, []
   for name, (task, protocol) in tasks.items():
     results[name] = task.measure()
     path = root / name / "result.json"
     result_files.write(path, results[name], protocol)
     lines = _table(results[name], protocol, task.notes, path)
-    lines += [_floors(model)] * (name in ("knn", "linear"))
+    if name in ("knn", "linear"):
+      floors = floors or _floors(model, images["bank"], test, own=not args.data)
+      lines += floors
     print("\n".join(lines), flush=True)
   if args.protocol == "all":
     share = np.bincount(test.rows["label"]).max() / test.rows["label"].size
@@ -250,23 +257,85 @@ def evaluate(args: argparse.Namespace) -> dict[str, dict]:
       for name, (_, protocol) in tasks.items()
       for row in protocols.headlines(name, results[name], protocol, float(share))
     ]
-    print("\n".join([*_summary(rows, tasks["knn"][1]), _floors(model).strip()]))
+    print("\n".join([*_summary(rows, tasks["knn"][1]), *(line.strip() for line in floors)]))
   return results
 
 
-def _floors(model: pretrained.Trained) -> str:
-  """What there was without training, as a run has measured it: no accuracy is good alone."""
-  known = console.floors(pathlib.Path(model.path)) if model.kind == "run" else {}
+def _floors(model: pretrained.Trained, bank: Images, test: Images, *, own: bool) -> list[str]:
+  """Lines on what there is without training, for no accuracy is good alone.
+
+  k-NN on these very images where they are few; else what the run has measured in its training,
+  and on how many images that was where they are others.
+
+  Args:
+    model: what is judged.
+    bank, test: encoded.
+    own: whether they are the run's own images.
+  """
   names = {
     "floor/knn_pixels": "k-NN raw pixels",
     "floor/knn_untrained": "untrained",
     "floor/knn_start": "at the start",
     "floor/linear_pixels": "linear raw pixels",
   }
-  said = [f"{name} {known[key]:.1%}" for key, name in names.items() if key in known]
-  if said:
-    return f"  floors: {', '.join(said)}"
-  return "  floors: unknown here; raw pixels or an untrained net may do as well"
+
+  def listed(values):
+    return ", ".join(f"{name} {values[key]:.1%}" for key, name in names.items() if key in values)
+
+  here, lines = (len(bank.rows["label"]), len(test.rows["label"])), []
+  known = console.floors(pathlib.Path(model.path)) if model.kind == "run" else {}
+  there = tuple(int(known.get(f"floor/{of}_images", 0)) for of in ("bank", "test"))
+  if max(here) <= evaluation.FLOOR_IMAGES and not (own and there == here):
+    k = min(model.config.probe.k, here[0])
+    lines.append(
+      f"  floors on these images, k = {k}: {listed(_measured_floors(model, bank, test))}"
+    )
+    known = {key: value for key, value in known.items() if "knn" not in key}
+  if listed(known):
+    of = ""
+    if any(there) and not (own and there == here):
+      of = f" of the training's bank of {there[0]} and test of {there[1]} images, not comparable"
+    text = f"floors{of}: {listed(known)}"
+    lines += textwrap.wrap(text, 80, initial_indent="  ", subsequent_indent="    ")
+  return lines or ["  floors: unknown here; raw pixels or an untrained net may do as well"]
+
+
+def _measured_floors(model: pretrained.Trained, bank: Images, test: Images) -> dict[str, float]:
+  """k-NN accuracy of raw pixels and of the net of step 0, where there was one without weights."""
+  config = model.config
+  forward = jax.jit(
+    functools.partial(evaluation.pixels, config), out_shardings=sharding.replicated(model.mesh)
+  )
+
+  def accuracy(rows, part):
+    bank_rows, test_rows = rows
+    return knn.accuracy(
+      part(bank_rows),
+      bank_rows["label"],
+      part(test_rows),
+      test_rows["label"],
+      num_classes=test.source.num_classes,
+      k=min(config.probe.k, len(bank_rows["label"])),
+      temperature=config.probe.temperature,
+    )
+
+  raw = [
+    encode.rows(
+      forward,
+      images.source,
+      mesh=model.mesh,
+      batch_size=_PIXELS_AT_A_TIME,
+      image_size=config.data.image_size,
+      num_workers=config.data.num_workers,
+    )
+    for images in (bank, test)
+  ]
+  found = {"floor/knn_pixels": accuracy(raw, lambda rows: rows["pixels"])}
+  if model.kind == "run" and not config.init_from:
+    fresh = loading.untrained(model)
+    rows = [pretrained.encoded(fresh, images.source) for images in (bank, test)]
+    found["floor/knn_untrained"] = accuracy(rows, lambda rows: rows["features"]["last"])
+  return found
 
 
 def _summary(rows: Sequence[protocols.Headline], protocol: dict) -> list[str]:

@@ -8,6 +8,18 @@ from collections.abc import Callable
 
 from protojax import errors
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT, errno.ESTALE)
+
+
+def trouble(error: OSError) -> tuple[str, str] | None:
+  """(what is wrong with a disk, what to do about it), or None of an error that is no disk's."""
+  if error.errno in _FULL:
+    return "no space left on device", "free some space"
+  if error.errno in _REFUSED:
+    return os.strerror(error.errno), "mend it"
+  return None
+
 
 def write(path: str | os.PathLike, content: str | bytes | Callable[[pathlib.Path], object]) -> None:
   """Writes a file beside its place and moves it there when it is whole; makes its folder.
@@ -32,9 +44,11 @@ def write(path: str | os.PathLike, content: str | bytes | Callable[[pathlib.Path
       os.fsync(file.fileno())  # a power cut must not leave the name with nothing behind it
     os.replace(temporary, path)
   except OSError as error:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in _FULL:
       raise
-    raise errors.UserError(f"cannot write to {path}: {error.strerror}") from None
+    raise errors.UserError(
+      f"cannot write to {path}: {error.strerror}: mend it or choose another place"
+    ) from None
   finally:
     if temporary.is_file():
       temporary.unlink()

@@ -47,6 +47,19 @@ def everywhere(x: Any) -> jax.Array:
   return jax.device_put(np.asarray(x), NamedSharding(mesh(), PartitionSpec()))
 
 
+def on_each(function: Callable, *, in_specs: PyTree, out_specs: PyTree) -> Callable:
+  """`jax.shard_map` over `mesh()`, also for a caller who is in `jax.set_mesh` of a training."""
+  shared = jax.shard_map(
+    function, mesh=mesh(), in_specs=in_specs, out_specs=out_specs, check_vma=False
+  )
+
+  def run(*args):
+    with jax.sharding.use_abstract_mesh(mesh().abstract_mesh):
+      return shared(*args)
+
+  return run
+
+
 def by_share(function: Callable, *, summed: bool = False) -> Callable:
   """Runs a function of rows on every device's share of them; to be called inside of `jax.jit`.
 
@@ -63,10 +76,8 @@ def by_share(function: Callable, *, summed: bool = False) -> Callable:
     out = function(rows, shared)
     return jax.lax.psum(out, AXIS) if summed else out
 
-  return jax.shard_map(
+  return on_each(
     of_share,
-    mesh=mesh(),
     in_specs=(PartitionSpec(AXIS), PartitionSpec()),
     out_specs=PartitionSpec() if summed else PartitionSpec(AXIS),
-    check_vma=False,
   )

@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import shlex
+import signal
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 import ml_collections
 from absl import logging
 
-from protojax import cli, errors, methods, recipes, trees, typed
+from protojax import cli, errors, hosts, methods, recipes, trees, typed
 from protojax import config as configs
 
 _DESCRIPTION = """\
@@ -58,6 +59,18 @@ def _parser(list_recipes: bool) -> argparse.ArgumentParser:
   )
   parser.add_argument("--num_processes", type=int, help="with --coordinator_address")
   parser.add_argument("--process_id", type=int, help="with --coordinator_address")
+  parser.add_argument(
+    "--start_timeout",
+    type=float,
+    default=300.0,
+    help="seconds that processes wait for each other at the start (300)",
+  )
+  parser.add_argument(
+    "--host_timeout",
+    type=float,
+    default=60.0,
+    help="seconds of silence after which a process is lost and all end (60)",
+  )
   return parser
 
 
@@ -85,6 +98,10 @@ def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, argparse.Name
       )
   config = typed.config(args.config, changes)
   given = dict(changes)
+  if config.init_from and "init_from" in given:
+    from protojax.training import origin
+
+    origin.take_over(config, given)
   if config.data.name == "digits" and "data.data_dir" in given and "data.name" not in given:
     logging.warning(
       "config.data.data_dir=%s is not looked at: %s is on the digits of scikit-learn; add "
@@ -143,19 +160,65 @@ def _alone_under_slurm() -> bool:
   return "SLURM_STEP_NODELIST" in os.environ and os.environ.get("SLURM_NTASKS") == "1"
 
 
-def _connect(args: argparse.Namespace) -> None:
+def _detected(seconds: float) -> tuple[str | None, int | None, int | None, Sequence[int] | None]:
+  """(coordinator's address, number of processes, index of this one, devices) of the environment."""
+  try:
+    from jax._src import clusters  # what jax.distributed.initialize() asks
+
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
+    return detect(address, None, None, None, None, int(seconds))
+  except Exception as error:  # another version of JAX, or nobody answers: it is asked once more
+    logging.debug("no cluster was detected: %s", error)
+    return None, None, None, None
+
+
+def _connect(args: argparse.Namespace) -> hosts.Hosts | None:
   """Joins the cluster that the flags or the environment name; one process is fine too."""
   import jax
 
+  others = None
   if args.coordinator_address:
     if args.num_processes is None or args.process_id is None:
       raise errors.UserError("--coordinator_address needs --num_processes and --process_id too")
-    jax.distributed.initialize(args.coordinator_address, args.num_processes, args.process_id)
-  elif not _alone_under_slurm():
+    address, count, index, devices = (
+      args.coordinator_address,
+      args.num_processes,
+      args.process_id,
+      None,
+    )
+  elif _alone_under_slurm():
+    return None
+  else:
+    address, count, index, devices = _detected(args.start_timeout)
+  if address is None or count is None or index is None:
     try:
       jax.distributed.initialize()
     except ValueError:  # no cluster: a single process
       pass
+  else:
+    if count > 1:
+      others = hosts.join(
+        address,
+        count,
+        index,
+        start_timeout=args.start_timeout,
+        timeout=args.host_timeout,
+        intact=lambda: _intact(args.workdir),
+      )
+      address = hosts.through_relay(address) if index else address
+    jax.distributed.initialize(
+      address,
+      count,
+      index,
+      None if "JAX_LOCAL_DEVICE_IDS" in os.environ else devices,
+      initialization_timeout=int(args.start_timeout) + 1,
+      # JAX looks after the others too, and crashes: later than `hosts`.
+      heartbeat_timeout_seconds=max(100, 10 * int(args.host_timeout)),
+    )
+    # JAX takes SIGTERM for itself, and does nothing: back to what it was.
+    if (handler := signal.getsignal(signal.SIGTERM)) is not None:
+      signal.signal(signal.SIGTERM, handler)
   if jax.process_count() > 1:
     logging.info(
       "process %d of %d, %d local of %d devices (%s)",
@@ -165,17 +228,25 @@ def _connect(args: argparse.Namespace) -> None:
       jax.device_count(),
       jax.devices()[0].device_kind,
     )
+  return others
+
+
+def _intact(workdir: str) -> str:
+  """What there is to go on from."""
+  from protojax.training import checkpoint
+
+  return checkpoint.intact(workdir)
 
 
 def main(argv: Sequence[str]) -> None:
   """The program; see --help."""
   config, args = parse(argv)
   faulthandler.enable(sys.__stderr__)
-  _connect(args)
-  from protojax import api, environment
+  with hosts.told(_connect(args)):
+    from protojax import api, environment
 
-  environment.keep_compiled()
-  api.train(config, args.workdir)
+    environment.keep_compiled()
+    api.train(config, args.workdir)
 
 
 if __name__ == "__main__":

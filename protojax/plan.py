@@ -12,6 +12,7 @@ import ml_collections
 
 from protojax import cli, errors, files, typed
 from protojax.planning import compiled, report, targets
+from protojax.training import origin
 
 _DESCRIPTION = """\
 Compiles the step that training would run, and says of one device what memory it takes, what it
@@ -77,6 +78,8 @@ def parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, argparse.Namespac
   if args.topology and args.devices is not None:
     raise errors.UserError("--topology and --devices are two targets: give one")
   config = typed.config(args.config, changes)
+  if config.init_from and "init_from" in dict(changes):
+    origin.take_over(config, dict(changes))
   if args.mesh:
     # Whichever is not named takes what the other leaves; model does only where it is named.
     config.mesh.update({"data": -1, "model": 1} | mesh_of(args.mesh))

@@ -1,10 +1,7 @@
-"""A trained encoder and what it makes of images: from a run's checkpoint or exported weights."""
+"""A trained encoder and what it makes of images; `loading` reads one."""
 
 import functools
-import json
-import os
-import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,21 +10,20 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from protojax import config as configs
-from protojax import errors, losses, sizes, trees
+from protojax import errors, sizes, trees
 from protojax.data import augment, sources
 from protojax.metrics import measures
 from protojax.models import encoder as encoders
 from protojax.models import features as backbone_layers
 from protojax.prototypes import scoring
-from protojax.training import checkpoint, encode, export, programs, sharding, train_step
+from protojax.training import encode, sharding
 
 PyTree = Any
 _BATCH = 256  # images at a time, over all devices
 
 
 class Trained(NamedTuple):
-  """An encoder with everything that using it needs; see `load`.
+  """An encoder with everything that using it needs; see `loading.load`.
 
       model = protojax.load("runs/gmm")
       model.features(images)  # float32 [N, F]
@@ -149,199 +145,14 @@ class Trained(NamedTuple):
     return _of_images(self, images, "codes")
 
 
-def load(path: str | os.PathLike, *, step: int | None = None) -> Trained:
-  """Loads the teacher (the encoder where there is none) of a run, or exported weights.
-
-  Exported weights are what a run leaves in exported/ and what `protojax convert` writes.
-
-  Args:
-    path: workdir of a run, or a folder with encoder.safetensors and config.json, or that file.
-    step: checkpoint of a run; None takes the newest that can be read.
-
-  Raises:
-    UserError: if there is nothing of the kind, or it cannot be read.
-  """
-  folder = pathlib.Path(path).expanduser()
-  if not folder.exists():
-    raise errors.UserError(f"there is no {path}: give the workdir of a run or its exported/ folder")
-  if (folder / "env.json").is_file() or (folder / "checkpoints").is_dir():
-    return _run(path, folder, step)
-  if step is not None:
-    raise errors.UserError(f"step={step}: {path} is no run, so there are no checkpoints to choose")
-  return _exported(path, folder)
-
-
-def _run(path: str | os.PathLike, folder: pathlib.Path, step: int | None) -> Trained:
-  try:
-    config = configs.restored(json.loads((folder / "config.json").read_text()))
-  except errors.UserError:
-    raise
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise errors.UserError(
-      f"{folder / 'config.json'} cannot be read ({type(error).__name__}): it says what the "
-      f"checkpoints in {path} are; copy it along with them"
-    ) from None
-  # This machine's, not the run's.
-  config.mesh.update({"data": -1, "model": 1, "rules": (), "fsdp": False})
-  config.model.attention = "xla"
-  if checkpoint.leaves(folder) is None:
-    raise errors.UserError(
-      f"{path} holds no checkpoint yet: wait for the first one (save_every), or give another run"
-    )
-  program = programs.Program(config)
-  checkpoints = checkpoint.Checkpoints(folder)
-  try:
-    restored = checkpoints.restore_latest(program.restore_target, step)
-  finally:
-    checkpoints.close()
-  if restored is None:
-    raise errors.UserError(f"{path} holds no checkpoint any more: give another run")
-  step, state, _ = restored
-  return of_state(path, program, state, step)
-
-
-def of_state(
-  path: str | os.PathLike, program: programs.Program, state: train_step.TrainState, step: int
-) -> Trained:
-  """The encoder of a state of the run in `path` after `step` updates; all processes call it."""
-  weights, tree = train_step.encoder_of(state)
-  variables = train_step.variables_of(state)
-  replicated = sharding.replicated(program.mesh)
-  matrices = jax.jit(program.method.prototype_matrices, out_shardings=replicated)(variables)
-  return Trained(
-    path=str(path),
-    kind="run",
-    config=program.config,
-    step=step,
-    weights=weights,
-    **tree,
-    encoder=encoders.build(encoders.for_evaluation(program.config)),
-    prototypes=jax.device_get(matrices),
-    method=program.method,
-    variables=variables,
-    mesh=program.mesh,
-  )
-
-
-class Sets(NamedTuple):
-  """In the place of a method, for prototypes that were exported; see `prototypes.scoring`.
-
-  `variables` are (params, batch_stats, {set: Scoring}).
-  """
-
-  encoder: encoders.Encoder
-
-  def embeddings(self, variables: Any, images: jax.Array) -> dict[str, jax.Array]:
-    params, batch_stats, sets = variables
-    patches = any(one.tokens == "patch" for one in sets.values())
-    out, _ = encoders.embed(
-      self.encoder, params, batch_stats, {"global": images[:, None]}, train=False, patches=patches
-    )
-    z = {"class": out.z[:, 0]}
-    if out.patches is not None:
-      z["patch"] = out.patches[:, 0]
-    return {name: scoring.embeddings(one, z[one.tokens]) for name, one in sets.items()}
-
-  def scoring(self, variables: Any) -> dict[str, Any]:
-    return variables[2]
-
-  def codes(self, variables: Any, images: jax.Array) -> dict[str, jax.Array]:
-    found = self.embeddings(variables, images)
-    return {name: scoring.scores(one, found[name]) for name, one in variables[2].items()}
-
-
-def _exported(path: str | os.PathLike, folder: pathlib.Path) -> Trained:
-  tensors, info = export.read(folder)
-  return of_export(path, tensors, info, export.read_prototypes(folder, info))
-
-
-def of_export(
-  path: str | os.PathLike,
-  tensors: Mapping[str, np.ndarray],
-  info: Mapping[str, Any],
-  sets: Mapping[str, scoring.Scoring],
-) -> Trained:
-  """The encoder of exported or converted weights.
-
-  Args:
-    path: what they are called.
-    tensors, info: as `export.read` gives them.
-    sets: {set: its prototypes}; of use only with the head among the tensors.
-
-  Raises:
-    UserError: if `info` describes no encoder, or another than that of the tensors.
-  """
-  try:
-    image = info["image"]
-    config = configs.restored(
-      {
-        **{k: info[k] for k in ("model", "head", "method", "precision") if k in info},
-        "augment": {k: image[k] for k in ("global_size", "mean", "std")},
-        "probe": {"crop": image.get("crop", 1.0)},
-        "data": {
-          "image_size": image.get("image_size", max(sizes.pair(image["global_size"]))),
-          **{k: image[k] for k in ("channels", "value_range") if k in image},
-        },
-      }
-    )
-    if "method" not in info:
-      config.method.prototypes = "learned"  # as other libraries' are
-    config.model.image_size = config.model.image_size or config.augment.global_size
-    weights, step = info["weights"], info["step"]
-  except errors.UserError:
-    raise
-  except (KeyError, TypeError, ValueError, AttributeError) as error:
-    raise errors.UserError(
-      f"the description of the weights at {path} is not one of protojax ({error}): export or "
-      "convert them again"
-    ) from None
-  encoder = encoders.build(encoders.for_evaluation(config))
-  tree = {"params": {}, "batch_stats": {}} | trees.nested(tensors)
-  _require_fit(path, encoder, tree["params"], config)
-  if "head" not in tree["params"]:
-    sets = {}
-  mesh = sharding.make_mesh()
-  tree, sets = jax.device_put((tree, dict(sets)), sharding.replicated(mesh))
-  normalized = jax.jit(lambda rows: losses.l2_normalize(rows.astype(jnp.float32)))
-  return Trained(
-    path=str(path),
-    kind="encoder",
-    config=config,
-    step=step,
-    weights=weights,
-    encoder=encoder,
-    params=tree["params"],
-    batch_stats=tree["batch_stats"],
-    prototypes={name: np.asarray(normalized(one.rows)) for name, one in sets.items()},
-    method=Sets(encoder) if sets else None,
-    variables=(tree["params"], tree["batch_stats"], sets) if sets else None,
-    mesh=mesh,
-  )
-
-
-def _require_fit(
-  path: str | os.PathLike,
-  encoder: encoders.Encoder,
-  params: PyTree,
-  config: ml_collections.ConfigDict,
-) -> None:
-  """Refuses weights that are not those of the backbone their description names."""
-  size, channels = config.augment.global_size, config.data.channels
-  abstract, _ = jax.eval_shape(
-    lambda key: encoders.init(encoder, key, size, channels), jax.random.key(0)
-  )
-  there, here = (
-    {name: leaf.shape for name, leaf in trees.flat(tree.get("backbone", {})).items()}
-    for tree in (params, abstract)
-  )
-  there.pop("mask_token", None)  # of iBOT: evaluation hides nothing
-  wrong = sorted(k for k in there.keys() | here.keys() if there.get(k) != here.get(k))
-  if wrong:
-    raise errors.UserError(
-      f"the weights at {path} are not of the model described beside them: backbone.{wrong[0]} has "
-      f"shape {there.get(wrong[0], 'none')}, the model {here.get(wrong[0], 'none')} "
-      f"({len(wrong)} differences): export or convert them again"
-    )
+def not_finite(model: Trained) -> str:
+  """Which weights hold NaN or infinity, and what to take instead, in words; "" if none does."""
+  found = trees.not_finite(trees.flat({"params": model.params, "batch_stats": model.batch_stats}))
+  if not found:
+    return ""
+  if model.kind == "run":
+    return f"{found}: the encoder has diverged, take an earlier step=NUMBER"
+  return f"{found}: export or convert an earlier or an undamaged checkpoint"
 
 
 def layers(model: Trained) -> tuple[str, ...]:
@@ -416,7 +227,7 @@ def chunks(
   """What the encoder makes of every image that can be read, in evaluation mode, batch by batch.
 
   Args:
-    model: from `load`.
+    model: from `loading.load`.
     source: from `data.build`.
     parts: any of "features" and "patches"; and, with prototypes, "codes" and "embeddings".
     layers: of `layers(model)`, or single ones, see `models.features`; of patches "last" or single
@@ -492,7 +303,7 @@ def attention(model: Trained, images: np.ndarray) -> np.ndarray:
   """Attention of the class token over the patches, last block of a ViT.
 
   Args:
-    model: from `load`.
+    model: from `loading.load`.
     images: uint8 [N, S, S, C] of the storage size.
 
   Returns:
@@ -522,7 +333,7 @@ def source(
   """Images of the run's labelled source, or of another; says the range of deep ones, if any.
 
   Args:
-    model: from `load`.
+    model: from `loading.load`.
     split: "train" and "test" mean `probe.train_split` and `probe.test_split` of the run's own
       source; anything else, and every split of another source, is taken as it is.
     name, data_dir: of the other source; see `data.build`.

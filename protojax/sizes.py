@@ -21,6 +21,15 @@ def text(size: Any) -> str:
   return str(size) if isinstance(size, int) else f"{size[0]} x {size[1]}"
 
 
+def nearest(size: Size, patch: int) -> Size:
+  """The size of whole patches that is nearest to `size`, one or more to a side.
+
+  >>> nearest(64, 14), nearest((160, 330), 16)
+  (70, (160, 336))
+  """
+  return checked("size", [max(patch, round(side / patch) * patch) for side in pair(size)])
+
+
 def checked(name: str, size: Any) -> Size:
   """A whole number, or (height, width) where the two differ, of what a user typed.
 

@@ -3,7 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
+
+_SHOWN = 4  # names that `not_finite` shows
 
 
 def flat(tree: Mapping[str, Any], separator: str = ".") -> dict[str, Any]:
@@ -27,3 +31,18 @@ def nested(leaves: Mapping[str, Any], separator: str = ".") -> dict[str, Any]:
   {'model': {'depth': 12}, 'seed': 0}
   """
   return traverse_util.unflatten_dict(leaves, sep=separator)
+
+
+def not_finite(leaves: Mapping[str, Any]) -> str:
+  """Which leaves hold NaN or infinity, in words; "" if none does.
+
+  >>> not_finite({"a": np.ones(2), "b.scale": np.array([1.0, np.nan]), "n": np.array(3)})
+  '1 of 3 tensors hold NaN or infinity: b.scale'
+
+  Args:
+    leaves: {name: array of any dtype}, a flat form.
+  """
+  floats = {name: leaf for name, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.inexact)}
+  bad = [name for name, leaf in floats.items() if not np.isfinite(np.asarray(leaf)).all()]
+  shown = ", ".join(bad[:_SHOWN]) + f" and {len(bad) - _SHOWN} more" * (len(bad) > _SHOWN)
+  return f"{len(bad)} of {len(leaves)} tensors hold NaN or infinity: {shown}" if bad else ""

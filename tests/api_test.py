@@ -14,7 +14,7 @@ _PUBLIC = {
   "data": "protojax.data",
   "diagnose": "protojax.api",
   "errors": "protojax.errors",
-  "load": "protojax.pretrained",
+  "load": "protojax.loading",
   "losses": "protojax.losses",
   "methods": "protojax.methods",
   "metrics": "protojax.metrics",

@@ -12,7 +12,7 @@ import zipfile
 
 import pytest
 
-from protojax import __main__, cli, errors, pretrained, progress
+from protojax import __main__, cli, errors, loading, progress
 from protojax.interop import tensor_files
 from protojax.reports import record
 
@@ -51,11 +51,12 @@ def _raise(error):
       "command again; what was written before is intact",
     ),
     (KeyboardInterrupt(), 130, "protojax: interrupted"),
+    (errors.Missing("process 1 did not come"), 75, "protojax: process 1 did not come"),
   ],
 )
 def test_what_ends_a_program_is_one_line_with_its_status(capsys, monkeypatch, error, status, line):
   left = []
-  monkeypatch.setattr(cli, "_interrupted", False)
+  monkeypatch.setattr(cli, "_at_once", None)
   monkeypatch.setattr(cli.os, "_exit", left.append)
   assert _outcome(capsys, _raise(error)) == (status, [line])
   cli._leave()  # as atexit does; after Ctrl-C XLA is not taken down
@@ -95,6 +96,10 @@ def test_the_log_is_plain_lines_of_ours_and_warnings_of_others(path, level, show
       "give --rows=prototypes or --data=folder  --data_dir=IMAGES",
     ),
     (
+      "data_dir=None of data set 'folder' is not a folder: give data_dir=FOLDER",
+      "data_dir=None of data set 'folder' is not a folder: give --data_dir=FOLDER",
+    ),
+    (
       "cannot write to workdir=a: choose another workdir",
       "cannot write to --workdir=a: choose another --workdir",
     ),
@@ -126,7 +131,7 @@ def test_a_user_error_is_a_value_error_that_no_reader_swallows(tmp_path):
   (tmp_path / "config.json").write_text('{"method": {"name": "nothing"}}')
   (tmp_path / "metrics.jsonl").write_text("{}")
   (tmp_path / "env.json").write_text("{}")
-  for read in (record.verdict, pretrained.load):
+  for read in (record.verdict, loading.load):
     with pytest.raises(errors.UserError, match="method.name='nothing' is unknown"):
       read(tmp_path)
   with zipfile.ZipFile(tmp_path / "script.pth", "w") as archive:
@@ -300,7 +305,7 @@ def _refused(monkeypatch, capsys, *arguments):
 def test_one_command_holds_every_program(monkeypatch, capsys, tmp_path):
   _together(monkeypatch)
   described = capsys.readouterr().out
-  assert described.splitlines()[2:] == [f"  {v:<9} {what}" for v, what in __main__.VERBS.items()]
+  assert described.splitlines()[2:] == [f"  {v:<14} {what}" for v, what in __main__.VERBS.items()]
   for module in __main__.MODULES.values():
     assert importlib.util.find_spec(f"protojax.{module}")
   monkeypatch.setattr(sys, "path", list(sys.path))

@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 import tiny
 
-from protojax import cli, convert, errors, pretrained
+from protojax import cli, convert, errors, loading
 from protojax.interop import compiled, importers, names, settings
 from protojax.models import encoder as encoders
 from protojax.training import export, programs, workdir
@@ -107,6 +107,51 @@ def test_what_is_set_aside_is_said_with_its_reason(tmp_path):
   assert "(prototypes, no part of an encoder) 2: teacher.head.last_layer" in "\n".join(lines)
   assert "training with masks starts a fresh one) 1: student.module.backbone.masked" in account
   assert "set aside (other parts of the file (teacher)) 38: teacher.backbone." in account
+
+
+@pytest.mark.parametrize(
+  "bad, words",
+  [
+    (
+      {"norm.weight": np.nan, "blocks.1.mlp.fc1.bias": -np.inf},
+      r"2 of 38 .* infinity: (norm.weight, blocks.1.mlp.fc1.bias|blocks.1.mlp.fc1.bias, norm.wei)",
+    ),
+    ({"head.mlp.2.weight": np.nan}, "1 of 38 tensors hold NaN or infinity: head.mlp.2.weight: n"),
+    ({"head.last_layer.weight_v": np.nan}, "1 of 38 tensors hold .*: head.last_layer.weight_v"),
+    ({"": np.nan}, "38 of 38 tensors hold .* and 34 more"),
+  ],
+)
+def test_weights_that_are_not_finite_are_refused_by_their_names(tmp_path, bad, words):
+  tensors = layouts.vit() | layouts.prefixed("head.", layouts.head())
+  tensors["fc.weight"] = np.full((4, 64), np.nan, np.float32)  # is set aside and hurts nobody
+  for end, value in bad.items():
+    tensors |= {k: np.full_like(v, value) for k, v in tensors.items() if k.endswith(end)}
+  with pytest.raises(errors.UserError, match=words) as caught:
+    _brought_in(tmp_path, tensors)
+  assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+  if "head" in words:
+    _brought_in(tmp_path, tensors, with_head=False)
+
+
+def test_prototypes_that_lie_the_other_way_round_are_called_that_and_taken_on_request(
+  tmp_path, capsys
+):
+  tensors = layouts.vit() | layouts.prefixed("head.", layouts.head())
+  matrix = tensors["head.last_layer.weight_v"]
+  tensors["head.last_layer.weight_v"] = np.ascontiguousarray(matrix.T)  # [16, 8] with 8 gains
+  file = str(_save(tmp_path, tensors))
+  convert.main([file, str(tmp_path / "without")])
+  shown = capsys.readouterr().out
+  assert "(prototypes stored [D, K], for 8 gains lie beside it, one a prototype: " in shown
+  assert "--transpose takes them) 2: head.last_layer.weight_g, head.last_layer.weight_v" in shown
+  convert.main([file, str(tmp_path / "with"), "--transpose"])
+  assert "prototypes 8 of 16 dimensions, from head.last_layer" in capsys.readouterr().out
+  there = export.read_prototypes(tmp_path / "with", export.read(tmp_path / "with")[1])
+  unit = matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
+  np.testing.assert_allclose(there["prototypes"].rows, unit, rtol=1e-5)
+  tensors["head.last_layer.weight_v"] = matrix
+  with pytest.raises(errors.UserError, match="transpose=True: .* leave it out"):
+    convert.main([str(_save(tmp_path, tensors)), str(tmp_path / "new"), "--transpose"])
 
 
 def test_the_head_can_be_left_out(tmp_path):
@@ -263,7 +308,7 @@ def test_a_parameter_that_the_file_does_not_say_it_lacks_is_refused(tmp_path):
 
 def test_evaluation_takes_what_was_converted(tmp_path):
   folder = _brought_in(tmp_path, layouts.vit(width=32, depth=1), heads=2)
-  model = pretrained.load(str(folder))
+  model = loading.load(str(folder))
   assert (model.kind, model.step, model.weights) == ("encoder", None, "encoder")
   images = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
 

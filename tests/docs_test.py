@@ -134,6 +134,10 @@ def run(command: str, cwd: pathlib.Path, capsys, *, last: bool = False) -> None:
       assert (ROOT / path).is_file()
     case ["protojax", "plan", *rest]:
       plan.parse(rest)  # a full recipe takes minutes to compile
+    case ["protojax", "replay" | "verify-resume" as verb, *rest]:
+      # Of a run that this page has not; replay_test and verify_resume_test run them.
+      own = [word for word in rest if not word.startswith("--config.")]
+      _check_flags(runpy.run_module, f"protojax.{__main__.MODULES[verb]}", own, capsys)
     case ["protojax", verb, *rest] if verb in __main__.MODULES:
       words = ["python", "-m", f"protojax.{__main__.MODULES[verb]}", *rest]
       run(shlex.join(words), cwd, capsys, last=last)

@@ -9,11 +9,12 @@ import pytest
 import safetensors.numpy
 import tiny
 import torch_format as made
+from PIL import Image
 
-from protojax import api, cli, convert, doctor, errors, pretrained
+from protojax import api, cli, convert, doctor, errors, loading, pretrained
 from protojax.interop import tensor_files
 from protojax.metrics import collapse
-from protojax.training import checkpoint, programs, workdir
+from protojax.training import checkpoint, export, programs, workdir
 
 pytestmark = [
   pytest.mark.xdist_group("doctor"),  # one worker: its tests share a fixture that is costly
@@ -99,6 +100,47 @@ def test_a_lone_matrix_is_not_judged_before_somebody_says_what_it_is(tmp_path, c
       doctor.main([str(tmp_path / path), *flags])
 
 
+def test_what_is_no_matrix_of_prototypes_is_refused_by_its_shape(tmp_path):
+  for array, shown in (
+    (np.arange(9), "[9] of int64"),
+    (np.ones((8, 4), np.int32), "[8, 4] of int32"),
+    (np.ones((1, 32), np.float32), "[1, 32] of float32"),
+    (np.ones((0, 32), np.float32), "[0, 32] of float32"),
+  ):
+    np.save(tmp_path / "mine.npy", array)
+    for flags in ([], ["--rows=prototypes"]):
+      with pytest.raises(errors.UserError) as caught:
+        doctor.main([str(tmp_path / "mine.npy"), *flags])
+      said = str(caught.value)
+      assert f"{shown}; prototypes are [K, D] of floating point numbers, at least two" in said
+      assert "key=" not in said
+
+
+def test_a_guess_of_one_letter_is_no_guess(tmp_path):
+  np.savez(tmp_path / "x.npz", a=np.eye(4), b=np.eye(5))
+  with pytest.raises(errors.UserError, match="key=protos: no such array in this file"):
+    doctor.main([str(tmp_path / "x.npz"), "--key=protos"])
+
+
+def test_images_of_a_divided_folder_are_those_of_its_train_split(foreign, tmp_path, capsys):
+  for split, count in (("train", 6), ("val", 3)):
+    for i in range(count):
+      path = tmp_path / "images" / split / f"class{i % 2}" / f"{i}.png"
+      path.parent.mkdir(parents=True, exist_ok=True)
+      Image.new("RGB", (16, 16), (40 * i, 0, 9)).save(path)
+  flags = [str(foreign), "--data=folder", f"--data_dir={tmp_path / 'images'}"]
+  for more, expected in (
+    ([], f"{tmp_path / 'images' / 'train'}, 6 of 6"),
+    (["--split=val"], f"{tmp_path / 'images' / 'val'}, 3 of 3"),
+  ):
+    doctor.main([*flags, *more])
+    assert expected in capsys.readouterr().out
+  shutil.rmtree(tmp_path / "images" / "val")
+  flags[-1] = f"--data_dir={tmp_path / 'images' / 'train'}"  # not divided
+  doctor.main(flags)
+  assert "6 of 6" in capsys.readouterr().out
+
+
 def test_prototypes_found_by_name_are_transposed_too(tmp_path, collapsed, capsys):
   """Stored [D, K], as nothing but the number of rows hints."""
   path = tmp_path / "turned.safetensors"
@@ -111,8 +153,29 @@ def test_prototypes_found_by_name_are_transposed_too(tmp_path, collapsed, capsys
   said = " ".join(capsys.readouterr().out.split())
   assert "fewer rows than columns, 32 and 300: if they are stored [D, K], give --transpose" in said
   assert "transpose=True" in str(api.diagnose(path))
-  with pytest.raises(errors.UserError, match="data and transpose=True"):
-    doctor.main([str(path), "--transpose", "--data=digits"])
+
+
+def test_the_status_tells_a_collapse_only_if_asked(full, tmp_path):
+  doctor.main([str(full)])
+  with pytest.raises(SystemExit) as ended:
+    doctor.main([str(full), "--fail"])
+  assert ended.value.code == 1
+  doctor.main([str(full), "--fail", "--which=student"])  # "unique, use unknown" is no alarm
+
+
+def test_a_flag_says_whether_norms_count(tmp_path, capsys):
+  """As names do: the same matrix is compared in the same way under any name."""
+  weights = _RNG.normal(size=(64, 16)) * np.where(np.arange(64) < 10, 50.0, 1.0)[:, None]
+  np.save(tmp_path / "z.npy", _RNG.normal(size=(500, 16)))
+  np.save(tmp_path / "mine.npy", weights)
+  used = {}
+  for flag in ("", "--cosine", "--no-cosine"):
+    flags = [f"--embeddings={tmp_path / 'z.npy'}", *filter(None, [flag])]
+    usage = _examined(tmp_path, tmp_path / "mine.npy", *flags)["sets"]["mine"]["usage"]
+    used[flag], shown = usage["used"], capsys.readouterr().out
+    assert usage["compared_by"] == ("cosine" if flag == "--cosine" else "product")
+    assert ("--cosine compares directions" in shown) == (flag != "--cosine")
+  assert used[""] == used["--no-cosine"] < 0.5 < used["--cosine"]
 
 
 def test_what_shows_that_prototypes_lie_the_other_way_round_refuses_them(tmp_path, collapsed):
@@ -195,7 +258,7 @@ def test_images_show_which_prototypes_of_a_foreign_checkpoint_are_used(foreign, 
   convert.bring_in(foreign, tmp_path / "converted")
   again = _examined(tmp_path, tmp_path / "converted", *flags)
   assert again["sets"]["prototypes"]["usage"] == pytest.approx(usage, rel=1e-3)
-  model = pretrained.load(tmp_path / "converted")
+  model = loading.load(tmp_path / "converted")
   seen = pretrained.encoded(
     model, pretrained.source(model, "train", name="digits"), parts=("codes",), limit=100
   )
@@ -223,6 +286,43 @@ def test_what_would_show_the_use_of_prototypes_is_said_as_it_is_typed(
   assert "give embeddings; random" in api.diagnose(np.eye(8)).sentences[-1]
 
 
+def test_images_are_run_through_a_checkpoint_with_transposed_prototypes(foreign, tmp_path):
+  flags = ["--data=digits", "--limit=100"]
+  name = "teacher.head.last_layer"
+  expected = _examined(tmp_path, foreign, *flags)["sets"][name]["usage"]
+  arrays = dict(tensor_files.read(foreign))
+  arrays[f"{name}.weight_v"] = np.ascontiguousarray(arrays[f"{name}.weight_v"].T)
+  safetensors.numpy.save_file(arrays, tmp_path / "turned.safetensors")
+  found = _examined(tmp_path, tmp_path / "turned.safetensors", "--transpose", *flags)["sets"]
+  assert found[name]["usage"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_tensors_that_are_not_finite_are_named(foreign, tmp_path, capsys):
+  """Of a file, run or not, of what older versions converted, and of a backbone alone."""
+  arrays = {k: v for k, v in tensor_files.read(foreign).items() if k.startswith("teacher.")}
+  bad = "teacher.backbone.blocks.1.norm1.weight"
+  path = tmp_path / "nan.safetensors"
+  safetensors.numpy.save_file(arrays | {bad: np.full_like(arrays[bad], np.nan)}, path)
+  said = f"1 of {len(arrays)} tensors hold NaN or infinity: {bad}"
+  doctor.main([str(path)])
+  assert said in capsys.readouterr().out
+  with pytest.raises(errors.UserError, match=f"nan.safetensors cannot be run .*: {said}: take an"):
+    doctor.main([str(path), "--data=digits"])
+  backbone = {k: v for k, v in tensor_files.read(path).items() if ".head." not in k}
+  safetensors.numpy.save_file(backbone, tmp_path / "backbone.safetensors")
+  with pytest.raises(errors.UserError, match=f"no prototypes found .* infinity: {bad}$"):
+    doctor.main([str(tmp_path / "backbone.safetensors")])
+  convert.bring_in(foreign, tmp_path / "old")
+  tensors, info = export.read(tmp_path / "old")
+  sets = export.read_prototypes(tmp_path / "old", info)
+  ours = "params.backbone.blocks_1.norm1.scale"
+  export.write(tmp_path / "old", tensors | {ours: np.full(64, np.inf, np.float32)}, info, sets)
+  doctor.main([str(tmp_path / "old")])
+  assert f"tensors hold NaN or infinity: {ours}: export or" in capsys.readouterr().out
+  with pytest.raises(errors.UserError, match=f"old cannot be run: .* infinity: {ours}: export or"):
+    doctor.main([str(tmp_path / "old"), "--data=digits"])
+
+
 def test_a_checkpoint_that_cannot_be_run_says_why_and_what_to_do(foreign, full, tmp_path):
   arrays = tensor_files.read(foreign)
   headless = {k: v for k, v in arrays.items() if ".mlp." not in k or ".blocks." in k}
@@ -233,6 +333,7 @@ def test_a_checkpoint_that_cannot_be_run_says_why_and_what_to_do(foreign, full, 
     (foreign, ["--data=run"], "data=run is for runs of protojax"),
     (foreign, ["--data=digits", "--key=teacher.head.last_layer.weight_v"], "data and key="),
     (foreign, ["--data=nothing"], "nothing"),
+    (foreign, ["--data=folder"], "data_dir=None of .* give data_dir=FOLDER .in training"),
   ):
     with pytest.raises(errors.UserError, match=words) as caught:
       doctor.main([str(path), *flags])
@@ -336,7 +437,7 @@ def test_a_run_is_judged_by_its_metrics_its_prototypes_and_its_images(run, tmp_p
   result = _examined(tmp_path, run, "--data=run", "--limit=100")
   assert result["kind"] == "run" and result["run"]["step"] == 1
   one = result["sets"]["prototypes"]
-  model = pretrained.load(str(run))
+  model = loading.load(str(run))
   images = pretrained.source(model, "train")
   parts = ("features", "embeddings", "codes")
   seen = pretrained.encoded(model, images, parts=parts, limit=100)
@@ -357,6 +458,13 @@ def test_a_run_is_judged_by_its_metrics_its_prototypes_and_its_images(run, tmp_p
   assert "are of the head's embeddings" in capsys.readouterr().out
 
 
+def test_a_run_of_one_step_is_warming_up_whatever_its_prototypes_look_like(run, tmp_path, capsys):
+  doctor.main([str(run), "--data=run", "--limit=100"])
+  shown = capsys.readouterr().out
+  assert shown.count("warming up") == 2 and "cluster collapse" not in shown
+  assert "unused:" not in shown
+
+
 def test_a_run_shows_the_use_of_prototypes_that_it_has_measured(run, tmp_path, capsys):
   """Of the checkpoint's step it is judged too, of another one only shown."""
   folder = shutil.copytree(run, tmp_path / "run")
@@ -364,7 +472,7 @@ def test_a_run_shows_the_use_of_prototypes_that_it_has_measured(run, tmp_path, c
   lines = [{"step": 1, "train/loss": 3.5} | use, {"step": 2, "train/loss": 3.5}]
   (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
   result = _examined(tmp_path, folder)["sets"]["prototypes"]
-  shown = capsys.readouterr().out
+  shown = " ".join(capsys.readouterr().out.split())
   assert "prototypes used at step 1 by its labelled images: 50.0%, by metrics.jsonl" in shown
   assert "50.0% are used" in shown and "use unknown" not in shown and "cannot be seen" not in shown
   assert result["use_by_metrics"] == {"collapse/used": 0.5, "collapse/used_most": 1.0}

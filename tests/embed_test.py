@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from protojax import embed, errors, pretrained
+from protojax import embed, errors, loading, pretrained
 
 pytestmark = [
   pytest.mark.xdist_group("train"),  # one worker: they share `finished_run`
@@ -49,7 +49,7 @@ def test_npz_and_parquet_hold_the_same_rows_with_their_files(run, images, tmp_pa
   assert arrays["label"].tolist() == table["label"].to_pylist() == [0, 0, 1, 1]
   np.testing.assert_array_equal(arrays["features"], np.array(table["features"].to_pylist()))
   assert arrays["code"].tolist() == table["code"].to_pylist()
-  model = pretrained.load(str(run))
+  model = loading.load(str(run))
   bank = pretrained.source(model, None, name="folder", data_dir=str(images))
   expected = pretrained.encoded(model, bank, parts=("features", "codes"))
   np.testing.assert_allclose(arrays["features"], expected["features"]["last"], atol=1e-6)
@@ -68,7 +68,7 @@ def test_the_range_of_deep_images_is_told_and_kept(run, tmp_path, monkeypatch, c
   for i in range(3):
     rows = rng.integers(0, 4000, (20, 24)).astype(np.uint16)
     Image.fromarray(rows).save(tmp_path / "deep" / f"{i}.png")
-  model = pretrained.load(str(run))._replace(step=None)  # as of weights that do not say
+  model = loading.load(str(run))._replace(step=None)  # as of weights that do not say
   monkeypatch.setattr(pretrained, "load", lambda *_, **__: model)
   found = {}
   for name, flags in (("measured", ()), ("given", ("--value_range=0,8000",))):
@@ -120,7 +120,7 @@ def test_patches_layers_and_embeddings_go_into_both_formats(run, images, tmp_pat
   for name, shape in shapes.items():
     values = np.array(table[name].to_pylist(), np.float32).reshape(-1, *shape)
     np.testing.assert_array_equal(values, arrays[name])
-  model = pretrained.load(str(run))
+  model = loading.load(str(run))
   source = pretrained.source(model, "test", name="digits")
   want = pretrained.encoded(
     model, source, parts=("patches", "embeddings"), layers=("block1",), limit=20

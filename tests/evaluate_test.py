@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import pathlib
+import re
 import shutil
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
-from protojax import cli, errors, evaluate, pretrained, recipes
+from protojax import cli, errors, evaluate, loading, pretrained, recipes
 from protojax import config as configs
 from protojax.data import sources
 from protojax.evals import clustering, knn, long_tail, protocols, result_files
@@ -66,7 +67,7 @@ def _refused(words, *argv):
 @pytest.fixture(scope="module")
 def rows(run):
   """(bank, test) as `pretrained.encoded` gives them."""
-  model = pretrained.load(str(run))
+  model = loading.load(str(run))
   return [
     pretrained.encoded(model, pretrained.source(model, split), parts=("features", "codes"))
     for split in ("train", "test")
@@ -144,7 +145,7 @@ def test_all_protocols_end_in_one_table_of_test_scores_that_says_what_was_chosen
   start = next(i for i, line in enumerate(lines) if line.startswith("protocol "))
   assert lines[start - 1].endswith("on 355 test images (digits test) at 32 px")
   assert lines[-2].startswith("held-out bank: a tenth of the train images, no test image")
-  assert lines[-1].startswith("floors: unknown here")  # a state that nobody trained
+  assert re.fullmatch("floors on these images, k = 20: k-NN .*, untrained .*", lines[-1])
   table = [line.split() for line in lines[start + 1 : -2]]
   assert max(map(len, lines[start:])) <= 80
   share = np.bincount(rows[1]["label"]).max() / 355
@@ -181,7 +182,7 @@ def test_content_changes_with_an_image_a_label_or_the_order():
 
 def test_long_tail_takes_the_images_the_run_was_trained_on(run):
   result = _result(run, "long_tail")
-  model = pretrained.load(str(run))
+  model = loading.load(str(run))
   data = datasets.of_run(model.config)[0]
   assert result["protocol"]["bank"]["images"] == len(data) < 1442
   assert result["protocol"]["bank"]["split"] == "train, imbalance 10, seed 0"
@@ -328,7 +329,8 @@ def test_features_that_are_not_finite_are_counted(run, tmp_path):
   tensors[name] = np.full_like(tensors[name], np.nan)
   safetensors.numpy.save_file(tensors, file, metadata=metadata)
   _refused(
-    "1442 of 1442 rows of features of digits/train .*NaN",
+    "1442 of 1442 rows of features of digits/train .*NaN.* of .*exported 1 of .* NaN or infinity: "
+    "params.backbone.cls_token: export or convert an earlier or an undamaged checkpoint",
     f"--workdir={exported}",
     "--protocol=knn",
     "--data=digits",
@@ -430,10 +432,51 @@ def test_nothing_to_judge_is_one_line():
   assert stopped.value.code == 2
 
 
-def test_floors_of_the_training_stand_below_the_accuracies(tmp_path):
+def _of_digits(split, num=None):
+  source = sources.build("digits", split=split)
+  return evaluate.Images(source, split, {"label": np.zeros(num or len(source), int)})
+
+
+def test_floors_are_measured_on_the_images_of_the_accuracies(run):
+  """The state of checkpoint 1 is the untrained net of seed 1, so that its k-NN is that floor."""
+  model = loading.load(str(run), step=1)
+  config = model.config.copy_and_resolve_references()
+  config.seed = 1
+  model = model._replace(config=config)
+  bank, test = _of_digits("train"), _of_digits("test")
+  (line,) = evaluate._floors(model, bank, test, own=True)
+  rows = [pretrained.encoded(model, images.source) for images in (bank, test)]
+  options = {"num_classes": 10, "k": 20, "temperature": 0.07}
+
+  def accuracy(of):
+    (a, x), (b, y) = ((of(r), r["label"]) for r in rows)
+    return knn.accuracy(a, x, b, y, **options)
+
+  untrained = accuracy(lambda r: r["features"]["last"])
+  assert f"untrained {untrained:.1%}" in line
+  found = re.fullmatch(
+    r"  floors on these images, k = 20: k-NN raw pixels (.*)%, untrained .*", line
+  )
+  assert float(found[1]) > 90  # of digits
+  said = " ".join((run / "said.txt").read_text().split())
+  assert said.count("floors on these images, k = 20") == 3  # knn, linear, and the table
+
+
+def test_floors_of_the_training_are_those_of_its_images(tmp_path):
   run = pretrained.Trained._make([None] * len(pretrained.Trained._fields))
   run = run._replace(kind="run", path=str(tmp_path))
   floors = {"step": 0, "floor/knn_pixels": 0.977, "floor/knn_untrained": 0.904}
+  floors |= {"floor/bank_images": 512, "floor/test_images": 355}
   (tmp_path / "metrics.jsonl").write_text(json.dumps(floors) + "\n")
-  assert evaluate._floors(run) == "  floors: k-NN raw pixels 97.7%, untrained 90.4%"
-  assert "unknown here" in evaluate._floors(run._replace(kind="export"))
+  few, many = (_of_digits("train", num) for num in (512, 20_000))
+  test = _of_digits("test", 355)
+  floors = "k-NN raw pixels 97.7%, untrained 90.4%"
+  (line,) = evaluate._floors(run, few, test, own=True)
+  assert line == f"  floors: {floors}"
+  lines = evaluate._floors(run, many, test, own=True)
+  assert " ".join(" ".join(lines).split()) == (
+    f"floors of the training's bank of 512 and test of 355 images, not comparable: {floors}"
+  )
+  assert max(map(len, lines)) <= 80
+  (line,) = evaluate._floors(run._replace(kind="encoder"), many, test, own=False)
+  assert "unknown here" in line

@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from protojax import local_devices
+from protojax.evals import knn
+from protojax.metrics import collapse
+from protojax.training import sharding
 
 
 def test_every_device_gets_an_equal_share_and_zeros_behind_the_rows():
@@ -30,3 +33,17 @@ def test_a_function_of_rows_sees_its_share_and_all_of_what_is_shared():
 
   np.testing.assert_array_equal(run(rows, shared, False), np.arange(16.0) + 3.0)
   np.testing.assert_array_equal(run(rows, shared, True), 120.0 * np.arange(3.0))
+
+
+def test_measures_can_be_taken_inside_of_the_mesh_of_a_training():
+  rng = np.random.default_rng(0)
+  rows, labels = rng.standard_normal((64, 16), np.float32), np.arange(64) % 4
+
+  def measured():
+    counts = collapse.unique_counts(rows)
+    return counts.tolist(), knn.accuracy(rows, labels, rows[:9], labels[:9], num_classes=4, k=5)
+
+  expected = measured()
+  with jax.set_mesh(sharding.make_mesh(-1, 2)):
+    jax.clear_caches()  # or what was compiled outside of it would be taken
+    assert measured() == expected

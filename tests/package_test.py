@@ -20,9 +20,9 @@ _SCRIPTS = [*sorted((_ROOT / "launch").glob("*.sh")), _ROOT / ".ci" / "run"]
 # Imports go from a room to those before it; modules beside the rooms are rooms of one.
 _ROOMS = (
   *("errors", "environment", "files", "sizes", "trees", "own_modules"),
-  *("progress", "schedules", "losses", "local_devices", "placement"),
+  *("progress", "schedules", "losses", "hosts", "local_devices", "placement"),
   *("prototypes", "models", "data", "metrics", "evals", "methods", "config", "recipes", "typed"),
-  *("training", "planning", "pretrained", "interop", "reports", "api", "cli"),
+  *("training", "planning", "pretrained", "loading", "interop", "reports", "api", "cli"),
 )
 _VERBS = (*__main__.MODULES.values(), "__main__")
 # Only checkpoint.py knows orbax, only these know flax, so that either can be exchanged.

@@ -18,7 +18,7 @@ from sklearn import neighbors
 
 import protojax
 from protojax import config as configs
-from protojax import errors, pretrained, trees
+from protojax import errors, loading, pretrained, trees
 from protojax.data import augment, pipeline, sources
 from protojax.models import encoder as encoders
 from protojax.models import features as backbone_layers
@@ -213,17 +213,17 @@ def test_patches_and_embeddings_of_images_in_memory(model):
 
 
 def test_an_earlier_checkpoint_can_be_chosen(run, model):
-  earlier = pretrained.load(str(run), step=2)
+  earlier = loading.load(str(run), step=2)
   assert earlier.step == 2
   last = model.params["backbone"]["cls_token"]
   assert not np.array_equal(earlier.params["backbone"]["cls_token"], last)
   with pytest.raises(errors.UserError, match="no checkpoint 1 in .*: there are 3, 2"):
-    pretrained.load(str(run), step=1)
+    loading.load(str(run), step=1)
 
 
 @pytest.mark.parametrize("file", ["", "encoder.safetensors"])
 def test_exported_weights_give_the_features_of_their_run(run, model, file):
-  exported = pretrained.load(str(run / "exported" / file))
+  exported = loading.load(str(run / "exported" / file))
   assert (exported.kind, exported.step, exported.weights) == ("encoder", 3, "teacher")
   bank = pretrained.source(model, "train")
   names = pretrained.layers(model)
@@ -361,7 +361,7 @@ def test_stages_of_a_resnet_are_its_blocks_own_outputs():
 def test_what_is_no_run_is_refused_in_one_line(run, tmp_path):
   def message(path, **options):
     with pytest.raises(errors.UserError) as caught:
-      pretrained.load(str(path), **options)
+      loading.load(str(path), **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 

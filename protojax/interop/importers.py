@@ -26,6 +26,7 @@ class Converted(NamedTuple):
     missing: ours that the file lacks.
     unexpected: the file's that ours lack.
     aside: {why: the file's that are no part of an encoder}.
+    not_finite: which of the file's that are part of it hold NaN or infinity, in words; "" if none.
     notes: sentences about what could not be read off the file.
   """
 
@@ -36,6 +37,7 @@ class Converted(NamedTuple):
   missing: list[str]
   unexpected: list[str]
   aside: dict[str, list[str]]
+  not_finite: str
   notes: list[str]
 
 
@@ -103,6 +105,7 @@ def convert(
   stem: str | None = None,
   image_size: int | None = None,
   with_head: bool = True,
+  transpose: bool = False,
 ) -> Converted:
   """Converts one network of a file.
 
@@ -114,12 +117,13 @@ def convert(
     stem: key of `resnet.STEMS`, for a first convolution of 3 x 3.
     image_size: pixels that the position embedding is resampled to; None keeps the file's.
     with_head: whether the projection head is converted too.
+    transpose: of prototypes that the file stores [D, K].
 
   Raises:
     UserError: for a network that no model here is, a tensor of a wrong shape, or a mistake in the
       arguments.
   """
-  net = network.read(network.file_of(path), which=which, with_head=with_head)
+  net = network.read(network.file_of(path), which=which, with_head=with_head, transpose=transpose)
   model, tensors, size, notes = _model(net, heads, stem, image_size)
   head, sources = settings.of_head(net.head, net.activation) if net.head else (None, {})
   encoder = encoders.build(ml_collections.ConfigDict({"model": model, "head": head or {}}))
@@ -181,6 +185,7 @@ def convert(
     missing=missing,
     unexpected=sorted(set(tensors) - used),
     aside={why: left for why, left in aside.items() if left},
+    not_finite=net.not_finite,
     notes=notes,
   )
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from protojax import errors
+from protojax import errors, trees
 from protojax.interop import names, prototype_layouts, tensor_files
 
 # A tensor that every network of a layout has, below whatever prefix.
@@ -49,6 +49,7 @@ class Network(NamedTuple):
     activation: of that head.
     prototypes: sets that the head's output is compared with, [] without.
     aside: {why: names of tensors of the file that are set aside}.
+    not_finite: which of the others hold NaN or infinity, in words; "" if none does.
     heads, norm_eps: of a transformer; None where nothing says.
     mean, std: of the images' channels; None where nothing says.
   """
@@ -63,6 +64,7 @@ class Network(NamedTuple):
   activation: str
   prototypes: list[prototype_layouts.Prototypes]
   aside: dict[str, list[str]]
+  not_finite: str
   heads: int | None
   norm_eps: float | None
   mean: tuple[float, ...] | None
@@ -118,7 +120,13 @@ def _choose(prefixes: dict[str, str], which: str | None, path) -> str:
   return fitting[0]
 
 
-def read(path: pathlib.Path, *, which: str | None = None, with_head: bool = True) -> Network:
+def read(
+  path: pathlib.Path,
+  *,
+  which: str | None = None,
+  with_head: bool = True,
+  transpose: bool = False,
+) -> Network:
   """Reads a network and sorts everything else that is in the file.
 
   Args:
@@ -126,9 +134,10 @@ def read(path: pathlib.Path, *, which: str | None = None, with_head: bool = True
     which: of several networks in the file "teacher", "student" or a prefix; None takes the only
       one or the teacher.
     with_head: whether a projection head is wanted.
+    transpose: of prototypes stored [D, K].
 
   Raises:
-    UserError: if the file is damaged, or holds no such network.
+    UserError: if the file is damaged, or holds no such network, or no prototypes to transpose.
   """
   arrays = tensor_files.read(path)
   prefixes = {
@@ -141,6 +150,7 @@ def read(path: pathlib.Path, *, which: str | None = None, with_head: bool = True
   layout = prefixes[prefix]
   root = re.sub(r"(^|\.)backbone\.$", r"\1", prefix)
   backbone, head, aside, activation = {}, {}, {}, "gelu"
+  used = {}
   for name, tensor in arrays.items():
     inside = name.startswith(prefix)
     short = name.removeprefix(prefix if inside else root)
@@ -154,7 +164,9 @@ def read(path: pathlib.Path, *, which: str | None = None, with_head: bool = True
       why = f"other parts of the file ({short.partition('.')[0]})"
     if why is not None:
       aside.setdefault(why, []).append(name)
-    elif found:
+      continue
+    used[name] = tensor
+    if found:
       head.setdefault(found[2] and int(found[2]), {})[found[3]] = tensor
       activation = "relu" if found[1] == "projection_head" else "gelu"
     else:
@@ -164,6 +176,20 @@ def read(path: pathlib.Path, *, which: str | None = None, with_head: bool = True
     backbone = names.from_hugging_face(backbone)
   elif layout == "vit":
     backbone = names.from_variants(backbone)
+  below = {k: v for k, v in arrays.items() if k.startswith(root)}
+  prototypes, turned = _prototypes(below, head, transpose)
+  if transpose and not prototypes:
+    raise errors.UserError(
+      f"transpose=True: {path} has no projection head that ends where prototypes [D, K] begin: "
+      "leave it out"
+    )
+  for one, why in turned:
+    layer = prototype_layouts.layer(one)
+    moved = [name for left in aside.values() for name in left if f"{name}.".startswith(f"{layer}.")]
+    aside = {w: [n for n in left if n not in moved] for w, left in aside.items()}
+    aside[why] = [*aside.get(why, []), *moved]
+  used |= {one.key: one.matrix for one in prototypes}
+  used |= {f"{one.name}, its gains": one.gain for one in prototypes if one.gain is not None}
   return Network(
     path=path,
     kind="resnet" if layout == "resnet" else "vit",
@@ -172,24 +198,35 @@ def read(path: pathlib.Path, *, which: str | None = None, with_head: bool = True
     tensors=backbone,
     head=head,
     activation=activation,
-    prototypes=_prototypes({k: v for k, v in arrays.items() if k.startswith(root)}, head),
-    aside=aside,
+    prototypes=prototypes,
+    aside={why: left for why, left in aside.items() if left},
+    not_finite=trees.not_finite(used),
     weights="teacher" if set(prefix.split(".")) & set(_WHICH["teacher"]) else "encoder",
     **_described(path, hugging_face, "blocks.0.ls1.gamma" in backbone),
   )
 
 
-def _prototypes(arrays, head) -> list[prototype_layouts.Prototypes]:
-  """The sets for images among a network's arrays; those for patches have a head of their own."""
+def _prototypes(arrays, head, transpose: bool):
+  """(the sets for images among a network's arrays, those that lie turned with why one thinks so).
+
+  Sets for patches have a head of their own.
+  """
   layers = [head[place] for place in sorted(head, key=lambda p: p or 0)] if head else []
   linear = [layer["weight"] for layer in layers if "weight" in layer and layer["weight"].ndim == 2]
-  return [
+  sets = [
     one
-    for one in prototype_layouts.find(arrays)
-    if linear
-    and one.matrix.shape[1] == linear[-1].shape[0]
-    and not re.search(r"last_layer2$|ibot_head\.", one.name)
+    for one in prototype_layouts.find(arrays, transpose=transpose)
+    if linear and not re.search(r"last_layer2$|ibot_head\.", one.name)
   ]
+  fitting = [one for one in sets if one.matrix.shape[1] == linear[-1].shape[0]]
+  to_do = "leave transpose=True out" if transpose else "transpose=True takes them"
+  so = "[K, D]" if transpose else "[D, K]"
+  turned = [
+    (one, f"prototypes stored {so}, for {why}: {to_do}")
+    for one in sets
+    if one.matrix.shape[1] != linear[-1].shape[0] and (why := prototype_layouts.turned(arrays, one))
+  ]
+  return fitting, turned
 
 
 def _described(path, hugging_face: bool, scaled: bool) -> dict:

@@ -81,6 +81,12 @@ def _set(arrays: Mapping[str, np.ndarray], key: str, matrix: np.ndarray) -> Prot
   return Prototypes(name, key, matrix, cosine="prototypes" in name)
 
 
+def layer(one: Prototypes) -> str:
+  """The name of the layer of a set that `find` has found, without those of its arrays."""
+  found = _LAYER.fullmatch(one.key)
+  return found["stem"] if found else one.name
+
+
 def owner(name: str) -> str:
   """Says whose weights these are by the words in a name: "teacher", "student" or ""."""
   words = set(re.split(r"[._]", name))
@@ -145,7 +151,8 @@ def at(arrays: Mapping[str, np.ndarray], key: str, transpose: bool = False) -> P
     UserError: if there is no such matrix of floating point numbers.
   """
   if key not in arrays:
-    near = difflib.get_close_matches(key, arrays, 1, 0)
+    # Of one letter any other letter is as near.
+    near = difflib.get_close_matches(key, [name for name in arrays if len(name) > 1], 1, 0)
     raise errors.UserError(
       f"key={key}: no such array" + (f"; did you mean {near[0]}?" if near else " in this file")
     )

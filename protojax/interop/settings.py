@@ -64,7 +64,7 @@ def of_vit(
   scaled = "blocks.0.ls1.gamma" in tensors
   return {
     **configs.default().model.to_dict(),
-    "name": next((name for name, v in vit.VARIANTS.items() if v == shape), "vit_base"),
+    "name": next((name for name, v in vit.VARIANTS.items() if v == shape), "vit"),
     "width": width,
     "depth": depth,
     "heads": heads,

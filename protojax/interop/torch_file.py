@@ -20,6 +20,12 @@ from protojax.interop import torch_pickle
 
 _MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
 _MOST_ENTRIES, _DEEPEST = 1_000_000, 64  # lists that hold one another need few bytes to be endless
+# What Python says, beside EOFError, of a pickle whose bytes are at an end.
+_CUT = {
+  "index out of range",
+  "pickle data was truncated",
+  "pickle exhausted before end of frame",
+}
 _REPEATS = 1 << 20  # elements that a view with stride 0 may have beyond those that are stored
 
 
@@ -104,9 +110,14 @@ def _read_zip(path, raw):
 
 def _read_legacy(path, raw):
   with open(path, "rb") as file:
-    head = [torch_pickle.Unpickler(file, path).load() for _ in range(3)]
-    if head[:2] != [_MAGIC, _LEGACY_VERSION] or not head[2].get("little_endian", True):
-      raise ValueError("it was not written by torch.save")
+    if torch_pickle.Unpickler(file, path).load() != _MAGIC:
+      raise errors.UserError(
+        f"{path} is a pickle that torch.save did not write: load it where it comes from and save "
+        "its arrays by torch.save, safetensors or numpy.savez"
+      )
+    version, system = (torch_pickle.Unpickler(file, path).load() for _ in range(2))
+    if version != _LEGACY_VERSION or not system.get("little_endian", True):
+      raise ValueError("it is of another version, or its numbers are big-endian")
     unpickler = torch_pickle.Unpickler(file, path)
     tree, keys = unpickler.load(), torch_pickle.Unpickler(file, path).load()
     start = file.tell()
@@ -138,6 +149,11 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
   except (errors.UserError, OSError):
     raise
   except Exception as error:  # a damaged pickle fails in any way there is
+    if isinstance(error, EOFError | struct.error) or str(error) in _CUT:
+      raise errors.UserError(
+        f"{path} is damaged: it ends in the middle, as a copy does that was cut short: copy it "
+        "again from where it comes"
+      ) from None
     raise errors.UserError(
       f"{path} is damaged or was not written by torch.save ({type(error).__name__}: "
       f"{torch_pickle.printable(str(error))}): copy it again from where it comes"

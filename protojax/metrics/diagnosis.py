@@ -19,6 +19,7 @@ _CHAINED = 0.5  # components over unique prototypes, below which they are no sep
 _CONE = 0.5  # mean cosine of prototypes that point the same way; random ones have 0
 _NORMS = 3.0  # largest norm over the median, of prototypes that win by their norm
 _FLAT = 0.5  # of the rank there could be
+_EXPLAINED = "docs/instruments.md, The numbers"
 _MANY = 100_000  # prototypes; 65,536 of 256 dimensions take less than a minute of two cores
 
 
@@ -157,6 +158,12 @@ def examine(
   directions_only = cosine or (directed.all() and np.ptp(norms) < 1e-6)
   compared = unit if directions_only else np.where(directed[:, None], weights, 0.0)
   codes, distances = _nearest_prototypes(compared, unit, embeddings)
+  if not directions_only:  # random ones are compared in the same way: their directions, these norms
+    random = np.asarray(collapse.random_prototypes(num, dim))
+    lengths = np.zeros(num, np.float32)
+    lengths[directed] = norms
+    taken, _ = _nearest_prototypes(random * lengths[:, None], random, embeddings)
+    known["used_random"] = np.unique(taken).size / num
   # All pairs of prototypes have been compared: not once more.
   known["relative_uniqueness"] = float(np.median(near)) / max(float(np.median(distances)), 1e-7)
   result["measures"] = _measures(
@@ -171,6 +178,7 @@ def examine(
   named = [row for row in measures.MEASURES if of_embeddings & set(row.inputs)]
   result["usage"] = {
     "images": len(embeddings),
+    "compared_by": "cosine" if directions_only else "product",
     "features": "the head's embeddings" if features is None else "the backbone's features",
     "unused": int(np.sum(counts == 0)),
     "largest_share": float(counts.max() / len(embeddings)),
@@ -180,6 +188,10 @@ def examine(
 
 def _measures(known: Mapping[str, float], **arrays) -> dict[str, float]:
   return measures.summary(known={f"collapse/{k}": v for k, v in known.items()}, **arrays)
+
+
+def _rows_are(count: int) -> str:
+  return "1 row is" if count == 1 else f"{count:,} rows are"
 
 
 def not_finite(count: int, num: int) -> verdicts.Verdict:
@@ -199,6 +211,7 @@ def words(
   prototypes: str = "learned",
   for_usage: str = "embeddings",
   use: Mapping[str, float] | None = None,
+  circumstances: Mapping[str, Any] | None = None,
 ) -> tuple[verdicts.Verdict, list[str]]:
   """The verdict on `examine`'s result, and a few sentences: what it means and what to try.
 
@@ -208,11 +221,13 @@ def words(
     prototypes: how they were made, `method.prototypes`; "learned" for other people's.
     for_usage: what to give to see which are used.
     use: what somebody else measured of that, by the names of metrics.jsonl.
+    circumstances: of the run, from `verdicts.circumstances_of`; they say `prototypes`, too.
   """
   num = result["num"]
   known = {**result["measures"], **(use or {})}
   lost = result["without_direction"]
-  verdict = verdicts.judge(known, num_prototypes=num, prototypes=prototypes)
+  told = {"prototypes": prototypes} | dict(circumstances or {})
+  verdict = verdicts.judge(known, num_prototypes=num, **told)
   if lost["not_finite"]:
     verdict = not_finite(lost["not_finite"], num)
   unique, random = result["unique"]["unique"], result["random"]["unique"]
@@ -221,15 +236,16 @@ def words(
   well = not verdicts.is_alarm(verdict)
   if well:
     used = measures.BY_NAME["used"].value(known)
+    early = f"{verdict.sentence}; " * (verdict.label == "warming up")
     out = [
-      f"{verdict.label}: {count:,} of {num:,} prototypes are unique, random ones "
+      f"{verdict.label}: {early}{count:,} of {num:,} prototypes are unique, random ones "
       f"{random[headline]:,}" + ("" if used is None else f"; {used:.1%} are used")
     ]
   else:
     out = [f"{verdict.label}: {verdict.sentence}"]
   if lost["zero"] or lost["not_finite"]:
     out.append(
-      f"{lost['zero']:,} rows are zero and {lost['not_finite']:,} are not finite (first: "
+      f"{_rows_are(lost['zero'])} zero and {_rows_are(lost['not_finite'])} not finite (first: "
       f"{', '.join(map(str, lost['first']))}): they are no prototypes"
     )
   if "spectrum" not in result:
@@ -340,14 +356,20 @@ def _page(name: str, result: Mapping[str, Any]) -> list[str]:
   ]
   if "usage" in result:
     usage = result["usage"]
+    by = {
+      "cosine": "largest cosine, for random prototypes too",
+      "product": "largest product, norms count; random prototypes have these norms; cosine=True "
+      "compares directions",
+    }[usage["compared_by"]]
     lines.append(
-      f"  usage by {usage['images']:,} embeddings (largest product): {usage['unused']:,} by none, "
-      f"the most used takes {usage['largest_share']:.1%}; RankMe and spread are of "
-      f"{usage['features']}"
+      f"  usage by {usage['images']:,} embeddings ({by}): {usage['unused']:,} by none, the most "
+      f"used takes {usage['largest_share']:.1%}; RankMe and spread are of {usage['features']}"
     )
   counted = {f"unique_{t}" for t in result["thresholds"]} | {"num_prototypes"}  # shown above
   shown = [row for row in measures.MEASURES if row.name not in counted]
   values = [(row, row.value(result["measures"])) for row in shown]
+  if any(value is not None for _, value in values):
+    lines.append(f"  what these mean: {_EXPLAINED}")
   return lines + [
     f"  {row.title or row.label or row.name.replace('_', ' '):<19} "
     + (f"{value:.1%}" if row.is_share else f"{value:.4g}")
@@ -403,6 +425,7 @@ def diagnose(
   aliases: Sequence[str] = (),
   for_usage: str = "embeddings",
   use: Mapping[str, float] | None = None,
+  circumstances: Mapping[str, Any] | None = None,
 ) -> Diagnosis:
   """Says whether prototypes are copies of one another and, with embeddings, whether they are used.
 
@@ -425,6 +448,8 @@ def diagnose(
     aliases: names of other layers with the same numbers (tied heads).
     for_usage: what the reader can give to see which prototypes are used, where nothing was given.
     use: shares that a run has measured of these very prototypes, by the names of metrics.jsonl.
+    circumstances: of that run, from `verdicts.circumstances_of`: it is judged as in its training,
+      and advice names no setting that is set.
 
   Raises:
     UserError: for arrays of other shapes, or embeddings that are not finite.
@@ -448,7 +473,14 @@ def diagnose(
   if features is not None:
     features = np.asarray(measures.as_array(features), np.float32)
   result = examine(weights, gain=gain, cosine=cosine, embeddings=embeddings, features=features)
-  verdict, sentences = words(result, cosine=cosine, prototypes=made, for_usage=for_usage, use=use)
+  verdict, sentences = words(
+    result,
+    cosine=cosine,
+    prototypes=made,
+    for_usage=for_usage,
+    use=use,
+    circumstances=circumstances,
+  )
   result |= {"aliases": list(aliases), "diagnosis": sentences}
   lines = _page(name, result)
   if aliases:

@@ -5,6 +5,7 @@ lies elsewhere. `summary` then computes it, training writes it to metrics.jsonl,
 the report and the doctor show it as its row says. What the values mean together: `verdicts`.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -47,7 +48,8 @@ class Measure(NamedTuple):
   @property
   def of_sets(self) -> bool:
     """Whether every set of prototypes has one of its own."""
-    return bool({"prototypes", "num_prototypes", "codes", "embeddings"} & set(self.inputs))
+    of_sets = {"prototypes", "partners", "num_prototypes", "codes", "embeddings"}
+    return bool(of_sets & set(self.inputs))
 
   @property
   def is_share(self) -> bool:
@@ -73,9 +75,14 @@ def uniqueness(unique: Sequence[int], random: Sequence[int], num: int) -> dict[s
   return out | {f"unique_{t}_random": c for t, c in zip(collapse.THRESHOLDS, random, strict=True)}
 
 
-def _uniqueness(prototypes) -> dict[str, float]:
-  counts = collapse.unique_counts(prototypes), collapse.random_unique(*prototypes.shape)
-  return uniqueness(*counts, prototypes.shape[0])
+def _uniqueness(partners) -> dict[str, float]:
+  found = partners()
+  some = {"unique_of": found.looked} if found.looked < found.num else {}
+  return uniqueness(found.unique, found.random, found.num) | some
+
+
+def _relative_uniqueness(prototypes, embeddings, partners) -> jax.Array:
+  return collapse.relative_uniqueness(prototypes, embeddings, partners().nearest)
 
 
 def _usage(codes, num_prototypes) -> dict[str, float]:
@@ -91,14 +98,14 @@ def _usage_of_random(codes, num_prototypes, embeddings) -> dict[str, float]:
   return {"used_random": collapse.used_fraction(nearest, num_prototypes)}
 
 
-_PROTOTYPES, _CODES = ("prototypes",), ("codes", "num_prototypes")
+_PARTNERS, _CODES = ("partners",), ("codes", "num_prototypes")
 _GREEDY = "share of K, greedy cover in index order, cosine distance below"
 
 MEASURES = (
   Measure("num_prototypes", ("num_prototypes",), int, ".0f"),
   Measure(
     "unique_0.025",
-    _PROTOTYPES,
+    _PARTNERS,
     _uniqueness,
     form=".0%",
     title="Unique at .025",
@@ -108,7 +115,7 @@ MEASURES = (
   *(
     Measure(
       f"unique_0.{digits}",
-      _PROTOTYPES,
+      _PARTNERS,
       form=".0%",
       short="unique.25" if digits == 25 else "",
       title=f"Unique at .{digits}",
@@ -116,6 +123,15 @@ MEASURES = (
       has_random=True,
     )
     for digits in (25, 5)
+  ),
+  # Only where not all are looked at.
+  Measure(
+    "unique_of",
+    _PARTNERS,
+    form=",.0f",
+    title="Looked at",
+    meaning="prototypes that stand for all K in the shares of unique ones and in relative spacing: "
+    "compared with all, the share is the mean of 1 / (how many are nearer, itself among them)",
   ),
   Measure(
     "used",
@@ -146,8 +162,8 @@ MEASURES = (
   ),
   Measure(
     "relative_uniqueness",
-    ("prototypes", "embeddings"),
-    collapse.relative_uniqueness,
+    ("prototypes", "embeddings", "partners"),
+    _relative_uniqueness,
     title="Relative spacing",
     meaning="median distance between nearest prototypes over that between features and theirs; "
     "0: copies",
@@ -266,6 +282,7 @@ def summary(
   encoder: Any = None,
   teacher: Any = None,
   sample: bool = False,
+  partners: collapse.Partners | Mapping[str, collapse.Partners] | None = None,
   known: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
   """The measures of collapse that these arrays allow, by their names in metrics.jsonl.
@@ -292,6 +309,7 @@ def summary(
     encoder, teacher: pytrees of one structure, the student's weights and the teacher's.
     sample: whether the codes are those of a sample of the images; their measures' names then end
       in "_sample".
+    partners: of the prototypes, where `collapse.partners` was called before, or with some of them.
     known: measures that were computed before, by these names: they are not computed again and are
       part of the result.
 
@@ -315,6 +333,8 @@ def summary(
       raise errors.UserError(f"features has shape {list(shared['features'].shape)}: give [N, F]")
   if encoder is not None and teacher is not None:
     shared |= {"encoder": encoder, "teacher": teacher}
+  if partners is not None and not isinstance(partners, Mapping):
+    partners = {"prototypes": partners}
   out = dict(known or {})
 
   def add(rows, arrays, prefix):
@@ -329,6 +349,13 @@ def summary(
     if name in sizes:
       arrays["num_prototypes"] = sizes[name]
     _check(name, arrays)
+    if "prototypes" in arrays:  # as a function: all pairs are compared only if somebody asks
+      there = (partners or {}).get(name)
+      arrays["partners"] = functools.cache(
+        functools.partial(collapse.partners, arrays["prototypes"])
+        if there is None
+        else functools.partial(lambda known: known, there)
+      )
     if "codes" not in arrays and {"prototypes", "embeddings"} <= arrays.keys():
       arrays["codes"] = collapse.nearest_prototypes(arrays["prototypes"], arrays["embeddings"])
     add((row for row in MEASURES if row.of_sets), shared | arrays, f"collapse/{tag(name)}")

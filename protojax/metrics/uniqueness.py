@@ -1,7 +1,7 @@
 """Three counts of unique prototypes at all thresholds, and nearest neighbours, in one pass.
 
 For checkpoints, on the host: every pair of rows is multiplied once, in blocks that fit the cache,
-and only blocks with near pairs cost more. What a run watches while it trains is `collapse.cover`,
+and only blocks with near pairs cost more. What a run watches while it trains is `collapse.pairs`,
 on the device, with the same definition and thresholds; a test holds the two equal.
 """
 
@@ -16,7 +16,6 @@ from scipy.sparse import csgraph
 from protojax.metrics import collapse
 
 _BLOCK = 1024
-_NEGLIGIBLE = 1e-3  # expected near pairs of random rows, below which there are none
 
 
 class Uniqueness(NamedTuple):
@@ -183,31 +182,24 @@ class Null(NamedTuple):
   drawn: bool
 
 
-def near_pairs(num: int, dim: int, threshold: float) -> float:
-  """Expected number of pairs of K random prototypes that are nearer than `threshold`.
-
-  Rows of D > 1 are uniform on the sphere; half of a cosine distance is distributed as
-  Beta((D - 1) / 2, (D - 1) / 2).
-  """
-  return num * (num - 1) / 2 * stats.beta.cdf(threshold / 2, (dim - 1) / 2, (dim - 1) / 2)
-
-
 def null(num: int, dim: int, thresholds: Sequence[float] = collapse.THRESHOLDS) -> Null:
   """Counts as `measure` does, for random prototypes of the same K and D: what could be reached.
 
   Those of `collapse.random_prototypes`, drawn only where near pairs are to be expected.
   """
-  if near_pairs(num, dim, max(thresholds)) < _NEGLIGIBLE:
+  if collapse.all_apart(num, dim, thresholds):
     counts = np.full(len(thresholds), num)
     return Null(counts, counts, counts, False)
   drawn = measure(np.asarray(collapse.random_prototypes(num, dim)), thresholds)
   return Null(drawn.unique, drawn.components, drawn.isolated, True)
 
 
-def null_nearest(num: int, dim: int, quantiles: Sequence[float]) -> np.ndarray:
-  """Quantiles of the distance of a random row, D > 1, to its nearest of K: float64, exact."""
+def null_nearest(num: int, dim: int, quantiles: Sequence[float] | np.ndarray) -> np.ndarray:
+  """Quantiles of the distance of a random row to its nearest of K: float64, exact."""
   if num == 1:
     return np.full(len(quantiles), np.inf)
+  if dim == 1:  # 0 to one of the same sign, 2 to the others
+    return np.where(np.asarray(quantiles) > 1.0 - 0.5 ** (num - 1), 2.0, 0.0)
   # No row is nearer than d with probability (1 - P(pair nearer than d)) ** (K - 1).
   pair = -np.expm1(np.log1p(-np.asarray(quantiles)) / (num - 1))
   return 2 * stats.beta.ppf(pair, (dim - 1) / 2, (dim - 1) / 2)

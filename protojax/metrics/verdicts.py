@@ -7,7 +7,7 @@ rule and in no sentence.
 import math
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from protojax import errors, trees
 from protojax.metrics import collapse
@@ -471,7 +471,7 @@ def _findings(measures, num_prototypes, step, late, prototypes, advise, longer):
         True,
       )
   if _are_copies(measures):
-    yield _copies(measures, num_prototypes, prototypes, longer)
+    yield _copies(measures, num_prototypes, prototypes, advise, longer)
 
 
 def _are_copies(measures) -> bool:
@@ -480,7 +480,7 @@ def _are_copies(measures) -> bool:
   return unique is not None and (1.0 if null is None else null) - unique > LIMITS["copies"]
 
 
-def _copies(measures, num_prototypes, prototypes, longer) -> Verdict:
+def _copies(measures, num_prototypes, prototypes, advise, longer) -> Verdict:
   unique, null = (measures.get(f"collapse/unique_{HEADLINE}{end}") for end in ("", "_random"))
   random = "" if null is None else f"random ones: {1 - null:.0%}; "
   copies = (
@@ -488,6 +488,7 @@ def _copies(measures, num_prototypes, prototypes, longer) -> Verdict:
     f"({random}{_prototypes(measures)})"
   )
   relative = measures.get("collapse/relative_uniqueness")
+  centre = advise("set mixture.center_features=True")
   near = (measures.get(f"collapse/{k}_cosine") for k in ("embedding", "mean"))
   cosine = next((value for value in near if value is not None), 0.0)
   if (
@@ -499,13 +500,13 @@ def _copies(measures, num_prototypes, prototypes, longer) -> Verdict:
       "narrow cone",
       f"{copies}, but they stand {relative:.1f} times as far apart as features from theirs: the "
       f"features are near one another (mean cosine {cosine:.2f}), not the prototypes redundant"
-      + ("; set mixture.center_features=True" if prototypes == "mixture" else ""),
+      + (f"; {centre}" if prototypes == "mixture" and centre else ""),
       False,
     )
   advice = {
     "kmeans": "lower method.num_prototypes",
     "dictionary": "raise head.bottleneck or lower method.num_prototypes",
-    "mixture": f"{longer} or set mixture.center_features=True",
+    "mixture": f"{longer} or {centre}" if centre else longer,
   }.get(prototypes, "set method.prototypes=mixture, or lower method.num_prototypes")
   return Verdict("partial prototype collapse", f"{copies}: {advice}", True)
 
@@ -558,15 +559,19 @@ def of_run(measures: Mapping[str, float | None], *, config, step: int) -> Verdic
     config: resolved; reads num_steps, optim.warmup_steps, method.* and the names.
     step: updates done.
   """
+  circumstances = circumstances_of(config, step)
+  return judge(measures, num_prototypes=config.method.num_prototypes, **circumstances)
+
+
+def circumstances_of(config, step: int | None) -> dict[str, Any]:
+  """What `judge` is told about a run of protojax beside its measures; see `of_run`."""
   # At a quarter of the warm-up the learning rate is high enough to have moved the net; a run so
   # short that this never comes is judged from its half on, but never before 100 updates.
   grace = max(100, min(config.optim.warmup_steps // 4, config.num_steps // 2))
-  return judge(
-    measures,
-    num_prototypes=config.method.num_prototypes,
-    step=step,
-    grace_steps=grace,
-    num_steps=config.num_steps,
-    settings=trees.flat(config),
-    prototypes=config.method.prototypes,
-  )
+  return {
+    "step": step,
+    "grace_steps": grace,
+    "num_steps": config.num_steps,
+    "settings": trees.flat(config),
+    "prototypes": config.method.prototypes,
+  }

@@ -46,7 +46,8 @@ def build(config: ml_collections.ConfigDict, *, mask_token: bool = False) -> Enc
   """The encoder that a config describes.
 
   Args:
-    config: `model.name` is one of vit_tiny, vit_small, vit_base, resnet8, resnet18, resnet50.
+    config: `model.name` is one of vit_tiny, vit_small, vit_base, vit (of the width, depth and heads
+      that are given), resnet8, resnet18, resnet50.
       Optional, absent or None for the default: `precision`; of the transformers
       model.{patch_size, image_size, width, depth, heads, drop_path, registers, layer_scale,
       norm_eps, position_offset, attention, scan, remat}; of the ResNets

@@ -14,8 +14,10 @@ from protojax import errors, sizes
 from protojax.models import attention as attentions
 from protojax.models import blocks, kernels
 
-# width, blocks, attention heads; the hidden layer of the MLP is four times as wide.
+# width, blocks, attention heads; the hidden layer of the MLP is four times as wide. A "vit" has
+# none of its own.
 VARIANTS = {
+  "vit": (0, 0, 0),
   "vit_tiny": (192, 12, 3),
   "vit_small": (384, 12, 6),
   "vit_base": (768, 12, 12),
@@ -34,16 +36,23 @@ def make(
 ) -> "ViT":
   """A variant by name ("vit_tiny", "vit_small", "vit_base"), with parts of it overridden.
 
+  "vit" is one of any size, which then has to be given.
+
   Args:
     name: key of `VARIANTS`.
     width, depth, num_heads: instead of the variant's; the heads must divide the width.
     **options: the other fields of `ViT`.
 
   Raises:
-    UserError: heads that cannot share the width, or a drop path rate that is none.
+    UserError: heads that cannot share the width, no size, or a drop path rate that is none.
   """
   given = zip((width, depth, num_heads), VARIANTS[name], strict=True)
   width, depth, num_heads = (value or default for value, default in given)
+  if not (width and depth and num_heads):
+    raise errors.UserError(
+      f"model.name={name} has no size of its own: set model.width, model.depth and model.heads, or "
+      "choose vit_tiny, vit_small or vit_base"
+    )
   if width % num_heads:
     raise errors.UserError(
       f"model.width={width} cannot be shared among model.heads={num_heads}; "

@@ -12,7 +12,8 @@ The second sum is a vector of D numbers.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 from protojax import errors, losses
 from protojax.prototypes import assignment, streaming
 
+PyTree = Any
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -89,7 +91,7 @@ class Assignments:
   log_p: jax.Array | None = None
 
 
-def by_block(scores: Scores):
+def by_block(scores: Scores) -> tuple[Callable, PyTree]:
   """(logits, blocks) as functions of `streaming` take them; `scores.block` is not 0."""
   own = streaming.own_rows(losses.full(scores.rows) / scores.temperature)
   bias = None if scores.bias is None else scores.bias / scores.temperature

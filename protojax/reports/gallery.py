@@ -86,7 +86,7 @@ def collect(
   """Makes the pictures of a run. Every process calls it; the passes over images are collective.
 
   Args:
-    model: from `pretrained.load` or `pretrained.of_state`. This and the sources may also be the
+    model: from `loading.load` or `loading.of_state`. This and the sources may also be the
       UserError that says why there is none.
     config: resolved.
     bank: source of the images that the evaluation trains on.

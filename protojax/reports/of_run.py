@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 
 from protojax import config as configs
-from protojax import errors, files, pretrained, progress
+from protojax import errors, files, loading, pretrained, progress
 from protojax.reports import comparison, gallery, page, picture, record
 from protojax.training import datasets, workdir
 
@@ -32,7 +32,7 @@ def after_training(folder: pathlib.Path, program, state, arrays: dict, *, bank, 
     bank, train: sources of evaluation and pretraining.
   """
   with progress.during("writing the report"):
-    model = pretrained.of_state(str(folder), program, state, program.config.num_steps)
+    model = loading.of_state(str(folder), program, state, program.config.num_steps)
     found = gallery.collect(model, model.config, bank=bank, train=train, arrays=arrays)
     if jax.process_index() == 0:
       run = record.read([folder])[0]
@@ -89,7 +89,7 @@ def pictures(run: record.Record, limit: int = gallery.LIMIT) -> gallery.Pictures
   except (AttributeError, KeyError, TypeError, ValueError):
     return "config.json is missing or of another version."
   arrays, train = run.arrays, _or_error(datasets.pretraining, config)
-  model = bank = _or_error(pretrained.load, str(run.folder))
+  model = bank = _or_error(loading.load, str(run.folder))
   if isinstance(model, pretrained.Trained):
     bank = _or_error(pretrained.source, model, "train")
     if run.measures(record.FINAL).get("step") != model.step:

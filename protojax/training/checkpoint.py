@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
-from protojax import errors
+from protojax import errors, files
 
 PyTree = Any
 _SEAL = "seal.json"
@@ -44,6 +44,11 @@ def _sum(path: pathlib.Path) -> int:
   return crc
 
 
+def _size(tree: PyTree) -> int:
+  """Bytes of all leaves, over all processes."""
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def _shapes(tree: PyTree) -> dict[str, str]:
   """{"encoder/head/kernel": "float32[4, 6]"}."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
@@ -58,6 +63,38 @@ def leaves(workdir: str | os.PathLike) -> dict[str, str] | None:
     with contextlib.suppress(ValueError, KeyError, OSError):
       return json.loads(seal.read_text())["leaves"]
   return None
+
+
+def steps(workdir: str | os.PathLike) -> list[int]:
+  """The steps whose checkpoints are in a run's folder, in order; read or not, whole or not."""
+  folder = pathlib.Path(workdir).expanduser() / "checkpoints"
+  return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+
+
+def on_host(workdir: str | os.PathLike) -> dict[str, np.ndarray]:
+  """{"teacher/encoder/head/fc1/kernel": array} of a run's newest checkpoint, of whatever program.
+
+  Raises:
+    UserError: if there is none.
+  """
+  folder = pathlib.Path(workdir).expanduser().absolute() / "checkpoints"
+  there = steps(workdir)
+  if not there:
+    raise errors.UserError(f"there is no checkpoint in {folder}")
+  handler = ocp.PyTreeCheckpointHandler()
+  state = folder / str(there[-1]) / "state"
+  as_numpy = jax.tree.map(
+    lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(state).tree
+  )
+  tree = handler.restore(state, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+  name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+  return {name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def intact(workdir: str | os.PathLike) -> str:
+  """What there is to go on from, where a run breaks off: "checkpoint 30 is intact"."""
+  there = steps(workdir)
+  return f"checkpoint {there[-1]} is intact" if there else "there is no checkpoint yet"
 
 
 def _one_line(error: Exception) -> str:
@@ -95,6 +132,7 @@ class Checkpoints:
     self._newest = None  # step of the last save or restore
     self._unreadable = []  # newer than the restored one
     self._shapes = {}  # of the state that is being saved
+    self._saving = False  # what nobody has waited for yet
     self._swept = False
     if keep < 2:
       raise errors.UserError(f"keep_checkpoints={keep}: keep at least 2, in case one is damaged")
@@ -142,12 +180,40 @@ class Checkpoints:
         self._require_space(state)
         self._shapes = _shapes(state)
         items = {"state": ocp.args.StandardSave(state), "metadata": ocp.args.JsonSave(metadata)}
+        self._saving = True
         manager.save(step, args=ocp.args.Composite(**items), force=True)
 
+  def room(self, state: PyTree) -> tuple[int, int]:
+    """Whether the checkpoints of a run will fit on its disk.
+
+    Args:
+      state: pytree of arrays or `jax.ShapeDtypeStruct`.
+
+    Returns:
+      (bytes that they may still take: those kept and one that is being written, less those that
+      are there; bytes that are free).
+
+    Raises:
+      UserError: if not a single one fits.
+    """
+    size, free = _size(state), self._free()
+    there = len(steps(self._folder.parent))
+    if _of_first(lambda: "full" if free < size else None):
+      raise errors.UserError(
+        f"a checkpoint takes up to {size / 1e9:.3g} GB and {free / 1e9:.3g} GB of the disk of "
+        f"{self._folder.parent} are free: free some space or choose another workdir; "
+        f"{intact(self._folder.parent)}"
+      )
+    return max(1, self._keep + 1 - there) * size, free
+
+  def _free(self) -> int:
+    """Bytes; of the folder, or of what will hold it."""
+    there = next(path for path in (self._folder, *self._folder.parents) if path.exists())
+    return shutil.disk_usage(there).free
+
   def _require_space(self, state: PyTree) -> None:
-    """Refuses beforehand, where one process decides: orbax leaves a mess if space ends half-way."""
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    if jax.process_count() == 1 and shutil.disk_usage(self._folder).free < size:
+    """Refuses beforehand, all processes at once: orbax leaves a mess if space ends half-way."""
+    if _of_first(lambda: "full" if self._free() < _size(state) else None):
       raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
   def _seal(self) -> None:
@@ -247,7 +313,7 @@ class Checkpoints:
     orbax's own `check_for_errors` forgets the error it raises. Asked in the moment before orbax's
     last thread looks, it lets that one believe in the save and delete the oldest checkpoint for it.
     """
-    if self._manager is not None and not self._manager.is_saving_in_progress():
+    if self._saving and self._manager is not None and not self._manager.is_saving_in_progress():
       self.wait()
 
   def wait(self) -> None:
@@ -255,6 +321,7 @@ class Checkpoints:
     if self._manager is not None:
       with self._reporting():
         self._manager.wait_until_finished()
+      self._saving = False
 
   def close(self) -> None:
     """Waits for the last save and ends the background threads."""
@@ -280,12 +347,13 @@ class Checkpoints:
       if not isinstance(error, OSError) and "os_error_code=" not in text:  # as tensorstore says it
         raise
       what, advice = _one_line(error), "mend it"
-      if any(os.strerror(code) in text for code in (errno.ENOSPC, errno.EDQUOT)):
-        what, advice = "no space left on device", "free some space"
+      codes = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # tensorstore has them as text alone
+      known = error.errno if isinstance(error, OSError) and error.errno in codes else None
+      known = known or next((code for code in codes if os.strerror(code) in text), None)
+      if known is not None and (trouble := files.trouble(OSError(known, ""))):
+        what, advice = trouble
       self._sweep()
-      steps = [int(p.name) for p in self._folder.glob("*") if p.name.isdigit()]
-      intact = f"checkpoint {max(steps)} is intact" if steps else "there is none before it"
       raise errors.UserError(
         f"{what} while saving checkpoint {self._newest} in {self._folder}: {advice} and run the "
-        f"same command again; {intact}"
+        f"same command again; {intact(self._folder.parent)}"
       ) from error

@@ -1,7 +1,9 @@
 """What a run says: metrics one step late, one verdict a line, a summary at the end."""
 
+import collections
 import contextlib
 import functools
+import json
 import math
 import pathlib
 import textwrap
@@ -9,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
 from absl import logging
 
 from protojax import errors, files, progress
@@ -18,6 +21,7 @@ from protojax.metrics import verdicts
 from protojax.training import metric_writer, opening, optim, wandb_run, workdir
 
 _COLUMNS = 80
+_RECENT, _JUMP = 100, 8.0  # losses that a new one is compared with; standard deviations
 
 
 class RunLog:
@@ -45,6 +49,8 @@ class RunLog:
     self._since, self._timed, self._waited = None, 0, 0.0  # since the clock was last set
     self._trained = (0, 0.0)  # steps and seconds of this process, on lines that had a speed
     self._skipped = pipeline.SkippedLog(describe)
+    self._not_finite = 0  # updates in a row
+    self._recent = collections.deque(maxlen=_RECENT)  # losses
     self._rate = optim.learning_rate(
       config, num_steps=config.num_steps, batch_size=config.batch_size
     )
@@ -70,7 +76,8 @@ class RunLog:
     """Takes the metrics of update `step` and handles those of the one before.
 
     Raises:
-      UserError: if the loss of the update before is not finite.
+      UserError: if the loss or the gradient of the update before is not finite, as of more of them
+        in a row than `optim.skip_nonfinite`.
     """
     for name in self._skipped.update(skipped):
       logging.warning("skipped corrupt image %s (%d so far)", name, self._skipped.count)
@@ -111,12 +118,12 @@ class RunLog:
     done, metrics = self._pending
     self._pending = None
     metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
-    if not math.isfinite(metrics["train/loss"]):
-      self._writer.write(done, metrics)
-      raise errors.UserError(
-        f"the loss is {metrics['train/loss']} after step {done}: lower config.optim.lr or use "
-        "config.precision=float32; the last checkpoint is from before this step"
-      )
+    left_out = metrics.pop("train/skipped", 0.0)
+    if left_out or not math.isfinite(metrics["train/loss"]):
+      self._bad(done, metrics)
+      return
+    self._not_finite = 0
+    self._watch(done, metrics["train/loss"])
     for key, value in metrics.items():
       self._sums[key] = self._sums.get(key, 0.0) + value
     self._count += 1
@@ -124,6 +131,47 @@ class RunLog:
     self._writer.progress(done)
     if done % self._config.log_every == 0 or done in (1, self._config.num_steps):
       self._line(done)
+
+  def _bad(self, done: int, metrics: dict[str, float]) -> None:
+    """Keeps what is known of an update that is not finite; ends the run where it may not go on."""
+    self._writer.write(done, metrics)
+    self._not_finite += 1
+    loss, norm = metrics["train/loss"], metrics.get("train/grad_norm", math.nan)
+    if jax.process_index() == 0:
+      self._record_bad(done, loss, norm)
+    what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
+    again = f"protojax replay --workdir={self._folder} --step={done} names the layer"
+    allowed = self._config.optim.skip_nonfinite
+    if self._not_finite > allowed:
+      often = f", {self._not_finite} updates in a row" if allowed else ""
+      raise errors.UserError(
+        f"{what} after step {done}{often}: lower config.optim.lr or use config.precision=float32; "
+        f"the last checkpoint is from before this step; {again}"
+      )
+    self._writer.line(
+      f"step {done} left out: {what} ({self._not_finite} in a row, {allowed} allowed); {again}"
+    )
+
+  def _record_bad(self, done: int, loss: float, norm: float) -> None:
+    config = self._config
+    order = pipeline.shuffled(config.data.num_records, config.seed)
+    start = (done - 1) * config.batch_size
+    rows = [int(order[start + row]) for row in range(config.batch_size)]
+    record = {"step": done, "loss": str(loss), "grad_norm": str(norm), "index": rows}
+    with open(self._folder / workdir.BAD_STEPS, "a", encoding="utf-8") as file:
+      file.write(json.dumps(record) + "\n")
+
+  def _watch(self, done: int, loss: float) -> None:
+    """Says when a loss is far above those before it."""
+    if len(self._recent) == _RECENT:
+      mean, deviation = np.mean(self._recent), np.std(self._recent)
+      if loss > mean + max(_JUMP * deviation, 0.05 * abs(mean)):
+        self._writer.line(
+          f"step {done}: the loss jumped to {loss:.3f}; the {_RECENT} before it: {mean:.3f} "
+          f"+- {deviation:.3f}"
+        )
+        self._recent.clear()
+    self._recent.append(loss)
 
   def _line(self, done: int) -> None:
     means = {k: v / self._count for k, v in self._sums.items()}

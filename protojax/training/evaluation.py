@@ -11,10 +11,10 @@ import jax
 import numpy as np
 from absl import logging
 
-from protojax import metrics, sizes
+from protojax import metrics, progress, sizes
 from protojax.data import augment, pipeline
 from protojax.evals import knn, linear, purity
-from protojax.metrics import collapse
+from protojax.metrics import collapse, uniqueness
 from protojax.prototypes import scoring
 from protojax.training import encode, sharding, train_step
 
@@ -27,6 +27,46 @@ _FLOOR_STRENGTHS, _FLOOR_STEPS = (1e-1, 1e-2, 1e-3), 30
 # them and 24 % without, 1,000 get 33 and 30 %.
 _FLOOR_FEW, _FLOOR_STRONG = 1.5, (10.0, 1.0)
 _FLOOR_PRODUCTS = 2e9  # of the linear floor, images x pixels x classes; beyond, it is left out
+
+# All pairs of prototypes are compared while training where there are at most so many; of more so
+# many stand for all, which errs by .011 of K at most (one standard error).
+_ALL_PAIRS, _LOOKED_AT = 65_536, 2048
+
+
+def looked_at(num: int, asked: int | None, *, ended: bool) -> int:
+  """How many of K prototypes are compared with all others.
+
+  Args:
+    num: K.
+    asked: monitor.prototypes; 0 takes all, None all at the end of training and, while it lasts, all
+      of 65,536 and 2,048 of more.
+    ended: whether training has ended.
+  """
+  if asked is None:
+    asked = 0 if ended or num <= _ALL_PAIRS else _LOOKED_AT
+  return min(asked or num, num)
+
+
+def pixels(config, batch) -> dict[str, jax.Array]:
+  """Images as the rows of a floor: {"pixels": float32 [B, H * W * C], 0 to 1, "label": [B]}.
+
+  The evaluation transform without its normalisation, at most `FLOOR_SIDE` pixels a side.
+
+  Args:
+    config: resolved.
+    batch: as `encode.chunks` has it.
+  """
+  channels = batch["image"].shape[-1]
+  sides = [min(side, FLOOR_SIDE) for side in sizes.pair(config.augment.global_size)]
+  images = augment.evaluate(
+    batch["image"],
+    sizes.checked("augment.global_size", sides),
+    (0.0,) * channels,
+    (1.0,) * channels,
+    crop=config.probe.crop,
+    original=batch["size"],
+  )
+  return {"pixels": images.reshape(len(images), -1), "label": batch["label"]}
 
 
 class Snapshot:
@@ -46,7 +86,7 @@ class Snapshot:
     self._bank, self._test, self._cached = bank, test, cached or {}
     replicated = sharding.replicated(self._mesh)
     self._forward = jax.jit(self._forward_fn, out_shardings=replicated)
-    self._pixels = jax.jit(self._pixels_fn, out_shardings=replicated)
+    self._pixels = jax.jit(functools.partial(pixels, config), out_shardings=replicated)
     self._matrices = jax.jit(
       lambda s: method.prototype_matrices(train_step.variables_of(s)), out_shardings=replicated
     )
@@ -78,20 +118,6 @@ class Snapshot:
       "index": batch["index"],
       "label": batch["label"],
     }
-
-  def _pixels_fn(self, batch):
-    """Float32 [B, H * W * C], 0 to 1: the evaluation transform without its normalisation."""
-    channels = batch["image"].shape[-1]
-    sides = [min(side, FLOOR_SIDE) for side in sizes.pair(self._config.augment.global_size)]
-    images = augment.evaluate(
-      batch["image"],
-      sizes.checked("augment.global_size", sides),
-      (0.0,) * channels,
-      (1.0,) * channels,
-      crop=self._config.probe.crop,
-      original=batch["size"],
-    )
-    return {"pixels": images.reshape(len(images), -1), "label": batch["label"]}
 
   def _run(self, state, source, limit=0, parts=("features", "codes", "label")):
     """Rows of all images of `source`, on the host of every process: {part: array or {set: array}}.
@@ -180,7 +206,21 @@ class Snapshot:
     )
 
   def monitor(self, state) -> dict[str, float]:
-    """Collapse measures of the prototypes and of a fixed sample of the bank."""
+    """Collapse measures of the prototypes and of a fixed sample of the bank.
+
+    Of many prototypes some stand for all, see `looked_at`.
+    """
+    return self._monitor(state, self._partners(state, ended=False))
+
+  def _partners(self, state, *, ended: bool) -> dict[str, collapse.Partners]:
+    found = {}
+    for name, matrix in self._matrices(state).items():
+      looked = looked_at(len(matrix), self._config.monitor.prototypes, ended=ended)
+      with progress.during(f"comparing {looked:,} prototypes with {len(matrix):,}"):
+        found[name] = collapse.partners(matrix, looked)
+    return found
+
+  def _monitor(self, state, partners) -> dict[str, float]:
     limit = min(self._config.monitor.images, len(self._bank))
     encoded = self._run(state, self._bank, limit, ("features", "codes", "embeddings"))
     teacher = {}
@@ -189,6 +229,7 @@ class Snapshot:
     return metrics.summary(
       prototypes=self._matrices(state),
       initial_prototypes=self._start(),
+      partners=partners,
       sample=True,
       **encoded,
       **teacher,
@@ -204,12 +245,14 @@ class Snapshot:
     Returns:
       Measures: those of `monitor` and `evaluate` and, with labels, "probe/linear_fitted", the
       accuracy of a linear classifier fitted to frozen features; and the arrays that the report
-      draws: "usage" [K], "nearest" and "nearest_random" (cosine distance of every prototype to its
-      nearest neighbour, [K]), "spectrum" [D], and with labels "majority" and "purity" [K], the most
-      frequent class of each prototype's images and its share.
+      draws: "usage" [K], "nearest" and "nearest_random" [M] (cosine distance of every prototype
+      that was looked at to its nearest neighbour, and quantiles of that of random ones), "spectrum"
+      [D], and with labels "majority" and "purity" [K], the most frequent class of each prototype's
+      images and its share.
     """
     bank, test = self._encode(state)
-    measures = self.monitor(state) | self._judge(state, bank, test)
+    partners = self._partners(state, ended=True)
+    measures = self._monitor(state, partners) | self._judge(state, bank, test)
     arrays = {"spectrum": np.asarray(collapse.spectrum(bank["features"]))}
     if matrices := self._matrices(state):
       name = "prototypes" if "prototypes" in matrices else next(iter(matrices))
@@ -220,10 +263,10 @@ class Snapshot:
         arrays["majority"], arrays["purity"] = purity.majority(
           bank["codes"][name], bank["label"], num
         )
-      arrays["nearest"] = np.asarray(collapse.nearest_distances(matrix))
-      arrays["nearest_random"] = np.asarray(
-        collapse.nearest_distances(collapse.random_prototypes(num, dim))
-      )
+      arrays["nearest"] = near = partners[name].nearest
+      arrays["nearest_random"] = uniqueness.null_nearest(
+        num, dim, (np.arange(len(near)) + 0.5) / len(near)
+      ).astype(np.float32)
     if test is not None:
       fitted = linear.evaluate(
         bank["features"],

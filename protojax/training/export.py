@@ -6,10 +6,11 @@ is replaced in one move, so that whatever happens a reader finds weights and the
 made them; prototypes of another step than the weights' are not read.
 """
 
+import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -131,6 +132,18 @@ def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:
   Raises:
     UserError: if there is no such file or it is not one of ours.
   """
+  with _opened(path) as (opened, info):
+    return {name: opened.get_tensor(name) for name in opened.keys()}, info
+
+
+def describe(path: str | os.PathLike) -> dict:
+  """The info of `read` alone, and as it raises; the weights stay on the disk."""
+  with _opened(path) as (_, info):
+    return info
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike) -> Iterator[tuple[Any, dict]]:
   path = pathlib.Path(path)
   file = path / _WEIGHTS if path.is_dir() else path
   if not file.is_file():
@@ -139,8 +152,7 @@ def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:
     )
   try:
     with safetensors.safe_open(file, framework="numpy") as opened:
-      info = json.loads(opened.metadata()["info"])
-      return {name: opened.get_tensor(name) for name in opened.keys()}, info
+      yield opened, json.loads(opened.metadata()["info"])
   except (safetensors.SafetensorError, KeyError, TypeError, ValueError):
     raise errors.UserError(
       f"{file} is damaged or was not exported by protojax: export it again from its run; other "

@@ -1,7 +1,6 @@
 """The training loop: build, restore, then save / next / step / log / evaluate."""
 
 import contextlib
-import pathlib
 import time
 from collections.abc import Callable
 
@@ -19,6 +18,7 @@ from protojax.training import (
   evaluation,
   export,
   opening,
+  origin,
   programs,
   sharding,
 )
@@ -62,6 +62,8 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
   train_source, bank, test = datasets.of_run(config)
   config = configs.resolve(config, len(train_source))
   config = data_settings.completed(config, train_source)
+  if config.init_from:
+    origin.require_same(config)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.model)
   sharding.rows_of_process(config.batch_size, mesh)
   if test is not None:
@@ -82,8 +84,7 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
   )
   start_from = None
   if config.init_from:
-    path = pathlib.Path(config.init_from).expanduser()
-    start_from = export.load(path, program.abstract.encoder)
+    start_from = export.load(origin.path_of(config), program.abstract.encoder)
 
   folder = workdirs.claim(workdir, config)
   checkpoints = checkpoint.Checkpoints(folder, keep=config.keep_checkpoints)
@@ -99,9 +100,6 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
     if changed:
       logging.info("%s at step %d; measured on %s from here on", changed, start, bank.name)
 
-  extended = workdirs.extend(folder, config, start)
-  log = console.RunLog(folder, config, start=start, describe=train_source.describe)
-
   def seconds():
     return before + time.time() - started
 
@@ -114,7 +112,10 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
   # taken, so that n alone says where to go on. A refresh belongs to the step after it: it comes
   # between the two and is done again by a run that goes on from n.
   with contextlib.ExitStack() as stack:
+    stack.enter_context(workdirs.reporting(folder))
     stack.enter_context(contextlib.closing(checkpoints))
+    extended = workdirs.extend(folder, config, start)
+    log = console.RunLog(folder, config, start=start, describe=train_source.describe)
     log = stack.enter_context(log)
     if restored is not None:
       log.resumed(start, metadata.get("devices"))
@@ -126,6 +127,8 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
       log.summary(result, bank=bank)
       return result
     log.lines(opening.lines(program, train=train_source, bank=bank, test=test, folder=folder))
+    if start < config.num_steps:
+      log.lines(opening.disk(*checkpoints.room(program.abstract)))
     cached = {data: program.load(data) for data in to_cache}
     view = evaluation.Snapshot(program, bank=bank, test=test, cached=cached)
     if start == 0:
@@ -177,12 +180,12 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
         else:
           state, metrics = step_fn(state, batch, probe_batch)
         log.step(step, metrics, skipped=skipped, waited=waited + waited_too)
+      checkpoints.check_errors()
       done = step + 1
       watch, evaluate = done % config.monitor.every == 0, done % config.eval_every == 0
       if done < config.num_steps and (watch or evaluate):
         log.flush()
         log.measures(done, view.monitor(state) | (view.evaluate(state) if evaluate else {}))
-        checkpoints.check_errors()
         if config.monitor.stop_on_collapse and log.verdict(done).collapsed:
           save(done, state)
           raise errors.UserError(

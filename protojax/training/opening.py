@@ -10,8 +10,9 @@ import jax
 from protojax.data import sources
 from protojax.models import encoder as encoders
 from protojax.prototypes import prototype_set
-from protojax.training import optim, programs, train_step
+from protojax.training import evaluation, optim, programs, train_step
 
+_MANY = 16_384  # prototypes; comparing all pairs of fewer costs little beside the steps
 _WIDTH, INDENT = 80, 12  # columns of a line, and of the word before its text
 
 
@@ -54,6 +55,7 @@ def lines(
   rows = {
     "method": config.method.name + ", with a teacher" * (program.abstract.teacher != ()),
     "prototypes": ", ".join((config.method.prototypes, *sets, *at_a_time)),
+    "looks": _looks(config, matrices),
     "encoder": f"{config.model.name}; "
     + ", ".join(f"{name} {_millions(part)}" for name, part in model.items())
     + " parameters"
@@ -67,7 +69,28 @@ def lines(
     + f", mesh data {mesh.shape['data']} x model {mesh.shape['model']}",
     "workdir": str(folder),
   }
-  return [line for name, text in rows.items() for line in _wrapped(name, text)]
+  return [line for name, text in rows.items() if text for line in _wrapped(name, text)]
+
+
+def _looks(config, matrices) -> str:
+  """What the monitor compares, and in how many products; "" where that costs little."""
+  shapes = [matrix.shape for matrix in matrices.values()]
+  largest = max((num for num, _ in shapes), default=0)
+  if largest < _MANY:
+    return ""
+
+  def said(*, ended: bool) -> str:
+    asked, products, all_of_them = config.monitor.prototypes, 0, True
+    for num, dim in shapes:
+      looked = evaluation.looked_at(num, asked, ended=ended)
+      products += (looked * num if looked < num else num * (num - 1) // 2) * dim
+      all_of_them &= looked == num
+    some = evaluation.looked_at(largest, asked, ended=ended)
+    what = "all pairs of prototypes" if all_of_them else f"{some:,} prototypes with all {largest:,}"
+    return f"{what} compared, {products:.1e} multiplications"
+
+  looks, end = said(ended=False), said(ended=True)
+  return f"every {config.monitor.every:,} steps {looks}" + f"; at the end {end}" * (end != looks)
 
 
 def memory(step: jax.stages.Compiled, mesh: jax.sharding.Mesh) -> list[str]:
@@ -92,6 +115,14 @@ def memory(step: jax.stages.Compiled, mesh: jax.sharding.Mesh) -> list[str]:
       "config.batch_size"
     )
   return _wrapped("memory", text)
+
+
+def disk(needed: int, free: int) -> list[str]:
+  """How much the checkpoints will take, of what is free; see `checkpoint.Checkpoints.room`."""
+  text = f"up to {_size(needed)} more for checkpoints, of {_size(free)} that are free"
+  if needed > free:
+    text += ": the run will stop when it is full; free some space or lower config.keep_checkpoints"
+  return _wrapped("disk", text)
 
 
 def _wrapped(name: str, text: str) -> list[str]:

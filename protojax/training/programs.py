@@ -84,6 +84,7 @@ class Program:
         evaluation=self.evaluation,
         probe=self.probe,
         probe_rows=self.probe_rows,
+        skip_nonfinite=bool(config.optim.skip_nonfinite),
       ),
       in_shardings=(self.shardings, rows, rows if self.probe_apart else None),
       out_shardings=(self.shardings, sharding.replicated(self.mesh)),

@@ -81,6 +81,7 @@ def train_step(
   evaluation,
   probe=None,
   probe_rows: int = 0,
+  skip_nonfinite: bool = False,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One update. Pure; the caller jits, shards and donates `state`.
 
@@ -99,9 +100,11 @@ def train_step(
     probe: `evals.linear.OnlineProbe` or None. It sees detached features of images as evaluation
       has them.
     probe_rows: P, a divisor of B: so many images of `batch`, evenly spread, are the probe's.
+    skip_nonfinite: where the loss or a gradient is not finite, state n + 1 is state n but for its
+      number. Takes the memory of what the step would otherwise write over, prototypes above all.
 
   Returns:
-    (state n + 1, {name: float32 []}).
+    (state n + 1, {name: float32 []}); with `skip_nonfinite` "train/skipped" is 1 or 0.
   """
   augment_key, loss_key = jax.random.split(jax.random.fold_in(state.key, state.step))
   with jax.named_scope("augment"):
@@ -110,7 +113,7 @@ def train_step(
   variables = variables_of(state)
   trained, frozen = split(variables, method.learns_prototypes)
   grad_fn = jax.value_and_grad(method.loss, has_aux=True)
-  (_, out), grads = grad_fn(trained, frozen, views, loss_key, state.step)
+  (loss, out), grads = grad_fn(trained, frozen, views, loss_key, state.step)
   with jax.named_scope("optimizer"):
     updates, opt_state = tx.update(grads, state.opt_state, trained)
     trained = optax.apply_updates(trained, updates)
@@ -132,16 +135,18 @@ def train_step(
     carry = {**carry, "probe": probe_state}
     metrics |= probe_metrics
 
-  state = TrainState(
-    step=state.step + 1,
+  after = state.replace(
     encoder=variables.encoder,
     prototypes=variables.prototypes,
     teacher=variables.teacher,
     carry=carry,
     opt_state=opt_state,
-    key=state.key,
   )
-  return state, metrics
+  if skip_nonfinite:
+    finite = jax.numpy.isfinite(loss) & jax.numpy.isfinite(metrics["train/grad_norm"])
+    after = jax.tree.map(lambda new, old: jax.numpy.where(finite, new, old), after, state)
+    metrics["train/skipped"] = 1.0 - finite.astype(jax.numpy.float32)
+  return after.replace(step=state.step + 1), metrics
 
 
 def _spread(batch: base.Batch, count: int) -> base.Batch:

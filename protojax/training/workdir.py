@@ -1,10 +1,12 @@
 """What a run leaves behind, and who may write into it."""
 
+import contextlib
 import json
 import pathlib
 import shutil
 import signal
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,15 +16,17 @@ from jax.experimental import multihost_utils
 
 from protojax import __version__, environment, errors, files, sizes, trees
 from protojax import config as configs
-from protojax.training import export, optim, train_step, wandb_run
+from protojax.training import checkpoint, export, optim, train_step, wandb_run
 
 REPORT = "report.html"  # the page about a run
+BAD_STEPS = "bad_steps.jsonl"  # updates whose loss or gradient was not finite, for replay
 _OURS = (
   "config.json",
   "env.json",
   "checkpoints",
   "exported",
   "metrics.jsonl",
+  BAD_STEPS,
   "train.log",
   "eval",
   "report.png",
@@ -113,6 +117,7 @@ _FREE = (
   "data.data_dir",
   "data.num_workers",
   "data.cache",
+  "optim.skip_nonfinite",
   "probe.",  # no gradient of a probe reaches the encoder
   # Compared as the steps they come to:
   "num_epochs",
@@ -303,7 +308,34 @@ def _write(workdir: str, path: pathlib.Path, content: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_json(path, content)
   except OSError as error:
-    raise errors.UserError(f"cannot write to workdir={workdir}: {error.strerror}") from None
+    what, advice = files.trouble(error) or (error.strerror, "mend it")
+    raise errors.UserError(
+      f"cannot write to workdir={workdir}: {what}: {advice} or choose another workdir"
+    ) from None
+
+
+@contextlib.contextmanager
+def reporting(folder: pathlib.Path) -> Iterator[None]:
+  """Turns what the disk of a run refuses into one line, which says what is still there.
+
+  Args:
+    folder: from `claim`.
+
+  Raises:
+    UserError: for a full disk, one that cannot be written, a folder that is gone.
+  """
+  try:
+    yield
+  except OSError as error:
+    trouble = files.trouble(error)
+    where = pathlib.Path(error.filename) if isinstance(error.filename, str) else folder
+    if trouble is None or not where.is_relative_to(folder):
+      raise
+    what, advice = trouble
+    raise errors.UserError(
+      f"{what} while writing {where}: {advice} and run the same command again; "
+      f"{checkpoint.intact(folder)}"
+    ) from error
 
 
 def export_encoder(folder: pathlib.Path, step: int, state, program) -> None:

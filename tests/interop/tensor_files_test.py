@@ -1,5 +1,6 @@
 import json
 import pathlib
+import pickle
 import resource
 
 import jax.numpy as jnp
@@ -113,6 +114,22 @@ def test_cut_files_are_one_line(tmp_path):
       (tmp_path / "cut").write_bytes(content[:size])
       message = _refused(tmp_path / "cut")
       assert name != "b.npz" or size < 4 or "damaged" in message
+
+
+def test_a_pickle_that_ends_early_or_is_another_says_so(tmp_path):
+  path = tmp_path / "x.pth"
+  made.save(path, {"a": np.ones((3, 4), np.float32)}, legacy=True)
+  whole = path.read_bytes()
+  other = pickle.dumps({"a": np.ones((3, 4), np.float32)})
+  for content, words in (
+    (whole[:20], "it ends in the middle"),
+    (whole[:10], "it ends in the middle"),
+    (other[:-20], "it ends in the middle"),
+    (other, "a pickle that torch.save did not write"),
+  ):
+    path.write_bytes(content)
+    said = _refused(path)
+    assert words in said and "Error" not in said, said
 
 
 def test_an_archive_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):

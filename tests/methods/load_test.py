@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from protojax import config as configs
-from protojax import errors, main, methods, pretrained, recipes
+from protojax import errors, loading, main, methods, pretrained, recipes
 from protojax.methods import base, swav
 from protojax.training import loop
 
@@ -105,7 +105,7 @@ def test_its_run_and_its_exported_encoder_are_read_again(tmp_path, monkeypatch):
     (tmp_path / folder / f"{name}.py").write_text(text)
   folder = tmp_path / "run"
   loop.run(recipes.load(str(tmp_path / "recipes" / "agree_digits.py")), str(folder))
-  run, encoder = (pretrained.load(str(path)) for path in (folder, folder / "exported"))
+  run, encoder = (loading.load(str(path)) for path in (folder, folder / "exported"))
   assert run.config.method.name == encoder.config.method.name == "lab_runs.agree"
   assert run.config.method.weight == encoder.config.method.weight == 2.0
   a, b = (pretrained.encoded(m, pretrained.source(run, "test"), limit=9) for m in (run, encoder))

@@ -85,7 +85,7 @@ def test_rows_without_a_direction_are_not_counted():
 def test_cover_never_holds_all_pairs():
   """The largest array of the compiled program grows with K, not with K * K."""
   rows = jax.ShapeDtypeStruct((65_536, 16), jnp.float32)
-  lowered = collapse._cover.lower(rows, thresholds=collapse.THRESHOLDS)
+  lowered = collapse._pairs.lower(rows, thresholds=collapse.THRESHOLDS, block=512)
   analysis = lowered.compile().memory_analysis()
   assert analysis.temp_size_in_bytes < 100 * 2**20
 
@@ -99,6 +99,70 @@ def test_random_prototypes_pass_where_there_is_room():
     crowded[0] = 0
   owner = naive_owner(collapse.random_prototypes(300, 4), 0.25)
   assert collapse.random_unique(300, 4)[3] == len(set(owner))
+
+
+def test_random_prototypes_with_room_are_never_compared(monkeypatch):
+  """A million of 256 dimensions, at thresholds of which each is far from any of their pairs."""
+
+  def refuse(*_):
+    raise AssertionError("compared")
+
+  monkeypatch.setattr(collapse, "random_prototypes", refuse)
+  near = (0.025, 0.05, 0.1, 0.25)
+  np.testing.assert_array_equal(collapse.random_unique(1_000_000, 256, near), 1_000_000)
+  np.testing.assert_array_equal(collapse.random_unique(65_536, 256), 65_536)
+  with pytest.raises(AssertionError, match="compared"):
+    collapse.random_unique(65_536, 64)  # .5 is too much for 64 dimensions
+
+
+@pytest.mark.parametrize("num", [7, 700, 1300])
+def test_pairs_match_numpy_for_blocks_that_are_not_full(num):
+  rows = _clustered(num, 5, 300, 0.1).astype(np.float32)
+  rows[num // 2] = 0.0
+  unit = _unit(np.where(rows == 0, 1e-30, rows).astype(np.float64)) * (rows != 0).any(1)[:, None]
+  distance = 1.0 - unit @ unit.T
+  np.fill_diagonal(distance, np.inf)
+  got = collapse.pairs(rows)
+  np.testing.assert_allclose(got.nearest, np.maximum(distance.min(axis=1), 0), atol=1e-6)
+  rows[3] = np.nan
+  nearest = np.asarray(collapse.nearest_distances(rows))
+  np.testing.assert_array_equal(np.flatnonzero(np.isnan(nearest)), [3])
+
+
+def test_all_partners_count_and_some_estimate_the_same_number():
+  """Groups of 1 to 20 copies: a plain count among the sample would find them unique."""
+  rng = np.random.default_rng(0)
+  sizes = rng.integers(1, 21, size=190)
+  rows = np.repeat(rng.normal(size=(190, 64)), sizes, axis=0)
+  rows = rows * rng.uniform(0.5, 2, (len(rows), 1))
+  rows = rows[rng.permutation(len(rows))].astype(np.float32)
+  every = collapse.partners(rows)
+  assert (every.num, every.looked) == (len(rows), len(rows))
+  np.testing.assert_array_equal(every.unique, 190)
+  np.testing.assert_array_equal(every.nearest, collapse.nearest_distances(rows))
+  chosen = np.arange(400) * len(rows) // 400
+  some = collapse.partners(rows, 400)
+  assert (some.num, some.looked) == (len(rows), 400)
+  near = _unit(rows[chosen].astype(np.float64)) @ _unit(rows.astype(np.float64)).T > 1 - 0.025
+  np.testing.assert_allclose(some.unique[0], len(rows) * np.mean(1 / near.sum(1)), rtol=1e-5)
+  np.testing.assert_allclose(some.unique, 190, atol=len(rows) / 2 / np.sqrt(400))
+  np.testing.assert_allclose(some.nearest, every.nearest[chosen], atol=1e-6)
+  rows[chosen[5]] = 0.0  # no direction, no prototype
+  rows[chosen[7]] = rows[chosen[6]]
+  assert collapse.partners(rows, 400).unique[0] < some.unique[0]
+
+
+def test_the_random_value_of_some_is_what_random_prototypes_are_expected_to_get():
+  num, dim, thresholds = 400, 6, (0.025, 0.1, 0.25, 0.5)
+  expected = collapse.partners(np.eye(num, dim, dtype=np.float32), 10, thresholds).random
+  draws = []
+  for seed in range(12):
+    rows = _unit(np.random.default_rng(seed).normal(size=(num, dim)))
+    cosine = rows @ rows.T
+    draws.append([np.sum(1 / np.sum(cosine > 1 - t, axis=1)) for t in thresholds])
+  np.testing.assert_allclose(expected, np.mean(draws, axis=0), rtol=0.02)
+  roomy = collapse.partners(np.eye(num, 256, dtype=np.float32), 10, (0.025, 0.25)).random
+  np.testing.assert_allclose(roomy, num, rtol=1e-9)
 
 
 def test_nearest_distances_and_quantiles_match_numpy():

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 
+from protojax import config as configs
 from protojax import errors
 from protojax.metrics import collapse, diagnosis, verdicts
 
@@ -77,6 +78,46 @@ def test_usage_is_that_of_the_largest_product_of_the_weights():
   np.testing.assert_allclose(result["usage"]["perplexity"], 8.0, rtol=1e-5)
 
 
+def test_a_page_says_how_prototypes_and_random_ones_were_compared():
+  """By products, random ones have these norms: few of them win images, too."""
+  weights = _rows(64, 16)
+  weights[:10] *= 50.0
+  embeddings = _rows(500, 16)
+  by_product = diagnosis.diagnose(weights, embeddings=embeddings)
+  by_cosine = diagnosis.diagnose(weights, embeddings=embeddings, cosine=True)
+  assert "(largest product, norms count; random prototypes have these norms" in str(by_product)
+  assert "(largest cosine, for random prototypes too)" in str(by_cosine)
+  names = ("collapse/used", "collapse/used_random")
+  assert all(by_product.measures[name] < 0.3 for name in names)
+  assert all(by_cosine.measures[name] > 0.8 for name in names)
+  unit = weights / np.linalg.norm(weights, axis=1, keepdims=True)
+  assert "(largest cosine" in str(diagnosis.diagnose(unit, embeddings=embeddings))  # the same
+
+
+def test_prototypes_of_a_run_are_judged_as_its_training_judges_them():
+  """A slow start looks like a cluster collapse; and what is set already is no advice."""
+  embeddings = _rows(200, 32) * 0.1 + 3 * np.eye(32, dtype=np.float32)[0]
+  config = configs.default("dino")
+  config.num_steps = 1000
+  config.method.prototypes = "mixture"
+  config = configs.resolve(config, 2000)
+
+  def found(step, **more):
+    told = verdicts.circumstances_of(config, step) | more
+    return diagnosis.diagnose(
+      _rows(128, 32), embeddings=embeddings, made="mixture", circumstances=told
+    )
+
+  early = found(20)
+  assert early.verdict.label == "warming up" and "no verdict before step" in early.sentences[0]
+  late = found(config.num_steps)
+  assert (
+    late.verdict.label == diagnosis.diagnose(_rows(128, 32), embeddings=embeddings).verdict.label
+  )
+  assert late.verdict.label in ("cluster collapse", "unique but unused")
+  assert config.mixture.balanced and "mixture.balanced" not in late.sentences[0]
+
+
 def test_usage_matches_collapse_over_many_blocks():
   weights, embeddings = _rows(64, 16), _rows(1000, 16)
   seen = diagnosis.examine(weights, embeddings=embeddings)["usage"]
@@ -115,7 +156,7 @@ def test_rows_that_are_zero_or_not_finite_are_named():
   weights[3], weights[5, 2], weights[9] = 0, np.nan, np.inf
   result, said = _words(weights)
   assert result["without_direction"] == {"zero": 1, "not_finite": 2, "first": [3, 5, 9]}
-  assert "1 rows are zero and 2 are not finite (first: 3, 5, 9)" in said[1]
+  assert "1 row is zero and 2 rows are not finite (first: 3, 5, 9)" in said[1]
   _, said = _words(np.full((4, 3), np.nan, np.float32))
   assert said[0].startswith("non-finite: 4 of 4 rows are not finite")
   assert said[-1].startswith("fewer than two of 4")

@@ -22,7 +22,7 @@ _ARRAYS = {
 _NAMES = (
   *("num_prototypes", "unique_0.025", "unique_0.25", "unique_0.5", "used", "perplexity", "drift"),
   *("used_most", "used_random"),
-  *("relative_uniqueness", "embedding_cosine"),
+  *("relative_uniqueness", "embedding_cosine", "unique_of"),
   *("rankme", "feature_std", "mean_cosine", "teacher_distance"),
 )
 
@@ -71,6 +71,25 @@ def test_what_is_not_given_is_not_measured():
   got = metrics.summary(codes=_ARRAYS["codes"], num_prototypes=_K)
   names = ("num_prototypes", "used", "used_most", "perplexity")
   assert set(got) == {f"collapse/{k}" for k in names}
+
+
+def test_of_many_prototypes_some_stand_for_all_and_the_measures_say_so():
+  some = collapse.partners(_ARRAYS["prototypes"], 12)
+  got = metrics.summary(**_ARRAYS, partners=some)
+  assert got["collapse/unique_of"] == 12
+  assert got["collapse/unique_0.25"] == pytest.approx(some.unique[3] / _K)
+  assert got["collapse/unique_0.25_random"] == pytest.approx(some.random[3] / _K)
+  assert "collapse/unique_of" not in metrics.summary(**_ARRAYS)
+
+
+def test_prototypes_are_compared_once(monkeypatch):
+  compared = []
+  pairs = collapse.pairs
+  monkeypatch.setattr(collapse, "pairs", lambda *a: [compared.append(1), pairs(*a)][1])
+  collapse.random_unique(_K, _D)
+  compared.clear()
+  metrics.summary(**_ARRAYS)
+  assert len(compared) == 1
 
 
 def test_the_names_of_a_sample_say_so():

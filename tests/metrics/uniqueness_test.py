@@ -153,7 +153,7 @@ def test_expected_near_pairs_and_nearest_quantiles_are_those_of_drawn_rows():
     pairs.append(np.sum(distance[np.triu_indices(num, 1)] < threshold))
     np.fill_diagonal(distance, np.inf)
     nearest.append(distance.min(axis=1))
-  expected = uniqueness.near_pairs(num, dim, threshold)
+  expected = collapse.near_pairs(num, dim, threshold)
   np.testing.assert_allclose(np.mean(pairs), expected, rtol=4 / np.sqrt(20 * expected))
   np.testing.assert_allclose(
     np.quantile(nearest, (0.05, 0.5, 0.95)),
@@ -161,7 +161,7 @@ def test_expected_near_pairs_and_nearest_quantiles_are_those_of_drawn_rows():
     rtol=0.03,
   )
   # arXiv 2510.20108's K and D: the closest of all pairs is expected at .616, none is below .5.
-  assert uniqueness.near_pairs(65_536, 256, 0.5) < 1e-3 < uniqueness.near_pairs(65_536, 256, 0.62)
+  assert collapse.near_pairs(65_536, 256, 0.5) < 1e-3 < collapse.near_pairs(65_536, 256, 0.62)
 
 
 def test_a_collapsed_set_of_thousands_takes_no_memory_for_its_pairs():

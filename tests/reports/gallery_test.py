@@ -13,7 +13,7 @@ import tiny
 from PIL import Image
 from sklearn import neighbors
 
-from protojax import api, errors, pretrained, report
+from protojax import api, errors, loading, pretrained, report
 from protojax import config as configs
 from protojax.data import augment, decoding, sources
 from protojax.reports import gallery, of_run
@@ -35,7 +35,7 @@ def run(finished_run):
 
 @pytest.fixture(scope="module")
 def model(run):
-  return pretrained.load(str(run))
+  return loading.load(str(run))
 
 
 @pytest.fixture

@@ -364,7 +364,9 @@ def test_failure_of_the_last_save_surfaces_at_close(tmp_path, monkeypatch):
   monkeypatch.setattr(checkpoint.Checkpoints, "_seal", full)
   saved = checkpoint.Checkpoints(tmp_path)
   saved.save(1, _state(1), META)
-  with pytest.raises(errors.UserError, match="no space left .* 1 in .*; there is none before it"):
+  with pytest.raises(
+    errors.UserError, match="no space left .* 1 in .*; there is no checkpoint yet"
+  ):
     saved.close()
   assert _steps(tmp_path) == [] and _read(tmp_path) is None
 
@@ -400,3 +402,17 @@ def test_folder_may_move(tmp_path):
   _write(tmp_path / "here", [2])
   shutil.move(tmp_path / "here", tmp_path / "there")
   assert _bits(_read(tmp_path / "there")[1]) == _bits(_state(2))
+
+
+def test_room_counts_what_is_kept_and_what_is_being_written(tmp_path, monkeypatch):
+  saved = checkpoint.Checkpoints(tmp_path / "run", keep=3)
+  state = {"w": jax.ShapeDtypeStruct((250, 1000), jnp.float32)}  # 1 MB
+  disk = shutil.disk_usage(tmp_path)
+  monkeypatch.setattr(shutil, "disk_usage", lambda path: disk._replace(free=2_000_000))
+  assert saved.room(state) == (4_000_000, 2_000_000)
+  for step in ("1", "2", "3"):
+    (tmp_path / "run" / "checkpoints" / step).mkdir(parents=True)
+  assert saved.room(state) == (1_000_000, 2_000_000)
+  monkeypatch.setattr(shutil, "disk_usage", lambda path: disk._replace(free=900_000))
+  with pytest.raises(errors.UserError, match="0.001 GB and 0.0009 GB of the disk .* are free"):
+    saved.room(state)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from protojax import config as configs
-from protojax import convert, embed, errors, evaluate, pretrained
+from protojax import convert, embed, errors, evaluate, loading, pretrained
 from protojax.data import sources
 from protojax.reports import gallery
 from protojax.training import data_settings, datasets, loop
@@ -91,7 +91,7 @@ def test_it_goes_on_with_the_numbers_it_found(run, cells, monkeypatch):
 
 def test_run_and_export_give_the_same_features(run, cells):
   images = np.random.default_rng(1).integers(0, 256, (3, 20, 30, 5), np.uint8)
-  model, exported = pretrained.load(run), pretrained.load(run / "exported")
+  model, exported = loading.load(run), loading.load(run / "exported")
   np.testing.assert_allclose(model.features(images), exported.features(images), atol=1e-5)
   of_run, of_export = (
     pretrained.source(m, "val", name="folder", data_dir=str(cells)) for m in (model, exported)
@@ -126,7 +126,7 @@ def test_other_formats_keep_shape_and_channels(run, tmp_path):
 
 
 def test_pictures_show_views_and_attention(run, cells):
-  model = pretrained.load(run)
+  model = loading.load(run)
   bank = pretrained.source(model, "train")
   found = gallery.collect(model, model.config, bank=bank, train=bank, arrays={})
   assert not isinstance(found.views, str) and not isinstance(found.attention, str)

@@ -6,7 +6,7 @@ from sklearn import neighbors
 
 from protojax import progress
 from protojax.data import pipeline, sources
-from protojax.training import encode, evaluation, programs, train_step
+from protojax.training import encode, evaluation, opening, programs, train_step
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
@@ -154,3 +154,43 @@ def test_final_gives_what_the_picture_draws(setting):
   assert arrays["usage"].sum() == len(bank) and arrays["usage"].shape == (32,)
   assert arrays["nearest"].shape == arrays["nearest_random"].shape == (32,)
   assert jax.tree.all(jax.tree.map(np.isfinite, measures))
+
+
+def test_some_of_many_prototypes_are_looked_at_and_all_at_the_end():
+  looked = evaluation.looked_at
+  assert looked(65_536, None, ended=False) == looked(65_536, 0, ended=False) == 65_536
+  assert looked(100_000, None, ended=False) == 2048
+  assert looked(100_000, 0, ended=False) == looked(100_000, None, ended=True) == 100_000
+  assert looked(100_000, 500, ended=True) == 500 and looked(100, 500, ended=False) == 100
+
+
+def test_the_monitor_looks_at_as_many_prototypes_as_it_is_told(setting, monkeypatch):
+  program, state, view, _ = setting
+  means = state.prototypes.means.at[8:].set(state.prototypes.means[0])
+  copies = state.replace(prototypes=state.prototypes._replace(means=means))
+  config = program.config.copy_and_resolve_references()
+  config.monitor.prototypes = 16  # every other: four of those 7, and twelve of those 25
+  monkeypatch.setattr(view, "_config", config)
+  measures = view.monitor(copies)
+  assert measures["collapse/unique_of"] == 16
+  assert measures["collapse/unique_0.025"] == pytest.approx((3 + 13 / 25) / 16)
+  _, arrays = view.final(copies)
+  assert arrays["nearest"].shape == arrays["nearest_random"].shape == (16,)
+  assert "collapse/unique_of" not in setting[2]._monitor(state, None)
+
+
+def test_the_opening_says_what_a_look_costs_where_prototypes_are_many():
+  def said(num, asked):
+    config = tiny.config("dino", "mixture")
+    config.monitor.update({"every": 250, "prototypes": asked})
+    return opening._looks(config, {"prototypes": np.empty((num, 64), np.int8)})
+
+  assert said(4096, None) == ""
+  assert said(65_536, None) == (
+    "every 250 steps all pairs of prototypes compared, 1.4e+11 multiplications"
+  )
+  assert said(1_000_000, None) == (
+    "every 250 steps 2,048 prototypes with all 1,000,000 compared, 1.3e+11 multiplications; at the "
+    "end all pairs of prototypes compared, 3.2e+13 multiplications"
+  )
+  assert "at the end" not in said(1_000_000, 2048) + said(1_000_000, 0)

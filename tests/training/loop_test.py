@@ -1,5 +1,6 @@
 """Resuming to the bit: with other workers, after SIGTERM and kill -9; one process and two."""
 
+import errno
 import functools
 import json
 import os
@@ -27,6 +28,7 @@ from protojax.training import (
   evaluation,
   export,
   loop,
+  metric_writer,
   programs,
   workdir,
 )
@@ -399,18 +401,18 @@ loop.run(main.parse([*arguments, "--config.data.cache=device"])[0], folder)
 """
 
 
-def test_two_processes_train_and_resume_as_one(whole, tmp_path):
-  folder = tmp_path / "run"
+def _two_processes(code, folder, **changes):
+  """Two processes of two devices each that run `code`."""
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     port = probe.getsockname()[1]
-  flags = [f"--config.{k}={v}" for k, v in tiny.RUN.items()]
+  flags = [f"--config.{k}={v}" for k, v in (tiny.RUN | changes).items()]
   flags += [f"--config={ROOT / 'configs' / 'quickstart.py:debug'}", "--num_processes=2"]
   flags.append("--config.optim.warmup_steps=200")  # the recipe's, as of the whole run
   flags.append(f"--coordinator_address=127.0.0.1:{port}")
-  processes = [
+  return [
     subprocess.Popen(
-      [sys.executable, "-c", _TWICE, str(folder), *flags, f"--process_id={i}"],
+      [sys.executable, "-c", code, str(folder), *flags, f"--process_id={i}"],
       cwd=ROOT,
       env={**os.environ, "JAX_NUM_CPU_DEVICES": "2"},
       text=True,
@@ -419,6 +421,11 @@ def test_two_processes_train_and_resume_as_one(whole, tmp_path):
     )
     for i in range(2)
   ]
+
+
+def test_two_processes_train_and_resume_as_one(whole, tmp_path):
+  folder = tmp_path / "run"
+  processes = _two_processes(_TWICE, folder)
   for index, process in enumerate(processes):
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
@@ -428,3 +435,128 @@ def test_two_processes_train_and_resume_as_one(whole, tmp_path):
   assert set(losses) == set(range(1, 7)) and losses == _losses(folder, "first.jsonl")
   for step, loss in _losses(whole).items():
     np.testing.assert_allclose(losses[step], loss, rtol=1e-4 if step > 1 else 1e-5)
+  _goes_on_alone(folder, whole)
+
+
+def _goes_on_alone(folder, whole):
+  """A run of two processes, resumed on one and another number of devices: equal to rounding."""
+  shutil.rmtree(folder / "checkpoints" / "6")
+  loop.run(tiny.run_config(), str(folder))
+  text = (folder / "train.log").read_text()
+  assert "resumed at step 4, saved on 4 devices and now on 8: equal to rounding" in text
+  losses = _losses(folder)
+  for step, loss in _losses(whole).items():
+    np.testing.assert_allclose(losses[step], loss, rtol=1e-4)
+  (step, state), (_, expected) = _final(folder), _final(whole)
+  assert step == 6
+  # Adam moves by its whole step what has no gradient but rounding, as biases before a norm.
+  kernels = [jax.tree.map(lambda x: x if x.ndim > 1 else 0, s.encoder) for s in (state, expected)]
+  chex.assert_trees_all_close(*kernels, rtol=0, atol=1e-6)
+
+
+_ONCE = """
+import sys
+from protojax import cli, main
+folder, *arguments = sys.argv[1:]
+cli.guarded(main.main, [*arguments, f"--workdir={folder}"])
+"""
+
+
+@long
+def test_sigterm_on_the_second_process_saves_on_both_and_one_process_goes_on(tmp_path):
+  folder = tmp_path / "run"
+  changes = {"num_steps": 300, "save_every": 1000, "eval_every": 1000, "monitor.every": 1000}
+  zero, one = _two_processes(_ONCE, folder, **changes)
+  for line in zero.stdout:
+    if line.startswith("step 5/"):
+      one.send_signal(signal.SIGTERM)
+      break
+  output, log = zero.communicate(timeout=600)[0], one.communicate(timeout=600)[0]
+  assert zero.returncode == one.returncode == 143, output + log
+  stopped = re.search(r"\nprotojax: stopped at step (\d+); run the same command", output)
+  assert stopped and stopped[0] in log and int(stopped[1]) % 10 == 0
+  config = tiny.run_config(**changes, **{"optim.warmup_steps": 200})
+  assert loop.run(config, str(folder))["step"] == 300
+  said = f"resumed at step {stopped[1]}, saved on 4 devices and now on 8: equal to rounding"
+  assert said in (folder / "train.log").read_text()
+
+
+@long
+def test_a_run_of_one_process_goes_on_with_two(whole, tmp_path):
+  folder = tmp_path / "run"
+  shutil.copytree(whole, folder)
+  shutil.rmtree(folder / "checkpoints" / "6")
+  for process in _two_processes(_ONCE, folder):
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+  assert "resumed at step 4, saved on 8 devices and now on 4" in (folder / "train.log").read_text()
+  losses = _losses(folder)
+  for step, loss in _losses(whole).items():
+    np.testing.assert_allclose(losses[step], loss, rtol=1e-4)
+
+
+def _full(*unused, **options):
+  raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _read_only(path, *unused):
+  raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+
+_LAST = r"run the same command again; checkpoint 4 is intact"
+
+
+@pytest.mark.parametrize(
+  ("owner", "name", "broken", "line"),
+  [
+    (
+      metric_writer.Writer,
+      "write",
+      _full,
+      rf"no space left on device .*free some space and {_LAST}",
+    ),
+    (metric_writer, "_until", _read_only, rf"Read-only file system .*metrics.jsonl: .*{_LAST}"),
+    (workdir, "write_result", _full, r"no space left .*again; checkpoint 6 is intact"),
+  ],
+  ids=["metrics", "opened", "result"],
+)
+def test_a_disk_that_refuses_is_one_line_with_what_is_intact(
+  whole, tmp_path, monkeypatch, owner, name, broken, line
+):
+  folder = tmp_path / "run"
+  shutil.copytree(whole, folder)
+  shutil.rmtree(folder / "checkpoints" / "6")
+  monkeypatch.setattr(owner, name, broken)
+  with pytest.raises(errors.UserError, match=line) as caught:
+    loop.run(tiny.run_config(), str(folder))
+  assert "\n" not in str(caught.value)
+
+
+def test_a_save_that_failed_in_the_background_ends_the_run_at_the_next_step(
+  whole, tmp_path, monkeypatch
+):
+  folder, asked = tmp_path / "run", []
+  shutil.copytree(whole, folder)
+  shutil.rmtree(folder / "checkpoints" / "6")
+
+  def failed(self):
+    asked.append(1)
+    raise errors.UserError("no space left")
+
+  monkeypatch.setattr(checkpoint.Checkpoints, "check_errors", failed)
+  with pytest.raises(errors.UserError, match="no space left"):
+    loop.run(tiny.run_config(), str(folder))
+  assert len(asked) == 1 and max(_losses(folder)) == 4
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_refused_before_the_first_step(
+  tmp_path, monkeypatch
+):
+  room = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+  monkeypatch.setattr(shutil, "disk_usage", lambda path: room)
+  said = (
+    r"a checkpoint takes up to 0.00\d+ GB and 0.001 GB of the disk of .*run are free: free some"
+  )
+  with pytest.raises(errors.UserError, match=said):
+    loop.run(tiny.run_config(), str(tmp_path / "run"))
+  assert not (tmp_path / "run" / "checkpoints").exists() and not _losses(tmp_path / "run")

@@ -17,7 +17,7 @@ import pytest
 import tiny
 from method_table import METHODS
 
-from protojax import losses, pretrained
+from protojax import loading, losses
 from protojax.metrics import collapse, verdicts
 from protojax.models import encoder as encoders
 from protojax.planning import compiled
@@ -295,7 +295,7 @@ def test_exported_arrays_score_images_as_the_method_does(row):
   def both(state, images):
     variables, (_, tree) = train_step.variables_of(state), train_step.encoder_of(state)
     sets = method.scoring(variables) if method.scoring else {}
-    mine = pretrained.Sets(net), (tree["params"], tree["batch_stats"], sets)
+    mine = loading.Sets(net), (tree["params"], tree["batch_stats"], sets)
     return [
       (one.embeddings(rest, images), one.codes(rest, images), matrices)
       for one, rest, matrices in (

@@ -1,5 +1,6 @@
 """Whose folder it is."""
 
+import errno
 import json
 import os
 import signal
@@ -97,6 +98,7 @@ def test_settings_that_do_not_change_the_numbers_may_change():
     probe__train_split="validation",
     model__remat=True,
     method__block=4,
+    optim__skip_nonfinite=3,
     wandb="project",
   )
   workdir.refuse_mismatch(before, free)
@@ -202,3 +204,36 @@ def test_a_setting_that_an_older_version_lacked_had_its_default():
   workdir.refuse_mismatch(before, _config())
   with pytest.raises(errors.UserError, match="augment.interpolation bicubic -> bilinear"):
     workdir.refuse_mismatch(before, _config(augment__interpolation="bilinear"))
+
+
+@pytest.mark.parametrize(
+  ("error", "line"),
+  [
+    (OSError(errno.ENOSPC, "x"), "no space left on device while writing {folder}: free some space"),
+    (OSError(errno.EDQUOT, "x"), "no space left on device while writing {folder}: free some space"),
+    (
+      OSError(errno.EROFS, "x", "{folder}/a"),
+      "Read-only file system while writing {folder}/a: mend",
+    ),
+    (
+      OSError(errno.ENOENT, "x", "{folder}/a"),
+      "No such file or directory while .*{folder}/a: mend",
+    ),
+  ],
+)
+def test_what_a_disk_refuses_is_one_line(tmp_path, error, line):
+  if error.filename:
+    error.filename = error.filename.format(folder=tmp_path)
+  with pytest.raises(errors.UserError, match=line.format(folder=tmp_path)) as caught:
+    with workdir.reporting(tmp_path):
+      raise error
+  assert str(caught.value).endswith("and run the same command again; there is no checkpoint yet")
+
+
+@pytest.mark.parametrize(
+  "error", [BrokenPipeError(errno.EPIPE, "x"), FileNotFoundError(errno.ENOENT, "x", "/elsewhere/a")]
+)
+def test_what_is_not_the_disk_of_the_run_stays_what_it_is(tmp_path, error):
+  with pytest.raises(type(error)):
+    with workdir.reporting(tmp_path):
+      raise error

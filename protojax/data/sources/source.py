@@ -199,8 +199,10 @@ def folder_of(data_dir: str | os.PathLike | None, name: str) -> pathlib.Path:
   if data_dir and (root := pathlib.Path(data_dir).expanduser()).is_dir():
     return root
   if data_dir is None:
-    advice = "name it with config.data.data_dir (config.probe.data_dir for the probe's own)"
-    raise errors.UserError(f"data_dir=None of data set {name!r} is not a folder: {advice}")
+    raise errors.UserError(
+      f"data_dir=None of data set {name!r} is not a folder: give data_dir=FOLDER (in training "
+      "config.data.data_dir, and config.probe.data_dir for the probe's own)"
+    )
   raise errors.UserError(
     f"data_dir={data_dir} of data set {name!r} is not a folder, seen from {pathlib.Path.cwd()}: "
     "name one that is"

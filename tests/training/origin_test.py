@@ -1,0 +1,105 @@
+"""Which settings belong to the weights that a run starts from."""
+
+import re
+
+import foreign_layouts as layouts
+import pytest
+import safetensors.numpy
+import tiny
+
+from protojax import config as configs
+from protojax import convert, errors, main, plan, typed
+from protojax.models import encoder as encoders
+from protojax.training import export, origin
+
+_BACKBONE = {"width": 96, "patch": 14, "registers": 4, "scaled": True}
+_NEEDED = {
+  "model.name": "vit",
+  "model.width": 96,
+  "model.depth": 2,
+  "model.heads": 4,
+  "model.patch_size": 14,
+  "model.image_size": 28,
+  "model.registers": 4,
+  "model.layer_scale": 1e-5,
+}
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+  """What `convert` makes of a backbone with registers, and of a network of DINO with its head."""
+  folder = tmp_path_factory.mktemp("origin")
+  full = layouts.vit() | layouts.prefixed("head.", layouts.head())
+  for name, tensors, heads in (("backbone", layouts.vit(**_BACKBONE), 4), ("full", full, None)):
+    safetensors.numpy.save_file(tensors, folder / f"{name}.safetensors")
+    convert.bring_in(folder / f"{name}.safetensors", folder / name, heads=heads)
+  return folder
+
+
+def _fits(config):
+  """The refusal of a resolved config, None without."""
+  try:
+    origin.require_same(config)
+  except errors.UserError as error:
+    assert "\n" not in str(error)
+    return str(error)
+
+
+@pytest.mark.parametrize("name", ["backbone", "full"])
+def test_the_settings_that_a_refusal_lists_are_all_that_is_needed(converted, name):
+  flags = [f"--config.init_from={converted / name}"]
+  refused = _fits(configs.resolve(typed.config("quickstart", typed.split(flags)[0]), 1000))
+  flags += [f"--{flag}" for flag in re.findall(r"config\.(?!init_from)\S+", refused)]
+  if name == "backbone":  # whole patches
+    flags += ["--config.augment.global_size=28", "--config.augment.local_size=14"]
+  config = configs.resolve(typed.config("quickstart", typed.split(flags)[0]), 1000)
+  assert _fits(config) is None
+
+
+def test_a_command_line_takes_the_encoder_over(converted, caplog):
+  """With the mean of its images and views of whole patches; the refusal names the same settings."""
+  flags = ["--config=gmm_photos", "--workdir=x", f"--config.init_from={converted / 'backbone'}"]
+  with caplog.at_level("INFO"):
+    config, _ = main.parse(flags)
+  expected = {key: config[key.split(".")[0]][key.split(".")[1]] for key in _NEEDED}
+  assert expected == _NEEDED and "brings its encoder along: model.name=vit, " in caplog.text
+  assert (config.augment.global_size, config.augment.local_size) == (70, 28)
+  assert config.head.hidden == 512  # fresh: a backbone has none
+  assert _fits(configs.resolve(config, 1000)) is None
+  planned, _ = plan.parse(flags[::2])
+  assert planned.model.width == 96
+  given = ["--config.augment.mean=(.5,.5,.5)", "--config.model.heads=2", "--config.head.hidden=9"]
+  config, _ = main.parse([*flags, *given])
+  assert config.augment.mean == (0.5, 0.5, 0.5) and config.model.heads == 2
+  assert "; give config.model.heads=4" in _fits(configs.resolve(config, 1000))
+  config, _ = main.parse([*flags[:2], f"--config.init_from={converted / 'full'}"])
+  assert (config.head.hidden, config.head.bottleneck, config.head.norm) == (32, 16, "none")
+
+
+def test_weights_that_fit_but_are_read_by_other_heads_are_refused(converted):
+  config = tiny.config(init_from=str(converted / "full"), head__layers=3)
+  info = export.describe(converted / "full")
+  for key, value in origin.differences(config, info).items():
+    section, name = key.split(".")
+    config[section][name] = value
+  assert _fits(config) is None
+  config.model.heads = 4
+  assert _fits(config).endswith("than this run's; give config.model.heads=1")
+  config.update({"model": {"heads": 1}, "head": {"hidden": 8}})
+  assert (
+    "(protojax convert --no_head leaves the head out, so that a run has its own); give config.hea"
+    in _fits(config)
+  )
+
+
+def test_a_transformer_of_no_known_size_has_no_known_name(converted):
+  assert export.describe(converted / "full")["model"]["name"] == "vit"
+  with pytest.raises(errors.UserError, match="model.name=vit has no size of its own: set model"):
+    encoders.build(tiny.config(model__name="vit", model__width=None))
+
+
+def test_a_workdir_stands_for_what_it_has_exported(tmp_path):
+  config = tiny.config(init_from=str(tmp_path))
+  assert origin.path_of(config) == tmp_path
+  (tmp_path / "exported").mkdir()
+  assert origin.path_of(config) == tmp_path / "exported"

@@ -1,0 +1,137 @@
+"""verify-resume: what it waits for, what it compares, and a real run that is killed (--all)."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import pytest
+import tiny
+
+from protojax import errors, verify_resume
+from protojax.training import checkpoint
+
+pytestmark = pytest.mark.xdist_group("train")  # one worker trains `finished_run`
+ROOT = pathlib.Path(__file__).parents[1]
+# Takes minutes: bash launch/test.sh --all.
+long = pytest.mark.skipif("PROTOJAX_TEST_ALL" not in os.environ, reason="not without --all")
+
+_STANDS_STILL = """
+import pathlib, sys, time
+path = pathlib.Path(sys.argv[1])
+path.parent.mkdir(parents=True, exist_ok=True)
+path.write_text(sys.argv[2])
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+  "moment, file, text",
+  [
+    ("start", "train.log", ""),
+    ("step", "metrics.jsonl", '{"step": 8}\n{"st'),
+    ("look", "metrics.jsonl", '{"step": 12}\n'),
+    ("save", "checkpoints/8.orbax-checkpoint-tmp/state/x", ""),
+    ("before the seal", "checkpoints/8.orbax-checkpoint-tmp/metadata/x", ""),
+    ("sealed, not yet named", "checkpoints/8.orbax-checkpoint-tmp/seal.json", "{}"),
+  ],
+)
+def test_a_training_is_killed_when_its_files_say_that_the_moment_has_come(
+  tmp_path, moment, file, text
+):
+  if moment == "before the seal":
+    (tmp_path / "checkpoints" / "8.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+  with subprocess.Popen(
+    [sys.executable, "-c", _STANDS_STILL, tmp_path / file, text], start_new_session=True
+  ) as process:
+    assert verify_resume.kill_at(process, moment, tmp_path, step=7, looks=6, delay=0.0)
+    assert process.returncode == -signal.SIGKILL
+  if moment != "start":
+    assert [path for path in tmp_path.rglob("*") if path.name != "state"]  # not before
+
+
+def test_what_ends_before_its_moment_is_not_said_to_have_been_killed(tmp_path):
+  with subprocess.Popen(
+    [sys.executable, "-c", "raise SystemExit(3)"], start_new_session=True
+  ) as process:
+    assert not verify_resume.kill_at(process, "save", tmp_path, step=1, looks=6, delay=0.0)
+    assert process.returncode == 3
+
+
+def test_a_copy_is_equal_and_each_kind_of_difference_is_named(finished_run, tmp_path):
+  copy = tmp_path / "copy"
+  shutil.copytree(finished_run, copy)
+  wrong, compared = verify_resume.differences(finished_run, copy)
+  assert wrong == [] and re.match(r"\d+ arrays of the state, \d+ numbers of the log, 3 ", compared)
+  assert verify_resume.largest(finished_run, copy)[0] == 0.0
+
+  lines = (copy / "metrics.jsonl").read_text().splitlines()
+  changed = json.loads(lines[2])
+  changed |= {"train/loss": changed["train/loss"] * (1.0 + 1e-9), "time/img_per_s": 0.0}
+  (copy / "metrics.jsonl").write_text(
+    "\n".join([*lines[:2], json.dumps(changed), *lines[3:]]) + "\n"
+  )
+  (copy / "exported" / "config.json").write_text("{}")
+  step = changed["step"]
+  wrong, _ = verify_resume.differences(finished_run, copy)
+  assert wrong == [f"train/loss of step {step}", "exported/config.json"]
+
+
+def test_arrays_that_differ_in_one_bit_or_in_their_type_alone_differ(tmp_path):
+  ones = {"a": jnp.ones((3, 2)), "b": jnp.arange(4)}
+  states = {
+    "one": ones,
+    "bit": ones | {"a": ones["a"].at[1, 1].set(jnp.nextafter(1.0, 2.0))},
+    "type": ones | {"b": jnp.arange(4.0)},
+  }
+  for name, state in states.items():
+    checkpoints = checkpoint.Checkpoints(tmp_path / name)
+    checkpoints.save(3, state, {})
+    checkpoints.close()
+    (tmp_path / name / "metrics.jsonl").write_text("")
+  assert verify_resume.differences(tmp_path / "one", tmp_path / "bit")[0] == ["state a"]
+  assert verify_resume.differences(tmp_path / "one", tmp_path / "type")[0] == ["state b"]
+  apart, leaf = verify_resume.largest(tmp_path / "one", tmp_path / "bit")
+  assert leaf == "a" and 0.0 < apart < 1e-6
+
+
+def test_mistakes_are_one_line(tmp_path):
+  recipe = f"--config={ROOT / 'configs' / 'quickstart.py'}:debug"
+  (tmp_path / "full").mkdir()
+  (tmp_path / "full" / "file").touch()
+  for flags, line in {
+    (f"--workdir={tmp_path / 'full'}",): "is not empty",
+    (f"--workdir={tmp_path / 'a'}", "--kills=0"): "kills=0",
+    (f"--workdir={tmp_path / 'b'}", "--launcher=/no/such"): "cannot start /no/such",
+    (f"--workdir={tmp_path / 'c'}", "--config.num_epochs=2"): "config.num_steps",
+    (f"--workdir={tmp_path / 'd'}", "--launcher=false"): "ended with status 1",
+  }.items():
+    with pytest.raises(errors.UserError, match=re.escape(line)) as caught:
+      verify_resume.main([recipe, *flags])
+    assert "\n" not in str(caught.value)
+
+
+@long
+def test_a_run_that_is_killed_at_each_moment_and_moved_ends_as_a_whole_one(tmp_path):
+  changes = {k: v for k, v in tiny.RUN.items() if k not in verify_resume._USUAL}
+  done = subprocess.run(
+    [
+      *(sys.executable, "-m", "protojax", "verify-resume"),
+      *("--config=quickstart:debug", f"--workdir={tmp_path / 'runs'}", "--kills=6"),
+      *(f"--config.{key}={value}" for key, value in changes.items()),
+      "--launcher=env JAX_NUM_CPU_DEVICES=4 " + sys.executable + " -m protojax.main",
+      "--then=env JAX_NUM_CPU_DEVICES=2 " + sys.executable + " -m protojax.main",
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  assert "equal to the bit after 6 kills" in done.stdout
+  assert re.search(r"stopped half-way, gone on with .*: \d\.\de-\d+ of its length", done.stdout)
