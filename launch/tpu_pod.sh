@@ -12,7 +12,14 @@
 #
 # It stays in the foreground and shows the lines of the run. A closed terminal, or Ctrl-C, cuts the
 # connection and tells the hosts nothing: they may train on unseen, with WORKDIR/train.log to read.
-# So run it in tmux or behind nohup, and to have a run save and end, send it SIGTERM:
+# So run it in tmux or behind nohup. With
+#
+#   TYPE=v5litepod-16 VERSION=v2-alpha-tpuv5-lite SPOT=yes NAME=... bash launch/tpu_pod.sh ...
+#
+# it makes the slice where there is none, and makes it again and goes on when it was preempted. The
+# run also goes on by itself after a lost process (75, 137) or connection (255), unless five in
+# succession end so within 10 minutes; any other status is the script's own. SPOT=yes may be left
+# out. To have a run save and end for good (143), send it SIGTERM:
 #
 #   gcloud compute tpus tpu-vm ssh my-tpu --project=my-project --zone=us-east5-a --worker=all \
 #     --command="pkill -TERM -f protojax[.]main"
@@ -43,20 +50,75 @@ done
 commit=$(git rev-parse --short HEAD) || die "this is no git clone with a commit to copy"
 [ -z "$(git status --porcelain)" ] || echo "Uncommitted changes stay here; $commit runs." >&2
 tarball=${TMPDIR:-/tmp}/protojax-$commit.tar.gz
-where=(--project="$PROJECT" --zone="$ZONE" --worker=all)
+slice=(--project="$PROJECT" --zone="$ZONE")
+where=("${slice[@]}" --worker=all)
 tpu=(${run[@]+"${run[@]}"} gcloud compute tpus tpu-vm)
-
-# The first connection makes keys; done alone, the later ones do not race for it.
-"${tpu[@]}" ssh "$NAME" "${where[@]}" --command=true
-
-${run[@]+"${run[@]}"} git archive --format=tar.gz --output="$tarball" HEAD
-"${tpu[@]}" scp "$tarball" "$NAME:protojax.tar.gz" "${where[@]}"
 
 prepare='rm -rf protojax-launch && mkdir protojax-launch && tar xzf protojax.tar.gz -C protojax-launch
 cd protojax-launch && source launch/venv.sh &&
 make_venv "$HOME/protojax-venv" "$(require_python 3.12 3.13 3.11)" -e ".[tpu]"'
-"${tpu[@]}" ssh "$NAME" "${where[@]}" --command="bash -c $(printf %q "$prepare")"
-
 train="cd protojax-launch && exec ~/protojax-venv/bin/python -m protojax.main$(printf ' %q' "$@")"
-"${tpu[@]}" ssh "$NAME" "${where[@]}" \
-  --ssh-flag="-o ServerAliveInterval=30" --command="$train"
+# What a lost connection may have left running.
+clear='pkill -TERM -f protojax[.]main; for i in $(seq 120); do
+pgrep -f protojax[.]main >/dev/null || exit 0; sleep 1; done; pkill -KILL -f protojax[.]main'
+
+# state: of the slice; nothing where there is none, and in a dry run.
+state() {
+  [ ${#run[@]} = 0 ] || return 0
+  "${tpu[@]}" describe "$NAME" "${slice[@]}" --format="value(state)" 2>/dev/null || true
+}
+
+# make_slice: returns when the slice is there; a zone without room is asked again and again.
+make_slice() {
+  local is
+  until is=$(state) && [ "$is" = READY ]; do
+    case $is in
+      "")
+        "${tpu[@]}" create "$NAME" "${slice[@]}" --accelerator-type="$TYPE" \
+          --version="${VERSION:?is the runtime, such as v2-alpha-tpuv5-lite}" \
+          ${SPOT:+--spot} || sleep 60
+        ;;
+      CREATING | STARTING | RESTARTING | REPAIRING | STOPPING | DELETING) sleep 10 ;;
+      *) "${tpu[@]}" delete "$NAME" "${slice[@]}" --quiet || sleep 60 ;;
+    esac
+    [ ${#run[@]} = 0 ] || break
+  done
+}
+
+install() {
+  # The first connection makes keys; done alone, the later ones do not race for it.
+  "${tpu[@]}" ssh "$NAME" "${where[@]}" --command=true &&
+    "${tpu[@]}" scp "$tarball" "$NAME:protojax.tar.gz" "${where[@]}" &&
+    "${tpu[@]}" ssh "$NAME" "${where[@]}" --command="bash -c $(printf %q "$prepare")"
+}
+
+${run[@]+"${run[@]}"} git archive --format=tar.gz --output="$tarball" HEAD
+short=0
+while :; do
+  [ -z "${TYPE:-}" ] || make_slice
+  SECONDS=0 status=0
+  install || status=$?
+  if [ "$status" = 0 ]; then
+    SECONDS=0
+    "${tpu[@]}" ssh "$NAME" "${where[@]}" \
+      --ssh-flag="-o ServerAliveInterval=30" --command="$train" || status=$?
+  fi
+  [ "$status" != 0 ] && [ ${#run[@]} = 0 ] || exit "$status"
+
+  # A slice that is preempted stops its programs first and is called so later.
+  is=$(state)
+  for ((i = 0; i < 12; i++)); do
+    case $status-$is in 143-READY | 255-READY) sleep 10 && is=$(state) ;; *) break ;; esac
+  done
+  if [ "$is" != READY ]; then
+    [ -n "${TYPE:-}" ] || die "the slice is ${is:-gone}, the run ended with $status: TYPE=... and \
+VERSION=... let this script make it again and go on"
+    echo "tpu_pod.sh: the slice is ${is:-gone}, status $status: made again" >&2
+    continue
+  fi
+  case $status in 75 | 137 | 255) ;; *) exit "$status" ;; esac
+  short=$((SECONDS < 600 ? short + 1 : 0))
+  [ "$short" -lt 5 ] || exit "$status"
+  echo "tpu_pod.sh: status $status, started again" >&2
+  "${tpu[@]}" ssh "$NAME" "${where[@]}" --command="$clear" || true
+done

@@ -19,7 +19,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, TextIO, TypeVar
 
 T = TypeVar("T")
@@ -32,6 +32,7 @@ _lock = threading.RLock()
 _lines: "list[Line]" = []  # the work under way, the innermost last
 _drawn: "Line | None" = None  # whose bar the terminal shows
 _said = 0.0  # when the last line was printed, or the outermost work began
+_watch: "tuple[int, Callable[[], None]] | None" = None  # a thread, and what its reports call
 
 
 def clock(seconds: float) -> str:
@@ -110,6 +111,8 @@ class Line:
       self._first = (done, now)
     if self._lead:
       self._show(now)
+    if _watch is not None and _watch[0] == threading.get_ident():
+      _watch[1]()
 
   def step(self) -> None:
     """One more is done."""
@@ -161,6 +164,20 @@ class Line:
     if rate is None and self._done > done:
       rate = (self._done - done) / max(now - then, 1e-9)
     return f"eta {clock((self._total - self._done) / rate)}" if rate else ""
+
+
+@contextlib.contextmanager
+def watched(call: Callable[[], None]) -> Iterator[None]:
+  """Within it every report of this thread's work calls `call`, which may raise to end the work.
+
+  Not within itself.
+  """
+  global _watch
+  _watch = threading.get_ident(), call
+  try:
+    yield
+  finally:
+    _watch = None
 
 
 def over(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:

@@ -294,9 +294,15 @@ def clone(tmp_path_factory):
   return folder
 
 
-def _tpu(clone, *arguments, **names):
+def _tpu(clone, *arguments, first="--dry-run", **names):
   environment = {"PATH": os.environ["PATH"], "HOME": str(clone), **names}
-  command = ["bash", "launch/tpu_pod.sh", "--dry-run", "--config=configs/x.py", *arguments]
+  command = [
+    "bash",
+    "launch/tpu_pod.sh",
+    *[first] * bool(first),
+    "--config=configs/x.py",
+    *arguments,
+  ]
   return subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True)
 
 
@@ -307,12 +313,75 @@ def test_tpu_dry_run_prints_every_command_and_needs_no_gcloud(clone, workdir):
   done = _tpu(clone, *workdir, NAME="pod", ZONE="z", PROJECT="p")
   assert done.returncode == 0, done.stderr
   lines = done.stdout.strip().splitlines()
-  assert [line.split()[:2] for line in lines[:2]] == [["gcloud", "compute"], ["git", "archive"]]
+  assert [line.split()[:2] for line in lines[:2]] == [["git", "archive"], ["gcloud", "compute"]]
   gcloud = [line for line in lines if line.startswith("gcloud")]
   assert len(gcloud) == 4
   assert all(x in line for line in gcloud for x in ("pod", "--zone=z", "--project=p", "worker=all"))
   assert "make_venv" in gcloud[2] and "ServerAliveInterval" in gcloud[3]
   assert all(x in gcloud[3] for x in ("protojax.main", "--config=configs/x.py", "/mnt/shared/run"))
+
+
+# A slice whose state is a file, and whose runs end as the lines of another say: STATUS STATE.
+_GCLOUD = """
+echo "$4 $*" | cut -c1-600 | tr '\\n' ' ' >>{log}; echo >>{log}
+case "$4" in
+  describe) cat {state} 2>/dev/null ;;
+  create) echo READY >{state} ;;
+  delete) rm {state} ;;
+  ssh)
+    case "$*" in *"-m protojax.main"*)
+      read -r status after <{ends}
+      sed -i 1d {ends}
+      echo $after >{state}
+      exit $status ;;
+    esac ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+  ("ends", "kind", "status", "did"),
+  [
+    (["0 READY"], "x", 0, "create run"),
+    (
+      ["143 PREEMPTED", "255 PREEMPTED", "0 READY"],
+      "x",
+      0,
+      "create run" + " delete create run" * 2,
+    ),
+    (["75 READY", "137 READY", "0 READY"], "x", 0, "create run clear run clear run"),
+    (["75 READY"] * 9, "x", 75, "create run clear run clear run clear run clear run"),
+    (["143 READY"], "x", 143, "create run"),  # somebody has asked it to stop
+    (["2 READY"], "x", 2, "create run"),
+    (["143 PREEMPTED"], "", 1, "run"),  # nobody has said what to make
+  ],
+)
+def test_tpu_launch_makes_a_preempted_slice_again_and_goes_on(
+  clone, tmp_path, ends, kind, status, did
+):
+  log, state, script = (tmp_path / name for name in ("log", "state", "ends"))
+  script.write_text("".join(f"{line}\n" for line in ends))
+  if not kind:
+    state.write_text("READY\n")
+  _command(tmp_path / "bin" / "gcloud", _GCLOUD.format(log=log, state=state, ends=script))
+  _command(tmp_path / "bin" / "sleep", "exit 0")
+  names = {
+    "NAME": "pod",
+    "ZONE": "z",
+    "PROJECT": "p",
+    "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
+  }
+  names |= {"TYPE": kind, "VERSION": "v", "SPOT": "yes"}
+  done = _tpu(clone, "--workdir=/mnt/shared/run", first="", **names, TMPDIR=str(tmp_path))
+  assert done.returncode == status, done.stderr
+  calls = []
+  for line in log.read_text().splitlines():
+    if "-m protojax.main" in line or "pkill" in line:
+      calls.append("run" if "-m protojax.main" in line else "clear")
+    elif line.split()[0] in ("create", "delete"):
+      calls.append(line.split()[0])
+  assert " ".join(calls) == did
+  assert kind or "TYPE=... and" in done.stderr
 
 
 @pytest.mark.parametrize("missing", ["NAME", "ZONE", "PROJECT"])
@@ -343,6 +412,50 @@ def test_slurm_process_takes_every_gpu_of_its_node(tmp_path):
   done = _launch("slurm.sh", tmp_path, "--config=x", "--config.name=two words", **names)
   expected = "0,1,2,3 -m protojax.main --config=x --config.name=two words"
   assert done.stdout.strip() == expected, done.stderr
+
+
+@pytest.mark.parametrize(
+  ("status", "restarts", "again"),
+  [
+    *((0, 0, False), (1, 0, False), (2, 0, False), (130, 0, False)),
+    *((143, 0, True), (143, 9, True), (75, 0, True), (137, 0, True), (75, 5, False)),
+  ],
+)
+def test_slurm_job_is_queued_again_by_the_status_of_the_run(tmp_path, status, restarts, again):
+  _command(tmp_path / "bin" / "srun", f'echo "$*"; exit {status}')
+  _command(tmp_path / "bin" / "scontrol", 'echo "scontrol $*"')
+  _command(tmp_path / "env" / "bin" / "python", "exit 1")
+  names = {"SLURM_SUBMIT_DIR": str(_ROOT), "SLURM_JOB_ID": "7"}
+  names |= {"SLURM_RESTART_COUNT": str(restarts)} if restarts else {}
+  done = _launch("slurm.sh", tmp_path, "--config=x", "--config.overwrite", **names)
+  assert done.returncode == status, done.stderr
+  assert ("scontrol requeue 7" in done.stdout) == again
+  # Who goes on must not delete what there is.
+  assert ("--config.overwrite --config.overwrite=False" in done.stdout) == bool(restarts)
+
+
+def test_slurm_job_that_is_cancelled_does_not_come_back(tmp_path):
+  _command(tmp_path / "bin" / "srun", "kill -TERM $PPID; sleep 1; exit 143")
+  _command(tmp_path / "bin" / "scontrol", 'echo "scontrol $*"')
+  _command(tmp_path / "env" / "bin" / "python", "exit 1")
+  names = {"SLURM_SUBMIT_DIR": str(_ROOT), "SLURM_JOB_ID": "7"}
+  done = _launch("slurm.sh", tmp_path, "--config=x", **names)
+  assert done.returncode == 143 and done.stdout == ""
+
+
+def test_slurm_job_at_the_end_of_its_time_tells_its_processes_to_stop(tmp_path):
+  told = tmp_path / "told"
+  _command(
+    tmp_path / "bin" / "srun",
+    f"kill -USR1 $PPID; while [ ! -e {told} ]; do sleep .1; done; exit 143",
+  )
+  _command(tmp_path / "bin" / "scancel", f'echo "scancel $*"; touch {told}')
+  _command(tmp_path / "bin" / "scontrol", 'echo "scontrol $*"')
+  _command(tmp_path / "env" / "bin" / "python", "exit 1")
+  names = {"SLURM_SUBMIT_DIR": str(_ROOT), "SLURM_JOB_ID": "7"}
+  done = _launch("slurm.sh", tmp_path, "--config=x", **names)
+  said = [line for line in done.stdout.splitlines() if line.startswith("sc")]
+  assert said == ["scancel --signal=TERM 7", "scontrol requeue 7"] and done.returncode == 143
 
 
 def test_gpu_launch_without_a_gpu_is_one_line(tmp_path):

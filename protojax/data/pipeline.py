@@ -12,6 +12,8 @@ import math
 import os
 import re
 import signal
+import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -325,10 +327,20 @@ def _masked(stream: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, np.nd
 
 
 def _start_worker(index: int, count: int) -> None:
-  """Ctrl-C and a hang-up reach the whole group; the main process needs data to stop in order."""
+  """Ctrl-C and a hang-up reach the whole group, Slurm's SIGTERM the whole job.
+
+  The main process needs data to stop in order. With it this one ends, too.
+  """
   del index, count
-  for number in (signal.SIGINT, signal.SIGHUP):
+  for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
     signal.signal(number, signal.SIG_IGN)
+  threading.Thread(target=_end_after, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_after(parent: int) -> None:
+  while os.getppid() == parent:
+    time.sleep(1.0)
+  os._exit(0)
 
 
 def _let_grain_read_its_flags() -> None:

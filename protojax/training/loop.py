@@ -103,10 +103,39 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
   def seconds():
     return before + time.time() - started
 
-  def save(step, state):
+  def save(step, state, *, unseen=False):
     log.sync()
-    checkpoints.save(step, state, workdirs.metadata(config, seconds()))
+    checkpoints.save(step, state, workdirs.metadata(config, seconds(), unseen=unseen))
     workdirs.export_encoder(folder, step, state, program)
+
+  def unless_stopped(step, state, work, *, unseen=False):
+    """What `work` gives; asked to stop meanwhile, state `step` is saved instead."""
+    try:
+      with progress.watched(stop.look):
+        return work()
+    except workdirs.Asked:
+      save(step, state, unseen=unseen)
+      raise errors.Interrupted(step, stop.number) from None
+
+  def look(done, state):
+    """Measures a state, if it is one that is looked at."""
+    watch, evaluate = done % config.monitor.every == 0, done % config.eval_every == 0
+    if done == config.num_steps or not (watch or evaluate):
+      return
+    log.flush()
+    measures = unless_stopped(
+      done,
+      state,
+      lambda: view.monitor(state) | (view.evaluate(state) if evaluate else {}),
+      unseen=True,
+    )
+    log.measures(done, measures)
+    if config.monitor.stop_on_collapse and log.verdict(done).collapsed:
+      save(done, state)
+      raise errors.UserError(
+        f"stopped at step {done}, {log.verdict(done).label}: {log.verdict(done).sentence} "
+        "(config.monitor.stop_on_collapse=False goes on)"
+      )
 
   # The order inside the loop is the meaning of a checkpoint: state n is saved before batch n is
   # taken, so that n alone says where to go on. A refresh belongs to the step after it: it comes
@@ -160,6 +189,8 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
     if train_source not in cached and not train_source.in_memory:
       plan = program.decoders(train_source, batch_size=config.batch_size)
     stop = stack.enter_context(workdirs.Stop())
+    if restored is not None and metadata.get("unseen"):
+      look(start, state)
     for step in range(start, config.num_steps):
       if step > start and step % config.save_every == 0:
         save(step, state)
@@ -168,7 +199,11 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
         raise errors.Interrupted(step, stop.number)
       if program.refresh and step >= program.method.refresh_from:
         if step % config.steps_per_epoch == 0:
-          embeddings = view.embeddings(state, train_source)
+          embeddings = unless_stopped(
+            step, state, lambda state=state: view.embeddings(state, train_source)
+          )
+          if step > start:  # the clusters take the state's place, and nothing stops them
+            save(step, state)
           with progress.during("clustering the embeddings"):
             state = jax.block_until_ready(program.refresh(state, *embeddings))
       with jax.transfer_guard("disallow"):
@@ -181,17 +216,7 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
           state, metrics = step_fn(state, batch, probe_batch)
         log.step(step, metrics, skipped=skipped, waited=waited + waited_too)
       checkpoints.check_errors()
-      done = step + 1
-      watch, evaluate = done % config.monitor.every == 0, done % config.eval_every == 0
-      if done < config.num_steps and (watch or evaluate):
-        log.flush()
-        log.measures(done, view.monitor(state) | (view.evaluate(state) if evaluate else {}))
-        if config.monitor.stop_on_collapse and log.verdict(done).collapsed:
-          save(done, state)
-          raise errors.UserError(
-            f"stopped at step {done}, {log.verdict(done).label}: {log.verdict(done).sentence} "
-            "(config.monitor.stop_on_collapse=False goes on)"
-          )
+      look(step + 1, state)
     # Saved before it is measured: a stop from here on costs no step.
     save(config.num_steps, state)
     checkpoints.wait()

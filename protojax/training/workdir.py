@@ -36,6 +36,10 @@ _OURS = (
 )
 
 
+class Asked(Exception):
+  """Work between two steps is left, because a process was asked to stop."""
+
+
 class Stop:
   """SIGTERM, SIGHUP or Ctrl-C asks for a checkpoint and a clean exit; a second Ctrl-C insists.
 
@@ -43,7 +47,7 @@ class Stop:
   """
 
   def __init__(self):
-    self._asked, self._old = False, {}
+    self._asked, self._old, self._looks = False, {}, 0
     self.number = signal.SIGTERM  # by which this process was asked; another may have been
 
   def __enter__(self):
@@ -74,6 +78,18 @@ class Stop:
       return False
     return self._any_asked()
 
+  def look(self) -> None:
+    """For `progress.watched`: leaves work between two steps, on all processes at the same report.
+
+    Several talk about it at every tenth report only.
+
+    Raises:
+      Asked: if any process was asked to stop.
+    """
+    self._looks += 1
+    if self.asked(self._looks):
+      raise Asked
+
   def ended(self) -> bool:
     """Whether any process was asked to stop by the end of the training.
 
@@ -87,9 +103,16 @@ class Stop:
     return bool(multihost_utils.process_allgather(np.asarray(self._asked)).any())
 
 
-def metadata(config, seconds: float) -> dict:
-  """What a checkpoint says about its run; `seconds` of all processes that worked on it so far."""
+def metadata(config, seconds: float, *, unseen: bool = False) -> dict:
+  """What a checkpoint says about its run.
+
+  Args:
+    config: resolved.
+    seconds: of all processes that worked on it so far.
+    unseen: whether the look at this state was left, so that who goes on looks first.
+  """
   return {
+    "unseen": unseen,
     "config": config.to_dict(),
     "version": __version__,
     "seconds": seconds,

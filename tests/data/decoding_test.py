@@ -3,7 +3,11 @@
 import functools
 import itertools
 import os
+import pathlib
 import signal
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
@@ -88,6 +92,50 @@ def test_a_worker_that_dies_is_one_line():
     assert words in str(pipeline._of_worker(RuntimeError(said.format(code))))
   other = RuntimeError("another")
   assert pipeline._of_worker(other) is other
+
+
+def _told_to_stop(records):
+  os.kill(os.getpid(), signal.SIGTERM)
+  return [(np.full((4, 4, 3), r, np.uint8), 0) for r in records]
+
+
+def test_a_worker_outlives_the_signal_that_stops_the_whole_job():
+  """The run takes more batches before it saves and ends."""
+  data = sources.Source("own", np.arange(4), _told_to_stop)
+  stream = pipeline.batches(data, seed=0, step=0, batch_size=2, image_size=4, num_workers=1)
+  assert [len(batch["image"]) for batch in itertools.islice(stream, 2)] == [2, 2]
+  stream.close()
+
+
+_LEFT = """
+import os
+import sys
+import numpy as np
+from protojax.data import pipeline, sources
+
+def read(records):
+  open(f"{sys.argv[1]}/{os.getpid()}", "w").close()
+  return [(np.zeros((4, 4, 3), np.uint8), 0) for _ in records]
+
+if __name__ == "__main__":
+  data = sources.Source("own", np.arange(4), read)
+  next(pipeline.batches(data, seed=0, step=0, batch_size=2, image_size=4, num_workers=1))
+  os.kill(os.getpid(), 9)
+"""
+
+
+def test_no_worker_outlives_a_trainer_that_is_killed(tmp_path):
+  (tmp_path / "left.py").write_text(_LEFT)
+  (tmp_path / "pids").mkdir()
+  done = subprocess.run(
+    [sys.executable, tmp_path / "left.py", tmp_path / "pids"], timeout=120, check=False
+  )
+  (worker,) = (int(path.name) for path in (tmp_path / "pids").iterdir())
+  assert done.returncode == -9
+  limit = time.monotonic() + 30.0
+  while pathlib.Path(f"/proc/{worker}").exists() and time.monotonic() < limit:
+    time.sleep(0.1)
+  assert not pathlib.Path(f"/proc/{worker}").exists()
 
 
 def test_the_rate_is_that_of_reading_decoding_and_resizing(files):

@@ -84,6 +84,17 @@ def _stop_after(monkeypatch, step):
   monkeypatch.setattr(console.RunLog, "step", stepping)
 
 
+def _stop_in(monkeypatch, name):
+  """Sends SIGTERM to this process once it is within this method of `evaluation.Snapshot`."""
+  original = getattr(evaluation.Snapshot, name)
+
+  def stopping(self, *args, **kwargs):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return original(self, *args, **kwargs)
+
+  monkeypatch.setattr(evaluation.Snapshot, name, stopping)
+
+
 def _losses(folder, file="metrics.jsonl"):
   lines = [json.loads(line) for line in (folder / file).read_text().splitlines()]
   return {r["step"]: r["train/loss"] for r in lines if "train/loss" in r}
@@ -183,6 +194,24 @@ def test_a_stop_after_the_last_step_says_that_all_are_saved(whole, tmp_path, mon
   monkeypatch.setattr(workdir.Stop, "ended", lambda self: True)
   with pytest.raises(errors.Interrupted, match="step 6, the last one: all steps are saved"):
     loop.run(tiny.run_config(), str(folder))
+
+
+def test_a_stop_within_a_look_saves_at_once_and_the_look_is_made_when_the_run_goes_on(
+  whole, tmp_path, monkeypatch
+):
+  folder = tmp_path / "run"
+  config = tiny.run_config(**{"monitor.every": 3})
+  with monkeypatch.context() as patch:
+    _stop_in(patch, "monitor")
+    with pytest.raises(errors.Interrupted, match="stopped at step 3"):
+      loop.run(config, str(folder))
+  assert "collapse/rank" not in (folder / "metrics.jsonl").read_text()
+  loop.run(config, str(folder))
+  lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+  assert [r["step"] for r in lines if "collapse/rank" in r] == [3, 6]
+  assert [r["step"] for r in lines] == sorted(r["step"] for r in lines)
+  chex.assert_trees_all_equal(_final(folder)[1], _final(whole)[1])
+  assert _losses(folder) == _losses(whole)
 
 
 def test_a_probe_may_change_when_a_run_goes_on_and_the_encoder_does_not_feel_it(
@@ -364,6 +393,10 @@ def test_run_with_clusters_stopped_and_killed_around_a_refresh_resumes_to_the_bi
       _stop_after(patch, step)
       with pytest.raises(errors.Interrupted, match=f"stopped at step {step}"):
         loop.run(config, str(stopped))
+  with monkeypatch.context() as patch:  # in the middle of one
+    _stop_in(patch, "embeddings")
+    with pytest.raises(errors.Interrupted, match="stopped at step 4"):
+      loop.run(config, str(stopped))
   killed = tmp_path / "killed"
   _kill_after_a_checkpoint(killed, 4, recipe="pcl_cifar10", changes=PCL)
   for folder in (stopped, killed):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from protojax import config as configs
-from protojax import data, errors, files
+from protojax import data, errors, files, progress
 from protojax.training import workdir
 
 
@@ -180,6 +180,16 @@ def test_a_signal_after_the_training_ends_the_program_as_any_other():
     assert stop.ended() and stop.number == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == before
   assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_leaves_long_work_at_its_next_report():
+  with workdir.Stop() as stop, progress.watched(stop.look):
+    numbers = progress.over([0, 1, 2], "counting")
+    assert next(numbers) == 0 and next(numbers) == 1
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(workdir.Asked):
+      next(numbers)
+  assert list(progress.over([0, 1], "counting")) == [0, 1]
 
 
 def test_a_closed_terminal_asks_to_save_unless_it_was_told_not_to_matter():

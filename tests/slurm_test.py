@@ -1,0 +1,127 @@
+"""launch/slurm.sh under a Slurm of this machine: a job that is stopped goes on, to the bit.
+
+Takes minutes and Debian's packages of munge and Slurm: bash launch/test.sh --all runs it where they
+are.
+"""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+
+from protojax import verify_resume
+
+ROOT = pathlib.Path(__file__).parents[1]
+pytestmark = [
+  pytest.mark.skipif("PROTOJAX_TEST_ALL" not in os.environ, reason="not without --all"),
+  pytest.mark.skipif(
+    any(
+      shutil.which(n, path=f"{os.environ['PATH']}:/usr/sbin") is None for n in ("munged", "slurmd")
+    ),
+    reason="no Slurm here: apt-get install munge slurm-wlm",
+  ),
+]
+_CHANGES = tiny.RUN | {
+  "num_steps": 90,
+  "save_every": 1000,
+  "log_every": 10,
+  "eval_every": 90,
+  "monitor.every": 45,
+}
+
+
+def _sbatch(folder: pathlib.Path, name: str) -> str:
+  """Submits a run of two processes; the number of the job."""
+  flags = [f"--config.{k}={v}" for k, v in _CHANGES.items()]
+  command = [
+    "sbatch",
+    "--parsable",
+    "--nodes=1",
+    "--ntasks-per-node=2",
+    f"--output={folder}/{name}.log",
+  ]
+  command += ["launch/slurm.sh", "--config=quickstart:debug", f"--workdir={folder / name}", *flags]
+  return subprocess.run(
+    command, cwd=ROOT, check=True, text=True, stdout=subprocess.PIPE
+  ).stdout.strip()
+
+
+def _job(number: str) -> dict[str, str]:
+  """What Slurm knows of a job: JobState, ExitCode, Restarts, ..."""
+  text = subprocess.run(
+    ["scontrol", "--oneliner", "show", "job", number], check=True, text=True, stdout=subprocess.PIPE
+  ).stdout
+  return dict(part.split("=", 1) for part in text.split() if "=" in part)
+
+
+def _until(done, what: str, seconds: float = 600.0):
+  limit = time.monotonic() + seconds
+  while not done():
+    assert time.monotonic() < limit, what
+    time.sleep(0.1)
+
+
+def _ended(number: str) -> bool:
+  return _job(number)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
+
+def inside(folder: pathlib.Path) -> None:
+  """What runs beside the cluster."""
+  whole, stopped = _sbatch(folder, "whole"), None
+  _until(lambda: _ended(whole), "the whole run")
+  assert _job(whole)["ExitCode"] == "0:0", (folder / "whole.log").read_text()
+
+  stopped = _sbatch(folder, "stopped")
+  for restarts, (step, command) in enumerate(
+    [
+      (10, ["scancel", "--signal=TERM", stopped]),  # as of a job that is preempted
+      (40, ["scancel", "--signal=USR1", "--batch", stopped]),  # as at the end of its time
+    ],
+    1,
+  ):
+    _until(lambda step=step: verify_resume.step_of(folder / "stopped") >= step, f"step {step}")
+    subprocess.run(command, check=True)
+    _until(lambda n=restarts: _job(stopped)["Restarts"] == str(n), f"restart {restarts}")
+  _until(lambda: _ended(stopped), "the stopped run")
+  log = (folder / "stopped.log").read_text()
+  assert _job(stopped)["ExitCode"] == "0:0", log
+  assert log.count("slurm.sh: status 143, queued again") == 2, log
+  assert log.count("resumed at step") == 2 and log.count("protojax: stopped at step") == 4, log
+  assert verify_resume.differences(folder / "whole", folder / "stopped")[0] == []
+
+  cancelled = _sbatch(folder, "cancelled")
+  _until(lambda: verify_resume.step_of(folder / "cancelled") >= 10, "a job to cancel")
+  subprocess.run(["scancel", cancelled], check=True)
+  _until(lambda: _ended(cancelled), "the cancelled job")
+  log = (folder / "cancelled.log").read_text()
+  assert _job(cancelled)["JobState"] == "CANCELLED" and "queued again" not in log, log
+  assert "protojax: stopped at step" in log, log
+
+  command = ["sbatch", "--parsable", "--ntasks-per-node=2", f"--output={folder}/wrong.log"]
+  command += ["launch/slurm.sh", "--config=nonsense", f"--workdir={folder / 'wrong'}"]
+  wrong = subprocess.run(
+    command, cwd=ROOT, check=True, text=True, stdout=subprocess.PIPE
+  ).stdout.strip()
+  _until(lambda: _ended(wrong), "the mistaken job")
+  assert _job(wrong)["ExitCode"] == "2:0" and _job(wrong)["Restarts"] == "0"
+
+
+def test_a_job_that_is_stopped_goes_on_by_itself_and_ends_as_a_whole_one(tmp_path):
+  done = subprocess.run(
+    ["bash", ROOT / "tests" / "slurm_cluster.sh", sys.executable, __file__, tmp_path],
+    env={**os.environ, "VIRTUAL_ENV": sys.prefix, "JAX_NUM_CPU_DEVICES": "1"},
+    check=False,
+    capture_output=True,
+    text=True,
+    timeout=2400,
+  )
+  assert done.returncode == 0, done.stdout + done.stderr
+
+
+if __name__ == "__main__":
+  inside(pathlib.Path(sys.argv[1]))
