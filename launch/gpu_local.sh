@@ -12,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/venv.sh
 
-[ $# -gt 0 ] || die "give --config=configs/NAME.py --workdir=FOLDER"
+[ $# -gt 0 ] || die "give --config=NAME --workdir=FOLDER"
 nvidia-smi -L >/dev/null 2>&1 || die "no NVIDIA GPU is visible here (nvidia-smi -L fails)"
 python=$(active_python)
 "$python" -c "

@@ -27,7 +27,7 @@ set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?submit this script with sbatch, from the clone}"
 source launch/venv.sh
 
-[ $# -gt 0 ] || die "give --config=configs/NAME.py --workdir=FOLDER"
+[ $# -gt 0 ] || die "give --config=NAME --workdir=FOLDER"
 python=$(active_python)
 restarts=${SLURM_RESTART_COUNT:-0}
 [ "$restarts" = 0 ] || set -- "$@" --config.overwrite=False

@@ -28,6 +28,10 @@ import ctypes, ensurepip, ssl" >/dev/null 2>&1; then
 
 # require_python VERSION...: find_python, or one line that says how to mend it.
 require_python() {
+  if [ -n "${PROTOJAX_PYTHON:-}" ]; then
+    echo "$PROTOJAX_PYTHON"
+    return
+  fi
   find_python "$@" || die "no usable Python of version $* was found: install one, on Debian or \
 Ubuntu with its venv package (apt install python3.12-venv), or name one: PROTOJAX_PYTHON=/path/to/python"
 }

@@ -7,6 +7,7 @@ gather of embeddings, [B, V, D]. What is made of scores stays over "data" and "m
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -63,6 +64,26 @@ def parts(rows: jax.Array) -> jax.Array:
     return rows[None]
   own = rows.reshape(devices, -1, *rows.shape[1:])
   return jax.lax.with_sharding_constraint(own, ENCODED)
+
+
+def over_rows(function: Callable, in_specs: PyTree, count: int) -> Callable:
+  """A function of `count` rows on every device for its own, as they are encoded.
+
+  The compiler would do the same, but for one thing: the gradient of what a loop reads whole is
+  added up over the devices once, behind the loop, and not in every turn.
+
+  Args:
+    function: of arrays; gives rows, [count, ...].
+    in_specs: of its arguments: `ENCODED` for rows, `PartitionSpec()` for what each device reads
+      whole.
+    count: where the devices of the mesh do not divide it the compiler divides the work.
+  """
+  devices = math.prod(extent())
+  if devices == 1 or count % devices:
+    return function
+  return jax.shard_map(
+    function, in_specs=in_specs, out_specs=ENCODED, axis_names=set(AXES), check_vma=False
+  )
 
 
 def parts_beside_prototypes(rows: jax.Array, shape: tuple[int, int]) -> jax.Array:

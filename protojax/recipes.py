@@ -9,6 +9,7 @@ import difflib
 import importlib.util
 import pathlib
 import sys
+import traceback
 from typing import Any
 
 import ml_collections
@@ -45,20 +46,35 @@ def load(recipe: str) -> ml_collections.ConfigDict:
       the recipe's `get_config(mode)` is called with.
 
   Raises:
-    UserError: if there is no such recipe, or no `get_config` in it.
+    UserError: if there is no such recipe, no `get_config` in it, or an error; with file and line.
   """
   name, _, mode = recipe.partition(":")
   path = _file(name)
-  # A file may import what lies in folders beside its own: a method in a package of its author's.
-  beside = str(path.parent.parent)
-  if path.parent != _INSTALLED and beside not in sys.path:
-    sys.path.append(beside)
+  if path.parent != FOLDER:
+    # A file may import what lies beside it, and in folders beside its own.
+    beside = [str(folder) for folder in (path.parent, path.parent.parent)]
+    sys.path += [folder for folder in beside if folder not in sys.path]
   spec: Any = importlib.util.spec_from_file_location("protojax_recipe", path)
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  if not hasattr(module, "get_config"):
-    raise errors.UserError(f"--config={recipe}: {name} defines no get_config(mode)")
-  return module.get_config(mode) if mode else module.get_config()
+  try:
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+      raise errors.UserError(f"--config={recipe}: {name} defines no get_config(mode)")
+    return module.get_config(mode) if mode else module.get_config()
+  except errors.UserError:
+    raise
+  except Exception as error:
+    raise errors.UserError(f"--config={recipe}: {_where(error, path)}") from error
+
+
+def _where(error: Exception, path: pathlib.Path) -> str:
+  """ "ModuleNotFoundError: No module named 'helper' (own/my.py, line 3)", of somebody's recipe."""
+  told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+  if isinstance(error, SyntaxError):  # it says where
+    return told
+  frames = traceback.extract_tb(error.__traceback__)
+  lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+  return f"{told} ({path}, line {lines[-1]})" if lines else f"{told} ({path})"
 
 
 def _file(name: str) -> pathlib.Path:

@@ -113,6 +113,8 @@ def state_before(
     UserError: if the workdir is not a run or no checkpoint before the step is left.
   """
   folder = pathlib.Path(workdir).expanduser()
+  if not folder.is_dir():
+    raise errors.UserError(f"there is no workdir={workdir}: give the folder of a run")
   try:
     config = configs.restored(json.loads((folder / "config.json").read_text()))
   except (OSError, ValueError, KeyError, TypeError) as error:

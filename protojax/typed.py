@@ -53,6 +53,11 @@ def config(recipe: str, changes: list[tuple[str, str | None]]) -> ml_collections
   for one, other in (("num_steps", "num_epochs"), ("num_epochs", "num_steps")):
     if one in given and other not in given and config[one]:
       config[other] = 0
+  # None is none: 0 steps alone would take the recipe's epochs.
+  for kind in ("warmup", "freeze_prototypes"):
+    steps, epochs = f"optim.{kind}_steps", f"optim.{kind}_epochs"
+    if steps in given and epochs not in given and not config.optim[f"{kind}_steps"]:
+      config.optim[f"{kind}_epochs"] = 0.0
   warmup = config.optim.warmup_steps
   if "num_steps" in given and "optim.warmup_steps" not in given and 2 * warmup > config.num_steps:
     # Of another length; in so short a run the learning rate would hardly do anything but rise.

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from protojax import cli, errors, typed
+from protojax import cli, errors, progress, typed
 from protojax import config as configs
 
 _DESCRIPTION = """\
@@ -189,18 +189,22 @@ def killed(
   run: pathlib.Path,
   *,
   kills: int,
+  said: int,
   steps: int,
   looks: int,
   start: float,
   choice: random.Random,
   say: Callable[[str], None],
-) -> int:
-  """Trains to the end and is killed on the way; returns how often.
+) -> list[str]:
+  """Trains to the end and is killed on the way; returns at which moments.
+
+  A run may end before all kills were due: the last ones come late where a machine is busy.
 
   Args:
     runs: starts them.
     run: new folder.
     kills: how often to kill, spread over the steps.
+    said: kills before these.
     steps: of the run.
     looks: every so many steps is a look.
     start: seconds that a start takes.
@@ -213,7 +217,7 @@ def killed(
   moments: list[str] = []
   while len(moments) < kills:
     moments += choice.sample(MOMENTS, len(MOMENTS))
-  done = 0
+  done: list[str] = []
   for number, moment in enumerate(moments[:kills], 1):
     step = max(1, math.floor(number * steps / (kills + 1)))
     # A step and a look are short, a start is long; the files of a save tell themselves.
@@ -224,11 +228,11 @@ def killed(
       status = process.wait()
     if ended:
       runs.require(run, status, 0)
-      say(f"kill {number} of {kills} came too late: the run had ended")
       return done
-    done += 1
-    say(f"kill {number} of {kills}: {moment}, the log at step {max(0, step_of(run))}")
-  runs.to_the_end(run)
+    done.append(moment)
+    say(f"kill {said + number} of {said + kills}: {moment}, the log at step {max(0, step_of(run))}")
+  with progress.during("the rest of the run"):
+    runs.to_the_end(run)
   return done
 
 
@@ -338,29 +342,41 @@ def main(argv: Sequence[str]) -> None:
   def say(line: str) -> None:
     print(line, flush=True)
 
-  whole, other = folder / "whole", folder / "killed"
+  whole = folder / "whole"
   say(f"{lengths['steps']} steps at once; its output: {runs.log(whole)}")
   begun = time.monotonic()
-  runs.to_the_end(whole)
+  with progress.during("the whole run"):
+    runs.to_the_end(whole)
   seconds = time.monotonic() - begun
   say(f"done in {seconds:.0f} s; now with kills")
-  kills = killed(
-    runs,
-    other,
-    kills=args.kills,
-    start=seconds / 2,
-    choice=random.Random(args.seed),
-    say=say,
-    **lengths,
-  )
-  wrong, compared = differences(whole, other)
-  if wrong:
-    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-    raise errors.UserError(
-      f"after {kills} kills the run in {other} differs from the whole one in "
-      f"{', '.join(wrong[:3])}{more}: do not trust long runs to this machine as it is"
+  choice, done = random.Random(args.seed), []
+  while len(done) < args.kills:
+    other = folder / ("killed" if not done else f"killed_from_{len(done) + 1}")
+    new = killed(
+      runs,
+      other,
+      kills=args.kills - len(done),
+      said=len(done),
+      start=seconds / 2,
+      choice=choice,
+      say=say,
+      **lengths,
     )
-  say(f"equal to the bit after {kills} kills: {compared}")
+    if not new:
+      raise errors.UserError(
+        f"the run ended before it could be killed, after {len(done)} of {args.kills} kills: give "
+        "it more steps, config.num_steps"
+      )
+    done += new
+    wrong, compared = differences(whole, other)
+    if wrong:
+      more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+      raise errors.UserError(
+        f"after {len(new)} kills the run in {other} differs from the whole one in "
+        f"{', '.join(wrong[:3])}{more}: do not trust long runs to this machine as it is"
+      )
+  often = ", ".join(f"{moment}: {done.count(moment)}" for moment in MOMENTS if moment in done)
+  say(f"equal to the bit after {len(done)} kills ({often}): {compared}")
   if args.then:
     moved = folder / "moved"
     stop_half_way(runs, moved, lengths["steps"])

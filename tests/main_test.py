@@ -344,6 +344,8 @@ def test_a_typed_length_does_not_leave_the_run_in_its_warm_up():
   assert warmup() == 200
   assert warmup("--config.num_steps=400") == 200
   assert warmup("--config.num_steps=150") == 15
+  none = main.parse(["--config=gmm_vit_s", "--workdir=unused", "--config.optim.warmup_steps=0"])[0]
+  assert configs.resolve(none, 1_281_167).optim.warmup_steps == 0
   assert warmup("--config.num_steps=150", "--config.optim.warmup_steps=90") == 90
 
 

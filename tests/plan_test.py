@@ -204,7 +204,7 @@ def test_mistakes_are_one_line(flags, says):
 
 def test_without_libtpu_it_says_what_to_install(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-  with pytest.raises(errors.UserError, match="pip install libtpu"):
+  with pytest.raises(errors.UserError, match=r"protojax\[plan\]"):
     targets.of_topology("v5e:4x4")
 
 

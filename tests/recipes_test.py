@@ -4,6 +4,7 @@ import pathlib
 import re
 import runpy
 import shutil
+import sys
 
 import pytest
 
@@ -90,3 +91,22 @@ def test_what_is_no_recipe_is_refused_in_one_line(recipe, words, tmp_path, monke
   with pytest.raises(errors.UserError, match=words) as caught:
     recipes.load(recipe)
   assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_imports_what_lies_beside_it_and_its_errors_are_one_line(tmp_path, monkeypatch):
+  monkeypatch.setattr(sys, "path", [*sys.path])
+  (tmp_path / "beside_it.py").write_text("STEPS = 7\n")
+  recipe = tmp_path / "mine.py"
+  start = "from beside_it import STEPS\nfrom protojax.recipes import quickstart\n\n\n"
+  start += "def get_config(mode=''):\n  config = quickstart.get_config(mode)\n"
+  recipe.write_text(start + "  config.num_steps = STEPS\n  return config\n")
+  assert recipes.load(str(recipe)).num_steps == 7
+  for text, line in {
+    "import no_such_helper\n" + start: "No module named 'no_such_helper' .*mine.py, line 1",
+    start + "  return config.steps\n": "'steps'.* .*mine.py, line 7",
+    start + "  return (\n": "SyntaxError: .*line 7",
+  }.items():
+    recipe.write_text(text)
+    with pytest.raises(errors.UserError, match=line) as caught:
+      recipes.load(f"{recipe}:debug")
+    assert "\n" not in str(caught.value)

@@ -116,6 +116,22 @@ def test_mistakes_are_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_run_that_ends_before_all_kills_is_followed_by_another(tmp_path, monkeypatch, capsys):
+  given = []
+
+  def killed(runs, run, *, kills, said, **options):
+    given.append((run.name, kills, said))
+    return ["step", "save"][:kills]
+
+  monkeypatch.setattr(verify_resume, "killed", killed)
+  monkeypatch.setattr(verify_resume.Runs, "to_the_end", lambda *args: None)
+  monkeypatch.setattr(verify_resume, "differences", lambda *runs: ([], "all of it"))
+  recipe = f"--config={ROOT / 'configs' / 'quickstart.py'}:debug"
+  verify_resume.main([recipe, f"--workdir={tmp_path / 'runs'}", "--kills=3"])
+  assert given == [("killed", 3, 0), ("killed_from_3", 1, 2)]
+  assert "equal to the bit after 3 kills (step: 2, save: 1): all of it" in capsys.readouterr().out
+
+
 @long
 def test_a_run_that_is_killed_at_each_moment_and_moved_ends_as_a_whole_one(tmp_path):
   changes = {k: v for k, v in tiny.RUN.items() if k not in verify_resume._USUAL}

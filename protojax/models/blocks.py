@@ -6,7 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
+from protojax import placement
 from protojax.models import activations, attention, kernels
 
 # Plain normal: `truncated_normal(.02)` of jax.nn would cut at two deviations, DINO's at 100.
@@ -178,5 +180,11 @@ def loop(
 
   policy = None if remat else jax.checkpoint_policies.save_only_these_names(*_STORED)
   step = jax.checkpoint(step, policy=policy, prevent_cse=False)
-  inputs = jax.tree.map(stacked, *params), kept, jnp.asarray(keeps, jnp.float32)
-  return jax.lax.scan(step, x, inputs)[0]
+
+  def through(x, own, kept):
+    return jax.lax.scan(step, x, (own, kept, jnp.asarray(keeps, jnp.float32)))[0]
+
+  of_rows = placement.ENCODED, PartitionSpec(), PartitionSpec(None, None, placement.AXES)
+  if not block.fsdp:  # then each kernel is gathered in its turn, and its gradient divided again
+    through = placement.over_rows(through, of_rows, x.shape[0])
+  return through(x, jax.tree.map(stacked, *params), kept)

@@ -63,7 +63,9 @@ def of_topology(topology: str) -> Target:
       f"topology={topology}: no such slice of TPUs: sides are even, or 1: {forms}"
     )
   if importlib.util.find_spec("libtpu") is None:
-    raise errors.UserError(f"topology={topology} needs the compiler for TPUs: pip install libtpu")
+    raise errors.UserError(
+      f"topology={topology} needs the compiler for TPUs: pip install 'protojax[plan]'"
+    )
   from jax.experimental import topologies
 
   try:

@@ -17,6 +17,10 @@ def pretraining(config) -> sources.Source:
     UserError: if they are missing.
   """
   data = config.data
+  if data.name in ("folder", "parquet", "tar") and data.data_dir is None:
+    raise errors.UserError(
+      f"config.data.data_dir is missing: where are the images of config.data.name={data.name}?"
+    )
   return sources.build(
     data.name,
     split=data.split,

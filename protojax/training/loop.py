@@ -220,7 +220,7 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
     # Saved before it is measured: a stop from here on costs no step.
     save(config.num_steps, state)
     checkpoints.wait()
-    if stop.ended():
+    if stop.ended(config.num_steps):
       raise errors.Interrupted(config.num_steps, stop.number, trained=True)
     try:
       measures, arrays = view.final(state)

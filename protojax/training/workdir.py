@@ -90,14 +90,25 @@ class Stop:
     if self.asked(self._looks):
       raise Asked
 
-  def ended(self) -> bool:
-    """Whether any process was asked to stop by the end of the training.
+  def ended(self, step: int) -> bool:
+    """Whether any process was asked to stop by the end of the training, after `step` updates.
 
-    From here on a signal ends this process as any other.
+    From here on a signal ends this process at once; of a run of one process in the line that says
+    what is saved.
     """
+    asking = set(self._old) - {signal.SIGINT}
     self.__exit__()
-    self._old = {}
-    return self._asked if jax.process_count() == 1 else self._any_asked()
+    if jax.process_count() > 1:
+      self._old = {}
+      return self._any_asked()
+
+    def leave(number, frame):
+      del frame
+      raise errors.Interrupted(step, number, trained=True)
+
+    for number in asking:
+      signal.signal(number, leave)
+    return self._asked
 
   def _any_asked(self) -> bool:
     return bool(multihost_utils.process_allgather(np.asarray(self._asked)).any())

@@ -138,6 +138,7 @@ def test_what_was_found_and_what_was_left_out_is_one_line(tmp_path, caplog):
     (tmp_path / name).write_text("")
   (tmp_path / "cat" / "again").symlink_to(tmp_path)  # a circle
   (tmp_path / "cat" / "self").symlink_to("self")
+  (tmp_path / "dog" / "up").symlink_to(tmp_path.parent)  # what is beside the folder is not in it
   (tmp_path / "dog" / "gone.png").symlink_to(tmp_path / "nowhere.png")
   (tmp_path / "dog" / "linked").symlink_to(tmp_path / "cat")  # no circle: twice, but finite
   caplog.set_level("INFO")

@@ -1,13 +1,17 @@
 """ViT: golden counts and position weights, a float64 forward, drop path, sizes, precision."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from scipy import special
 
-from protojax import errors
+from protojax import errors, placement
 from protojax.models import blocks, vit
+from protojax.training import sharding
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
@@ -297,6 +301,33 @@ def test_neither_remat_nor_a_loop_changes_values_or_gradients(options):
   plain, other = run(small(**same)), run(small(**same, **options))
   assert jax.tree.structure(plain) == jax.tree.structure(other)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), plain, other)
+
+
+def test_the_gradient_of_a_loop_is_added_up_over_devices_behind_it():
+  """In every turn it would be a message for each kernel of each block."""
+  same = {"drop_path": 0.3, "depth": 3}
+  params, x = random_params(small(**same)), images(16)
+
+  def run(mesh, scan):
+    net = small(scan=scan, **same)
+
+    def loss(p, x):
+      y = net.apply({"params": p}, x, train=True, rngs={"drop_path": jax.random.key(3)})
+      return jnp.square(y - y.mean(axis=0, keepdims=True)).mean()
+
+    with jax.set_mesh(mesh):
+      rows = jax.device_put(x, NamedSharding(mesh, placement.ENCODED))
+      compiled = jax.jit(jax.grad(loss)).lower(params, rows).compile()
+      return jax.device_get(compiled(params, rows)), compiled.as_text()
+
+  expected, _ = run(sharding.make_mesh(1, 1, jax.devices()[:1]), scan=False)
+  for extent in ((8, 1), (2, 4)):
+    found, text = run(sharding.make_mesh(*extent), scan=True)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), found, expected)
+    bodies = re.findall(r"\bbody=%?([\w.-]+)", text)
+    parts = dict(re.findall(r"^%?([\w.-]+) [^\n]*\{\n(.*?)^\}", text, re.M | re.S))
+    assert bodies and not any(" all-reduce(" in parts[body] for body in bodies)
+    assert " all-reduce(" in text
 
 
 def test_a_loop_compiles_one_block_and_stores_its_products_alone():

@@ -113,7 +113,7 @@ def test_codes_of_images_need_no_scores_over_all_prototypes(monkeypatch):
     )
     embeddings = staticmethod(lambda variables, images: {"a": images, "b": -images})
     codes = staticmethod(
-      lambda variables, images: {"a": 0.5 * images @ rows.T + bias, "b": -images @ rows.T}
+      lambda variables, images: {"a": 0.5 * images @ rows.T + bias[None], "b": -images @ rows.T}
     )
 
   images = _random(16, _DIM, seed=2)

@@ -171,14 +171,15 @@ def test_settings_that_only_another_version_knows_are_not_compared():
   workdir.refuse_mismatch(old, _config())
 
 
-def test_a_signal_after_the_training_ends_the_program_as_any_other():
+def test_a_signal_after_the_training_ends_the_program_at_once_and_says_what_is_saved():
   """Before the final evaluation, which may be long: nobody asks for it there any more."""
   before = signal.getsignal(signal.SIGTERM)
   with workdir.Stop() as stop:
     assert not stop.asked(0)
     os.kill(os.getpid(), signal.SIGTERM)
-    assert stop.ended() and stop.number == signal.SIGTERM
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert stop.ended(12) and stop.number == signal.SIGTERM
+    with pytest.raises(errors.Interrupted, match="stopped at step 12, the last one: all steps"):
+      os.kill(os.getpid(), signal.SIGTERM)
   assert signal.getsignal(signal.SIGTERM) == before
 
 

@@ -128,7 +128,9 @@ def _files(root: pathlib.Path, left: collections.Counter[str]) -> Iterator[str]:
     info = os.stat(path)
     return info.st_dev, info.st_ino
 
-  folders: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", (identity(root),))]
+  here = root.resolve()
+  above = tuple(identity(folder) for folder in (here, *here.parents))
+  folders: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", above)]
   while folders:
     below, above = folders.pop()
     try:
