@@ -159,6 +159,8 @@ def main(argv=None) -> None:
   args = parser.parse_args(argv)
   if bool(args.draw) != bool(args.figure):
     parser.error("--draw and --figure go together")
+  if args.draw and not args.draw.is_file():
+    parser.error(f"--draw={args.draw}: there is no such file")
   if args.draw:
     draw(json.loads(args.draw.read_text())["rows"], args.figure)
     return

@@ -11,6 +11,7 @@ import numpy as np
 from protojax import errors, loading, metrics, pretrained, trees
 from protojax.interop import importers, network, prototype_layouts, tensor_files
 from protojax.metrics import diagnosis, loss_curve, measures, verdicts
+from protojax.prototypes import scoring
 from protojax.reports import of_run, record
 from protojax.training import loop
 
@@ -402,6 +403,10 @@ def _diagnose_run(
   ]
   sets = {}
   for name, matrix in model.prototypes.items():
+    cosine = True
+    if exported and not scoring.even(one := model.variables[2][name]) and one.bias is None:
+      # Of another library, whose prototypes learn lengths of their own: codes are by product.
+      matrix, cosine = np.asarray(one.rows), False
     use: dict[str, float] = {}
     if judged is not None and embeddings.get(name) is None:
       use, said = _use_by_metrics(folder, name, model.step)
@@ -411,7 +416,7 @@ def _diagnose_run(
       embeddings=embeddings.get(name),
       features=features,
       name=name,
-      cosine=True,
+      cosine=cosine,
       made=model.config.method.prototypes,
       for_usage="data=run or " * (not exported) + "data=folder data_dir=IMAGES",
       use=use,

@@ -18,6 +18,7 @@ import safetensors.numpy
 from protojax import cli, errors, progress
 from protojax.interop import compiled, exporters, importers, settings
 from protojax.models import resnet
+from protojax.prototypes import scoring
 from protojax.training import export
 
 _DESCRIPTION = """\
@@ -168,6 +169,11 @@ def bring_in(
     _list(len(done.unexpected), "unexpected", done.unexpected),
     *(_list(len(left), f"set aside ({why})", left) for why, left in done.aside.items()),
     *(f"note: {note}" for note in done.notes),
+    *(
+      f"note: rows of {name} differ in length: codes go by the largest product, not cosine"
+      for name, one in done.prototypes.items()
+      if not scoring.even(one)
+    ),
   ]
   if (done.missing or done.unexpected) and not allow_partial:
     counts = "; ".join(line for line in lines if line.startswith(("missing ", "unexpected ")))

@@ -41,7 +41,8 @@ class Trained(NamedTuple):
     encoder: modules of the backbone and the head.
     params, batch_stats: {"backbone": ..., "head": ...}; exported weights may lack the head.
     prototypes: {set: float32 [K, D]} unit rows; {} for methods without, and for exported weights
-      without prototypes.safetensors.
+      without prototypes.safetensors. Rows of converted weights may have had other lengths, by which
+      `codes` go.
     method, variables: of the run (`methods.base`); of exported weights what takes their place in
       `codes` and `embeddings`, None without prototypes.
     mesh: all devices along "data".

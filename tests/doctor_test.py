@@ -267,6 +267,30 @@ def test_images_show_which_prototypes_of_a_foreign_checkpoint_are_used(foreign, 
   assert usage["largest_share"] == pytest.approx(counts.max() / 100)
 
 
+def test_prototypes_of_learned_lengths_are_compared_alike_before_and_after_convert(
+  tmp_path, capsys
+):
+  """Codes are by product there; a row that is 50 times as long takes many images."""
+  head = foreign_layouts.head(prototypes=24)
+  head["last_layer.weight_g"][3] *= 50.0
+  parts = {"backbone": foreign_layouts.vit(), "head": head}
+  teacher = {f"{part}.{k}": v for part, arrays in parts.items() for k, v in arrays.items()}
+  made.save(tmp_path / "gains.pth", {"teacher": teacher})
+  flags = ["--data=digits", "--limit=100"]
+  file = _examined(tmp_path, tmp_path / "gains.pth", *flags)["sets"]["teacher.head.last_layer"]
+  converted = convert.bring_in(tmp_path / "gains.pth", tmp_path / "converted")
+  assert any("differ in length: codes go by the largest product" in line for line in converted)
+  capsys.readouterr()
+  again = _examined(tmp_path, tmp_path / "converted", *flags)["sets"]["prototypes"]
+  assert "50.0 times the median" in capsys.readouterr().out
+  assert again["usage"] == pytest.approx(file["usage"], rel=1e-3)
+  model = loading.load(tmp_path / "converted")
+  source = pretrained.source(model, "train", name="digits")
+  codes = pretrained.encoded(model, source, parts=("codes",), limit=100)["codes"]["prototypes"]
+  counts = np.bincount(codes, minlength=24)
+  assert again["usage"]["unused"] == np.sum(counts == 0)
+
+
 def test_what_would_show_the_use_of_prototypes_is_said_as_it_is_typed(
   foreign, full, run, tmp_path, capsys
 ):

@@ -50,6 +50,12 @@ class Scoring:
   scale: float = 1.0
 
 
+def even(scoring: Scoring) -> bool:
+  """Whether all rows are of one length, so that the largest product is the largest cosine."""
+  lengths = jnp.linalg.norm(jnp.asarray(scoring.rows, jnp.float32), axis=1)
+  return bool(lengths.max() <= 1.001 * lengths.min())
+
+
 def embeddings(scoring: Scoring, z: jax.Array) -> jax.Array:
   """What is compared with the rows: the head's output, [B, D] or of patches [B, T, D] -> [B, D]."""
   if scoring.mean is not None:
