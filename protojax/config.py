@@ -552,7 +552,6 @@ def debug(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
       "steps_per_epoch": 0,
     }
   )
-  config.optim.warmup_steps = min(config.optim.warmup_steps, config.num_steps // 10)
   config.data.update(
     {
       "name": "digits",

@@ -69,7 +69,7 @@ def test_the_range_of_deep_images_is_told_and_kept(run, tmp_path, monkeypatch, c
     rows = rng.integers(0, 4000, (20, 24)).astype(np.uint16)
     Image.fromarray(rows).save(tmp_path / "deep" / f"{i}.png")
   model = loading.load(str(run))._replace(step=None)  # as of weights that do not say
-  monkeypatch.setattr(pretrained, "load", lambda *_, **__: model)
+  monkeypatch.setattr(loading, "load", lambda *_, **__: model)
   found = {}
   for name, flags in (("measured", ()), ("given", ("--value_range=0,8000",))):
     out = tmp_path / f"{name}.npz"

@@ -32,7 +32,7 @@ def override(config, changes: dict) -> None:
   name = changes.get("method.name")
   with config.unlocked():
     if name and name != config.method.name:
-      config.method.update(configs.default(name).method)
+      config.method.update(configs.default(name).method.to_dict())
     config.update_from_flattened_dict(changes)
 
 

@@ -191,7 +191,7 @@ def test_a_run_that_was_ended_before_its_page_writes_it_again(whole, tmp_path, m
 def test_a_stop_after_the_last_step_says_that_all_are_saved(whole, tmp_path, monkeypatch):
   folder = shutil.copytree(whole, tmp_path / "run")
   (folder / "eval" / "final" / "result.json").unlink()
-  monkeypatch.setattr(workdir.Stop, "ended", lambda self: True)
+  monkeypatch.setattr(workdir.Stop, "ended", lambda self, step: True)
   with pytest.raises(errors.Interrupted, match="step 6, the last one: all steps are saved"):
     loop.run(tiny.run_config(), str(folder))
 
@@ -278,7 +278,7 @@ def test_a_run_says_what_it_is_before_it_starts(whole):
   said = " ".join(" ".join(lines).split())
   names = ("method", "prototypes", "encoder", "images", "length", "optimizer", "devices")
   starts = [line.split()[0] for line in lines if not line.startswith(" ")]
-  assert starts == [*names, "workdir", "floors", "memory"]
+  assert starts == [*names, "workdir", "disk", "floors", "memory"]
   assert "method dino, with a teacher prototypes mixture, 32 of 16 dimensions" in said
   tensors, _ = export.read(whole / "exported")
   backbone = sum(x.size for name, x in tensors.items() if name.startswith("params.backbone"))
