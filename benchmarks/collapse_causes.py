@@ -1,6 +1,7 @@
 """What makes prototypes copies of each other: the table and figure of docs/collapse.md.
 
-  python benchmarks/collapse_causes.py --workdir=runs/causes [--rows ...] [--draw]
+  python -m benchmarks.collapse_causes --workdir=runs/causes [--rows ...]
+  python -m benchmarks.collapse_causes --draw
 
 Trains the quickstart's net on scikit-learn's digits with joint prototypes, and again with one
 setting changed at a time; then the mixture in each of its forms under the settings that it shares.
@@ -9,10 +10,10 @@ to docs/results/collapse_causes.json as soon as it is there: what the run watche
 its final measures, and where its unused prototypes point. --draw makes the figure of what is there,
 docs/collapse_causes.png, and prints the table.
 
-"Unused prototypes are pushed into one direction" is an explanation that is offered for the collapse.
-Tested on the training images: an unused prototype is the argmax of none of them; its cosine to minus
-the mean embedding is compared with that of used ones, and the cosine among unused ones with that
-among used ones.
+"Unused prototypes are pushed into one direction" is an explanation that is offered for the
+collapse. Tested on the training images: an unused prototype is the argmax of none of them; its
+cosine to minus the mean embedding is compared with that of used ones, and the cosine among unused
+ones with that among used ones.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import pathlib
 import subprocess
 import sys
 
+import matplotlib.figure
 import numpy as np
 
 import protojax
@@ -64,6 +66,17 @@ WATCHED = (
 )
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results" / "collapse_causes.json"
+FIGURE = ROOT / "docs" / "collapse_causes.png"
+COLUMNS = {
+  "unique .025": "collapse/unique_0.025",
+  ".25": "collapse/unique_0.25",
+  ".5": "collapse/unique_0.5",
+  "random, .5": "collapse/unique_0.5_random",
+  "used": "collapse/used",
+  "k-NN": "probe/knn",
+  "linear": "probe/linear_fitted",
+}
+ANGLES = ("unused to minus mean", "used to minus mean", "among unused", "among used")
 
 
 def name(row: str) -> str:
@@ -129,13 +142,50 @@ def measured(row: str, folder: pathlib.Path, commit: str) -> dict:
   }
 
 
+def table(rows: dict[str, dict]) -> str:
+  """Markdown: percent at the end of each run, then the cosines of `directions`."""
+  head = ["run", *COLUMNS, "unused", *ANGLES]
+  lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+  for row, found in rows.items():
+    shares = (100 * found["measures"][key] for key in COLUMNS.values())
+    where = found["directions"]
+    cosines = (f"{where[key]:.2f}" if key in where else "–" for key in ANGLES)
+    cells = [row, *(f"{share:.1f}" for share in shares), str(where["unused"]), *cosines]
+    lines.append("| " + " | ".join(cells) + " |")
+  return "\n".join(lines)
+
+
+def draw(rows: dict[str, dict], path: pathlib.Path) -> None:
+  """Unique prototypes at .5 while training, of joint prototypes and of mixtures: one PNG."""
+  figure = matplotlib.figure.Figure(figsize=(11, 5.6), layout="constrained")
+  panels = figure.subplots(1, 2, sharey=True)
+  for panel, kind in zip(panels, ("joint", "mixture"), strict=True):
+    for row in (r for r in rows if r.startswith(kind)):
+      points = np.array(rows[row]["curves"]["collapse/unique_0.5"])
+      base = row in ("joint", "mixture, balanced")
+      label = row.removeprefix(f"{kind}, ")
+      panel.plot(
+        points[:, 0], 100 * points[:, 1], label=label, color="black" if base else None, lw=1.5
+      )
+    panel.set(title=kind, xlabel="step", xscale="log", ylim=(0, 102))
+    panel.legend(fontsize=8, loc="lower left")
+  panels[0].set_ylabel("unique prototypes at cosine distance .5, %")
+  figure.savefig(path, dpi=100, format="png")
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
   parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/causes"))
   parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS))
+  parser.add_argument("--draw", action="store_true", help="train nothing: figure and table")
   args = parser.parse_args()
+  if args.draw:
+    rows = json.loads(RESULTS.read_text())
+    draw(rows, FIGURE)
+    print(table(rows))
+    return
   os.environ["JAX_PLATFORMS"] = "cpu"
   commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip()
   for row in args.rows:

@@ -24,6 +24,12 @@ def finish_joint_or_mixture(config, mode: str):
   return finish(config, mode, "gmm")
 
 
+def adapted(config, mode: str):
+  """`finish` for prototypes new to a given backbone: decoupled or, in mode "joint", learned."""
+  config.method.prototypes = "learned" if mode == "joint" else "mixture"
+  return finish(config, mode, "joint")
+
+
 def paper_mixture(config) -> None:
   """The mixture of arXiv 2510.20108 as far as it can be read, in place of the library's.
 

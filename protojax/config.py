@@ -220,6 +220,11 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
       "skip_nonfinite": 0,
       "freeze_prototypes_epochs": 1.0,
       "freeze_prototypes_steps": 0,
+      # Of weights that were given (init_from): the head learns alone at first, then layer i of n
+      # with the rate x layer_decay^(n - i).
+      "freeze_backbone_epochs": 0.0,
+      "freeze_backbone_steps": 0,  # replaces freeze_backbone_epochs when not 0
+      "layer_decay": 1.0,
       "beta1": 0.9,
       "beta2": 0.999,
     }
@@ -406,6 +411,14 @@ def resolve(config: ml_collections.ConfigDict, num_records: int) -> ml_collectio
     if not optim.freeze_prototypes_steps:
       steps = round(optim.freeze_prototypes_epochs * config.steps_per_epoch)
       optim.freeze_prototypes_steps = min(steps, config.num_steps // 10)
+    if not optim.freeze_backbone_steps:
+      optim.freeze_backbone_steps = round(optim.freeze_backbone_epochs * config.steps_per_epoch)
+    if optim.freeze_backbone_steps and not config.init_from:
+      logging.warning(
+        "the backbone that stands still for %d steps is a random one: give its weights by "
+        "--config.init_from=WEIGHTS, or set --config.optim.freeze_backbone_steps=0",
+        optim.freeze_backbone_steps,
+      )
     mixture = config.mixture
     if not mixture.horizon_steps:
       epochs = mixture.horizon_epochs * config.steps_per_epoch
@@ -582,6 +595,7 @@ def debug(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   # The stem for large images is the cheap one.
   config.model.update({"depth": 2, "patch_size": 8, "width": 96, "heads": 3, "stem": "imagenet"})
   config.head.update({"hidden": 128, "bottleneck": 64})
+  config.optim.update({"freeze_backbone_epochs": 0.0, "freeze_backbone_steps": 0})
   config.method.num_prototypes = min(config.method.num_prototypes, 256)
   for key, most in (
     ("partition_size", 64),

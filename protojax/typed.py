@@ -54,7 +54,7 @@ def config(recipe: str, changes: list[tuple[str, str | None]]) -> ml_collections
     if one in given and other not in given and config[one]:
       config[other] = 0
   # None is none: 0 steps alone would take the recipe's epochs.
-  for kind in ("warmup", "freeze_prototypes"):
+  for kind in ("warmup", "freeze_prototypes", "freeze_backbone"):
     steps, epochs = f"optim.{kind}_steps", f"optim.{kind}_epochs"
     if steps in given and epochs not in given and not config.optim[f"{kind}_steps"]:
       config.optim[f"{kind}_epochs"] = 0.0

@@ -196,3 +196,15 @@ def test_a_method_named_on_the_command_line_brings_its_options():
   assert configs.resolve(config, 64).method.partition_size == 512
   with pytest.raises(errors.UserError, match="'crap' is unknown: choose one of barlow_twins, carp"):
     configs.default("crap")
+
+
+def test_a_random_backbone_that_stands_still_is_said(caplog):
+  recipe = recipes.load("adapt_cifar10")
+  out = configs.resolve(recipe, 50_000)
+  assert out.optim.freeze_backbone_steps == 300 and "a random one: give its weights" in caplog.text
+  caplog.clear()
+  recipe.init_from = "runs/weights"
+  recipe.optim.update({"freeze_backbone_steps": 0, "freeze_backbone_epochs": 2.0})
+  assert configs.resolve(recipe, 5000).optim.freeze_backbone_steps == 2 * (5000 // 128)
+  assert configs.resolve(recipes.load("adapt_vit_s:debug"), 1442).optim.freeze_backbone_steps == 0
+  assert "random one" not in caplog.text
