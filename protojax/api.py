@@ -13,7 +13,7 @@ from protojax.interop import importers, network, prototype_layouts, tensor_files
 from protojax.metrics import diagnosis, loss_curve, measures, verdicts
 from protojax.prototypes import scoring
 from protojax.reports import of_run, record
-from protojax.training import loop
+from protojax.training import export, loop
 
 _LISTED = 10  # matrices of a file whose prototypes were not found
 
@@ -347,7 +347,7 @@ def _arrays_of_file(
       f"data={data}: {path} cannot be run up to its prototypes: {done.not_finite}: take an earlier "
       "or an undamaged copy"
     )
-  lacks = [*done.missing, *done.unexpected]
+  lacks = [*importers.missing(done), *done.unexpected]
   if lacks or not done.prototypes:
     why = (
       f"{lacks[0]} does not fit the layout"
@@ -396,7 +396,7 @@ def _diagnose_run(
   embeddings, features, told = _arrays_of_run(model, **images)
   lines += [
     *told,
-    *diagnosis.bullets([not_finite] if not_finite else []),
+    *diagnosis.bullets([s for s in (not_finite, export.initialised(model.initialised)) if s]),
     ("exported weights" if exported else "checkpoint")
     + (f" of step {model.step:,}" if model.step is not None else "")
     + ", no prototypes" * (not model.prototypes),

@@ -18,7 +18,7 @@ import numpy as np
 from protojax import cli, environment, errors, loading, pretrained
 from protojax.data import sources
 from protojax.evals import knn, protocols, result_files
-from protojax.training import console, encode, evaluation, sharding
+from protojax.training import console, encode, evaluation, export, sharding
 
 _DESCRIPTION = """\
 Judges frozen features: of the teacher (the encoder where there is none), evaluation transform.
@@ -181,6 +181,7 @@ def _protocol(name, task, model, bank, test, args) -> dict[str, Any]:
       "seed": config.seed if model.kind == "run" else None,
       "mean": list(augment_config.mean),
       "std": list(augment_config.std),
+      **({"initialised": list(model.initialised)} if model.initialised else {}),
     },
     "software": result_files.software(),
   }
@@ -375,6 +376,8 @@ def _table(measures, protocol, notes, path) -> list[str]:
       lines.append(f"  {key}: {protocol[key]}")
   if protocol.get("mode") == "paper":
     lines.append("  NOTE: layer and rate were selected on the test images")
+  if fresh := model.get("initialised"):
+    lines.append(f"  NOTE: {export.initialised(fresh)}")
   lines += [f"  {name:<36} {result_files.show(value):>10}" for name, value in measures.items()]
   for data in (bank, test):
     if data["unreadable"]:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from absl import logging
 
 from protojax import config as configs
 from protojax import errors, losses, pretrained, sizes, trees
@@ -24,7 +25,8 @@ PyTree = Any
 def load(path: str | os.PathLike, *, step: int | None = None) -> pretrained.Trained:
   """Loads the teacher (the encoder where there is none) of a run, or exported weights.
 
-  Exported weights are what a run leaves in exported/ and what `protojax convert` writes.
+  Exported weights are what a run leaves in exported/ and what `protojax convert` writes; a warning
+  names tensors that were missing when they were converted.
 
   Args:
     path: workdir of a run, or a folder with encoder.safetensors and config.json, or that file.
@@ -136,6 +138,8 @@ class Sets(NamedTuple):
 
 def _exported(path: str | os.PathLike, folder: pathlib.Path) -> pretrained.Trained:
   tensors, info = export.read(folder)
+  if said := export.initialised(export.lacked(info)):
+    logging.warning("%s: %s", path, said)
   return of_export(path, tensors, info, export.read_prototypes(folder, info))
 
 
@@ -200,6 +204,7 @@ def of_export(
     method=Sets(encoder) if sets else None,
     variables=(tree["params"], tree["batch_stats"], sets) if sets else None,
     mesh=mesh,
+    initialised=export.lacked(info),
   )
 
 

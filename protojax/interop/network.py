@@ -46,6 +46,7 @@ class Network(NamedTuple):
     weights: "teacher", or "encoder" where the file does not say so.
     tensors: backbone, plain names (`interop.names`).
     head: {place in the sequence: {"weight": ...}}, or {}.
+    head_prefix: of the head's names in the file, up to the place in the sequence.
     activation: of that head.
     prototypes: sets that the head's output is compared with, [] without.
     aside: {why: names of tensors of the file that are set aside}.
@@ -61,6 +62,7 @@ class Network(NamedTuple):
   weights: str
   tensors: dict[str, np.ndarray]
   head: dict[int | None, dict[str, np.ndarray]]
+  head_prefix: str
   activation: str
   prototypes: list[prototype_layouts.Prototypes]
   aside: dict[str, list[str]]
@@ -69,6 +71,15 @@ class Network(NamedTuple):
   norm_eps: float | None
   mean: tuple[float, ...] | None
   std: tuple[float, ...] | None
+
+
+def name_in_file(net: Network, plain: str) -> str:
+  """What the file calls, or would call, a tensor of the backbone, without chunks of blocks."""
+  if net.hugging_face:
+    kind = "dinov2" if "blocks.0.ls1.gamma" in net.tensors else "vit"
+    theirs = names.in_hugging_face(plain, kind).split(", ")
+    return ", ".join(net.prefix + name for name in theirs)
+  return net.prefix + plain
 
 
 def file_of(path: pathlib.Path) -> pathlib.Path:
@@ -149,7 +160,7 @@ def read(
   prefix = _choose(prefixes, which, path)
   layout = prefixes[prefix]
   root = re.sub(r"(^|\.)backbone\.$", r"\1", prefix)
-  backbone, head, aside, activation = {}, {}, {}, "gelu"
+  backbone, head, aside, activation, head_prefix = {}, {}, {}, "gelu", ""
   used = {}
   for name, tensor in arrays.items():
     inside = name.startswith(prefix)
@@ -169,6 +180,7 @@ def read(
     if found:
       head.setdefault(found[2] and int(found[2]), {})[found[3]] = tensor
       activation = "relu" if found[1] == "projection_head" else "gelu"
+      head_prefix = name.removesuffix(f"{found[2]}." * bool(found[2]) + found[3])
     else:
       backbone[short] = tensor
   hugging_face = layout == "hugging_face"
@@ -197,6 +209,7 @@ def read(
     prefix=prefix,
     tensors=backbone,
     head=head,
+    head_prefix=head_prefix,
     activation=activation,
     prototypes=prototypes,
     aside={why: left for why, left in aside.items() if left},
