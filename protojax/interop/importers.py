@@ -26,6 +26,7 @@ class Converted(NamedTuple):
     missing: {ours that the file lacks: what the file would call it}.
     unexpected: the file's that ours lack.
     aside: {why: the file's that are no part of an encoder}.
+    without: why there are no prototypes behind a head, in words; else "".
     not_finite: which of the file's that are part of it hold NaN or infinity, in words; "" if none.
     notes: sentences about what could not be read off the file.
   """
@@ -37,6 +38,7 @@ class Converted(NamedTuple):
   missing: dict[str, str]
   unexpected: list[str]
   aside: dict[str, list[str]]
+  without: str
   not_finite: str
   notes: list[str]
 
@@ -157,6 +159,8 @@ def convert(
       f"{' and '.join(lacking)} of the images: ImageNet's, since neither preprocessor_config.json "
       "nor config.json beside the file says another"
     )
+  if net.without:
+    notes.append(f"no prototypes: {net.without}")
   info = {
     "weights": net.weights,
     "step": None,
@@ -187,6 +191,7 @@ def convert(
     missing=missing,
     unexpected=sorted(network.name_in_file(net, name) for name in set(tensors) - used),
     aside={why: left for why, left in aside.items() if left},
+    without=net.without,
     not_finite=net.not_finite,
     notes=notes,
   )
