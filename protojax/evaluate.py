@@ -302,7 +302,10 @@ def _floors(model: pretrained.Trained, bank: Images, test: Images, *, own: bool)
 
 
 def _measured_floors(model: pretrained.Trained, bank: Images, test: Images) -> dict[str, float]:
-  """k-NN accuracy of raw pixels and of the net of step 0, where there was one without weights."""
+  """k-NN accuracy of raw pixels and of an untrained net: of step 0, or of exported weights any.
+
+  Not of a run that started from other weights.
+  """
   config = model.config
   forward = jax.jit(
     functools.partial(evaluation.pixels, config), out_shardings=sharding.replicated(model.mesh)
@@ -332,7 +335,7 @@ def _measured_floors(model: pretrained.Trained, bank: Images, test: Images) -> d
     for images in (bank, test)
   ]
   found = {"floor/knn_pixels": accuracy(raw, lambda rows: rows["pixels"])}
-  if model.kind == "run" and not config.init_from:
+  if not config.init_from:
     fresh = loading.untrained(model)
     rows = [pretrained.encoded(fresh, images.source) for images in (bank, test)]
     found["floor/knn_untrained"] = accuracy(rows, lambda rows: rows["features"]["last"])

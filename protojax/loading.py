@@ -98,7 +98,19 @@ def of_state(
 
 
 def untrained(model: pretrained.Trained) -> pretrained.Trained:
-  """The same run before its first step, for features: the weights that its seed gives."""
+  """The same net before its first step, for features: the weights that the seed of its run gives.
+
+  Of exported weights, which do not say how they began, those of seed 0.
+  """
+  if model.kind == "encoder":
+    config = model.config
+    size, channels = config.augment.global_size, config.data.channels
+    fresh = jax.jit(
+      lambda key: encoders.init(model.encoder, key, size, channels),
+      out_shardings=sharding.replicated(model.mesh),
+    )
+    params, batch_stats = fresh(jax.random.key(0))
+    return model._replace(step=0, params=params, batch_stats=batch_stats)
 
   @functools.partial(jax.jit, out_shardings=sharding.replicated(model.mesh))
   def start(seed: int) -> Any:

@@ -142,7 +142,9 @@ def test_what_was_missing_when_weights_were_converted_stands_with_their_numbers(
   said = (
     "NOTE: 1 tensor is freshly initialised, missing in the file that was converted: norm.weight"
   )
-  assert capsys.readouterr().out.count(said) == 1
+  shown = capsys.readouterr().out
+  assert shown.count(said) == 1
+  assert re.search(r"floors on these images, k = 12: k-NN raw pixels \S+%, untrained \S+%", shown)
   assert _result(tmp_path / "theirs", "knn")["protocol"]["model"]["initialised"] == ["norm.weight"]
 
 
