@@ -517,9 +517,7 @@ def _copies(measures, num_prototypes, prototypes, advise, longer, alike) -> Verd
     "mixture": f"{longer} or {centre}" if centre else longer,
   }.get(prototypes, "set method.prototypes=mixture, or lower method.num_prototypes")
   if alike:
-    same = (
-      f"all {num_prototypes:,} prototypes are one and the same ({random}{_prototypes(measures)})"
-    )
+    same = f"all prototypes are one and the same ({random}{_prototypes(measures)})"
     return Verdict("complete prototype collapse", f"{same}: {advice}", True)
   return Verdict("partial prototype collapse", f"{copies}: {advice}", True)
 
