@@ -13,7 +13,7 @@ from protojax.interop import importers, network, prototype_layouts, tensor_files
 from protojax.metrics import diagnosis, loss_curve, measures, verdicts
 from protojax.prototypes import scoring
 from protojax.reports import of_run, record
-from protojax.training import export, loop
+from protojax.training import checkpoint, export, loop
 
 _BY_HAND = "embeddings=FILE.npy, [N, D], what comes out of the head just before the prototypes"
 _LISTED = 10  # matrices of a file whose prototypes were not found
@@ -396,7 +396,7 @@ def _diagnose_run(
     lines = _by_metrics(judged)
   verdict = judged and judged.verdict
   exported = (folder / "encoder.safetensors").is_file()
-  if not exported and not any((folder / "checkpoints").glob("[0-9]*")):
+  if not exported and not checkpoint.steps(folder):
     if judged is None:
       raise errors.UserError(
         f"{folder} is a folder without checkpoints or metrics of a run of protojax: give a workdir "

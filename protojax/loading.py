@@ -1,7 +1,6 @@
 """Loading a trained encoder: from a run's checkpoint, or from exported or converted weights."""
 
 import functools
-import json
 import os
 import pathlib
 from collections.abc import Mapping
@@ -46,15 +45,7 @@ def load(path: str | os.PathLike, *, step: int | None = None) -> pretrained.Trai
 
 
 def _run(path: str | os.PathLike, folder: pathlib.Path, step: int | None) -> pretrained.Trained:
-  try:
-    config = configs.restored(json.loads((folder / "config.json").read_text()))
-  except errors.UserError:
-    raise
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise errors.UserError(
-      f"{folder / 'config.json'} cannot be read ({type(error).__name__}): it says what the "
-      f"checkpoints in {path} are; copy it along with them"
-    ) from None
+  config = configs.of_run(folder)
   # This machine's, not the run's.
   config.mesh.update({"data": -1, "model": 1, "rules": (), "fsdp": False})
   config.model.attention = "xla"

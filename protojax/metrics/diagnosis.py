@@ -248,7 +248,9 @@ def words(
   kinds = ((lost["zero"], "zero"), (lost["not_finite"], "not finite"))
   if said := " and ".join(f"{_rows_are(n)} {kind}" for n, kind in kinds if n):
     first = ", ".join(map(str, lost["first"]))
-    out.append(f"{said} (first: {first}): they are no prototypes")
+    out.append(
+      f"{said} (first: {first}): {'it is' if len(lost['first']) == 1 else 'they are'} no prototypes"
+    )
   if "spectrum" not in result:
     few = f"fewer than two of {num:,} rows have a direction: nothing to compare"
     return verdict, [*out, few] if lost["not_finite"] else [few, *out[1:]]
