@@ -1,7 +1,9 @@
 """Every setting a user can type, with its default; recipes in configs/ change what they need."""
 
 import difflib
+import json
 import math
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -270,6 +272,24 @@ def restored(plain: dict[str, Any]) -> ml_collections.ConfigDict:
   with config.unlocked(), config.ignore_type():
     config.update(tuples(plain))
   return config
+
+
+def of_run(folder: pathlib.Path) -> ml_collections.ConfigDict:
+  """The resolved config of the run in a workdir, from its config.json.
+
+  Raises:
+    UserError: if it cannot be read.
+  """
+  path = folder / "config.json"
+  try:
+    return restored(json.loads(path.read_text()))
+  except errors.UserError:
+    raise
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise errors.UserError(
+      f"{path} cannot be read ({type(error).__name__}): it says what the run there is; give the "
+      "workdir of a run, with its config.json"
+    ) from None
 
 
 def switch_method(config: ml_collections.ConfigDict, name: str) -> None:

@@ -91,6 +91,15 @@ def test_the_range_of_deep_images_is_told_and_kept(run, tmp_path, monkeypatch, c
     embed.main([str(run), *folder, *flags, f"--out={tmp_path / 'c.npz'}"])
 
 
+def test_what_was_missing_when_weights_were_converted_is_kept(run, tmp_path, monkeypatch, capsys):
+  model = loading.load(str(run))._replace(initialised=("norm.weight",))
+  monkeypatch.setattr(loading, "load", lambda *_, **__: model)
+  embed.main([str(run), "--data=digits", "--limit=3", f"--out={tmp_path / 'a.npz'}"])
+  assert json.loads(str(np.load(tmp_path / "a.npz")["protocol"]))["initialised"] == ["norm.weight"]
+  arrays = "filename [3], label [3], index [3], features [3, 48], code [3]"
+  assert capsys.readouterr().out.endswith(f"of the teacher, step 6: {arrays}\n")
+
+
 def test_exported_weights_give_the_codes_of_their_run(run, tmp_path):
   rows = ["--data=digits", "--split=test", "--limit=7"]
   for path in (run, run / "exported"):

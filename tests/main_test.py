@@ -268,7 +268,10 @@ def test_crop_that_the_patch_does_not_divide(tmp_path):
     ({"monitor__images": 1}, "monitor.images=1"),
     ({"probe__batch_size": 12}, "probe.batch_size=12 cannot be split over 8"),
     ({"probe__k": 600}, "probe.k=600"),
-    ({"init_from": "/nowhere"}, "no encoder.safetensors"),
+    (
+      {"init_from": "/nowhere"},
+      "config.init_from=/nowhere: there is no /nowhere: give the workdir",
+    ),
     ({"mixture__beta_final": 2.0}, "anneal_steps"),
   ],
 )

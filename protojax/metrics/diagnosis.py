@@ -17,6 +17,7 @@ _ROWS = 256  # embeddings compared with all prototypes at a time
 _GROUPS, _MEMBERS = 5, 5  # largest groups, and members of each, that are named
 _CHAINED = 0.5  # components over unique prototypes, below which they are no separate groups
 _CONE = 0.5  # mean cosine of prototypes that point the same way; random ones have 0
+_SAME = 1e-6  # cosine distance of directions that differ by rounding alone
 _NORMS = 3.0  # largest norm over the median, of prototypes that win by their norm
 _FLAT = 0.5  # of the rank there could be
 _EXPLAINED = "docs/instruments.md, The numbers"
@@ -143,6 +144,7 @@ def examine(
   different = np.unique(rows.view(np.dtype((np.void, rows.dtype.itemsize * dim)))).size
   result |= {
     "copies_to_the_bit": len(rows) - different,
+    "alike": bool(np.min(unit[directed] @ unit[directed][0]) > 1.0 - _SAME),
     "nearest": {
       "quantiles": list(_QUANTILES),
       "distance": np.quantile(near, _QUANTILES).tolist(),
@@ -227,9 +229,9 @@ def words(
   known = {**result["measures"], **(use or {})}
   lost = result["without_direction"]
   told = {"prototypes": prototypes} | dict(circumstances or {})
-  verdict = verdicts.judge(known, num_prototypes=num, **told)
-  if lost["not_finite"]:
-    verdict = not_finite(lost["not_finite"], num)
+  alike = result.get("alike", False)
+  bad = [not_finite(lost["not_finite"], num)] if lost["not_finite"] else []
+  verdict = verdicts.judge(known, num_prototypes=num, alike=alike, already=bad, **told)
   unique, random = result["unique"]["unique"], result["random"]["unique"]
   headline = result["thresholds"].index(verdicts.HEADLINE)
   count = unique[headline]
@@ -243,15 +245,23 @@ def words(
     ]
   else:
     out = [f"{verdict.label}: {verdict.sentence}"]
-  if lost["zero"] or lost["not_finite"]:
+  kinds = ((lost["zero"], "zero"), (lost["not_finite"], "not finite"))
+  if said := " and ".join(f"{_rows_are(n)} {kind}" for n, kind in kinds if n):
+    first = ", ".join(map(str, lost["first"]))
     out.append(
-      f"{_rows_are(lost['zero'])} zero and {_rows_are(lost['not_finite'])} not finite (first: "
-      f"{', '.join(map(str, lost['first']))}): they are no prototypes"
+      f"{said} (first: {first}): {'it is' if len(lost['first']) == 1 else 'they are'} no prototypes"
     )
   if "spectrum" not in result:
     few = f"fewer than two of {num:,} rows have a direction: nothing to compare"
     return verdict, [*out, few] if lost["not_finite"] else [few, *out[1:]]
-  if verdict.label == "partial prototype collapse":
+  if alike:
+    left = num - lost["zero"] - lost["not_finite"]
+    what = (
+      "are equal to the bit" if result["copies_to_the_bit"] == left - 1 else "have one direction"
+    )
+    some = " that are prototypes" * (left < num)
+    out.append(f"all {left:,} rows{some} {what}: a complete collapse, one prototype {left:,} times")
+  if verdict.label.endswith("prototype collapse"):
     out.append(
       f"the effective number of clusters is about {count:,}, {num / count:.1f} prototypes to each"
       + "; learned together with the encoder, prototypes do this whatever K is (arXiv 2510.20108 "
@@ -272,7 +282,7 @@ def words(
       f"{count:,} separate groups: the greedy count depends on their order"
     )
   spectrum = result["spectrum"]
-  if spectrum["mean_cosine"] > _CONE and "usage" not in result:
+  if spectrum["mean_cosine"] > _CONE and "usage" not in result and not alike:
     out.append(
       f"prototypes point the same way (mean cosine {spectrum['mean_cosine']:.2f}): if the features "
       "do too, they are near without being redundant; embeddings tell"

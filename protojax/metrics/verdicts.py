@@ -6,7 +6,7 @@ rule and in no sentence.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from protojax import errors, trees
@@ -127,14 +127,16 @@ def judge(
   num_steps: int | None = None,
   settings: Mapping[str, object] | None = None,
   prototypes: str = "learned",
+  alike: bool = False,
+  already: Sequence[Verdict] = (),
 ) -> Verdict:
   """The first of these that holds, from certain to faint; the sentence names others that do too.
 
   non-finite, warming up, aliased teacher, dead projector, uniform collapse, one-hot collapse,
   representation collapse, cluster collapse, dimensional collapse, partial prototype collapse (or
-  narrow cone: many near prototypes because the features are near); then what is no collapse: worse
-  than at the start, prototypes bunch, unique but unused, nothing learned yet, little learned yet,
-  worse than raw pixels.
+  complete: all are one; or narrow cone: many near prototypes because the features are near); then
+  what is no collapse: worse than at the start, prototypes bunch, unique but unused, nothing learned
+  yet, little learned yet, worse than raw pixels.
   Where none holds it is one of `OPEN`, or ok.
 
   An untrained net looks collapsed: its features are bunched, its centred targets uniform, its
@@ -156,7 +158,11 @@ def judge(
     settings: {"method.teacher_temp": value, ...} of the run; advice names no others, and does not
       tell to set what is set. None allows any.
     prototypes: `method.prototypes`, what the advice is for.
+    alike: whether all prototypes are one and the same, which no measure tells.
+    already: what was found by other means, which comes first.
   """
+  if already:
+    measures = {k: v for k, v in measures.items() if v is not None and math.isfinite(v)}
   bad = [k for k, v in measures.items() if v is not None and not math.isfinite(v)]
   if bad:
     return Verdict(
@@ -165,7 +171,7 @@ def judge(
       "or use precision=float32",
       True,
     )
-  if step is not None and step < grace_steps:
+  if not already and step is not None and step < grace_steps:
     return Verdict("warming up", f"no verdict before step {grace_steps}", False)
 
   def advise(*changes):
@@ -176,7 +182,8 @@ def judge(
   late = step is None or step >= LIMITS["sample_grace"] * grace_steps
   ended = step is not None and step == num_steps
   longer = _longer_horizon(settings)
-  found = list(_findings(measures, num_prototypes, step, late, prototypes, advise, longer))
+  found = list(already)
+  found += _findings(measures, num_prototypes, step, late, prototypes, advise, longer, alike)
   found += _idle(measures, num_prototypes, late or ended, prototypes, advise, longer)
   if not found:
     label, why = _unseen(measures, num_prototypes)
@@ -377,7 +384,7 @@ def _well(measures, num_prototypes, prototypes) -> str:
   return "; ".join(filter(None, parts))
 
 
-def _findings(measures, num_prototypes, step, late, prototypes, advise, longer):
+def _findings(measures, num_prototypes, step, late, prototypes, advise, longer, alike):
   """The verdicts whose rule holds, in the order of `judge`."""
   get, limit = measures.get, LIMITS
   loss, entropy = get("train/loss"), get("train/target_entropy")
@@ -471,7 +478,7 @@ def _findings(measures, num_prototypes, step, late, prototypes, advise, longer):
         True,
       )
   if _are_copies(measures):
-    yield _copies(measures, num_prototypes, prototypes, advise, longer)
+    yield _copies(measures, num_prototypes, prototypes, advise, longer, alike)
 
 
 def _are_copies(measures) -> bool:
@@ -480,7 +487,7 @@ def _are_copies(measures) -> bool:
   return unique is not None and (1.0 if null is None else null) - unique > LIMITS["copies"]
 
 
-def _copies(measures, num_prototypes, prototypes, advise, longer) -> Verdict:
+def _copies(measures, num_prototypes, prototypes, advise, longer, alike) -> Verdict:
   unique, null = (measures.get(f"collapse/unique_{HEADLINE}{end}") for end in ("", "_random"))
   random = "" if null is None else f"random ones: {1 - null:.0%}; "
   copies = (
@@ -492,7 +499,8 @@ def _copies(measures, num_prototypes, prototypes, advise, longer) -> Verdict:
   near = (measures.get(f"collapse/{k}_cosine") for k in ("embedding", "mean"))
   cosine = next((value for value in near if value is not None), 0.0)
   if (
-    relative is not None
+    not alike
+    and relative is not None
     and relative >= LIMITS["relative_uniqueness"]
     and cosine >= LIMITS["narrow"]
   ):
@@ -508,6 +516,9 @@ def _copies(measures, num_prototypes, prototypes, advise, longer) -> Verdict:
     "dictionary": "raise head.bottleneck or lower method.num_prototypes",
     "mixture": f"{longer} or {centre}" if centre else longer,
   }.get(prototypes, "set method.prototypes=mixture, or lower method.num_prototypes")
+  if alike:
+    same = f"all prototypes are one and the same ({random}{_prototypes(measures)})"
+    return Verdict("complete prototype collapse", f"{same}: {advice}", True)
   return Verdict("partial prototype collapse", f"{copies}: {advice}", True)
 
 

@@ -219,15 +219,12 @@ def history(
   Raises:
     UserError: if its settings or metrics cannot be read.
   """
+  config = configs.of_run(folder)
   try:
-    config = configs.restored(json.loads((folder / "config.json").read_text()))
     lines, _ = files.json_lines(folder / METRICS)
-  except errors.UserError:
-    raise
-  except (OSError, ValueError, KeyError, TypeError) as error:
+  except (OSError, ValueError) as error:
     raise errors.UserError(
-      f"{folder}: config.json or metrics.jsonl cannot be read ({type(error).__name__}): give the "
-      "workdir of a run"
+      f"{folder / METRICS} cannot be read ({type(error).__name__}): give the workdir of a run"
     ) from None
   lines = [line for line in lines if isinstance(line.get("step"), int)]
   known, measured = {}, None
