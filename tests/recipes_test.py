@@ -83,7 +83,7 @@ def test_installed_recipes_are_those_inside_the_package(tmp_path):
     ("common", "no recipe 'common'"),
     (
       "quickstart:debgu",
-      "^--config=quickstart:debgu: mode 'debgu' is unknown: this recipe has debug",
+      "^--config=quickstart:debgu: mode 'debgu' is unknown: this recipe has",
     ),
     ("none.py:debug", "^--config=none.py:debug: mode 'debug' is unknown: .* of none.py takes none"),
   ],
