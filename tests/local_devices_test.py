@@ -8,7 +8,7 @@ import numpy as np
 
 from protojax import local_devices
 from protojax.evals import knn
-from protojax.metrics import collapse
+from protojax.metrics import pairwise
 from protojax.training import sharding
 
 
@@ -40,7 +40,7 @@ def test_measures_can_be_taken_inside_of_the_mesh_of_a_training():
   rows, labels = rng.standard_normal((64, 16), np.float32), np.arange(64) % 4
 
   def measured():
-    counts = collapse.unique_counts(rows)
+    counts = pairwise.unique_counts(rows)
     return counts.tolist(), knn.accuracy(rows, labels, rows[:9], labels[:9], num_classes=4, k=5)
 
   expected = measured()

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from protojax import errors, local_devices, progress
-from protojax.metrics import collapse
+from protojax.metrics import pairwise
 
 # Similarities held at once, and numbers of the bank on a device at once: 256 MiB of float32.
 _PAIRS = 2**26
@@ -29,7 +29,7 @@ def _merge(best, part, start, num, queries, *, chunk):
 
   def share(of_queries, of_bank):
     (queries, *best), (part, start, num) = of_queries, of_bank
-    part = collapse.unit_rows(part)
+    part = pairwise.unit_rows(part)
     k, rows = best[0].shape[1], start + jnp.arange(part.shape[0], dtype=jnp.int32)
 
     def one(old):
@@ -40,7 +40,7 @@ def _merge(best, part, start, num, queries, *, chunk):
       nearest, order = jax.lax.top_k(jnp.concatenate([nearest, new]), k)
       return nearest, jnp.concatenate([found, rows[at]])[order]
 
-    return jax.lax.map(one, (collapse.unit_rows(queries), *best), batch_size=chunk)
+    return jax.lax.map(one, (pairwise.unit_rows(queries), *best), batch_size=chunk)
 
   return local_devices.by_share(share)((queries, *best), (part, start, num))
 

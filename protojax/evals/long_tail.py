@@ -3,7 +3,7 @@
 import numpy as np
 
 from protojax.evals import knn, linear, purity
-from protojax.metrics import collapse
+from protojax.metrics import pairwise
 
 SPLITS = ("many", "medium", "few")
 
@@ -68,14 +68,14 @@ def allocation(
     prototypes: [K, D].
     parts: as `splits` gives them.
     num_classes: C.
-    threshold: cosine distance under which prototypes count as one, `collapse.cover`.
+    threshold: cosine distance under which prototypes count as one, `pairwise.cover`.
 
   Returns:
     {"used_many": share of the prototypes that have images, "unique_many": share of the unique ones
     that have some, alone or through their copies, ...}; the shares of each sum to 1, a split
     without classes has none. Of equally frequent classes the lowest is the majority.
   """
-  owner = np.asarray(collapse.cover(prototypes, (threshold,))[0])
+  owner = np.asarray(pairwise.cover(prototypes, (threshold,))[0])
   split_of = np.full(num_classes, -1)
   for i, name in enumerate(SPLITS):
     split_of[parts[name]] = i

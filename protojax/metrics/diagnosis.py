@@ -10,7 +10,7 @@ from scipy import special
 from sklearn import preprocessing
 
 from protojax import errors
-from protojax.metrics import collapse, measures, uniqueness, verdicts
+from protojax.metrics import chance, collapse, measures, uniqueness, verdicts
 
 _QUANTILES = (0.05, 0.5, 0.95)
 _ROWS = 256  # embeddings compared with all prototypes at a time
@@ -159,7 +159,7 @@ def examine(
   compared = unit if directions_only else np.where(directed[:, None], weights, 0.0)
   codes, distances = _nearest_prototypes(compared, unit, embeddings)
   if not directions_only:  # random ones are compared in the same way: their directions, these norms
-    random = np.asarray(collapse.random_prototypes(num, dim))
+    random = np.asarray(chance.random_prototypes(num, dim))
     lengths = np.zeros(num, np.float32)
     lengths[directed] = norms
     taken, _ = _nearest_prototypes(random * lengths[:, None], random, embeddings)

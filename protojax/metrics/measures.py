@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from protojax import errors
-from protojax.metrics import collapse
+from protojax.metrics import chance, collapse, pairwise
 
 
 class Measure(NamedTuple):
@@ -63,16 +63,16 @@ class Measure(NamedTuple):
 
 
 def uniqueness(unique: Sequence[int], random: Sequence[int], num: int) -> dict[str, float]:
-  """Names the shares of unique prototypes at `collapse.THRESHOLDS`, and those of random ones.
+  """Names the shares of unique prototypes at `pairwise.THRESHOLDS`, and those of random ones.
 
   Args:
-    unique: [T], as `collapse.unique_counts` gives them.
+    unique: [T], as `pairwise.unique_counts` gives them.
     random: [T], of random prototypes with the same K and D.
     num: K.
   """
   unique, random = np.asarray(unique) / num, np.asarray(random) / num
-  out = {f"unique_{t}": c for t, c in zip(collapse.THRESHOLDS, unique, strict=True)}
-  return out | {f"unique_{t}_random": c for t, c in zip(collapse.THRESHOLDS, random, strict=True)}
+  out = {f"unique_{t}": c for t, c in zip(pairwise.THRESHOLDS, unique, strict=True)}
+  return out | {f"unique_{t}_random": c for t, c in zip(pairwise.THRESHOLDS, random, strict=True)}
 
 
 def _uniqueness(partners) -> dict[str, float]:
@@ -93,8 +93,8 @@ def _usage(codes, num_prototypes) -> dict[str, float]:
 def _usage_of_random(codes, num_prototypes, embeddings) -> dict[str, float]:
   """What would be used if the prototypes were random: the codes only say how many there are."""
   del codes
-  rows = collapse.random_prototypes(num_prototypes, embeddings.shape[1])
-  nearest = collapse.nearest_prototypes(rows, embeddings)
+  rows = chance.random_prototypes(num_prototypes, embeddings.shape[1])
+  nearest = pairwise.nearest_prototypes(rows, embeddings)
   return {"used_random": collapse.used_fraction(nearest, num_prototypes)}
 
 
@@ -357,6 +357,6 @@ def summary(
         else functools.partial(lambda known: known, there)
       )
     if "codes" not in arrays and {"prototypes", "embeddings"} <= arrays.keys():
-      arrays["codes"] = collapse.nearest_prototypes(arrays["prototypes"], arrays["embeddings"])
+      arrays["codes"] = pairwise.nearest_prototypes(arrays["prototypes"], arrays["embeddings"])
     add((row for row in MEASURES if row.of_sets), shared | arrays, f"collapse/{tag(name)}")
   return {name: float(value) for name, value in jax.device_get(out).items()}

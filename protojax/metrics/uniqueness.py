@@ -1,7 +1,7 @@
 """Three counts of unique prototypes at all thresholds, and nearest neighbours, in one pass.
 
 For checkpoints, on the host: every pair of rows is multiplied once, in blocks that fit the cache,
-and only blocks with near pairs cost more. What a run watches while it trains is `collapse.pairs`,
+and only blocks with near pairs cost more. What a run watches while it trains is `pairwise.pairs`,
 on the device, with the same definition and thresholds; a test holds the two equal.
 """
 
@@ -13,7 +13,7 @@ import scipy.sparse
 from scipy import stats
 from scipy.sparse import csgraph
 
-from protojax.metrics import collapse
+from protojax.metrics import chance, pairwise
 
 _BLOCK = 1024
 
@@ -23,7 +23,7 @@ class Uniqueness(NamedTuple):
 
   Attributes:
     thresholds: as given.
-    owner: int32 [T, K], representative of every row in the greedy cover (`collapse.cover`); -1 for
+    owner: int32 [T, K], representative of every row in the greedy cover (`pairwise.cover`); -1 for
       a row without a direction: zero or not finite.
     unique: int [T], representatives: definition 2.1 of arXiv 2510.20108, covered in index order.
     components: int [T], connected components of the rows nearer than the threshold (strictly).
@@ -105,7 +105,7 @@ def _cover_itself(owner: np.ndarray, near: np.ndarray, rows: np.ndarray, here: s
 
 
 def measure(
-  prototypes: np.ndarray, thresholds: Sequence[float] = collapse.THRESHOLDS
+  prototypes: np.ndarray, thresholds: Sequence[float] = pairwise.THRESHOLDS
 ) -> Uniqueness:
   """Compares all pairs of rows once: K * K * D multiplications on the host, in float32.
 
@@ -182,15 +182,15 @@ class Null(NamedTuple):
   drawn: bool
 
 
-def null(num: int, dim: int, thresholds: Sequence[float] = collapse.THRESHOLDS) -> Null:
+def null(num: int, dim: int, thresholds: Sequence[float] = pairwise.THRESHOLDS) -> Null:
   """Counts as `measure` does, for random prototypes of the same K and D: what could be reached.
 
-  Those of `collapse.random_prototypes`, drawn only where near pairs are to be expected.
+  Those of `chance.random_prototypes`, drawn only where near pairs are to be expected.
   """
-  if collapse.all_apart(num, dim, thresholds):
+  if chance.all_apart(num, dim, thresholds):
     counts = np.full(len(thresholds), num)
     return Null(counts, counts, counts, False)
-  drawn = measure(np.asarray(collapse.random_prototypes(num, dim)), thresholds)
+  drawn = measure(np.asarray(chance.random_prototypes(num, dim)), thresholds)
   return Null(drawn.unique, drawn.components, drawn.isolated, True)
 
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from protojax import errors, trees
-from protojax.metrics import collapse
 from protojax.metrics import measures as table
+from protojax.metrics import pairwise
 
 # What separates ill from well, each with its reason.
 LIMITS = {
@@ -61,9 +61,9 @@ LIMITS = {
 }
 # Nothing ill was seen, and too little for an "ok".
 OPEN = ("warming up", "not judged", "no collapse", "unique, use unknown")
-HEADLINE = collapse.THRESHOLDS[0]  # cosine distance of the one uniqueness that is always shown
+HEADLINE = pairwise.THRESHOLDS[0]  # cosine distance of the one uniqueness that is always shown
 _SETTING = re.compile(r"\b(set|raise|lower) \w+\.\w")  # advice that a setting of ours follows
-NEAR = collapse.THRESHOLDS[3]  # of prototypes that bunch and are no copies yet
+NEAR = pairwise.THRESHOLDS[3]  # of prototypes that bunch and are no copies yet
 
 
 class Verdict(NamedTuple):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from protojax import errors, metrics
-from protojax.metrics import collapse, diagnosis, measures, verdicts
+from protojax.metrics import chance, collapse, diagnosis, measures, pairwise, verdicts
 from protojax.reports import curves, numbers, record
 from protojax.training import console
 
@@ -40,11 +40,11 @@ def test_every_name_is_what_its_function_gives():
   encoder, teacher = {"w": jnp.ones(3)}, {"w": jnp.full(3, 1.5)}
   got = metrics.summary(**_ARRAYS, encoder=encoder, teacher=teacher)
   a, expected = _ARRAYS, {"num_prototypes": _K}
-  counts = collapse.unique_counts(a["prototypes"])
+  counts = pairwise.unique_counts(a["prototypes"])
   for i, threshold in enumerate((0.025, 0.05, 0.1, 0.25, 0.5)):
     expected[f"unique_{threshold}"] = counts[i] / _K
-    expected[f"unique_{threshold}_random"] = collapse.random_unique(_K, _D)[i] / _K
-  random = np.asarray(collapse.random_prototypes(_K, _D))
+    expected[f"unique_{threshold}_random"] = chance.random_unique(_K, _D)[i] / _K
+  random = np.asarray(chance.random_prototypes(_K, _D))
   nearest = (a["embeddings"] @ random.T).argmax(axis=1)
   expected |= {
     "used": len(set(a["codes"].tolist())) / _K,
@@ -84,9 +84,9 @@ def test_of_many_prototypes_some_stand_for_all_and_the_measures_say_so():
 
 def test_prototypes_are_compared_once(monkeypatch):
   compared = []
-  pairs = collapse.pairs
-  monkeypatch.setattr(collapse, "pairs", lambda *a: [compared.append(1), pairs(*a)][1])
-  collapse.random_unique(_K, _D)
+  pairs = pairwise.pairs
+  monkeypatch.setattr(pairwise, "pairs", lambda *a: [compared.append(1), pairs(*a)][1])
+  chance.random_unique(_K, _D)
   compared.clear()
   metrics.summary(**_ARRAYS)
   assert len(compared) == 1

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from scipy.sparse import csgraph
 
-from protojax.metrics import collapse, uniqueness
+from protojax.metrics import chance, pairwise, uniqueness
 
-T = collapse.THRESHOLDS
+T = pairwise.THRESHOLDS
 
 
 def _unit(x):
@@ -69,7 +69,7 @@ def test_all_counts_match_their_definitions(num, dim, centres, noise):
 
 def test_the_cover_is_that_of_collapse():
   rows = _clustered(2500, 8, 200, 0.1)
-  np.testing.assert_array_equal(uniqueness.measure(rows).owner, collapse.cover(rows))
+  np.testing.assert_array_equal(uniqueness.measure(rows).owner, pairwise.cover(rows))
 
 
 @pytest.mark.parametrize("threshold", T)
@@ -140,7 +140,7 @@ def test_random_rows_are_counted_only_where_some_might_be_near():
     np.testing.assert_array_equal(counts, 65_536)
   crowded = uniqueness.null(1024, 8)
   assert crowded.drawn
-  np.testing.assert_array_equal(crowded.unique, collapse.random_unique(1024, 8))
+  np.testing.assert_array_equal(crowded.unique, chance.random_unique(1024, 8))
 
 
 def test_expected_near_pairs_and_nearest_quantiles_are_those_of_drawn_rows():
@@ -153,7 +153,7 @@ def test_expected_near_pairs_and_nearest_quantiles_are_those_of_drawn_rows():
     pairs.append(np.sum(distance[np.triu_indices(num, 1)] < threshold))
     np.fill_diagonal(distance, np.inf)
     nearest.append(distance.min(axis=1))
-  expected = collapse.near_pairs(num, dim, threshold)
+  expected = chance.near_pairs(num, dim, threshold)
   np.testing.assert_allclose(np.mean(pairs), expected, rtol=4 / np.sqrt(20 * expected))
   np.testing.assert_allclose(
     np.quantile(nearest, (0.05, 0.5, 0.95)),
@@ -161,7 +161,7 @@ def test_expected_near_pairs_and_nearest_quantiles_are_those_of_drawn_rows():
     rtol=0.03,
   )
   # arXiv 2510.20108's K and D: the closest of all pairs is expected at .616, none is below .5.
-  assert collapse.near_pairs(65_536, 256, 0.5) < 1e-3 < collapse.near_pairs(65_536, 256, 0.62)
+  assert chance.near_pairs(65_536, 256, 0.5) < 1e-3 < chance.near_pairs(65_536, 256, 0.62)
 
 
 def test_a_collapsed_set_of_thousands_takes_no_memory_for_its_pairs():

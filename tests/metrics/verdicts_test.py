@@ -8,7 +8,7 @@ import pytest
 from protojax import config as configs
 from protojax import metrics, trees
 from protojax.methods import carp, self_classifier, swav
-from protojax.metrics import collapse, verdicts
+from protojax.metrics import chance, collapse, pairwise, verdicts
 
 LN_K = math.log(4096)
 # A run that is well: every measure there is.
@@ -397,7 +397,7 @@ def test_a_loss_that_rises_above_chance_is_not_ok():
 
 
 def test_uniqueness_alone_is_not_ok():
-  rows = np.asarray(collapse.random_prototypes(64, 32))
+  rows = np.asarray(chance.random_prototypes(64, 32))
   alone = metrics.verdict(metrics.summary(prototypes=rows))
   assert alone.label == "unique, use unknown" and not verdicts.is_alarm(alone)
   embeddings = np.random.default_rng(0).normal(size=(500, 32))
@@ -409,7 +409,7 @@ def test_uniqueness_alone_is_not_ok():
 def test_measures_of_collapsed_arrays_reach_the_right_verdict():
   rng = np.random.default_rng(0)
   good = rng.normal(size=(400, 32))
-  rows = np.asarray(collapse.random_prototypes(64, 32))
+  rows = np.asarray(chance.random_prototypes(64, 32))
 
   def label(features=good, matrix=rows, codes=None, teacher_scale=1.01):
     encoder = {"w": jnp.ones((3, 3))}
@@ -418,8 +418,8 @@ def test_measures_of_collapsed_arrays_reach_the_right_verdict():
     measures = {
       "collapse/feature_std": collapse.feature_std(features),
       "collapse/rankme": collapse.rankme(features),
-      "collapse/unique_0.025": collapse.unique_counts(matrix)[0] / 64,
-      "collapse/unique_0.025_random": collapse.random_unique(64, 32)[0] / 64,
+      "collapse/unique_0.025": pairwise.unique_counts(matrix)[0] / 64,
+      "collapse/unique_0.025_random": chance.random_unique(64, 32)[0] / 64,
       "collapse/perplexity": collapse.usage_perplexity(codes, 64),
       "collapse/teacher_distance": collapse.teacher_distance(encoder, teacher),
     }
