@@ -2,8 +2,8 @@
 
 Each page has a folder of its own, with the recipes, IMAGES, checkpoint.pth (DINO's) and
 vit.safetensors (timm's) in it, where its commands find what the ones before have left. Training is
-cut to a recipe's `:debug` form, 16 pixels and two steps; one with another seed is a copy of the page's
-first. Verbs are called in this process. Only looked at are
+cut to a recipe's `:debug` form, 16 pixels and two steps; one with another seed is a copy of the
+page's first. Verbs are called in this process. Only looked at are
 launch/test.sh (which continuous integration runs) and benchmarks, which take hours. With
 PROTOJAX_TEST_ALL alone run launch/quickstart.sh, which installs (what it does with its two runs is
 `quickstart_script_test.py`'s), and a training that nothing on the page goes on from; its flags are
