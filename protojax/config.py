@@ -14,6 +14,7 @@ from ml_collections import config_dict
 from protojax import errors, methods, sizes, trees
 from protojax.models import vit
 
+DEBUG_STEPS = 20  # of `debug`, a trial: a run of no more is not told how it would learn best
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
@@ -418,7 +419,7 @@ def resolve(config: ml_collections.ConfigDict, num_records: int) -> ml_collectio
       # At most a tenth of the run, so that a short one learns at all.
       steps = round(optim.warmup_epochs * config.steps_per_epoch)
       optim.warmup_steps = min(steps, config.num_steps // 10)
-    elif 2 * optim.warmup_steps > config.num_steps:
+    elif 2 * optim.warmup_steps > config.num_steps > DEBUG_STEPS:
       logging.warning(
         "config.optim.warmup_steps=%d of %d steps: the learning rate %s; a tenth is %d",
         optim.warmup_steps,
@@ -576,7 +577,7 @@ def debug(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.method.more_classifiers = tuple(min(k, 256) for k in config.method.more_classifiers)
   config.update(
     {
-      "num_steps": 20,
+      "num_steps": DEBUG_STEPS,
       "num_epochs": 0.0,
       "batch_size": 16,
       "log_every": 5,

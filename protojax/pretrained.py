@@ -271,7 +271,6 @@ def chunks(
     image_size=model.config.data.image_size,
     num_workers=model.config.data.num_workers if num_workers is None else num_workers,
     limit=limit,
-    name_skipped=True,
   )
 
 

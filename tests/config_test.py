@@ -105,7 +105,7 @@ def test_the_largest_dictionary_that_its_recipe_names_is_possible():
 
 
 def test_unknown_mode_of_a_recipe_names_those_it_has():
-  with pytest.raises(errors.UserError, match=r"py:gmn is unknown: this recipe has debug, gmm$"):
+  with pytest.raises(errors.UserError, match=r"py:gmn: mode 'gmn' is .* has debug, gmm$"):
     recipes.load(str(CONFIGS / "swav_cifar10.py:gmn"))
   assert recipes.load(str(CONFIGS / "swav_cifar10.py:gmm")).method.prototypes == "mixture"
   assert recipes.load(str(CONFIGS / "swav_cifar10.py")).method.prototypes == "learned"
@@ -166,6 +166,11 @@ def test_a_warm_up_that_fills_a_shortened_run_is_told(steps, words, caplog):
   config.num_steps = steps
   configs.resolve(config, 50_000)
   assert ("optim.warmup_steps=200" in caplog.text) == bool(words) and words in caplog.text
+
+
+def test_a_debug_run_is_not_told_about_its_own_warm_up(caplog):
+  configs.resolve(recipes.load("quickstart:debug"), 1442)
+  assert not caplog.text
 
 
 @pytest.mark.parametrize(
