@@ -10,7 +10,7 @@ from scipy import special
 from sklearn import preprocessing
 
 from protojax import errors
-from protojax.metrics import chance, collapse, measures, uniqueness, verdicts
+from protojax.metrics import chance, collapse, measures, rules, uniqueness, verdicts
 
 _QUANTILES = (0.05, 0.5, 0.95)
 _ROWS = 256  # embeddings compared with all prototypes at a time
@@ -37,7 +37,7 @@ class Diagnosis(NamedTuple):
     sets: {name: its own diagnosis} for every set of prototypes in a file or a run.
   """
 
-  verdict: verdicts.Verdict | None
+  verdict: rules.Verdict | None
   measures: dict[str, float]
   sentences: list[str]
   result: dict[str, Any]
@@ -117,7 +117,7 @@ def examine(
   found, null = uniqueness.measure(weights), uniqueness.null(num, dim)
   directed = found.owner[0] >= 0
   lost = np.flatnonzero(~directed)
-  headline = found.thresholds.index(verdicts.HEADLINE)
+  headline = found.thresholds.index(rules.HEADLINE)
   groups = uniqueness.largest_groups(found.owner[headline], _GROUPS)
   known = measures.uniqueness(found.unique, null.unique, num)
   result = {
@@ -196,9 +196,9 @@ def _rows_are(count: int) -> str:
   return "1 row is" if count == 1 else f"{count:,} rows are"
 
 
-def not_finite(count: int, num: int) -> verdicts.Verdict:
+def not_finite(count: int, num: int) -> rules.Verdict:
   """The verdict on a matrix of `num` rows, `count` of which are not finite."""
-  return verdicts.Verdict(
+  return rules.Verdict(
     "non-finite",
     f"{count:,} of {num:,} rows are not finite: nothing made with them means anything, and "
     "training on will spread it; go back to a checkpoint without them",
@@ -214,7 +214,7 @@ def words(
   for_usage: str = "embeddings",
   use: Mapping[str, float] | None = None,
   circumstances: Mapping[str, Any] | None = None,
-) -> tuple[verdicts.Verdict, list[str]]:
+) -> tuple[rules.Verdict, list[str]]:
   """The verdict on `examine`'s result, and a few sentences: what it means and what to try.
 
   Args:
@@ -233,7 +233,7 @@ def words(
   bad = [not_finite(lost["not_finite"], num)] if lost["not_finite"] else []
   verdict = verdicts.judge(known, num_prototypes=num, alike=alike, already=bad, **told)
   unique, random = result["unique"]["unique"], result["random"]["unique"]
-  headline = result["thresholds"].index(verdicts.HEADLINE)
+  headline = result["thresholds"].index(rules.HEADLINE)
   count = unique[headline]
   well = not verdicts.is_alarm(verdict)
   if well:
@@ -270,7 +270,7 @@ def words(
       "2410.14060; in protojax: method.koleo_proto) may" * (prototypes == "learned")
     )
   for threshold, one, other in zip(result["thresholds"], unique, random, strict=True):
-    if well and other - one > verdicts.LIMITS["copies"] * num:
+    if well and other - one > rules.LIMITS["copies"] * num:
       out.append(
         f"at a distance of {threshold:g} only {one:,} are unique (random ones: {other:,}): they "
         "bunch, without being copies"
@@ -336,7 +336,7 @@ def _page(name: str, result: Mapping[str, Any]) -> list[str]:
     ),
   ]
   if result["groups"]:
-    lines.append(f"  largest groups of the cover at {verdicts.HEADLINE:g}, with their first rows:")
+    lines.append(f"  largest groups of the cover at {rules.HEADLINE:g}, with their first rows:")
     lines += [
       f"    {g['size']:,}: {', '.join(map(str, g['first']))}"
       + ", ..." * (g["size"] > len(g["first"]))
@@ -393,7 +393,7 @@ def joined(
   *,
   lines: Sequence[str],
   result: Mapping[str, Any],
-  verdict: verdicts.Verdict | None = None,
+  verdict: rules.Verdict | None = None,
 ) -> Diagnosis:
   """One diagnosis of a file or a run from those of its sets of prototypes.
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from protojax import config as configs
 from protojax import errors, files, sizes, trees
-from protojax.metrics import verdicts
+from protojax.metrics import rules, verdicts
 
 METRICS, FINAL, ARRAYS = "metrics.jsonl", "eval/final/result.json", "eval/final/arrays.npz"
 AT_THE_END = ("probe/linear_fitted",)
@@ -189,7 +189,7 @@ class RunVerdict(NamedTuple):
     since: step since which every line that was judged has had this verdict.
   """
 
-  verdict: verdicts.Verdict
+  verdict: rules.Verdict
   step: int
   since: int
 
@@ -207,9 +207,7 @@ def verdict(folder: pathlib.Path) -> RunVerdict | None:
   return found
 
 
-def history(
-  folder: pathlib.Path, most: int | None = None
-) -> Iterator[tuple[int, verdicts.Verdict]]:
+def history(folder: pathlib.Path, most: int | None = None) -> Iterator[tuple[int, rules.Verdict]]:
   """Judges a run at every line of its metrics.jsonl, by what was known then: (step, verdict).
 
   Args:

@@ -16,7 +16,7 @@ import numpy as np
 from protojax import errors, files, progress
 from protojax.data import pipeline, sources
 from protojax.metrics import measures as table
-from protojax.metrics import verdicts
+from protojax.metrics import rules, verdicts
 from protojax.training import metric_writer, opening, optim, wandb_run, workdir
 
 _COLUMNS = 80
@@ -236,12 +236,12 @@ class RunLog:
     self._alarm = verdict.label
     self._since, self._timed, self._waited = None, 0, 0.0  # evaluating is not training
 
-  def verdict(self, done: int) -> verdicts.Verdict:
+  def verdict(self, done: int) -> rules.Verdict:
     """The verdict on the latest measures, as of the step they are of: early ones do not age."""
     step = done if self._measured is None else self._measured
     return verdicts.of_run(self.result, config=self._config, step=step)
 
-  def _say(self, done: int, values: dict[str, float], verdict: verdicts.Verdict | None) -> None:
+  def _say(self, done: int, values: dict[str, float], verdict: rules.Verdict | None) -> None:
     pace = self._pace if "time/img_per_s" in values else None
     self._writer.line(log_line(done, values, verdict, config=self._config, pace=pace))
 
@@ -323,7 +323,7 @@ def _beside(values: Mapping[str, float], head: str, kind: str) -> str:
 def log_line(
   step: int,
   measures: Mapping[str, float | None],
-  verdict: verdicts.Verdict | None = None,
+  verdict: rules.Verdict | None = None,
   *,
   config,
   pace: float | None = None,

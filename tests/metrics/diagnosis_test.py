@@ -5,7 +5,7 @@ import pytest
 
 from protojax import config as configs
 from protojax import errors
-from protojax.metrics import collapse, diagnosis, verdicts
+from protojax.metrics import collapse, diagnosis, rules, verdicts
 
 _RNG = np.random.default_rng(0)
 
@@ -215,7 +215,7 @@ def test_prototypes_that_few_images_use_are_not_ok():
   assert "3,900 by none" in str(found) and "4.8% are used" in str(found)
   assert found.verdict.label == "unique but unused" and not found.verdict.collapsed
   joined = diagnosis.joined(
-    {"a": found}, lines=[], result={}, verdict=verdicts.Verdict("ok", "by metrics", False)
+    {"a": found}, lines=[], result={}, verdict=rules.Verdict("ok", "by metrics", False)
   )
   assert joined.verdict == found.verdict and joined.sentences[0] == "by metrics"
   well = diagnosis.diagnose(weights[:196], embeddings=embeddings)

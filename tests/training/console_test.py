@@ -10,7 +10,7 @@ import tiny
 
 from protojax import config as configs
 from protojax import errors, progress
-from protojax.metrics import verdicts
+from protojax.metrics import rules
 from protojax.training import console
 
 
@@ -88,7 +88,7 @@ _CONFIG.update({"num_steps": 5000, "batch_size": 82})
 
 
 def _line(step, measures, *, label="ok", **pace):
-  verdict = verdicts.Verdict(label, "", False)
+  verdict = rules.Verdict(label, "", False)
   return console.log_line(step, measures, verdict, config=_CONFIG, **pace)
 
 
