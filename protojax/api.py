@@ -7,6 +7,7 @@ from typing import Any
 
 import ml_collections
 import numpy as np
+from absl import logging
 
 from protojax import errors, loading, metrics, pretrained, trees
 from protojax.interop import importers, network, prototype_layouts, tensor_files
@@ -142,14 +143,20 @@ def _is_text(path: pathlib.Path) -> bool:
 
 
 def _embeddings(path: str | os.PathLike) -> np.ndarray:
+  """The one matrix of a file that is named as `protojax embed` names embeddings, or is alone."""
   arrays = tensor_files.read(path)
-  usual: tuple[str, ...] = ("embeddings", "features")
-  named = [name for name in usual if name in arrays] or list(arrays)
-  if arrays[named[0]].ndim != 2 or (len(arrays) > 1 and named[0] not in usual):
+  name = next((name for name in ("embedding", "embeddings") if name in arrays), "")
+  if not name and len(arrays) == 1:
+    name = next(iter(arrays))
+  if not name or name == "features" or arrays[name].ndim != 2:
+    there = ", ".join(f"{key} {list(x.shape)}" for key, x in list(arrays.items())[:_LISTED])
     raise errors.UserError(
-      f"embeddings={path}: no matrix [N, D] of embeddings in it: save one with numpy.save"
+      f"embeddings={path}: no matrix [N, D] called embedding in it, there is {there}: name what "
+      "comes out of the head just before the prototypes so, or give it alone (numpy.save)"
     )
-  return arrays[named[0]]
+  if len(arrays) > 1:
+    logging.info("embeddings: %s %s of %s", name, list(arrays[name].shape), path)
+  return arrays[name]
 
 
 def _diagnose_file(

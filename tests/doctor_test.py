@@ -482,6 +482,21 @@ def test_embeddings_show_what_is_used(full, collapsed, tmp_path, capsys):
     doctor.main([str(full), f"--embeddings={tmp_path / 'z.npy'}"])
 
 
+def test_a_file_of_embed_gives_its_embeddings_and_never_its_features(full, collapsed, tmp_path):
+  rows = _unit(collapsed)[:4].repeat(50, axis=0) + 0.01 * _RNG.normal(size=(200, 32))
+  alike = np.ones((200, 32)) + 1e-3 * _RNG.normal(size=(200, 32))
+  np.savez(tmp_path / "f.npz", features=alike, embedding=rows, filename=np.array(["a"] * 200))
+  result = _examined(tmp_path, full, f"--embeddings={tmp_path / 'f.npz'}")
+  used = result["sets"]["teacher.head.last_layer"]["usage"]["used"]
+  np.save(tmp_path / "z.npy", rows)
+  again = _examined(tmp_path, full, f"--embeddings={tmp_path / 'z.npy'}")
+  assert used == again["sets"]["teacher.head.last_layer"]["usage"]["used"]
+  for arrays in ({"features": alike}, {"features": alike, "code": np.arange(200)}):
+    np.savez(tmp_path / "f.npz", **arrays)
+    with pytest.raises(errors.UserError, match=r"called embedding in it, there is features \[200"):
+      doctor.main([str(full), f"--embeddings={tmp_path / 'f.npz'}"])
+
+
 def test_a_file_without_known_prototypes_lists_its_matrices_and_asks(tmp_path, capsys, collapsed):
   path = tmp_path / "b.npz"
   np.savez(path, **{"patch_embed.proj.weight": np.zeros((4, 3, 2, 2)), "fc": collapsed.T})

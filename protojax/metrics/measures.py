@@ -250,6 +250,20 @@ def _check(name: str, arrays: Mapping[str, Any]) -> None:
     )
   if "codes" in shapes and "num_prototypes" not in arrays:
     raise errors.UserError(f"codes of {name!r} without prototypes: give num_prototypes, too")
+  if shapes.get("codes", (0,))[0]:
+    _check_codes(name, np.asarray(arrays["codes"]), arrays["num_prototypes"])
+
+
+def _check_codes(name: str, codes: np.ndarray, num: int) -> None:
+  if codes.dtype.kind not in "iu":
+    raise errors.UserError(
+      f"codes of {name!r} are {codes.dtype}: give integers, the row of each image's prototype"
+    )
+  if codes.min() < 0 or codes.max() >= num:
+    raise errors.UserError(
+      f"codes of {name!r} go from {codes.min()} to {codes.max()} and there are {num:,} prototypes: "
+      f"rows count from 0 to {num - 1}; leave images without one out"
+    )
 
 
 def _computed(row: Measure, arrays: Mapping[str, Any], sample: bool) -> dict[str, Any]:
@@ -314,7 +328,8 @@ def summary(
       part of the result.
 
   Raises:
-    UserError: for shapes that do not fit together, or something that is no array.
+    UserError: for shapes that do not fit together, codes that are no rows of the prototypes, or
+      something that is no array.
   """
   given = {
     "prototypes": _sets(prototypes),

@@ -197,3 +197,21 @@ def test_the_report_explains_every_measure_that_has_a_title():
   assert {"rankme", "used", "unique_0.025"} <= {row.name for row in rows}
   assert all(row.meaning and "{" not in row.meaning for row in rows)
   assert len({row.title for row in rows}) == len(rows)
+
+
+@pytest.mark.parametrize(
+  ("codes", "words"),
+  [
+    (
+      np.full(9, 99),
+      "codes of 'prototypes' go from 99 to 99 and there are 16 prototypes: rows count",
+    ),
+    (np.arange(1, 17), "from 1 to 16 .* from 0 to 15"),
+    (np.array([3, -1]), "from -1 to 3 .* leave images without one out"),
+    (np.zeros(4), "codes of 'prototypes' are float64: give integers"),
+  ],
+)
+def test_codes_that_are_no_rows_of_the_prototypes_are_refused(codes, words):
+  with pytest.raises(errors.UserError, match=words):
+    metrics.summary(prototypes=np.eye(16, dtype=np.float32), codes=codes)
+  assert metrics.summary(codes=np.arange(16), num_prototypes=16)["collapse/used"] == 1.0
