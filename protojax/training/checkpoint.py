@@ -102,7 +102,7 @@ def _one_line(error: Exception) -> str:
   return f"{type(error).__name__}: {first[:200]}"
 
 
-def _of_first(find: Callable[[], str | None]) -> str | None:
+def of_first(find: Callable[[], str | None]) -> str | None:
   """What process 0 finds, in every process: a pod's hosts would read the same files again."""
   if jax.process_count() == 1:
     return find()
@@ -198,7 +198,7 @@ class Checkpoints:
     """
     size, free = _size(state), self._free()
     there = len(steps(self._folder.parent))
-    if _of_first(lambda: "full" if free < size else None):
+    if of_first(lambda: "full" if free < size else None):
       raise errors.UserError(
         f"a checkpoint takes up to {size / 1e9:.3g} GB and {free / 1e9:.3g} GB of the disk of "
         f"{self._folder.parent} are free: free some space or choose another workdir; "
@@ -213,7 +213,7 @@ class Checkpoints:
 
   def _require_space(self, state: PyTree) -> None:
     """Refuses beforehand, all processes at once: orbax leaves a mess if space ends half-way."""
-    if _of_first(lambda: "full" if self._free() < _size(state) else None):
+    if of_first(lambda: "full" if self._free() < _size(state) else None):
       raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
   def _seal(self) -> None:
@@ -290,7 +290,7 @@ class Checkpoints:
         f"there is no checkpoint {only} in {self._folder}: there are {', '.join(map(str, steps))}"
       )
     for step in steps if only is None else [only]:
-      reason = _of_first(lambda step=step: self._damage(step))
+      reason = of_first(lambda step=step: self._damage(step))
       if reason is None:
         there = json.loads((self._folder / str(step) / _SEAL).read_text())["leaves"]
         target = abstract(there) if callable(abstract) else abstract

@@ -263,19 +263,15 @@ def extend(folder: pathlib.Path, config, step: int) -> list[str]:
   ]
 
 
-def claim(workdir: str, config) -> pathlib.Path:
-  """Makes the folder this run's own, or finds that it is.
-
-  Writes config.json and env.json when the folder is new. Else what has changed of `config.probe`,
-  and this machine behind those of env.json's "resumed".
+def place(workdir: str, config) -> pathlib.Path:
+  """The folder of a run, absolute; made by `lock.held`.
 
   Args:
-    workdir: any path, made if missing.
+    workdir: any path.
     config: resolved.
 
   Raises:
-    UserError: if the folder holds another run, or a run while `config.resume` is "never"; if it is
-      in the folder of images.
+    UserError: if it cannot be one: a file, an address, in the folder of images.
   """
   if config.resume not in ("auto", "never", "extend"):
     raise errors.UserError(f"resume={config.resume!r} is unknown: choose auto, never or extend")
@@ -293,6 +289,24 @@ def claim(workdir: str, config) -> pathlib.Path:
         f"workdir={workdir} lies in the folder of images {config.data.data_dir}, which would hold "
         "its pictures then; choose a workdir elsewhere"
       )
+  return folder
+
+
+def claim(workdir: str, config) -> pathlib.Path:
+  """Makes the folder this run's own, or finds that it is.
+
+  Writes config.json and env.json when the folder is new. Else what has changed of `config.probe`,
+  and this machine behind those of env.json's "resumed".
+
+  Args:
+    workdir: any path, made if missing.
+    config: resolved.
+
+  Raises:
+    UserError: if the folder holds another run, or a run while `config.resume` is "never"; as
+      `place`.
+  """
+  folder = place(workdir, config)
   lead = jax.process_index() == 0
   if config.overwrite and lead and (folder / "env.json").exists():
     try:
