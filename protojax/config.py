@@ -254,6 +254,7 @@ def restored(plain: dict[str, Any]) -> ml_collections.ConfigDict:
 
   Raises:
     UserError: if there is no such method.
+    TypeError: if a setting is of another kind than those of a config.
   """
 
   def tuples(value: Any) -> Any:
@@ -261,10 +262,28 @@ def restored(plain: dict[str, Any]) -> ml_collections.ConfigDict:
       return {k: tuples(v) for k, v in value.items()}
     return tuple(map(tuples, value)) if isinstance(value, list) else value
 
-  config = default(plain.get("method", {"name": "dino"})["name"])
+  method = plain.get("method", {"name": "dino"}) if isinstance(plain, dict) else None
+  name = method.get("name", "dino") if isinstance(method, dict) else None
+  if not isinstance(name, str):
+    raise TypeError("no settings of a run")
+  config = default(name)
+  _require_kinds(plain, config)
   with config.unlocked(), config.ignore_type():
     config.update(tuples(plain))
   return config
+
+
+def _require_kinds(plain: dict[str, Any], known: Any, section: str = "") -> None:
+  for key, there in known.items():
+    value, name = plain.get(key), section + key
+    if key in plain and isinstance(there, ml_collections.ConfigDict):
+      if not isinstance(value, dict):
+        raise TypeError(f"{name}={value!r} is no section")
+      _require_kinds(value, there, f"{name}.")
+    elif value is not None and isinstance(there, int | float) and isinstance(value, str | dict):
+      raise TypeError(f"{name}={value!r} is no number")
+    elif isinstance(there, str) and isinstance(value, dict | list | float):
+      raise TypeError(f"{name}={value!r} is no word")
 
 
 def switch_method(config: ml_collections.ConfigDict, name: str) -> None:

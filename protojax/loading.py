@@ -1,7 +1,6 @@
 """Loading a trained encoder: from a run's checkpoint, or from exported or converted weights."""
 
 import functools
-import json
 import os
 import pathlib
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ import ml_collections
 import numpy as np
 
 from protojax import config as configs
-from protojax import errors, losses, pretrained, sizes, trees
+from protojax import errors, files, losses, pretrained, sizes, trees
 from protojax.models import encoder as encoders
 from protojax.prototypes import scoring
 from protojax.training import checkpoint, export, programs, sharding, train_step
@@ -45,7 +44,7 @@ def load(path: str | os.PathLike, *, step: int | None = None) -> pretrained.Trai
 
 def _run(path: str | os.PathLike, folder: pathlib.Path, step: int | None) -> pretrained.Trained:
   try:
-    config = configs.restored(json.loads((folder / "config.json").read_text()))
+    config = configs.restored(files.parse_json((folder / "config.json").read_text()))
   except errors.UserError:
     raise
   except (OSError, ValueError, KeyError, TypeError) as error:

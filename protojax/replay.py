@@ -5,7 +5,6 @@ can be made again. It is made as it was trained and in float32, and each layer i
 """
 
 import argparse
-import json
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -116,7 +115,7 @@ def state_before(
   if not folder.is_dir():
     raise errors.UserError(f"there is no workdir={workdir}: give the folder of a run")
   try:
-    config = configs.restored(json.loads((folder / "config.json").read_text()))
+    config = configs.restored(files.parse_json((folder / "config.json").read_text()))
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise errors.UserError(
       f"workdir={workdir} is not a run: config.json cannot be read ({type(error).__name__})"

@@ -58,11 +58,25 @@ def _shapes(tree: PyTree) -> dict[str, str]:
 
 def leaves(workdir: str | os.PathLike) -> dict[str, str] | None:
   """{"carry/probe/params/bias": "float32[10]", ...} of the newest sealed checkpoint, or None."""
-  seals = pathlib.Path(workdir).glob(f"checkpoints/*/{_SEAL}")
-  for seal in sorted(seals, key=lambda p: int(p.parent.name), reverse=True):
-    with contextlib.suppress(ValueError, KeyError, OSError):
-      return json.loads(seal.read_text())["leaves"]
+  folder = pathlib.Path(workdir) / "checkpoints"
+  for step in reversed(steps(workdir)):
+    with contextlib.suppress(ValueError, OSError):
+      return _sealed(folder / str(step))[1]
   return None
+
+
+def _sealed(folder: pathlib.Path) -> tuple[dict[str, int], dict[str, str]]:
+  """({file: its sum}, {leaf: its shape}) as a checkpoint's seal says; ValueError if damaged."""
+  said = files.parse_json((folder / _SEAL).read_text())
+  if isinstance(said, dict):
+    sums, shapes = said.get("files"), said.get("leaves")
+    if isinstance(sums, dict) and isinstance(shapes, dict):
+      inside = folder.resolve()
+      for name in sums:
+        if "\0" in name or not (folder / name).resolve().is_relative_to(inside):
+          raise ValueError(f"a file outside of the checkpoint: {errors.in_line(name)}")
+      return sums, {name: str(shape) for name, shape in shapes.items()}
+  raise ValueError("it lacks files or leaves")
 
 
 def steps(workdir: str | os.PathLike) -> list[int]:
@@ -99,7 +113,7 @@ def intact(workdir: str | os.PathLike) -> str:
 
 def _one_line(error: Exception) -> str:
   first, *_ = str(error).strip().splitlines() or [""]
-  return f"{type(error).__name__}: {first[:200]}"
+  return f"{type(error).__name__}: {errors.in_line(first, 200)}"
 
 
 def of_first(find: Callable[[], str | None]) -> str | None:
@@ -227,12 +241,14 @@ class Checkpoints:
     """What is wrong with the files of a checkpoint, if anything."""
     folder = self._folder / str(step)
     try:
-      for name, expected in json.loads((folder / _SEAL).read_text())["files"].items():
+      for name, expected in _sealed(folder)[0].items():
+        if not (folder / name).is_file():
+          return f"{errors.in_line(name)} is missing"
         if _sum(folder / name) != expected:
-          return f"{name} is damaged"
+          return f"{errors.in_line(name)} is damaged"
     except FileNotFoundError as error:
       return f"{pathlib.Path(error.filename).relative_to(folder)} is missing"
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, OSError) as error:
       return f"{_SEAL}: {_one_line(error)}"
     return None
 
@@ -292,7 +308,7 @@ class Checkpoints:
     for step in steps if only is None else [only]:
       reason = of_first(lambda step=step: self._damage(step))
       if reason is None:
-        there = json.loads((self._folder / str(step) / _SEAL).read_text())["leaves"]
+        _, there = _sealed(self._folder / str(step))
         target = abstract(there) if callable(abstract) else abstract
         self._require_fit(step, target, there)
         wanted = {"metadata": ocp.args.JsonRestore(), "state": ocp.args.StandardRestore(target)}

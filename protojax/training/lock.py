@@ -60,8 +60,8 @@ def _begun(pid: int) -> str | None:
 
 def _said(text: bytes) -> dict[str, Any]:
   """What a lock says; {} of one that is torn."""
-  with contextlib.suppress(ValueError, RecursionError):
-    said = json.loads(text)
+  with contextlib.suppress(ValueError):
+    said = files.parse_json(text)
     return said if isinstance(said, dict) else {}
   return {}
 

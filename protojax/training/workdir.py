@@ -324,19 +324,26 @@ def claim(workdir: str, config) -> pathlib.Path:
         "set config.overwrite=True, which deletes it"
       )
     try:
-      old = json.loads(known.read_text())
-    except ValueError:
+      old = files.parse_json(known.read_text())
+      configs.restored(old)
+    except errors.UserError:
+      raise
+    except (ValueError, TypeError, KeyError) as error:
       raise errors.UserError(
-        f"{known} is not readable JSON: choose another workdir or set config.overwrite=True, which "
-        "deletes it"
+        f"{known} is not readable JSON of a run ({errors.in_line(error)}): choose another workdir "
+        "or set config.overwrite=True, which deletes it"
       ) from None
     refuse_mismatch(old, config)
     probe = json.loads(json.dumps(config.probe.to_dict()))
     if lead and old.get("probe") != probe:
       _write(workdir, known, old | {"probe": probe})
     if lead and (folder / "env.json").exists():
-      first = json.loads((folder / "env.json").read_text())
-      again = [*first.get("resumed", []), environment.describe()]
+      first = {}
+      with contextlib.suppress(ValueError):  # nothing that a run needs
+        first = files.parse_json((folder / "env.json").read_text())
+      first = first if isinstance(first, dict) else {}
+      before = resumed if isinstance(resumed := first.get("resumed"), list) else []
+      again = [*before, environment.describe()]
       _write(workdir, folder / "env.json", first | {"resumed": again})
   elif (folder / "checkpoints").exists():
     raise errors.UserError(
@@ -446,7 +453,10 @@ def write_result(folder: pathlib.Path, result: dict, arrays: dict, config, *, ba
 def read_result(folder: pathlib.Path) -> dict[str, float] | None:
   """The measures that `write_result` wrote, or None."""
   path = folder / "eval" / "final" / "result.json"
-  return json.loads(path.read_text())["measures"] if path.exists() else None
+  with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged: it is measured again
+    measures = files.parse_json(path.read_text())["measures"] if path.exists() else None
+    return measures if isinstance(measures, dict) else None
+  return None
 
 
 def page_is_old(folder: pathlib.Path) -> bool:
