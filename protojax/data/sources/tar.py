@@ -10,7 +10,7 @@ import json
 import os
 import pathlib
 import tarfile
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from absl import logging
@@ -142,13 +142,18 @@ class _Whole:
     return self._file.seek(place, whence)
 
 
+def _archive(file: IO[bytes], size: int) -> tarfile.TarFile:
+  whole: Any = _Whole(file, size)  # tell, seek and read are all that is asked of it
+  return tarfile.open(fileobj=whole, mode="r:")
+
+
 def _samples(path: pathlib.Path) -> list[_Sample]:
   images: dict[str, tuple[str, int, int]] = {}
   arrays: dict[str, tuple[str, int, int]] = {}
   labels: dict[str, str] = {}
   size, last = path.stat().st_size, -1
   try:
-    with open(path, "rb") as file, tarfile.open(fileobj=_Whole(file, size), mode="r:") as archive:
+    with open(path, "rb") as file, _archive(file, size) as archive:
       for member in archive:
         if member.offset <= last or member.size < 0:
           raise tarfile.ReadError("a member that begins before the one before it")
