@@ -269,7 +269,10 @@ def restored(plain: dict[str, Any]) -> ml_collections.ConfigDict:
   config = default(name)
   _require_kinds(plain, config)
   with config.unlocked(), config.ignore_type():
-    config.update(tuples(plain))
+    try:
+      config.update(tuples(plain))
+    except OverflowError as error:  # of a number that no float is as large as
+      raise TypeError(str(error)) from None
   return config
 
 
@@ -281,6 +284,8 @@ def _require_kinds(plain: dict[str, Any], known: Any, section: str = "") -> None
         raise TypeError(f"{name}={value!r} is no section")
       _require_kinds(value, there, f"{name}.")
     elif value is not None and isinstance(there, int | float) and isinstance(value, str | dict):
+      raise TypeError(f"{name}={value!r} is no number")
+    elif isinstance(there, int | float) and isinstance(value, list) and "size" not in key:
       raise TypeError(f"{name}={value!r} is no number")
     elif isinstance(there, str) and isinstance(value, dict | list | float):
       raise TypeError(f"{name}={value!r} is no word")

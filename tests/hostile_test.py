@@ -54,6 +54,11 @@ def _read(name, seeds):
       raise AssertionError(f"{name}, seed {seed}: {error}") from error
 
 
+@pytest.mark.survives(
+  "damaged files, each reader",
+  "16 of them and every one that once found something; with --all 30 s a reader",
+  "what can be read, or one line",
+)
 @pytest.mark.parametrize("name", hostile.READERS)
 def test_damaged_files_are_read_or_one_line(name):
   _read(name, [*_FOUND.get(name, ()), *range(5000, 5016)])
@@ -83,6 +88,11 @@ def _npy_header(shape, descr="<f4"):
   return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text
 
 
+@pytest.mark.survives(
+  "arrays that claim to be huge",
+  ".npy, .npz, .safetensors, .pth",
+  "one line",
+)
 def test_shapes_that_no_file_holds_are_refused_without_the_memory(tmp_path):
   absurd = _npy_header("(1000000, 1000000, 3)") + bytes(100)
   (tmp_path / "x.npy").write_bytes(absurd)
@@ -105,6 +115,11 @@ def test_shapes_that_no_file_holds_are_refused_without_the_memory(tmp_path):
     _refused(tmp_path / "z.npy", "its header cannot be read")
 
 
+@pytest.mark.survives(
+  "a zip bomb",
+  ".npz of 1.3 GB in under 2 MB",
+  "one line",
+)
 @long
 def test_archives_that_unpack_to_far_more_than_they_are_do_not(tmp_path):
   zeros = _npy_header(f"({1 << 26}, 5)")
@@ -139,6 +154,11 @@ def _found(folder, name="folder"):
     return list(source.read(range(len(source))))
 
 
+@pytest.mark.survives(
+  "decompression bombs in pictures",
+  "pixels, text and profile of a PNG",
+  "skipped, counted and named",
+)
 def test_pictures_that_are_far_larger_than_their_files_are_corrupt(tmp_path):
   bomb = zlib.compress(bytes(1 << 27), 1)
   texts = [(b"zTXt", b"x\0\0" + bomb), (b"iCCP", b"x\0\0" + bomb)]
@@ -156,6 +176,11 @@ def test_a_large_deep_picture_is_scaled_a_part_at_a_time(tmp_path):
   assert found["size"] == (6_800, 13_000)
 
 
+@pytest.mark.survives(
+  "pipes and devices among images",
+  "by themselves and behind links",
+  "left out and counted",
+)
 def test_pipes_devices_and_sockets_are_left_out_with_a_word(tmp_path, caplog):
   Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
   os.mkfifo(tmp_path / "b.png")
@@ -168,6 +193,11 @@ def test_pipes_devices_and_sockets_are_left_out_with_a_word(tmp_path, caplog):
   assert stat.S_ISFIFO((tmp_path / "b.png").stat().st_mode)
 
 
+@pytest.mark.survives(
+  "paths, links and devices in a tar",
+  "`../`, absolute, four kinds that are no files",
+  "nothing is unpacked, none of it is read",
+)
 def test_a_tar_names_nothing_outside_of_itself(tmp_path):
   """Nothing is unpacked; links and devices in it are no images."""
   file, picture = io.BytesIO(), io.BytesIO()
@@ -202,6 +232,11 @@ def test_an_index_beside_a_tar_that_points_elsewhere_is_made_anew(tmp_path):
     assert len(_found(tmp_path, "tar")) == want
 
 
+@pytest.mark.survives(
+  "a seal that names files elsewhere",
+  "`../`, a device",
+  "damage, as any other",
+)
 @pytest.mark.parametrize("name", ["../../outside", "/dev/zero", "state/../../../outside", "a\0b"])
 def test_a_seal_that_names_files_elsewhere_is_damage(tmp_path, name):
   (tmp_path / "outside").write_text("x")
@@ -217,6 +252,11 @@ def test_a_seal_that_names_files_elsewhere_is_damage(tmp_path, name):
       checkpoint.Checkpoints(tmp_path / "run").restore_latest(state)
 
 
+@pytest.mark.survives(
+  "HTML in names",
+  "folder, settings, measures, protocols",
+  "text on the page",
+)
 def test_what_a_run_calls_itself_is_no_part_of_its_page(tmp_path):
   folder = tmp_path / "<img src=x onerror=alert(1)>"
   for name, content in hostile._run().items():

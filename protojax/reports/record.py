@@ -114,7 +114,9 @@ def _read(folder: pathlib.Path, name: str) -> Record:
   results = {}
   for path in sorted(folder.glob("eval/*/result.json")):
     content = _json(path, folder, notes)
-    if content:
+    if content and not isinstance(content.get("measures", {}), dict):
+      notes.append(f"{path.relative_to(folder).as_posix()} was left out: it has no measures.")
+    elif content:
       results[path.relative_to(folder).as_posix()] = content
   config = ml_collections.ConfigDict(_json(folder / "config.json", folder, notes))
   return Record(name, folder, config, curves, results, _arrays(folder, notes), tuple(notes))

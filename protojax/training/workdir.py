@@ -190,7 +190,8 @@ def _differing(before: dict, config) -> dict[str, tuple]:
 
 
 def _listed(differing: dict[str, tuple]) -> str:
-  return ", ".join(f"{key} {old} -> {new}" for key, (old, new) in differing.items())
+  said = (f"{key} {old} -> {new}" for key, (old, new) in differing.items())
+  return ", ".join(errors.in_line(one) for one in said)
 
 
 def refuse_mismatch(before: dict, config) -> None:

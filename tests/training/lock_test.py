@@ -60,6 +60,11 @@ def _stated(pid):
   return rf"process {pid} on \S+, since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d \w+"
 
 
+@pytest.mark.survives(
+  "two runs on one workdir; kill -9 and again on the same machine",
+  "two programs, with --config.overwrite too",
+  "host, process and since when, status 2; behind a killed run a line, and it goes on at once",
+)
 def test_a_second_run_is_refused_and_a_killed_one_is_followed_at_once(tmp_path, caplog):
   folder = tmp_path / "run"
   run = tiny.RUN | {"optim.warmup_steps": 1}
@@ -97,6 +102,11 @@ def test_a_second_run_is_refused_and_a_killed_one_is_followed_at_once(tmp_path, 
   assert not list(folder.glob(f"{lock.NAME}*"))
 
 
+@pytest.mark.survives(
+  "two runs on one workdir, on two machines",
+  "a program that says it is elsewhere",
+  "the same line, after a sign of life",
+)
 def test_a_run_that_lives_on_another_machine_is_seen_to_live(tmp_path, elsewhere, fast, caplog):
   with (
     caplog.at_level("INFO"),
@@ -108,6 +118,11 @@ def test_a_run_that_lives_on_another_machine_is_seen_to_live(tmp_path, elsewhere
   assert json.loads((tmp_path / lock.NAME).read_text())["pid"] == elsewhere.pid
 
 
+@pytest.mark.survives(
+  "a run killed on one machine and started on another",
+  "a frozen program that thaws later",
+  "a line, 60 s without a sign of life, then it goes on; the thawed one ends without writing",
+)
 def test_a_lock_that_another_machine_left_is_waited_for_and_taken(
   tmp_path, elsewhere, fast, caplog
 ):

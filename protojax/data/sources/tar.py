@@ -153,7 +153,7 @@ def _samples(path: pathlib.Path) -> list[_Sample]:
   labels: dict[str, str] = {}
   size, last = path.stat().st_size, -1
   try:
-    with open(path, "rb") as file, _archive(file, size) as archive:
+    with open(path, "rb") as shard, _archive(shard, size) as archive:
       for member in archive:
         if member.offset <= last or member.size < 0:
           raise tarfile.ReadError("a member that begins before the one before it")
