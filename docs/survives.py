@@ -2,8 +2,8 @@
 
   python docs/survives.py        writes it anew
 
-A test that carries `@pytest.mark.survives(FAULT, TRIED, SEEN)` is a row; tests/docs_test.py holds the
-page against them.
+A test that carries `@pytest.mark.survives(FAULT, TRIED, SEEN)` is a row; tests/docs_test.py holds
+the page against them.
 """
 
 import ast

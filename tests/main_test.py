@@ -290,7 +290,7 @@ def test_unknown_names(tmp_path):
 
 @pytest.mark.survives(
   "images that cannot be read",
-  "some of a folder",
+  "one of 30 in a folder",
   "skipped, counted and named",
 )
 def test_corrupt_images_are_skipped_counted_and_named(tmp_path, caplog):

@@ -256,9 +256,10 @@ class Checkpoints:
     here = _shapes(abstract)
     wrong = sorted(k for k in there.keys() | here.keys() if there.get(k) != here.get(k))
     if wrong:
+      leaf, its = (errors.in_line(text) for text in (wrong[0], there.get(wrong[0], "missing")))
       raise errors.UserError(
-        f"checkpoint {step} in {self._folder} is of another program: {wrong[0]} is "
-        f"{there.get(wrong[0], 'missing')} there and {here.get(wrong[0], 'missing')} here, "
+        f"checkpoint {step} in {self._folder} is of another program: {leaf} is "
+        f"{its} there and {here.get(wrong[0], 'missing')} here, "
         f"{len(wrong)} differences in all: {_START_ANEW}"
       )
 

@@ -343,7 +343,7 @@ def _check_intact(folder):
 
 @pytest.mark.survives(
   "a disk that is full before a save",
-  "a real file system of a few MiB",
+  "a real file system of one megabyte",
   "one line; no checkpoint is lost",
 )
 def test_full_disk_is_one_line_and_costs_no_checkpoint(small_disk, capfd):
@@ -358,7 +358,7 @@ def test_full_disk_is_one_line_and_costs_no_checkpoint(small_disk, capfd):
 
 @pytest.mark.survives(
   "a disk that fills up during a save",
-  "a real file system of a few MiB",
+  "a real file system of one megabyte",
   "the same line",
 )
 def test_disk_that_fills_up_during_a_save_is_the_same_line(small_disk):

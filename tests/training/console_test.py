@@ -67,7 +67,7 @@ def test_the_bar_moves_with_every_step_and_its_eta_is_that_of_the_line(tmp_path,
 @pytest.mark.survives(
   "a loss that is NaN or infinite",
   "both",
-  "one line with advice; the checkpoint before it is intact",
+  "one line with advice, at the terminal and in train.log",
 )
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_loss_that_is_not_finite_ends_the_run_in_one_line(tmp_path, loss):

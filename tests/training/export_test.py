@@ -105,7 +105,7 @@ def test_missing_damaged_and_foreign_files_are_one_line(tmp_path):
 
 @pytest.mark.survives(
   "a full disk during the export",
-  "each of its files",
+  "weights and settings, half written",
   "one line; the export before it is whole",
 )
 @pytest.mark.parametrize("broken", ["encoder.safetensors.tmp", "config.json.tmp"])

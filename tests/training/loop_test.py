@@ -123,9 +123,9 @@ def _streams(patch):
 
 
 @pytest.mark.survives(
-  "SIGTERM or Ctrl-C between two steps",
-  "stopped and resumed with other numbers of decoding processes",
-  "`stopped at step N`, status 143 or 130; equal to the bit",
+  "SIGTERM between two steps",
+  "with a decoding process before, with the images on the devices after",
+  "`stopped at step 3`; equal to the bit",
 )
 def test_stopped_and_resumed_run_equals_the_whole_one_to_the_bit(
   whole, tmp_path, monkeypatch, caplog
@@ -619,7 +619,7 @@ _LAST = r"run the same command again; checkpoint 4 is intact"
 
 @pytest.mark.survives(
   "a full or read-only disk",
-  "in a save, an export, a log line, the result",
+  "a log line, opening the log, the result; the disk's errors put in their place",
   "one line: what, where, which checkpoint is intact; status 2",
 )
 @pytest.mark.parametrize(
