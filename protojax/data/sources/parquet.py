@@ -126,8 +126,10 @@ def _metadata(path: str, changed: int) -> Any:
   from pyarrow import parquet
 
   try:
-    return parquet.read_metadata(path)
-  except (pa.ArrowException, OSError) as error:
+    found = parquet.read_metadata(path)
+    _ = found.schema.to_arrow_schema().names  # may be no text
+    return found
+  except (pa.ArrowException, OSError, ValueError) as error:
     raise errors.UserError(
       f"{path} is no parquet file that can be read: {errors.in_line(error)}"
     ) from None
@@ -139,7 +141,7 @@ def _values(path: pathlib.Path, column: str) -> list:
 
   try:
     return parquet.read_table(path, columns=[column], partitioning=None)[column].to_pylist()
-  except (pa.ArrowException, OSError, KeyError) as error:
+  except (pa.ArrowException, OSError, KeyError, ValueError) as error:
     raise errors.UserError(
       f"{path}: the column {column!r} cannot be read: {errors.in_line(error)}"
     ) from None
