@@ -1,7 +1,7 @@
 """What prototypes cost, all at once and by blocks: python -m benchmarks.prototypes --num 4096 65536
 
   python -m benchmarks.prototypes --kind mixture learned --num 4096 16384 65536 262144 1048576 \
-    --runs=0 --blocks 128 --json=docs/results/prototypes.json
+    --runs=0 --blocks 128 4096 --json=docs/results/prototypes.json
   python -m benchmarks.prototypes --draw=docs/results/prototypes.json --figure=docs/prototypes.png
 
 For each number of prototypes, the part of a training step that meets them, without an encoder: the

@@ -11,10 +11,13 @@ def finish(config, mode: str, *others: str):
     config: the recipe's.
     mode: as typed.
     others: modes that the recipe has applied itself.
+
+  Raises:
+    UserError: for any other mode; `recipes.load` puts the recipe before it.
   """
   if mode not in ("", "debug", *others):
     known = ", ".join(("debug", *others))
-    raise errors.UserError(f"--config=FILE.py:{mode} is unknown: this recipe has {known}")
+    raise errors.UserError(f"mode {mode!r} is unknown: this recipe has {known}")
   return configs.debug(config) if mode == "debug" else config
 
 
@@ -22,6 +25,12 @@ def finish_joint_or_mixture(config, mode: str):
   """`finish` for learned prototypes or, in mode "gmm", decoupled ones."""
   config.method.prototypes = "mixture" if mode == "gmm" else "learned"
   return finish(config, mode, "gmm")
+
+
+def adapted(config, mode: str):
+  """`finish` for prototypes new to a given backbone: decoupled or, in mode "joint", learned."""
+  config.method.prototypes = "learned" if mode == "joint" else "mixture"
+  return finish(config, mode, "joint")
 
 
 def paper_mixture(config) -> None:

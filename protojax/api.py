@@ -13,8 +13,9 @@ from protojax.interop import importers, network, prototype_layouts, tensor_files
 from protojax.metrics import diagnosis, loss_curve, measures, verdicts
 from protojax.prototypes import scoring
 from protojax.reports import of_run, record
-from protojax.training import loop
+from protojax.training import checkpoint, export, loop
 
+_BY_HAND = "embeddings=FILE.npy, [N, D], what comes out of the head just before the prototypes"
 _LISTED = 10  # matrices of a file whose prototypes were not found
 
 
@@ -170,13 +171,19 @@ def _diagnose_file(
   if len(arrays) == 1 and not matrices and not prototype_layouts.find(arrays):
     (only,) = arrays.values()
     raise errors.UserError(
-      f"{path} holds an array of {only.ndim} dimensions, {list(only.shape)} of {only.dtype.name}; "
+      f"{path} holds an array of {only.ndim} dimension{'s' * (only.ndim != 1)}, "
+      f"{list(only.shape)} of {only.dtype.name}; "
       "prototypes are [K, D] of floating point numbers, at least two rows and columns"
     )
   if rows and lone is None:
     raise errors.UserError(
       f"rows={rows} is for a file of one matrix, and {path} holds {len(arrays)} arrays: name the "
       "one with the prototypes by key=NAME"
+    )
+  if images and len(arrays) == 1:
+    raise errors.UserError(
+      f"data={images['data']}: {path} holds one array and no network to encode images with: give "
+      f"{_BY_HAND}"
     )
   if rows == "features" and (key or transpose or images or embeddings is not None):
     raise errors.UserError("rows=features are described only: leave the other arguments out")
@@ -188,7 +195,7 @@ def _diagnose_file(
   if key and images:
     raise errors.UserError(
       f"data and key={key}: images need the backbone and the head too, which key does not name: "
-      "leave one of the two out"
+      f"leave key out where the file's own names say what is what, else give {_BY_HAND}"
     )
   if key:
     sets = [prototype_layouts.at(arrays, key, transpose)]
@@ -202,12 +209,16 @@ def _diagnose_file(
     more = f" and {len(matrices) - _LISTED} more" * (len(matrices) > _LISTED)
     raise errors.UserError(
       f"no prototypes found in {path}: {prototype_layouts.advice(arrays)}; its matrices: "
-      f"{listed}{more}" + (f"; {not_finite}" if not_finite else "")
+      f"{listed}{more}"
+      + "; with key=NAME embeddings=FILE takes the place of data" * bool(images)
+      + (f"; {not_finite}" if not_finite else "")
     )
   whose = sorted({prototype_layouts.owner(s.name) for s in sets} - {""})
   lines = [f"file: {len(arrays)} array{'s' * (len(arrays) > 1)}, {layout}"]
   lines[0] += "".join(f"; weights of the {w}" for w in whose)
   lines += diagnosis.bullets([not_finite] if not_finite else [])
+  if not key:
+    lines += diagnosis.bullets([f"left out: {why}" for why in prototype_layouts.unusable(arrays)])
   lines += diagnosis.bullets(
     _doubts(path, arrays, sets, transpose=transpose, embeddings=embeddings)
   )
@@ -217,13 +228,9 @@ def _diagnose_file(
   if images:
     of_layers, features, told = _arrays_of_file(path, which, transpose, **images)
     lines += told
-  for_usage = "embeddings=FILE.npy, [N, D], what comes out of the head just before the prototypes"
-  if not images and embeddings is None and not key and not transpose:
-    if _leads_to_prototypes(path, which):
-      for_usage = "data=folder data_dir=IMAGES, for this file holds the network that leads up to "
-      for_usage += "them, or embeddings=FILE.npy"
-    else:
-      for_usage += ", for this file holds no network that leads up to them"
+  for_usage = _BY_HAND
+  if not images and embeddings is None and not key:
+    for_usage = _what_shows_use(path, which, transpose)
   found = {}
   for one in sets:
     of_set = of_layers.get(one.name, embeddings)
@@ -279,12 +286,41 @@ def _doubts(
   return sentences
 
 
-def _leads_to_prototypes(path: pathlib.Path, which: str | None) -> bool:
-  """Whether a file of another library holds backbone and head of its prototypes, by the names."""
+def _what_shows_use(path: pathlib.Path, which: str | None, transpose: bool) -> str:
+  """What to give of another library's checkpoint to see which prototypes are used, in words."""
   try:
-    return bool(network.read(path, which=which).prototypes)
+    there = bool(network.read(path, which=which, transpose=transpose).prototypes)
   except errors.UserError:
-    return False
+    there = False
+  if not there:
+    return f"{_BY_HAND}, for this file holds no network that leads up to them"
+  run, by = "data=folder data_dir=IMAGES", "for this file holds the network that leads up to them"
+  _, why = _network_of_file(path, which, transpose)
+  if why and not _network_of_file(path, which, transpose, heads=1)[1]:
+    run, why = f"{run} heads=NUMBER", ""  # it lacks nothing else
+  if why:
+    return f"{_BY_HAND}, for the network in this file cannot be run up to them: {why}"
+  return f"{run}, {by}, or embeddings=FILE.npy"
+
+
+def _network_of_file(
+  path: pathlib.Path, which: str | None, transpose: bool, heads: int | None = None
+) -> tuple[importers.Converted | None, str]:
+  """(the network of another library's checkpoint, why it cannot be run or "")."""
+  try:
+    done = importers.convert(path, which=which, heads=heads, transpose=transpose)
+  except errors.UserError as error:
+    return None, str(error)
+  if done.not_finite:
+    return done, done.not_finite
+  if lacks := importers.missing(done):
+    return done, f"{lacks[0]} is missing" + f" and {len(lacks) - 1} more" * (len(lacks) > 1)
+  if done.unexpected:
+    return done, f"{done.unexpected[0]} does not fit the layout"
+  if not done.prototypes:
+    none = "it holds no projection head of DINO, iBOT or SwAV that ends where its prototypes begin"
+    return done, done.without or none
+  return done, ""
 
 
 def _rows(count: int) -> str:
@@ -335,29 +371,12 @@ def _arrays_of_file(
   """What `_arrays_of_run` gives, of another library's checkpoint; sets by the file's names."""
   if data == "run":
     raise errors.UserError(f"data=run is for runs of protojax: name a data set for {path}")
-  try:
-    done = importers.convert(path, which=which, heads=heads, transpose=transpose)
-  except errors.UserError as error:
-    raise errors.UserError(
-      f"data={data} needs a backbone and a head that protojax knows, to run them: {error}; save "
-      "what comes out of the head as .npy and pass it as embeddings=FILE"
-    ) from None
-  if done.not_finite:
-    raise errors.UserError(
-      f"data={data}: {path} cannot be run up to its prototypes: {done.not_finite}: take an earlier "
-      "or an undamaged copy"
-    )
-  lacks = [*done.missing, *done.unexpected]
-  if lacks or not done.prototypes:
-    why = (
-      f"{lacks[0]} does not fit the layout"
-      if lacks
-      else "it holds no projection head of DINO, iBOT or SwAV that ends where its prototypes begin"
-    )
-    raise errors.UserError(
-      f"data={data}: {path} cannot be run up to its prototypes: {why}; save what comes out of the "
-      "head as .npy and pass it as embeddings=FILE"
-    )
+  done, why = _network_of_file(path, which, transpose, heads)
+  if done is None or why:
+    to_do = "; save what comes out of the head as .npy and pass it as embeddings=FILE"
+    if done is not None and done.not_finite:
+      to_do = ": take an earlier or an undamaged copy"
+    raise errors.UserError(f"data={data}: {path} cannot be run up to its prototypes: {why}{to_do}")
   model = loading.of_export(path, done.tensors, done.info, done.prototypes)
   found, features, told = _arrays_of_run(
     model, data=data, data_dir=data_dir, split=split, limit=limit
@@ -377,7 +396,7 @@ def _diagnose_run(
     lines = _by_metrics(judged)
   verdict = judged and judged.verdict
   exported = (folder / "encoder.safetensors").is_file()
-  if not exported and not any((folder / "checkpoints").glob("[0-9]*")):
+  if not exported and not checkpoint.steps(folder):
     if judged is None:
       raise errors.UserError(
         f"{folder} is a folder without checkpoints or metrics of a run of protojax: give a workdir "
@@ -396,7 +415,7 @@ def _diagnose_run(
   embeddings, features, told = _arrays_of_run(model, **images)
   lines += [
     *told,
-    *diagnosis.bullets([not_finite] if not_finite else []),
+    *diagnosis.bullets([s for s in (not_finite, export.initialised(model.initialised)) if s]),
     ("exported weights" if exported else "checkpoint")
     + (f" of step {model.step:,}" if model.step is not None else "")
     + ", no prototypes" * (not model.prototypes),

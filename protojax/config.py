@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,9 +10,10 @@ import ml_collections
 from absl import logging
 from ml_collections import config_dict
 
-from protojax import errors, methods, sizes, trees
+from protojax import errors, files, methods, sizes, trees
 from protojax.models import vit
 
+DEBUG_STEPS = 20  # of `debug`, a trial: a run of no more is not told how it would learn best
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
@@ -220,6 +222,11 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
       "skip_nonfinite": 0,
       "freeze_prototypes_epochs": 1.0,
       "freeze_prototypes_steps": 0,
+      # Of weights that were given (init_from): the head learns alone at first, then layer i of n
+      # with the rate x layer_decay^(n - i).
+      "freeze_backbone_epochs": 0.0,
+      "freeze_backbone_steps": 0,  # replaces freeze_backbone_epochs when not 0
+      "layer_decay": 1.0,
       "beta1": 0.9,
       "beta2": 0.999,
     }
@@ -289,6 +296,24 @@ def _require_kinds(plain: dict[str, Any], known: Any, section: str = "") -> None
       raise TypeError(f"{name}={value!r} is no number")
     elif isinstance(there, str) and isinstance(value, dict | list | float):
       raise TypeError(f"{name}={value!r} is no word")
+
+
+def of_run(folder: pathlib.Path) -> ml_collections.ConfigDict:
+  """The resolved config of the run in a workdir, from its config.json.
+
+  Raises:
+    UserError: if it cannot be read.
+  """
+  path = folder / "config.json"
+  try:
+    return restored(files.parse_json(path.read_text()))
+  except errors.UserError:
+    raise
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise errors.UserError(
+      f"{path} cannot be read ({type(error).__name__}): it says what the run there is; give the "
+      "workdir of a run, with its config.json"
+    ) from None
 
 
 def switch_method(config: ml_collections.ConfigDict, name: str) -> None:
@@ -417,7 +442,7 @@ def resolve(config: ml_collections.ConfigDict, num_records: int) -> ml_collectio
       # At most a tenth of the run, so that a short one learns at all.
       steps = round(optim.warmup_epochs * config.steps_per_epoch)
       optim.warmup_steps = min(steps, config.num_steps // 10)
-    elif 2 * optim.warmup_steps > config.num_steps:
+    elif 2 * optim.warmup_steps > config.num_steps > DEBUG_STEPS:
       logging.warning(
         "config.optim.warmup_steps=%d of %d steps: the learning rate %s; a tenth is %d",
         optim.warmup_steps,
@@ -430,6 +455,14 @@ def resolve(config: ml_collections.ConfigDict, num_records: int) -> ml_collectio
     if not optim.freeze_prototypes_steps:
       steps = round(optim.freeze_prototypes_epochs * config.steps_per_epoch)
       optim.freeze_prototypes_steps = min(steps, config.num_steps // 10)
+    if not optim.freeze_backbone_steps:
+      optim.freeze_backbone_steps = round(optim.freeze_backbone_epochs * config.steps_per_epoch)
+    if optim.freeze_backbone_steps and not config.init_from:
+      logging.warning(
+        "the backbone that stands still for %d steps is a random one: give its weights by "
+        "--config.init_from=WEIGHTS, or set --config.optim.freeze_backbone_steps=0",
+        optim.freeze_backbone_steps,
+      )
     mixture = config.mixture
     if not mixture.horizon_steps:
       epochs = mixture.horizon_epochs * config.steps_per_epoch
@@ -567,7 +600,7 @@ def debug(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.method.more_classifiers = tuple(min(k, 256) for k in config.method.more_classifiers)
   config.update(
     {
-      "num_steps": 20,
+      "num_steps": DEBUG_STEPS,
       "num_epochs": 0.0,
       "batch_size": 16,
       "log_every": 5,
@@ -606,6 +639,7 @@ def debug(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   # The stem for large images is the cheap one.
   config.model.update({"depth": 2, "patch_size": 8, "width": 96, "heads": 3, "stem": "imagenet"})
   config.head.update({"hidden": 128, "bottleneck": 64})
+  config.optim.update({"freeze_backbone_epochs": 0.0, "freeze_backbone_steps": 0})
   config.method.num_prototypes = min(config.method.num_prototypes, 256)
   for key, most in (
     ("partition_size", 64),

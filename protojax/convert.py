@@ -165,7 +165,7 @@ def bring_in(
       for name, one in done.prototypes.items()
     ),
     f"matched {len(done.tensors)} of {len(done.tensors) + len(done.missing)} tensors",
-    _list(len(done.missing), "missing", done.missing),
+    _list(len(done.missing), "missing", importers.missing(done)),
     _list(len(done.unexpected), "unexpected", done.unexpected),
     *(_list(len(left), f"set aside ({why})", left) for why, left in done.aside.items()),
     *(f"note: {note}" for note in done.notes),
@@ -181,9 +181,11 @@ def bring_in(
       f"{path} fits only in part: {counts}. Nothing was written; --allow_partial initialises what "
       "is missing and leaves out what is unexpected"
     )
-  tensors = done.tensors | (importers.fresh(done) if done.missing else {})
+  tensors, info = done.tensors, done.info
+  if done.missing:
+    tensors, info = tensors | importers.fresh(done), info | {"initialised": done.missing}
   with _atomic_folder(out, overwrite) as folder:
-    export.write(folder, tensors, done.info, done.prototypes)
+    export.write(folder, tensors, info, done.prototypes)
   return [*lines, _wrote(out)]
 
 
@@ -211,6 +213,7 @@ def take_out(
     + ("" if info["step"] is None else f" of step {info['step']}")
     + f", {len(tensors)} tensors",
     f"model {_shape(info['model'])}",
+    *(f"note: {said}" for said in [export.initialised(export.lacked(info))] if said),
   ]
   with _atomic_folder(out, overwrite) as folder:
     if format in ("timm", "hf"):

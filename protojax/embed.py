@@ -11,6 +11,7 @@ import pathlib
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -184,7 +185,7 @@ def write(path: str | os.PathLike, parts: Iterable[Columns], protocol: dict, cou
     count: rows that are expected, to see beforehand whether they fit.
 
   Returns:
-    {"rows": how many were written, "shapes": {name: shape of one row}}.
+    {"rows": how many were written, "arrays": {name: [rows, ...], its shape}}.
 
   Raises:
     UserError: if the path has another ending, cannot be written, or would not fit.
@@ -194,7 +195,7 @@ def write(path: str | os.PathLike, parts: Iterable[Columns], protocol: dict, cou
   first = next(rest)
   _require_room(path, first, count)
   shapes = {name: list(values.shape[1:]) for name, values in first.items() if values.ndim > 1}
-  done = {"rows": 0, "shapes": shapes}
+  done: dict[str, Any] = {"rows": 0}
 
   def counted():
     for chunk in itertools.chain([first], rest):
@@ -202,6 +203,7 @@ def write(path: str | os.PathLike, parts: Iterable[Columns], protocol: dict, cou
       yield chunk
 
   files.write(path, lambda file: writer(file, counted(), protocol | {"shapes": shapes}))
+  done["arrays"] = {name: [done["rows"], *values.shape[1:]] for name, values in first.items()}
   return done
 
 
@@ -265,6 +267,7 @@ def main(argv: list[str]) -> None:
     "model": str(args.path),
     "step": model.step,
     "weights": model.weights,
+    **({"initialised": model.initialised} if model.initialised else {}),
     "what": what,
     "layers": layers,
     "source": source.name,
@@ -279,11 +282,12 @@ def main(argv: list[str]) -> None:
   rows = chunks(model, source, what=what, layers=layers, limit=args.limit, root=root)
   with progress.during(f"writing {out}"):
     done = write(out, rows, protocol, wanted)
-  shapes = ", ".join(f"{name} {shape}" for name, shape in done["shapes"].items())
+  arrays = ", ".join(f"{name} {shape}" for name, shape in done["arrays"].items())
   print(
-    f"{out}: {done['rows']} images of {source.name}, {shapes or ', '.join(what)} of layer "
-    f"{', '.join(layers)} of the {model.weights}"
+    f"{out}: {done['rows']} images of {source.name}, layer {', '.join(layers)} of the "
+    f"{model.weights}"
     + (f", step {model.step}" if model.step is not None else "")
+    + f": {arrays}"
     + (f"; {wanted - done['rows']} could not be read" if done["rows"] < wanted else "")
   )
 

@@ -18,7 +18,7 @@ import numpy as np
 from protojax import cli, environment, errors, loading, pretrained
 from protojax.data import sources
 from protojax.evals import knn, protocols, result_files
-from protojax.training import console, encode, evaluation, sharding
+from protojax.training import console, encode, evaluation, export, sharding
 
 _DESCRIPTION = """\
 Judges frozen features: of the teacher (the encoder where there is none), evaluation transform.
@@ -181,6 +181,7 @@ def _protocol(name, task, model, bank, test, args) -> dict[str, Any]:
       "seed": config.seed if model.kind == "run" else None,
       "mean": list(augment_config.mean),
       "std": list(augment_config.std),
+      **({"initialised": list(model.initialised)} if model.initialised else {}),
     },
     "software": result_files.software(),
   }
@@ -301,7 +302,10 @@ def _floors(model: pretrained.Trained, bank: Images, test: Images, *, own: bool)
 
 
 def _measured_floors(model: pretrained.Trained, bank: Images, test: Images) -> dict[str, float]:
-  """k-NN accuracy of raw pixels and of the net of step 0, where there was one without weights."""
+  """k-NN accuracy of raw pixels and of an untrained net: of step 0, or of exported weights any.
+
+  Not of a run that started from other weights.
+  """
   config = model.config
   forward = jax.jit(
     functools.partial(evaluation.pixels, config), out_shardings=sharding.replicated(model.mesh)
@@ -331,7 +335,7 @@ def _measured_floors(model: pretrained.Trained, bank: Images, test: Images) -> d
     for images in (bank, test)
   ]
   found = {"floor/knn_pixels": accuracy(raw, lambda rows: rows["pixels"])}
-  if model.kind == "run" and not config.init_from:
+  if not config.init_from:
     fresh = loading.untrained(model)
     rows = [pretrained.encoded(fresh, images.source) for images in (bank, test)]
     found["floor/knn_untrained"] = accuracy(rows, lambda rows: rows["features"]["last"])
@@ -375,6 +379,8 @@ def _table(measures, protocol, notes, path) -> list[str]:
       lines.append(f"  {key}: {protocol[key]}")
   if protocol.get("mode") == "paper":
     lines.append("  NOTE: layer and rate were selected on the test images")
+  if fresh := model.get("initialised"):
+    lines.append(f"  NOTE: {export.initialised(fresh)}")
   lines += [f"  {name:<36} {result_files.show(value):>10}" for name, value in measures.items()]
   for data in (bank, test):
     if data["unreadable"]:

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from absl import logging
 
 from protojax import config as configs
-from protojax import errors, files, losses, pretrained, sizes, trees
+from protojax import errors, losses, pretrained, sizes, trees
 from protojax.models import encoder as encoders
 from protojax.prototypes import scoring
 from protojax.training import checkpoint, export, programs, sharding, train_step
@@ -23,7 +24,8 @@ PyTree = Any
 def load(path: str | os.PathLike, *, step: int | None = None) -> pretrained.Trained:
   """Loads the teacher (the encoder where there is none) of a run, or exported weights.
 
-  Exported weights are what a run leaves in exported/ and what `protojax convert` writes.
+  Exported weights are what a run leaves in exported/ and what `protojax convert` writes; a warning
+  names tensors that were missing when they were converted.
 
   Args:
     path: workdir of a run, or a folder with encoder.safetensors and config.json, or that file.
@@ -43,15 +45,7 @@ def load(path: str | os.PathLike, *, step: int | None = None) -> pretrained.Trai
 
 
 def _run(path: str | os.PathLike, folder: pathlib.Path, step: int | None) -> pretrained.Trained:
-  try:
-    config = configs.restored(files.parse_json((folder / "config.json").read_text()))
-  except errors.UserError:
-    raise
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise errors.UserError(
-      f"{folder / 'config.json'} cannot be read ({type(error).__name__}): it says what the "
-      f"checkpoints in {path} are; copy it along with them"
-    ) from None
+  config = configs.of_run(folder)
   # This machine's, not the run's.
   config.mesh.update({"data": -1, "model": 1, "rules": (), "fsdp": False})
   config.model.attention = "xla"
@@ -95,7 +89,19 @@ def of_state(
 
 
 def untrained(model: pretrained.Trained) -> pretrained.Trained:
-  """The same run before its first step, for features: the weights that its seed gives."""
+  """The same net before its first step, for features: the weights that the seed of its run gives.
+
+  Of exported weights, which do not say how they began, those of seed 0.
+  """
+  if model.kind == "encoder":
+    config = model.config
+    size, channels = config.augment.global_size, config.data.channels
+    fresh = jax.jit(
+      lambda key: encoders.init(model.encoder, key, size, channels),
+      out_shardings=sharding.replicated(model.mesh),
+    )
+    params, batch_stats = fresh(jax.random.key(0))
+    return model._replace(step=0, params=params, batch_stats=batch_stats)
 
   @functools.partial(jax.jit, out_shardings=sharding.replicated(model.mesh))
   def start(seed: int) -> Any:
@@ -135,6 +141,8 @@ class Sets(NamedTuple):
 
 def _exported(path: str | os.PathLike, folder: pathlib.Path) -> pretrained.Trained:
   tensors, info = export.read(folder)
+  if said := export.initialised(export.lacked(info)):
+    logging.warning("%s: %s", path, said)
   return of_export(path, tensors, info, export.read_prototypes(folder, info))
 
 
@@ -199,6 +207,7 @@ def of_export(
     method=Sets(encoder) if sets else None,
     variables=(tree["params"], tree["batch_stats"], sets) if sets else None,
     mesh=mesh,
+    initialised=export.lacked(info),
   )
 
 

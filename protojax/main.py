@@ -31,7 +31,7 @@ run would have:
 
 gmm_photos is for a folder of some hundred or thousand images, gmm_vit_s for as many as ImageNet's.
 NAME:debug is the recipe NAME as a minute's run on a CPU, on the digits of scikit-learn or what
---config.data.name and --config.data.data_dir say. A recipe of your own is a file:
+--config.data.data_dir and --config.data.name say. A recipe of your own is a file:
 --config=path/to/file.py. `python -m protojax.main` is the same program."""
 _EXAMPLE = "protojax train --config=quickstart --workdir=runs/quickstart"
 

@@ -99,7 +99,11 @@ def plan(argv: list[str]) -> report.Plan:
     UserError: for a mistake in it, one line.
     SystemExit: after --help.
   """
-  config, args = parse(argv)
+  return _planned(*parse(argv))
+
+
+def _planned(config: ml_collections.ConfigDict, args: argparse.Namespace) -> report.Plan:
+  """The plan of what `parse` gives."""
   if args.topology:
     target = targets.of_topology(args.topology)
   elif args.devices is not None:
@@ -117,11 +121,11 @@ def plan(argv: list[str]) -> report.Plan:
 
 def main(argv: list[str]) -> None:
   """The program; see --help."""
-  out = parse(argv)[1].json
-  planned = plan(argv)
+  config, args = parse(argv)
+  planned = _planned(config, args)
   print("\n".join(report.lines(planned)))
-  if out:
-    files.write_json(pathlib.Path(out).expanduser(), report.as_json(planned))
+  if args.json:
+    files.write_json(pathlib.Path(args.json).expanduser(), report.as_json(planned))
 
 
 if __name__ == "__main__":

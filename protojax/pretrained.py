@@ -46,6 +46,8 @@ class Trained(NamedTuple):
     method, variables: of the run (`methods.base`); of exported weights what takes their place in
       `codes` and `embeddings`, None without prototypes.
     mesh: all devices along "data".
+    initialised: tensors that were missing when the weights were converted and are freshly
+      initialised, by the names of that file.
   """
 
   path: str
@@ -60,6 +62,7 @@ class Trained(NamedTuple):
   method: Any
   variables: Any
   mesh: jax.sharding.Mesh
+  initialised: tuple[str, ...] = ()
 
   def __repr__(self) -> str:
     """One line: what it is, not the numbers in it."""
@@ -268,7 +271,6 @@ def chunks(
     image_size=model.config.data.image_size,
     num_workers=model.config.data.num_workers if num_workers is None else num_workers,
     limit=limit,
-    name_skipped=True,
   )
 
 

@@ -7,6 +7,7 @@ A recipe of your own shares their frame, wherever it lies: `from protojax.recipe
 import ast
 import difflib
 import importlib.util
+import inspect
 import pathlib
 import sys
 import traceback
@@ -59,10 +60,12 @@ def load(recipe: str) -> ml_collections.ConfigDict:
   try:
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
-      raise errors.UserError(f"--config={recipe}: {name} defines no get_config(mode)")
+      raise errors.UserError(f"{name} defines no get_config(mode)")
+    if mode and not inspect.signature(module.get_config).parameters:
+      raise errors.UserError(f"mode {mode!r} is unknown: get_config() of {name} takes none")
     return module.get_config(mode) if mode else module.get_config()
-  except errors.UserError:
-    raise
+  except errors.UserError as error:
+    raise errors.UserError(f"--config={recipe}: {error}") from None
   except Exception as error:
     raise errors.UserError(f"--config={recipe}: {_where(error, path)}") from error
 

@@ -114,12 +114,7 @@ def state_before(
   folder = pathlib.Path(workdir).expanduser()
   if not folder.is_dir():
     raise errors.UserError(f"there is no workdir={workdir}: give the folder of a run")
-  try:
-    config = configs.restored(files.parse_json((folder / "config.json").read_text()))
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise errors.UserError(
-      f"workdir={workdir} is not a run: config.json cannot be read ({type(error).__name__})"
-    ) from None
+  config = configs.of_run(folder)
   if not 1 <= step <= config.num_steps:
     raise errors.UserError(f"step={step}: give one of 1 to {config.num_steps}")
   train_source, bank, test = datasets.of_run(config)

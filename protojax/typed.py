@@ -49,12 +49,13 @@ def config(recipe: str, changes: list[tuple[str, str | None]]) -> ml_collections
     configs.switch_method(config, name)
   configs.check_keys(list(given), config)
   _change(config, changes)
+  _take_own_images(config, recipe, given)
   # A length that is typed takes the place of the recipe's; two typed ones contradict each other.
   for one, other in (("num_steps", "num_epochs"), ("num_epochs", "num_steps")):
     if one in given and other not in given and config[one]:
       config[other] = 0
   # None is none: 0 steps alone would take the recipe's epochs.
-  for kind in ("warmup", "freeze_prototypes"):
+  for kind in ("warmup", "freeze_prototypes", "freeze_backbone"):
     steps, epochs = f"optim.{kind}_steps", f"optim.{kind}_epochs"
     if steps in given and epochs not in given and not config.optim[f"{kind}_steps"]:
       config.optim[f"{kind}_epochs"] = 0.0
@@ -64,6 +65,28 @@ def config(recipe: str, changes: list[tuple[str, str | None]]) -> ml_collections
     config.optim.warmup_steps = max(1, config.num_steps // 10)
     logging.info("optim.warmup_steps %d -> %d", warmup, config.optim.warmup_steps)
   return config
+
+
+def _take_own_images(
+  config: ml_collections.ConfigDict, recipe: str, given: dict[str, str | None]
+) -> None:
+  """Of NAME:debug, which is on digits: back to what NAME is on where its folder was typed."""
+  name, _, mode = recipe.partition(":")
+  if mode != "debug" or config.data.name != "digits" or "data.name" in given:
+    return
+  try:
+    own = recipes.load(name).data.name
+  except errors.UserError:  # a recipe that is nothing without a mode
+    return
+  if own != "digits" and "data.data_dir" in given:
+    config.data.name = own
+  elif own != "digits":
+    logging.info(
+      "%s is on the digits of scikit-learn; config.data.data_dir=FOLDER takes images of your own, "
+      "data.name=%s",
+      recipe,
+      own,
+    )
 
 
 def _change(config: ml_collections.ConfigDict, changes: list[tuple[str, str | None]]) -> None:

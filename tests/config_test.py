@@ -105,7 +105,7 @@ def test_the_largest_dictionary_that_its_recipe_names_is_possible():
 
 
 def test_unknown_mode_of_a_recipe_names_those_it_has():
-  with pytest.raises(errors.UserError, match=r"py:gmn is unknown: this recipe has debug, gmm$"):
+  with pytest.raises(errors.UserError, match=r"py:gmn: mode 'gmn' is .* has debug, gmm$"):
     recipes.load(str(CONFIGS / "swav_cifar10.py:gmn"))
   assert recipes.load(str(CONFIGS / "swav_cifar10.py:gmm")).method.prototypes == "mixture"
   assert recipes.load(str(CONFIGS / "swav_cifar10.py")).method.prototypes == "learned"
@@ -168,6 +168,11 @@ def test_a_warm_up_that_fills_a_shortened_run_is_told(steps, words, caplog):
   assert ("optim.warmup_steps=200" in caplog.text) == bool(words) and words in caplog.text
 
 
+def test_a_debug_run_is_not_told_about_its_own_warm_up(caplog):
+  configs.resolve(recipes.load("quickstart:debug"), 1442)
+  assert not caplog.text
+
+
 @pytest.mark.parametrize(
   ("typed", "meant"),
   [
@@ -196,3 +201,15 @@ def test_a_method_named_on_the_command_line_brings_its_options():
   assert configs.resolve(config, 64).method.partition_size == 512
   with pytest.raises(errors.UserError, match="'crap' is unknown: choose one of barlow_twins, carp"):
     configs.default("crap")
+
+
+def test_a_random_backbone_that_stands_still_is_said(caplog):
+  recipe = recipes.load("adapt_cifar10")
+  out = configs.resolve(recipe, 50_000)
+  assert out.optim.freeze_backbone_steps == 300 and "a random one: give its weights" in caplog.text
+  caplog.clear()
+  recipe.init_from = "runs/weights"
+  recipe.optim.update({"freeze_backbone_steps": 0, "freeze_backbone_epochs": 2.0})
+  assert configs.resolve(recipe, 5000).optim.freeze_backbone_steps == 2 * (5000 // 128)
+  assert configs.resolve(recipes.load("adapt_vit_s:debug"), 1442).optim.freeze_backbone_steps == 0
+  assert "random one" not in caplog.text

@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 import tiny
 
-from protojax import cli, convert, errors, loading
+from protojax import cli, convert, errors, loading, trees
 from protojax.interop import compiled, importers, names, settings
 from protojax.models import encoder as encoders
 from protojax.training import export, programs, workdir
@@ -57,7 +57,7 @@ def test_published_key_lists_are_matched_completely(tmp_path, shape, extra, coun
   tensors = layouts.vit(depth=12, **shape) | {name: np.ones((1, 64), np.float32) for name in extra}
   assert len(tensors) == count
   done = importers.convert(_save(tmp_path, tensors))
-  assert (len(done.tensors), done.missing, done.unexpected) == (count - len(extra), [], [])
+  assert (len(done.tensors), done.missing, done.unexpected) == (count - len(extra), {}, [])
   assert sorted(name for left in done.aside.values() for name in left) == sorted(extra)
 
 
@@ -271,6 +271,18 @@ def test_names_of_hugging_face_in_memory_are_understood():
   )
 
 
+def test_a_tensor_that_is_missing_is_called_as_in_its_file(tmp_path):
+  """Below a prefix, and by the names of Hugging Face."""
+  convert.take_out(_brought_in(tmp_path, layouts.vit()), tmp_path / "hf", "hf")
+  there = safetensors.numpy.load_file(tmp_path / "hf" / "model.safetensors")
+  for tensors, gone in (
+    (_full(), "teacher.backbone.blocks.1.mlp.fc1.bias"),
+    (layouts.prefixed("vit.", there), "vit.encoder.layer.1.intermediate.dense.bias"),
+  ):
+    done = importers.convert(_save(tmp_path, _without(tensors, gone)))
+    assert done.missing == {"params.backbone.blocks_1.mlp.fc1.bias": gone}
+
+
 # What protojax does with it.
 
 
@@ -378,10 +390,13 @@ def _swiglu():
       lambda: layouts.vit() | {"patch_embed.proj.weight": np.ones((64, 1, 8, 8), "f")},
       r"shape \(64, 1, 8, 8\)",
     ),
-    (lambda: layouts.vit() | {"norm.bias": np.ones(3, "f")}, r"norm.bias has shape \(3,\) there"),
+    (
+      lambda: layouts.vit() | {"norm.bias": np.ones(3, "f")},
+      r"norm.bias \(backbone.norm.bias in protojax\) has shape \(3,\)",
+    ),
     (
       lambda: _without(layouts.vit(), "blocks.1.norm2.bias"),
-      "missing 1: params.backbone.blocks_1.norm2.bias; unexpected 0. Nothing was written",
+      r"missing 1: blocks.1.norm2.bias \(backbone.blocks_1.norm2.bias in protojax\); unexpected 0",
     ),
     (lambda: layouts.vit() | {"fc_norm.weight": np.ones(64, "f")}, "unexpected 1: fc_norm.weight"),
     (lambda: _without(layouts.vit(), "cls_token"), "there is no cls_token"),
@@ -409,6 +424,25 @@ def test_weights_of_another_model_are_refused_in_one_line(tmp_path, tensors, wor
   with pytest.raises(errors.UserError, match=words) as caught:
     _brought_in(tmp_path, tensors())
   assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_what_was_missing_stays_known(tmp_path, caplog):
+  tensors = _without(layouts.vit(), "norm.weight")
+  tensors |= layouts.prefixed("head.", _without(layouts.head(), "mlp.2.bias"))
+  folder = _brought_in(tmp_path, tensors, allow_partial=True)
+  assert json.loads((folder / "config.json").read_text())["initialised"] == {
+    "params.backbone.norm.scale": "norm.weight",
+    "params.head.fc2.bias": "head.mlp.2.bias",
+  }
+  said = "2 tensors are freshly initialised, missing in the file that was converted: "
+  assert loading.load(folder).initialised == ("norm.weight", "head.mlp.2.bias")
+  assert f"{folder}: {said}norm.weight, head.mlp.2.bias" in caplog.text
+  caplog.clear()
+  params = {k: v for k, v in export.read(folder)[0].items() if k.startswith("params.")}
+  export.load(folder, trees.nested(params)["params"])
+  assert said in caplog.text  # where a run starts from it
+  assert f"note: {said}" in "\n".join(convert.take_out(folder, tmp_path / "timm", "timm"))
+  assert "initialised" not in export.read(_brought_in(tmp_path, layouts.vit(), overwrite=True))[1]
 
 
 def test_part_of_the_weights_only_on_request(tmp_path):

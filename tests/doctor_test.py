@@ -22,6 +22,7 @@ pytestmark = [
 ]
 
 _RNG = np.random.default_rng(0)
+_NO_NETWORK = "data=digits: .* holds one array and no network to encode images with: give embedd"
 
 
 def _unit(x):
@@ -88,12 +89,15 @@ def test_a_lone_matrix_is_not_judged_before_somebody_says_what_it_is(tmp_path, c
   for path, flags, words in (
     ("features.npy", ["--rows=protos"], "rows=protos is unknown"),
     ("features.npy", ["--rows=features", "--transpose"], "leave the other arguments out"),
-    ("features.npy", ["--data=digits"], "no prototypes found"),
+    ("features.npy", ["--data=digits"], _NO_NETWORK),
+    ("features.npy", ["--rows=prototypes", "--data=digits"], _NO_NETWORK),
+    ("features.npy", ["--key=features", "--data=digits"], _NO_NETWORK),
+    ("prototypes.npy", ["--data=digits"], _NO_NETWORK),
     ("maps.npy", [], r"an array of 3 dimensions, \[3, 4, 5\] of float64; prototypes are \[K, D\]"),
     (
       "codes.npy",
       [],
-      r"an array of 1 dimensions, \[9\] of int64; prototypes are \[K, D\] of float",
+      r"an array of 1 dimension, \[9\] of int64; prototypes are \[K, D\] of float",
     ),
   ):
     with pytest.raises(errors.UserError, match=words):
@@ -347,12 +351,72 @@ def test_tensors_that_are_not_finite_are_named(foreign, tmp_path, capsys):
     doctor.main([str(tmp_path / "old"), "--data=digits"])
 
 
+def test_a_head_without_a_last_layer_of_numbers_is_not_called_a_backbone_alone(
+  foreign, tmp_path, capsys
+):
+  """By the doctor and in the account of convert; the student's are taken in the teacher's place."""
+  arrays = tensor_files.read(foreign)
+  gone = {k: v for k, v in arrays.items() if k.startswith("teacher.") and "last_layer" not in k}
+  whole = gone | {"teacher.head.last_layer.weight": np.ones((24, 16), np.int32)}
+  other = gone | {"teacher.head.last_layer.weight": np.ones((24, 5), np.float32)}
+  path = tmp_path / "file.safetensors"
+  for tensors, said in (
+    (
+      gone,
+      "the head's last layer, whose rows are the prototypes, is missing (there are teacher.he",
+    ),
+    (whole, "teacher.head.last_layer.weight is int32, not float"),
+    (other, "teacher.head.last_layer.weight has 5 columns and the head ends in 16"),
+  ):
+    safetensors.numpy.save_file(tensors, path)
+    lines = convert.bring_in(path, tmp_path / "converted", overwrite=True)
+    assert any(line.startswith(f"note: no prototypes: {said}") for line in lines)
+    if tensors is not other:
+      with pytest.raises(errors.UserError) as caught:
+        doctor.main([str(path)])
+      assert said in str(caught.value) and "without the head" not in str(caught.value)
+  students = {k: v for k, v in arrays.items() if k.startswith("student.")}
+  safetensors.numpy.save_file(whole | students, path)
+  doctor.main([str(path)])
+  assert "left out: teacher.head.last_layer.weight is int32, not" in capsys.readouterr().out
+
+
+def test_images_are_not_advised_where_they_would_be_refused(foreign, tmp_path, capsys):
+  arrays = {k: v for k, v in tensor_files.read(foreign).items() if k.startswith("teacher.")}
+  norm = "teacher.backbone.norm.weight"
+  nan = arrays | {norm: np.full_like(arrays[norm], np.nan)}
+  gone = {k: v for k, v in arrays.items() if k != norm}
+  path = tmp_path / "file.safetensors"
+  for tensors, why in (
+    (nan, f"1 of 38 tensors hold NaN or infinity: {norm}"),
+    (gone, f"{norm} (backbone.norm.scale in protojax) is missing"),
+  ):
+    safetensors.numpy.save_file(tensors, path)
+    doctor.main([str(path)])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"the network in this file cannot be run up to them: {why}; random" in shown
+    assert "--data" not in shown and "give --embeddings=FILE.npy" in shown
+    with pytest.raises(errors.UserError) as caught:
+      doctor.main([str(path), "--data=digits"])
+    assert f"cannot be run up to its prototypes: {why}" in str(caught.value)
+  parts = {"backbone": foreign_layouts.vit(width=96), "head": foreign_layouts.head(width=96)}
+  whole = {f"{part}.{k}": v for part, tensors in parts.items() for k, v in tensors.items()}
+  safetensors.numpy.save_file(whole, path)
+  doctor.main([str(path)])
+  shown = " ".join(capsys.readouterr().out.split())
+  assert "give --data=folder --data_dir=IMAGES --heads=NUMBER, for this file holds the net" in shown
+
+
 def test_a_checkpoint_that_cannot_be_run_says_why_and_what_to_do(foreign, full, tmp_path):
   arrays = tensor_files.read(foreign)
   headless = {k: v for k, v in arrays.items() if ".mlp." not in k or ".blocks." in k}
   safetensors.numpy.save_file(headless, tmp_path / "headless.safetensors")
   for path, flags, words in (
-    (full, ["--data=digits"], "data=digits needs a backbone .* holds no network .*embeddings=FILE"),
+    (
+      full,
+      ["--data=digits"],
+      "data=digits: .* cannot be run .* holds no network .*embeddings=FILE",
+    ),
     (tmp_path / "headless.safetensors", ["--data=digits"], "no projection head of DINO"),
     (foreign, ["--data=run"], "data=run is for runs of protojax"),
     (foreign, ["--data=digits", "--key=teacher.head.last_layer.weight_v"], "data and key="),

@@ -10,6 +10,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from protojax import embed, errors, loading, pretrained
+from protojax.data import pipeline
 
 pytestmark = [
   pytest.mark.xdist_group("train"),  # one worker: they share `finished_run`
@@ -34,12 +35,13 @@ def images(tmp_path_factory):
 
 
 def test_npz_and_parquet_hold_the_same_rows_with_their_files(run, images, tmp_path, capsys, caplog):
+  pipeline.tell_unreadable.cache_clear()
   common = [str(run), "--data=folder", f"--data_dir={images}"]
   embed.main([*common, f"--out={tmp_path / 'new' / 'a.npz'}"])
   embed.main([*common, f"--out={tmp_path / 'a.parquet'}"])
   assert [r.getMessage() for r in caplog.records if "cannot be read" in r.getMessage()] == [
     f"{images / 'dog/5.png'} cannot be read and is left out"
-  ] * 2
+  ]  # once
   said = capsys.readouterr().out.splitlines()
   assert len(said) == 2 and said[0].endswith("1 could not be read") and "4 images" in said[0]
   arrays = np.load(tmp_path / "new" / "a.npz")
@@ -89,6 +91,15 @@ def test_the_range_of_deep_images_is_told_and_kept(run, tmp_path, monkeypatch, c
   model.config.data.value_range = (0.0, 1023.0)
   with pytest.raises(errors.UserError, match="the range of the training is taken, 0 to 1023: lea"):
     embed.main([str(run), *folder, *flags, f"--out={tmp_path / 'c.npz'}"])
+
+
+def test_what_was_missing_when_weights_were_converted_is_kept(run, tmp_path, monkeypatch, capsys):
+  model = loading.load(str(run))._replace(initialised=("norm.weight",))
+  monkeypatch.setattr(loading, "load", lambda *_, **__: model)
+  embed.main([str(run), "--data=digits", "--limit=3", f"--out={tmp_path / 'a.npz'}"])
+  assert json.loads(str(np.load(tmp_path / "a.npz")["protocol"]))["initialised"] == ["norm.weight"]
+  arrays = "filename [3], label [3], index [3], features [3, 48], code [3]"
+  assert capsys.readouterr().out.endswith(f"of the teacher, step 6: {arrays}\n")
 
 
 def test_exported_weights_give_the_codes_of_their_run(run, tmp_path):

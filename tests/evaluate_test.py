@@ -16,7 +16,7 @@ from protojax import cli, errors, evaluate, loading, pretrained, recipes
 from protojax import config as configs
 from protojax.data import sources
 from protojax.evals import clustering, knn, long_tail, protocols, result_files
-from protojax.training import checkpoint, datasets, programs, workdir
+from protojax.training import checkpoint, datasets, export, programs, workdir
 
 pytestmark = [
   pytest.mark.xdist_group("evaluate"),  # one worker: its tests share a fixture that is costly
@@ -119,18 +119,41 @@ def test_a_result_says_everything_that_made_it(run, rows):
   assert "arithmetic" in _result(run, "clustering")["protocol"]["nmi"]
 
 
+def _draw(root):
+  """Images of two classes, six of each, for training and test."""
+  rng = np.random.default_rng(0)
+  for split in ("train", "test"):
+    for name in "ab":
+      (root / split / name).mkdir(parents=True)
+      for i in range(6):
+        pixels = rng.integers(0, 255, (32, 32, 3), np.uint8)
+        Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+
+
+def test_what_was_missing_when_weights_were_converted_stands_with_their_numbers(
+  run, tmp_path, capsys
+):
+  tensors, info = export.read(run / "exported")
+  fresh = {"params.backbone.norm.scale": "norm.weight"}
+  export.write(tmp_path / "theirs", tensors, info | {"initialised": fresh})
+  _draw(tmp_path / "images")
+  flags = ["--protocol=knn", "--k=5", "--data=folder", f"--data_dir={tmp_path / 'images'}"]
+  _evaluate(f"--workdir={tmp_path / 'theirs'}", *flags)
+  said = (
+    "NOTE: 1 tensor is freshly initialised, missing in the file that was converted: norm.weight"
+  )
+  shown = capsys.readouterr().out
+  assert shown.count(said) == 1
+  assert re.search(r"floors on these images, k = 12: k-NN raw pixels \S+%, untrained \S+%", shown)
+  assert _result(tmp_path / "theirs", "knn")["protocol"]["model"]["initialised"] == ["norm.weight"]
+
+
 def test_images_that_cannot_be_read_are_told_beside_the_numbers(run, tmp_path, capsys):
   """So that the counts of the listing and of the result are seen to agree."""
   shutil.copytree(run / "exported", tmp_path / "exported")
   config = json.loads((tmp_path / "exported" / "config.json").read_text())
   (tmp_path / "exported" / "config.json").write_text(json.dumps(config | {"step": None}))
-  rng = np.random.default_rng(0)
-  for split in ("train", "test"):
-    for name in "ab":
-      folder = tmp_path / "images" / split / name
-      folder.mkdir(parents=True)
-      for i in range(6):
-        Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save(folder / f"{i}.png")
+  _draw(tmp_path / "images")
   (tmp_path / "images" / "train" / "b" / "3.png").write_bytes(b"no image")
   flags = ["--protocol=knn", "--k=5", "--data=folder", f"--data_dir={tmp_path / 'images'}"]
   _evaluate(f"--workdir={tmp_path / 'exported'}", *flags)

@@ -133,15 +133,19 @@ def test_a_typed_length_takes_the_place_of_the_recipe_s():
     configs.resolve(both, 1442)
 
 
-def test_a_folder_that_a_debug_run_would_not_look_at_is_told(caplog):
-  """`:debug` is on digits, whatever the recipe is on."""
-  config = _parsed("--config=gmm_photos:debug", "--config.data.data_dir=IMAGES")
-  assert config.data.name == "digits"
-  assert "data_dir=IMAGES is not looked at: gmm_photos:debug is on the digits" in caplog.text
+def test_a_debug_run_is_on_digits_and_says_so_unless_a_folder_is_typed(caplog):
+  caplog.set_level("INFO")
+  assert _parsed("--config=gmm_photos:debug").data.name == "digits"
+  assert "gmm_photos:debug is on the digits of scikit-learn; config.data.data_dir=" in caplog.text
   caplog.clear()
   typed = ("--config.data.name=folder", "--config.data.data_dir=IMAGES")
-  assert _parsed("--config=gmm_photos:debug", *typed).data.name == "folder"
-  assert _parsed("--config=gmm_photos", typed[1]).data.name == "folder" and not caplog.text
+  for words in (typed, typed[1:]):
+    for recipe in ("gmm_photos:debug", "gmm_photos"):
+      config = _parsed(f"--config={recipe}", *words)
+      assert (config.data.name, config.data.data_dir) == ("folder", "IMAGES")
+  assert _parsed("--config=quickstart:debug").data.name == "digits" and not caplog.text
+  assert _parsed("--config=quickstart:debug", typed[1]).data.name == "digits"
+  assert "data_dir=IMAGES is not looked at: quickstart:debug is on the digits" in caplog.text
 
 
 def _help(capsys, *arguments):
@@ -155,7 +159,7 @@ def test_help_lists_the_recipes_and_says_how_to_set_a_key(capsys):
   said = _help(capsys)
   together = " ".join(said.split())
   assert all(f" {name} {recipes.title(name)}" in together for name in recipes.names())
-  assert "on the digits of scikit-learn or what --config.data.name and" in together
+  assert "on the digits of scikit-learn or what --config.data.data_dir and" in together
   assert "--config.KEY=VALUE" in said and "protojax train --config=gmm_vit_s --help" in said
   assert max(map(len, said.splitlines())) <= 100
 
@@ -268,7 +272,10 @@ def test_crop_that_the_patch_does_not_divide(tmp_path):
     ({"monitor__images": 1}, "monitor.images=1"),
     ({"probe__batch_size": 12}, "probe.batch_size=12 cannot be split over 8"),
     ({"probe__k": 600}, "probe.k=600"),
-    ({"init_from": "/nowhere"}, "no encoder.safetensors"),
+    (
+      {"init_from": "/nowhere"},
+      "config.init_from=/nowhere: there is no /nowhere: give the workdir",
+    ),
     ({"mixture__beta_final": 2.0}, "anneal_steps"),
   ],
 )
@@ -277,7 +284,7 @@ def test_numbers_out_of_range(tmp_path, changes, words):
 
 
 def test_unknown_mode_of_a_recipe():
-  with pytest.raises(errors.UserError, match="debgu is unknown"):
+  with pytest.raises(errors.UserError, match="'debgu' is unknown"):
     recipes.load(QUICKSTART.replace(":debug", ":debgu"))
 
 

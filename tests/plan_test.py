@@ -202,6 +202,13 @@ def test_mistakes_are_one_line(flags, says):
   assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_what_the_settings_are_told_of_is_told_once(monkeypatch, caplog):
+  monkeypatch.setattr(compiled, "compile_step", lambda *_: exit(3))
+  with pytest.raises(SystemExit):
+    plan.main(["--config=quickstart", "--devices=8", "--config.optim.warmup_steps=2000"])
+  assert caplog.text.count("warmup_steps=2000 of 2500 steps") == 1
+
+
 def test_without_libtpu_it_says_what_to_install(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(errors.UserError, match=r"protojax\[plan\]"):

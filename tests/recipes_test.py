@@ -81,13 +81,18 @@ def test_installed_recipes_are_those_inside_the_package(tmp_path):
     ("zzz.py:debug", "no file 'zzz.py': give one of those"),
     ("own.py", "own.py defines no get_config"),
     ("common", "no recipe 'common'"),
-    ("quickstart:debgu", "debgu is unknown: this recipe has debug"),
+    (
+      "quickstart:debgu",
+      "^--config=quickstart:debgu: mode 'debgu' is unknown: this recipe has",
+    ),
+    ("none.py:debug", "^--config=none.py:debug: mode 'debug' is unknown: .* of none.py takes none"),
   ],
 )
 def test_what_is_no_recipe_is_refused_in_one_line(recipe, words, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   monkeypatch.syspath_prepend(tmp_path / "elsewhere")
   (tmp_path / "own.py").write_text("x = 1\n")
+  (tmp_path / "none.py").write_text("def get_config():\n  return 1\n")
   with pytest.raises(errors.UserError, match=words) as caught:
     recipes.load(recipe)
   assert "\n" not in str(caught.value)

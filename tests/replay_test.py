@@ -142,7 +142,7 @@ def test_the_first_layer_that_breaks_is_named(of_the_sixth):
 
 def test_what_replay_cannot_make_again_is_one_line(finished_run, tmp_path):
   for workdir, step, line in [
-    (tmp_path, 3, "is not a run"),
+    (tmp_path, 3, "config.json cannot be read"),
     (finished_run, 7, "give one of 1 to 6"),
     (finished_run, 2, r"no checkpoint before step 2 is left in .* \(there: 4, 6\)"),
   ]:

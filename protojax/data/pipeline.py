@@ -7,6 +7,7 @@ batches are equal for any number of worker processes and hosts, and a run resume
 
 import atexit
 import contextlib
+import functools
 import gc
 import math
 import os
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator
 
 import grain
 import numpy as np
-from absl import flags
+from absl import flags, logging
 
 from protojax import errors
 from protojax.data import decoding, sources
@@ -147,6 +148,12 @@ def ordered(
   order = np.pad(rows, (0, -len(rows) % batch_size), constant_values=-1)
   chunks = _Chunks(source, order, image_size, batch_size, process_index, process_count)
   return _masked(_stream(chunks, 0, _workers(chunks, source, num_workers, len(rows))))
+
+
+@functools.cache
+def tell_unreadable(name: str) -> None:
+  """Warns of an image that cannot be read, once: training, looks and report meet the same ones."""
+  logging.warning("%s cannot be read and is left out", name)
 
 
 class SkippedLog:

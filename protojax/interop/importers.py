@@ -23,9 +23,10 @@ class Converted(NamedTuple):
     info: its description, for `export.write`.
     prototypes: {set: what scores with it}, for `export.write`; {} without.
     layers: {set: the file's name of its layer}.
-    missing: ours that the file lacks.
+    missing: {ours that the file lacks: what the file would call it}.
     unexpected: the file's that ours lack.
     aside: {why: the file's that are no part of an encoder}.
+    without: why there are no prototypes behind a head, in words; else "".
     not_finite: which of the file's that are part of it hold NaN or infinity, in words; "" if none.
     notes: sentences about what could not be read off the file.
   """
@@ -34,9 +35,10 @@ class Converted(NamedTuple):
   info: dict
   prototypes: dict[str, scoring.Scoring]
   layers: dict[str, str]
-  missing: list[str]
+  missing: dict[str, str]
   unexpected: list[str]
   aside: dict[str, list[str]]
+  without: str
   not_finite: str
   notes: list[str]
 
@@ -127,26 +129,28 @@ def convert(
   model, tensors, size, notes = _model(net, heads, stem, image_size)
   head, sources = settings.of_head(net.head, net.activation) if net.head else (None, {})
   encoder = encoders.build(ml_collections.ConfigDict({"model": model, "head": head or {}}))
-  out, missing, used = {}, [], set()
+  out, missing, used = {}, {}, set()
   for name, leaf in settings.template(encoder, size).items():
     collection, part, below = name.split(".", 2)
     if part == "head" and head is None:
       continue
     if part == "head":
-      place, leaf_name = sources.get(name, (None, ""))
+      place, leaf_name = sources.get(name) or (_layer_place(sources, name), "bias")
+      theirs = net.head_prefix + ("" if place is None else f"{place}.") + leaf_name
       tensor = net.head.get(place, {}).get(leaf_name)
     else:
       plain = names.plain(below, net.kind)
+      theirs = network.name_in_file(net, plain)
       tensor = tensors.get(plain)
       used.add(plain)
     if tensor is None:
-      missing.append(name)
+      missing[name] = theirs
       continue
     tensor = names.turn(name, np.asarray(tensor))
     if tensor.shape != leaf.shape:
       raise errors.UserError(
-        f"{net.path}: {name.partition('.')[2]} has shape {tensor.shape} there and {leaf.shape} in "
-        f"a {model['name']} of its settings: these weights cannot be converted"
+        f"{net.path}: {_both_names(name, theirs)} has shape {tensor.shape} there and {leaf.shape} "
+        f"in a {model['name']} of its settings: these weights cannot be converted"
       )
     out[name] = np.asarray(tensor, np.float32)
   lacking = [name for name in ("mean", "std") if getattr(net, name) is None]
@@ -155,6 +159,8 @@ def convert(
       f"{' and '.join(lacking)} of the images: ImageNet's, since neither preprocessor_config.json "
       "nor config.json beside the file says another"
     )
+  if net.without:
+    notes.append(f"no prototypes: {net.without}")
   info = {
     "weights": net.weights,
     "step": None,
@@ -183,11 +189,28 @@ def convert(
     prototypes={name: scoring.Scoring(one.weights()) for name, one in sets.items()},
     layers={name: one.name for name, one in sets.items()},
     missing=missing,
-    unexpected=sorted(set(tensors) - used),
+    unexpected=sorted(network.name_in_file(net, name) for name in set(tensors) - used),
     aside={why: left for why, left in aside.items() if left},
+    without=net.without,
     not_finite=net.not_finite,
     notes=notes,
   )
+
+
+def missing(done: Converted) -> list[str]:
+  """What `done` is missing, by the names of its file and of protojax."""
+  return [_both_names(ours, theirs) for ours, theirs in done.missing.items()]
+
+
+def _both_names(ours: str, theirs: str) -> str:
+  """A tensor by the name in its file, and by that in protojax where it is another."""
+  ours = ours.partition(".")[2]
+  return theirs if theirs == ours else f"{theirs} ({ours} in protojax)"
+
+
+def _layer_place(sources, name: str):
+  """The place of the linear layer of a head to which a tensor without a source belongs."""
+  return sources[f"{name.rpartition('.')[0]}.kernel"][0]
 
 
 def fresh(done: Converted) -> dict[str, np.ndarray]:

@@ -125,6 +125,17 @@ def to_hugging_face(tensors: Mapping[str, np.ndarray], model_type: str) -> dict[
   return out
 
 
+def in_hugging_face(plain: str, model_type: str) -> str:
+  """What a file of Hugging Face's calls a tensor; three names of queries, keys and values in one.
+
+  A name that is none of its kind stays as it is.
+  """
+  try:
+    return ", ".join(to_hugging_face({plain: np.zeros(3)}, model_type))
+  except KeyError:
+    return plain
+
+
 def from_variants(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   """Dialects of the plain names of transformers to one: DINOv2's chunks, timm's registers.
 

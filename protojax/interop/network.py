@@ -31,6 +31,7 @@ _ASIDE = (
   (r"pooler\..*", "Hugging Face's pooler"),
   (r"fc\.(fc|bn)\d\..*", "MSN's head, another than ours"),
 )
+_OF_PATCHES = re.compile(r"last_layer2$|ibot_head\.")  # prototypes with a head of their own
 _CONFIGS = ("vit", "dinov2", "dinov2_with_registers")
 
 
@@ -45,8 +46,10 @@ class Network(NamedTuple):
     weights: "teacher", or "encoder" where the file does not say so.
     tensors: backbone, plain names (`interop.names`).
     head: {place in the sequence: {"weight": ...}}, or {}.
+    head_prefix: of the head's names in the file, up to the place in the sequence.
     activation: of that head.
     prototypes: sets that the head's output is compared with, [] without.
+    without: why there are none behind a head, in words; else "".
     aside: {why: names of tensors of the file that are set aside}.
     not_finite: which of the others hold NaN or infinity, in words; "" if none does.
     heads, norm_eps: of a transformer; None where nothing says.
@@ -60,14 +63,25 @@ class Network(NamedTuple):
   weights: str
   tensors: dict[str, np.ndarray]
   head: dict[int | None, dict[str, np.ndarray]]
+  head_prefix: str
   activation: str
   prototypes: list[prototype_layouts.Prototypes]
+  without: str
   aside: dict[str, list[str]]
   not_finite: str
   heads: int | None
   norm_eps: float | None
   mean: tuple[float, ...] | None
   std: tuple[float, ...] | None
+
+
+def name_in_file(net: Network, plain: str) -> str:
+  """What the file calls, or would call, a tensor of the backbone, without chunks of blocks."""
+  if net.hugging_face:
+    kind = "dinov2" if "blocks.0.ls1.gamma" in net.tensors else "vit"
+    theirs = names.in_hugging_face(plain, kind).split(", ")
+    return ", ".join(net.prefix + name for name in theirs)
+  return net.prefix + plain
 
 
 def file_of(path: pathlib.Path) -> pathlib.Path:
@@ -148,7 +162,7 @@ def read(
   prefix = _choose(prefixes, which, path)
   layout = prefixes[prefix]
   root = re.sub(r"(^|\.)backbone\.$", r"\1", prefix)
-  backbone, head, aside, activation = {}, {}, {}, "gelu"
+  backbone, head, aside, activation, head_prefix = {}, {}, {}, "gelu", ""
   used = {}
   for name, tensor in arrays.items():
     inside = name.startswith(prefix)
@@ -168,6 +182,7 @@ def read(
     if found:
       head.setdefault(found[2] and int(found[2]), {})[found[3]] = tensor
       activation = "relu" if found[1] == "projection_head" else "gelu"
+      head_prefix = name.removesuffix(f"{found[2]}." * bool(found[2]) + found[3])
     else:
       backbone[short] = tensor
   hugging_face = layout == "hugging_face"
@@ -196,8 +211,10 @@ def read(
     prefix=prefix,
     tensors=backbone,
     head=head,
+    head_prefix=head_prefix,
     activation=activation,
     prototypes=prototypes,
+    without=_without(below, head) if head and not prototypes and not turned else "",
     aside={why: left for why, left in aside.items() if left},
     not_finite=trees.not_finite(used),
     weights="teacher" if set(prefix.split(".")) & set(_WHICH["teacher"]) else "encoder",
@@ -215,7 +232,7 @@ def _prototypes(arrays, head, transpose: bool):
   sets = [
     one
     for one in prototype_layouts.find(arrays, transpose=transpose)
-    if linear and not re.search(r"last_layer2$|ibot_head\.", one.name)
+    if linear and not _OF_PATCHES.search(one.name)
   ]
   fitting = [one for one in sets if one.matrix.shape[1] == linear[-1].shape[0]]
   to_do = "leave transpose=True out" if transpose else "transpose=True takes them"
@@ -226,6 +243,15 @@ def _prototypes(arrays, head, transpose: bool):
     if one.matrix.shape[1] != linear[-1].shape[0] and (why := prototype_layouts.turned(arrays, one))
   ]
   return fitting, turned
+
+
+def _without(arrays, head) -> str:
+  """Why a network with a head has no prototypes, in words."""
+  sets = [one for one in prototype_layouts.find(arrays) if not _OF_PATCHES.search(one.name)]
+  if not sets:
+    return prototype_layouts.without(arrays)
+  last = head[max(head, key=lambda place: place or 0)]["weight"]
+  return f"{sets[0].key} has {sets[0].matrix.shape[1]} columns and the head ends in {len(last)}"
 
 
 def _described(path, hugging_face: bool, scaled: bool) -> dict:

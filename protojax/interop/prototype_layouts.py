@@ -27,6 +27,7 @@ _LAYER = re.compile(
 _BEFORE = re.compile(
   r"(.+\.)?(head|dino_head|ibot_head|projection_head)\.(mlp\.)?(?:(?P<place>\d+)\.)?weight"
 )
+_SHOWN = 3  # names of a head's layers that a message shows
 # Words in a name that say whose average it is.
 _TEACHER, _STUDENT = {"teacher", "momentum", "target", "ema"}, {"student", "online", "query"}
 
@@ -171,8 +172,7 @@ def head_width(arrays: Mapping[str, np.ndarray], one: Prototypes) -> int | None:
   layers = {}
   for name, array in arrays.items():
     found = _BEFORE.fullmatch(name)
-    classifier = found and found[2] == "head" and not (found[3] or found["place"])
-    if found and not classifier and array.ndim == 2 and name.startswith(above):
+    if found and _is_head(name, array) and name.startswith(above):
       layers[int(found["place"] or 0)] = array.shape[0]
   return layers[max(layers)] if layers else None
 
@@ -203,6 +203,45 @@ def candidates(arrays: Mapping[str, np.ndarray]) -> list[tuple[str, tuple[int, i
   return sorted(found, key=lambda item: -item[1][0])
 
 
+def unusable(arrays: Mapping[str, np.ndarray]) -> list[str]:
+  """What is called as prototypes are and cannot be some, with the reason, one text each."""
+  out = []
+  for name, array in arrays.items():
+    found = _LAYER.fullmatch(name)
+    if not (found and (found["part"] or "prototypes" in found["stem"])):
+      continue
+    if not _is_float(array):
+      out.append(f"{name} is {array.dtype.name}, not float")
+    elif _matrix(array) is None:
+      out.append(f"{name} is {list(array.shape)}, no matrix [K, D]")
+  return out
+
+
+def without(arrays: Mapping[str, np.ndarray]) -> str:
+  """Why there are no prototypes behind a projection head, in words; "" where there is no head.
+
+  Args:
+    arrays: of a file in which `find` finds none, by name.
+  """
+  if bad := unusable(arrays):
+    return "; ".join(bad)
+  head = [name for name, array in arrays.items() if _is_head(name, array)]
+  if not head:
+    return ""
+  more = ", ..." * (len(head) > _SHOWN)
+  return (
+    "the head's last layer, whose rows are the prototypes, is missing (there are "
+    f"{', '.join(head[:_SHOWN])}{more})"
+  )
+
+
+def _is_head(name: str, array: np.ndarray) -> bool:
+  """Whether an array is a linear layer of a projection head, by its name."""
+  found = _BEFORE.fullmatch(name)
+  classifier = found and found[2] == "head" and not (found[3] or found["place"])
+  return bool(found) and not classifier and array.ndim == 2
+
+
 def kind(arrays: Mapping[str, np.ndarray], sets: list[Prototypes]) -> str:
   """Whose layout this looks like, in words; by names only, so it may be wrong."""
   layers = " ".join(s.name + " " + " ".join(s.aliases) for s in sets)
@@ -227,6 +266,13 @@ def advice(arrays: Mapping[str, np.ndarray]) -> str:
     return (
       "weights that protojax exported hold the encoder without its prototypes: give the workdir of "
       "the run"
+    )
+  if unusable(arrays):
+    return f"{without(arrays)}: save it as a float32 matrix [K, D], or give key=NAME of another"
+  if why := without(arrays):
+    return (
+      f"{why}: take a checkpoint that holds it (last_layer or prototypes), or give key=NAME if "
+      "another of its matrices is the one"
     )
   if has(r"(^|\.)(register_tokens|storage_tokens)$|\.ls1\.gamma$"):
     return (

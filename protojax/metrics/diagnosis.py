@@ -10,13 +10,14 @@ from scipy import special
 from sklearn import preprocessing
 
 from protojax import errors
-from protojax.metrics import chance, collapse, measures, uniqueness, verdicts
+from protojax.metrics import chance, collapse, measures, rules, uniqueness, verdicts
 
 _QUANTILES = (0.05, 0.5, 0.95)
 _ROWS = 256  # embeddings compared with all prototypes at a time
 _GROUPS, _MEMBERS = 5, 5  # largest groups, and members of each, that are named
 _CHAINED = 0.5  # components over unique prototypes, below which they are no separate groups
 _CONE = 0.5  # mean cosine of prototypes that point the same way; random ones have 0
+_SAME = 1e-6  # cosine distance of directions that differ by rounding alone
 _NORMS = 3.0  # largest norm over the median, of prototypes that win by their norm
 _FLAT = 0.5  # of the rank there could be
 _EXPLAINED = "docs/instruments.md, The numbers"
@@ -36,7 +37,7 @@ class Diagnosis(NamedTuple):
     sets: {name: its own diagnosis} for every set of prototypes in a file or a run.
   """
 
-  verdict: verdicts.Verdict | None
+  verdict: rules.Verdict | None
   measures: dict[str, float]
   sentences: list[str]
   result: dict[str, Any]
@@ -116,7 +117,7 @@ def examine(
   found, null = uniqueness.measure(weights), uniqueness.null(num, dim)
   directed = found.owner[0] >= 0
   lost = np.flatnonzero(~directed)
-  headline = found.thresholds.index(verdicts.HEADLINE)
+  headline = found.thresholds.index(rules.HEADLINE)
   groups = uniqueness.largest_groups(found.owner[headline], _GROUPS)
   known = measures.uniqueness(found.unique, null.unique, num)
   result = {
@@ -143,6 +144,7 @@ def examine(
   different = np.unique(rows.view(np.dtype((np.void, rows.dtype.itemsize * dim)))).size
   result |= {
     "copies_to_the_bit": len(rows) - different,
+    "alike": bool(np.min(unit[directed] @ unit[directed][0]) > 1.0 - _SAME),
     "nearest": {
       "quantiles": list(_QUANTILES),
       "distance": np.quantile(near, _QUANTILES).tolist(),
@@ -194,9 +196,9 @@ def _rows_are(count: int) -> str:
   return "1 row is" if count == 1 else f"{count:,} rows are"
 
 
-def not_finite(count: int, num: int) -> verdicts.Verdict:
+def not_finite(count: int, num: int) -> rules.Verdict:
   """The verdict on a matrix of `num` rows, `count` of which are not finite."""
-  return verdicts.Verdict(
+  return rules.Verdict(
     "non-finite",
     f"{count:,} of {num:,} rows are not finite: nothing made with them means anything, and "
     "training on will spread it; go back to a checkpoint without them",
@@ -212,7 +214,7 @@ def words(
   for_usage: str = "embeddings",
   use: Mapping[str, float] | None = None,
   circumstances: Mapping[str, Any] | None = None,
-) -> tuple[verdicts.Verdict, list[str]]:
+) -> tuple[rules.Verdict, list[str]]:
   """The verdict on `examine`'s result, and a few sentences: what it means and what to try.
 
   Args:
@@ -227,11 +229,11 @@ def words(
   known = {**result["measures"], **(use or {})}
   lost = result["without_direction"]
   told = {"prototypes": prototypes} | dict(circumstances or {})
-  verdict = verdicts.judge(known, num_prototypes=num, **told)
-  if lost["not_finite"]:
-    verdict = not_finite(lost["not_finite"], num)
+  alike = result.get("alike", False)
+  bad = [not_finite(lost["not_finite"], num)] if lost["not_finite"] else []
+  verdict = verdicts.judge(known, num_prototypes=num, alike=alike, already=bad, **told)
   unique, random = result["unique"]["unique"], result["random"]["unique"]
-  headline = result["thresholds"].index(verdicts.HEADLINE)
+  headline = result["thresholds"].index(rules.HEADLINE)
   count = unique[headline]
   well = not verdicts.is_alarm(verdict)
   if well:
@@ -243,15 +245,23 @@ def words(
     ]
   else:
     out = [f"{verdict.label}: {verdict.sentence}"]
-  if lost["zero"] or lost["not_finite"]:
+  kinds = ((lost["zero"], "zero"), (lost["not_finite"], "not finite"))
+  if said := " and ".join(f"{_rows_are(n)} {kind}" for n, kind in kinds if n):
+    first = ", ".join(map(str, lost["first"]))
     out.append(
-      f"{_rows_are(lost['zero'])} zero and {_rows_are(lost['not_finite'])} not finite (first: "
-      f"{', '.join(map(str, lost['first']))}): they are no prototypes"
+      f"{said} (first: {first}): {'it is' if len(lost['first']) == 1 else 'they are'} no prototypes"
     )
   if "spectrum" not in result:
     few = f"fewer than two of {num:,} rows have a direction: nothing to compare"
     return verdict, [*out, few] if lost["not_finite"] else [few, *out[1:]]
-  if verdict.label == "partial prototype collapse":
+  if alike:
+    left = num - lost["zero"] - lost["not_finite"]
+    what = (
+      "are equal to the bit" if result["copies_to_the_bit"] == left - 1 else "have one direction"
+    )
+    some = " that are prototypes" * (left < num)
+    out.append(f"all {left:,} rows{some} {what}: a complete collapse, one prototype {left:,} times")
+  if verdict.label.endswith("prototype collapse"):
     out.append(
       f"the effective number of clusters is about {count:,}, {num / count:.1f} prototypes to each"
       + "; learned together with the encoder, prototypes do this whatever K is (arXiv 2510.20108 "
@@ -260,7 +270,7 @@ def words(
       "2410.14060; in protojax: method.koleo_proto) may" * (prototypes == "learned")
     )
   for threshold, one, other in zip(result["thresholds"], unique, random, strict=True):
-    if well and other - one > verdicts.LIMITS["copies"] * num:
+    if well and other - one > rules.LIMITS["copies"] * num:
       out.append(
         f"at a distance of {threshold:g} only {one:,} are unique (random ones: {other:,}): they "
         "bunch, without being copies"
@@ -272,7 +282,7 @@ def words(
       f"{count:,} separate groups: the greedy count depends on their order"
     )
   spectrum = result["spectrum"]
-  if spectrum["mean_cosine"] > _CONE and "usage" not in result:
+  if spectrum["mean_cosine"] > _CONE and "usage" not in result and not alike:
     out.append(
       f"prototypes point the same way (mean cosine {spectrum['mean_cosine']:.2f}): if the features "
       "do too, they are near without being redundant; embeddings tell"
@@ -326,7 +336,7 @@ def _page(name: str, result: Mapping[str, Any]) -> list[str]:
     ),
   ]
   if result["groups"]:
-    lines.append(f"  largest groups of the cover at {verdicts.HEADLINE:g}, with their first rows:")
+    lines.append(f"  largest groups of the cover at {rules.HEADLINE:g}, with their first rows:")
     lines += [
       f"    {g['size']:,}: {', '.join(map(str, g['first']))}"
       + ", ..." * (g["size"] > len(g["first"]))
@@ -383,7 +393,7 @@ def joined(
   *,
   lines: Sequence[str],
   result: Mapping[str, Any],
-  verdict: verdicts.Verdict | None = None,
+  verdict: rules.Verdict | None = None,
 ) -> Diagnosis:
   """One diagnosis of a file or a run from those of its sets of prototypes.
 

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from protojax import errors, files
-from protojax.metrics import diagnosis, verdicts
+from protojax.metrics import diagnosis, rules
 
 # Sizes that prototype layers have in published code; ln of one is recognised.
 _SIZES = (
   *(2**n for n in range(7, 19)), 500, 1000, 1500, 3000, 5000, 10_000, 60_000, 98_304, 100_000,
 )  # fmt: skip
-_AT_CHANCE = 0.005  # nats; the logs have no entropy to confirm it with (verdicts.LIMITS)
+_AT_CHANCE = 0.005  # nats; the logs have no entropy to confirm it with (rules.LIMITS)
 _STUCK = 3  # records at the least that are a plateau; a fifth of all if there are more
 _FLAT = 0.02  # nats between the largest and the least of a plateau
 _GONE = 0.3  # nats: a loss that fell below it; a healthy one is 2.8 at epoch 50
@@ -217,5 +217,5 @@ def diagnose(path: pathlib.Path) -> diagnosis.Diagnosis:
     *diagnosis.bullets(sentences),
   ]
   result = {"kind": "log", "log": log.kind, "records": len(log.loss), "diagnosis": sentences}
-  verdict = verdicts.Verdict(label, reason, label != "ok")
+  verdict = rules.Verdict(label, reason, label != "ok")
   return diagnosis.Diagnosis(verdict, {}, sentences, result, lines)

@@ -6,116 +6,19 @@ rule and in no sentence.
 
 import math
 import re
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from protojax import errors, trees
 from protojax.metrics import measures as table
-from protojax.metrics import pairwise
+from protojax.metrics import rules
 
-# What separates ill from well, each with its reason.
-LIMITS = {
-  # A loss within this of ln K, in nats, is ln K. Untrained nets start .17 and more above it and a
-  # healthy run crosses it on its way down with sharp targets, hence the second and third.
-  "loss_at_chance": 0.02,
-  "teacher_uniform": 0.05,  # nats below the largest entropy: a target that says nothing
-  "loss_at_chance_alone": 0.005,  # where nobody measured the entropy: 8.318 and not 8.3
-  "teacher_one_hot": 0.1,  # of the largest entropy; healthy targets may be this sharp, hence:
-  "codes_one_hot": 1.5,  # codes in use: all images have one and the same
-  "codes_clusters": 4.0,  # below it a code says less than two bits, whatever K (at most K / 8)
-  # Grace periods until the monitor's sample alone may show it: slow starts have 2 or 3 codes after
-  # 100 steps and 13 or more after 220 (Self-Classifier, SwAV with a mixture; docs/collapse.md).
-  "sample_grace": 5,
-  # Directions uniform on the sphere give 1, untrained ViTs .13 (digits, mean cosine .98) to .73.
-  "feature_std": 0.02,
-  # One minus the mean cosine of what the head gives, at the rounding of float32: nothing gets
-  # through it. The tightest run seen that was not dead had 2e-5.
-  "dead_head": 2e-6,
-  # RankMe is not centred: an untrained ViT on digits has 2.9 from its common offset alone.
-  "rankme": 2.0,
-  # Features that are spread have no offset to blame: fewer directions than half of ten classes.
-  "rankme_spread": 5.0,
-  "feature_std_spread": 0.5,
-  # Copies beyond those of random prototypes, share of K. Decoupled prototypes have under .001
-  # (CAPI, arXiv 2510.20108), joint ones .9; a tenth of all is worth a warning.
-  "copies": 0.1,
-  # Beyond those of random prototypes, share of K with another nearer than `NEAR`.
-  "bunched": 0.1,
-  # Prototype spacing over feature spread: copies give 0, equal spacing about 1.
-  "relative_uniqueness": 0.5,
-  # Mean cosine of features that are near one another; else near prototypes are copies, whatever
-  # their median distance, which copies of under half of K do not move.
-  "narrow": 0.8,
-  # Used, over what random prototypes would be of the same embeddings (docs/collapse.md has both).
-  "used_of_random": 0.5,
-  # Share of K in use that is too few whatever random ones get, if the images could use four times
-  # as many.
-  "used": 0.05,
-  # Nats by which a loss is above ln K, where predicting nothing would get ln K, and above that of
-  # the first update: no noise, and no entropy of targets that only warms up.
-  "rise": 0.1,
-  # Of the way from the untrained net's k-NN to that of raw pixels; and above the untrained net's by
-  # so many standard deviations, which alone counts where raw pixels are worse than it.
-  "learned": 0.5,
-  "learned_deviations": 2.0,
-}
-# Nothing ill was seen, and too little for an "ok".
-OPEN = ("warming up", "not judged", "no collapse", "unique, use unknown")
-HEADLINE = pairwise.THRESHOLDS[0]  # cosine distance of the one uniqueness that is always shown
 _SETTING = re.compile(r"\b(set|raise|lower) \w+\.\w")  # advice that a setting of ours follows
-NEAR = pairwise.THRESHOLDS[3]  # of prototypes that bunch and are no copies yet
 
 
-class Verdict(NamedTuple):
-  """Attributes:
-  label: a few words, "ok" if all is well; one of `OPEN` if too little was seen to say so.
-  sentence: what was seen and what to try, one line.
-  collapsed: whether `verdicts.stop_on_collapse` should end the run.
-  """
-
-  label: str
-  sentence: str
-  collapsed: bool
-
-
-def is_alarm(verdict: Verdict) -> bool:
-  """Whether something is wrong: neither "ok" nor one of `OPEN`."""
-  return verdict.label not in ("ok", *OPEN)
-
-
-def _known(*parts: tuple[str, float | None, str], within: str = "{}") -> str:
-  """ "used 61%, perplexity 1,200", what was measured of (words, value, form); else ""."""
-  said = [f"{words} {value:{form}}" for words, value, form in parts if value is not None]
-  return within.format(", ".join(said)) if said else ""
-
-
-def _prototypes(measures: Mapping[str, float | None]) -> str:
-  """Uniqueness, and beside it everything without which it says nothing; of what was measured."""
-  get = measures.get
-  unique = _known(("unique", get(f"collapse/unique_{HEADLINE}"), ".0%"))
-  unique += bool(unique) * _known(
-    ("random ones", get(f"collapse/unique_{HEADLINE}_random"), ".0%"),
-    ("moved to cosine", get("collapse/drift"), ".2f"),
-    within=" ({})",
-  )
-  use = _known(
-    ("used", table.BY_NAME["used"].value(measures), ".0%"),
-    ("perplexity", get("collapse/perplexity"), ",.0f"),
-  )
-  return ", ".join(filter(None, (unique, use)))
-
-
-def _codes(
-  measures: Mapping[str, float | None], num_prototypes: int, *, sample: bool
-) -> float | None:
-  """Codes in use, by the strictest measure there is; with `sample` also of the monitor's sample."""
-  known = []
-  for end in ("", "_sample") if sample else ("",):
-    for name, scale in (("used", num_prototypes), ("perplexity", 1.0)):
-      value = measures.get(f"collapse/{name}{end}")
-      if value is not None:
-        known.append(value * scale)
-  return min(known, default=None)
+def is_alarm(verdict: rules.Verdict) -> bool:
+  """Whether something is wrong: neither "ok" nor one of `rules.OPEN`."""
+  return verdict.label not in ("ok", *rules.OPEN)
 
 
 def judge(
@@ -127,15 +30,17 @@ def judge(
   num_steps: int | None = None,
   settings: Mapping[str, object] | None = None,
   prototypes: str = "learned",
-) -> Verdict:
+  alike: bool = False,
+  already: Sequence[rules.Verdict] = (),
+) -> rules.Verdict:
   """The first of these that holds, from certain to faint; the sentence names others that do too.
 
   non-finite, warming up, aliased teacher, dead projector, uniform collapse, one-hot collapse,
   representation collapse, cluster collapse, dimensional collapse, partial prototype collapse (or
-  narrow cone: many near prototypes because the features are near); then what is no collapse: worse
-  than at the start, prototypes bunch, unique but unused, nothing learned yet, little learned yet,
-  worse than raw pixels.
-  Where none holds it is one of `OPEN`, or ok.
+  complete: all are one; or narrow cone: many near prototypes because the features are near); then
+  what is no collapse: worse than at the start, prototypes bunch, unique but unused, nothing learned
+  yet, little learned yet, worse than raw pixels.
+  Where none holds it is one of `rules.OPEN`, or ok.
 
   An untrained net looks collapsed: its features are bunched, its centred targets uniform, its
   teacher equal to the student. So before `grace_steps` only values that are not finite count.
@@ -156,36 +61,41 @@ def judge(
     settings: {"method.teacher_temp": value, ...} of the run; advice names no others, and does not
       tell to set what is set. None allows any.
     prototypes: `method.prototypes`, what the advice is for.
+    alike: whether all prototypes are one and the same, which no measure tells.
+    already: what was found by other means, which comes first.
   """
+  if already:
+    measures = {k: v for k, v in measures.items() if v is not None and math.isfinite(v)}
   bad = [k for k, v in measures.items() if v is not None and not math.isfinite(v)]
   if bad:
-    return Verdict(
+    return rules.Verdict(
       "non-finite",
       f"{', '.join(bad)} not finite: lower optim.lr, lengthen optim.warmup_steps, set optim.clip, "
       "or use precision=float32",
       True,
     )
-  if step is not None and step < grace_steps:
-    return Verdict("warming up", f"no verdict before step {grace_steps}", False)
+  if not already and step is not None and step < grace_steps:
+    return rules.Verdict("warming up", f"no verdict before step {grace_steps}", False)
 
   def advise(*changes):
     """ "lower a, raise b or set c=d" of the changes that this run can make."""
     known = [c for c in changes if settings is None or _can(c, settings)]
     return " or ".join([*([", ".join(known[:-1])] if known[:-1] else []), *known[-1:]])
 
-  late = step is None or step >= LIMITS["sample_grace"] * grace_steps
+  late = step is None or step >= rules.LIMITS["sample_grace"] * grace_steps
   ended = step is not None and step == num_steps
   longer = _longer_horizon(settings)
-  found = list(_findings(measures, num_prototypes, step, late, prototypes, advise, longer))
-  found += _idle(measures, num_prototypes, late or ended, prototypes, advise, longer)
+  found = list(already)
+  found += rules.collapses(measures, num_prototypes, step, late, prototypes, advise, longer, alike)
+  found += rules.idleness(measures, num_prototypes, late or ended, prototypes, advise, longer)
   if not found:
     label, why = _unseen(measures, num_prototypes)
     well = _well(measures, num_prototypes, prototypes)
-    return Verdict(label, "; ".join(filter(None, (why, well))), False)
+    return rules.Verdict(label, "; ".join(filter(None, (why, well))), False)
   also = f" (also: {', '.join(v.label for v in found[1:])})" if found[1:] else ""
   if settings is None and _SETTING.search(found[0].sentence):  # maybe of another program
     also = f", by protojax's names of settings{also}"
-  return Verdict(found[0].label, found[0].sentence + also, any(v.collapsed for v in found))
+  return rules.Verdict(found[0].label, found[0].sentence + also, any(v.collapsed for v in found))
 
 
 def _can(change: str, settings: Mapping[str, object]) -> bool:
@@ -203,315 +113,49 @@ def _longer_horizon(settings: Mapping[str, object] | None) -> str:
 
 
 def _unseen(measures, num_prototypes) -> tuple[str, str]:
-  """("ok", ""), or one of `OPEN` and what was not seen, where nothing ill was."""
+  """("ok", ""), or one of `rules.OPEN` and what was not seen, where nothing ill was."""
   get = measures.get
   seen = [get(f"collapse/{name}") for name in ("rankme", "feature_std")]
-  codes, unique = _codes(measures, num_prototypes, sample=True), get(f"collapse/unique_{HEADLINE}")
+  codes, unique = (
+    rules.codes_in_use(measures, num_prototypes, sample=True),
+    get(f"collapse/unique_{rules.HEADLINE}"),
+  )
   if num_prototypes and codes is None and unique is not None:
     return "unique, use unknown", "whether they are used was not measured"
   if not any(v is not None for v in (*seen, codes, unique)):
     return "not judged", "nothing was measured yet that shows a collapse"
-  if _knn(measures) is None:
-    labelled = _start(measures) is not None
+  if rules.knn_here(measures) is None:
+    labelled = rules.knn_at_start(measures) is not None
     when = "is seen at the first k-NN" if labelled else "is seen with labelled images alone"
     return "no collapse", f"whether it learns {when}"
-  if _saturated(measures):
+  if rules.saturated(measures):
     few = f"of {tested:.0f} test images" if (tested := get("floor/test_images")) else "of the test"
+    start = rules.knn_at_start(measures)
     return "no collapse", (
-      f"whether it learns cannot be seen: the net it started from has {_start(measures):.1%} {few} "
-      "right; take more of them, or harder ones"
+      f"whether it learns cannot be seen: the net it started from has {start:.1%} {few} right; "
+      "take more of them, or harder ones"
     )
   return "ok", ""
-
-
-def _saturated(measures) -> bool:
-  """Whether the net of step 0 is so good that none can be better by two standard deviations."""
-  start = _start(measures)
-  return start is not None and start + LIMITS["learned_deviations"] * _noise(measures) >= 1.0
-
-
-def _noise(measures) -> float:
-  """One standard deviation of the accuracy of step 0 on so many images; of 10,000 if unknown."""
-  start = _start(measures) or 0.0
-  return math.sqrt(start * (1.0 - start) / (measures.get("floor/test_images") or 10_000))
-
-
-def _start(measures) -> float | None:
-  """k-NN accuracy of the net of step 0."""
-  untrained = measures.get("floor/knn_untrained")
-  return measures.get("floor/knn_start") if untrained is None else untrained
-
-
-def _knn(measures) -> float | None:
-  """k-NN accuracy on the images of the floors."""
-  same = measures.get("floor/knn")
-  return measures.get("probe/knn") if same is None else same
-
-
-def _idle(measures, num_prototypes, late, prototypes, advise, longer):
-  """The verdicts on a run that did not collapse and is not well, in the order of `judge`."""
-  get, limit = measures.get, LIMITS
-  knn, start, pixels = _knn(measures), _start(measures), get("floor/knn_pixels")
-  name = "the net it started from" if get("floor/knn_untrained") is None else "the untrained net"
-  more = advise("raise num_steps", "raise optim.lr", "set head.norm=batch")
-  noise = _noise(measures)
-  loss = get("train/loss") if get("train/cross_entropy") is None else get("train/cross_entropy")
-  chance, first = get("train/ln_k"), get("floor/loss_start")
-  worse = knn is not None and start is not None and knn < start - 2.0 * noise
-  rises = None not in (loss, chance, first) and loss - max(chance, first) > limit["rise"]
-  if worse or rises:
-    said = [f"k-NN {knn:.1%}, {name} {start:.1%}"] if worse else []
-    said += [f"loss {loss:.2f}, at the start {first:.2f}, ln K {chance:.2f}"] if rises else []
-    advice = advise("lower optim.lr", "raise optim.warmup_steps", "raise batch_size")
-    yield Verdict("worse than at the start", f"{'; '.join(said)}: {advice}", False)
-  if prototypes in ("learned", "mixture") and late:
-    yield from _bunched(measures, num_prototypes, prototypes, longer)
-  if num_prototypes and late:
-    yield from _unused(measures, num_prototypes, advise)
-  if knn is None or start is None or worse or _saturated(measures):
-    pass
-  elif knn <= start + noise:
-    yield Verdict(
-      "nothing learned yet", f"k-NN {knn:.1%} is not above {name}'s {start:.1%}: {more}", False
-    )
-  elif pixels is not None and knn < start + limit["learned"] * (pixels - start):
-    yield Verdict(
-      "little learned yet",
-      f"k-NN {knn:.1%} is nearer to {name}'s {start:.1%} than to the {pixels:.1%} of raw pixels: "
-      + more,
-      False,
-    )
-  elif knn < start + limit["learned_deviations"] * noise:
-    yield Verdict(
-      "little learned yet",
-      f"k-NN {knn:.1%} is above {name}'s {start:.1%} by less than two standard deviations "
-      f"({noise:.1%} each, of so many test images): {more}",
-      False,
-    )
-  yield from _below_pixels(measures, more)
-
-
-def _below_pixels(measures, more):
-  """A linear classifier of the features that is worse than one of the images, by two deviations."""
-  fitted, pixels = measures.get("probe/linear_fitted"), measures.get("floor/linear_pixels")
-  if fitted is None or pixels is None:
-    return
-  images = measures.get("floor/test_images") or 10_000
-  noise = math.sqrt((fitted * (1.0 - fitted) + pixels * (1.0 - pixels)) / images)
-  if fitted < pixels - 2.0 * noise:
-    yield Verdict(
-      "worse than raw pixels",
-      f"linear {fitted:.1%} on frozen features, {pixels:.1%} on raw pixels: {more}",
-      False,
-    )
-
-
-def _bunched(measures, num_prototypes, prototypes, longer):
-  """Prototypes that move onto one another and are not copies yet."""
-  unique, null = (measures.get(f"collapse/unique_{NEAR}{end}") for end in ("", "_random"))
-  if _are_copies(measures) or unique is None or null is None or null - unique <= LIMITS["bunched"]:
-    return
-  advice = {"mixture": longer}.get(
-    prototypes, "set method.prototypes=mixture, or lower method.num_prototypes"
-  )
-  yield Verdict(
-    "prototypes bunch",
-    f"{unique:.0%} of {num_prototypes:,} prototypes are unique at cosine distance {NEAR} (random "
-    f"ones: {null:.0%}): they draw together, which is how copies begin; {advice}",
-    False,
-  )
-
-
-def _unused(measures, num_prototypes, advise):
-  """Prototypes that are apart and take no images: of all images if they were looked at."""
-  get = measures.get
-  key = "collapse/used" if get("collapse/used") is not None else "collapse/used_sample"
-  used, most = get(key), get(f"{key}_most")
-  unique = get(f"collapse/unique_{HEADLINE}")
-  if used is None or _are_copies(measures):
-    return
-  # Random ones are measured on the sample in training; there both are of the sample.
-  pairs = [(get(f"{k}"), get(f"{k}_random")) for k in ("collapse/used", "collapse/used_sample")]
-  ratio, random = min(((a / b, b) for a, b in pairs if a is not None and b), default=(None, None))
-  few = used < LIMITS["used"] and used < (1.0 if most is None else most) / 4.0
-  if few or (ratio is not None and ratio < LIMITS["used_of_random"]):
-    beside = "" if random is None else f"; random ones on the same embeddings: {random:.1%}"
-    of = f"{num_prototypes:,} prototypes"
-    yield Verdict(
-      "unique but unused",
-      (
-        f"{unique:.0%} of {of} are unique, {used:.1%}"
-        if unique is not None
-        else f"{used:.1%} of {of}"
-      )
-      + f" are used{beside}: "
-      + advise(
-        "set mixture.balanced=True",
-        "lower method.num_prototypes",
-        "set method.targets=sinkhorn",
-        "raise method.teacher_temp",
-      ),
-      False,
-    )
-
-
-def _most(measures, num_prototypes) -> float:
-  """The largest entropy that a target can have, nats."""
-  return measures.get("train/ln_k") or math.log(max(num_prototypes, 2))
 
 
 def _well(measures, num_prototypes, prototypes) -> str:
   get = measures.get
   entropy = get("train/target_entropy") if prototypes != "none" else None
-  sets = _prototypes(measures) if prototypes != "none" else ""
+  sets = rules.prototypes_in_words(measures) if prototypes != "none" else ""
   parts = (
     f"prototypes {sets}" if sets else "",
-    _known(
+    rules.known(
       ("RankMe", get("collapse/rankme"), ".0f"),
       ("std", get("collapse/feature_std"), ".2f"),
       within="features {}",
     ),
-    _known(("loss", get("train/loss"), ".2f"), ("target entropy", entropy, ".2f"))
-    + (f" of {_most(measures, num_prototypes):.2f}" if entropy is not None else ""),
+    rules.known(("loss", get("train/loss"), ".2f"), ("target entropy", entropy, ".2f"))
+    + (f" of {rules.most_entropy(measures, num_prototypes):.2f}" if entropy is not None else ""),
   )
   return "; ".join(filter(None, parts))
 
 
-def _findings(measures, num_prototypes, step, late, prototypes, advise, longer):
-  """The verdicts whose rule holds, in the order of `judge`."""
-  get, limit = measures.get, LIMITS
-  loss, entropy = get("train/loss"), get("train/target_entropy")
-  cross_entropy = loss if get("train/cross_entropy") is None else get("train/cross_entropy")
-  std, rank, cosine = (get(f"collapse/{k}") for k in ("feature_std", "rankme", "mean_cosine"))
-  chance, codes = get("train/ln_k"), _codes(measures, num_prototypes, sample=True)
-  most = _most(measures, num_prototypes)
-
-  if get("collapse/teacher_distance") == 0:
-    since = "" if step is None else f" after {step} steps"
-    yield Verdict(
-      "aliased teacher",
-      f"the teacher equals the student{since}: set teacher.momentum above 0 and "
-      "optim.lr above 0, and see that the two share no arrays",
-      True,
-    )
-  embedded = get("collapse/embedding_cosine")
-  if embedded is not None and 1.0 - embedded < limit["dead_head"]:
-    if std is not None and std >= limit["feature_std"]:
-      yield Verdict(
-        "dead projector",
-        f"the backbone tells images apart (std {std:.3f} of 1) but the head gives all of them the "
-        "same embedding: nothing is learned through it; "
-        + advise("set head.norm=batch", "set head.activation=gelu", "lower optim.lr"),
-        True,
-      )
-  if chance is not None and cross_entropy is not None:
-    alone = entropy is None
-    near = limit["loss_at_chance_alone" if alone else "loss_at_chance"]
-    flat = alone or most - entropy <= limit["teacher_uniform"]
-    if abs(cross_entropy - chance) <= near and flat:
-      yield Verdict(
-        "uniform collapse",
-        f"loss {cross_entropy:.3f} = ln {round(math.exp(chance))}"
-        + _known(("targets of entropy", entropy, ".3f"), within=" and {}")
-        + ": every image gets every prototype; "
-        + advise(
-          "lower method.teacher_temp",
-          "lower method.epsilon",
-          "lower method.column_temp",
-          "set method.targets=sinkhorn",
-          "raise batch_size",
-          "raise optim.lr",
-        ),
-        True,
-      )
-  certain = entropy is not None and entropy < limit["teacher_one_hot"] * most
-  one_hot = codes is not None and codes < limit["codes_one_hot"] and certain
-  if one_hot:
-    normed = ["set head.norm_output=True"] * (prototypes == "dictionary")
-    advice = advise(
-      *normed,
-      "raise method.teacher_temp",
-      "set method.targets=sinkhorn",
-      "raise method.partition_size",
-      "lower optim.lr",
-      "raise batch_size",
-    )
-    yield Verdict(
-      "one-hot collapse",
-      f"every image gets the same prototype with certainty (entropy {entropy:.2f} of {most:.2f}"
-      f"{_known(('loss', loss, '.3f'), within=', {}')}): {advice}",
-      True,
-    )
-  if std is not None and std < limit["feature_std"]:
-    has_teacher = get("collapse/teacher_distance") is not None
-    advice = advise("lower optim.lr", *["raise teacher.momentum"] * has_teacher, "raise batch_size")
-    yield Verdict(
-      "representation collapse",
-      f"all images have nearly the same feature (std {std:.3f} of 1"
-      f"{_known(('mean cosine', cosine, '.4f'), within=', {}')}): {advice}",
-      True,
-    )
-  codes = _codes(measures, num_prototypes, sample=late)
-  if not one_hot and codes is not None and codes < min(limit["codes_clusters"], num_prototypes / 8):
-    balance = "mixture.balanced=True" if prototypes == "mixture" else "method.targets=sinkhorn"
-    advice = advise(f"set {balance}", "lower optim.lr", "raise batch_size")
-    yield Verdict(
-      "cluster collapse",
-      f"{codes:.1f} of {num_prototypes:,} prototypes take nearly all images"
-      f"{f' ({sets})' if (sets := _prototypes(measures)) else ''}: {advice}",
-      True,
-    )
-  if rank is not None:
-    spread = std is not None and std > limit["feature_std_spread"]
-    if rank < limit["rankme_spread" if spread else "rankme"]:
-      yield Verdict(
-        "dimensional collapse",
-        f"the features span {rank:.1f} directions (RankMe): lower optim.lr or optim.weight_decay, "
-        "raise batch_size, or take a wider augment.local_scale",
-        True,
-      )
-  if _are_copies(measures):
-    yield _copies(measures, num_prototypes, prototypes, advise, longer)
-
-
-def _are_copies(measures) -> bool:
-  """Whether more prototypes are copies than of as many random ones, by `LIMITS`."""
-  unique, null = (measures.get(f"collapse/unique_{HEADLINE}{end}") for end in ("", "_random"))
-  return unique is not None and (1.0 if null is None else null) - unique > LIMITS["copies"]
-
-
-def _copies(measures, num_prototypes, prototypes, advise, longer) -> Verdict:
-  unique, null = (measures.get(f"collapse/unique_{HEADLINE}{end}") for end in ("", "_random"))
-  random = "" if null is None else f"random ones: {1 - null:.0%}; "
-  copies = (
-    f"{1 - unique:.0%} of {num_prototypes:,} prototypes are copies "
-    f"({random}{_prototypes(measures)})"
-  )
-  relative = measures.get("collapse/relative_uniqueness")
-  centre = advise("set mixture.center_features=True")
-  near = (measures.get(f"collapse/{k}_cosine") for k in ("embedding", "mean"))
-  cosine = next((value for value in near if value is not None), 0.0)
-  if (
-    relative is not None
-    and relative >= LIMITS["relative_uniqueness"]
-    and cosine >= LIMITS["narrow"]
-  ):
-    return Verdict(
-      "narrow cone",
-      f"{copies}, but they stand {relative:.1f} times as far apart as features from theirs: the "
-      f"features are near one another (mean cosine {cosine:.2f}), not the prototypes redundant"
-      + (f"; {centre}" if prototypes == "mixture" and centre else ""),
-      False,
-    )
-  advice = {
-    "kmeans": "lower method.num_prototypes",
-    "dictionary": "raise head.bottleneck or lower method.num_prototypes",
-    "mixture": f"{longer} or {centre}" if centre else longer,
-  }.get(prototypes, "set method.prototypes=mixture, or lower method.num_prototypes")
-  return Verdict("partial prototype collapse", f"{copies}: {advice}", True)
-
-
-def verdict(measures: Mapping[str, float | None], *, step: int | None = None) -> Verdict:
+def verdict(measures: Mapping[str, float | None], *, step: int | None = None) -> rules.Verdict:
   """What these measures mean, and what to try: for any training code, at any time after its start.
 
   An untrained net looks collapsed, so give the updates done, or ask no earlier than some hundred.
@@ -551,7 +195,7 @@ def _num_prototypes(measures: Mapping[str, float]) -> int:
   )
 
 
-def of_run(measures: Mapping[str, float | None], *, config, step: int) -> Verdict:
+def of_run(measures: Mapping[str, float | None], *, config, step: int) -> rules.Verdict:
   """`judge` for a run of protojax.
 
   Args:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from protojax import trees
 from protojax.metrics import measures as table
-from protojax.metrics import verdicts
+from protojax.metrics import rules, verdicts
 from protojax.reports import charts, curves
 from protojax.reports import record as records
 
@@ -99,7 +99,7 @@ def verdict(run: records.Record) -> tuple[str, str, str]:
     found = verdicts.of_run(measures, config=run.config, step=run.step)
   except (AttributeError, KeyError, TypeError, ValueError):
     return "open", "no verdict", "config.json is missing or of another version."
-  kinds_of_labels = {"ok": "ok", **dict.fromkeys(verdicts.OPEN, "open")}
+  kinds_of_labels = {"ok": "ok", **dict.fromkeys(rules.OPEN, "open")}
   kind = "bad" if found.collapsed else kinds_of_labels.get(found.label, "warn")
   return kind, found.label, found.sentence
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from protojax import config as configs
 from protojax import errors, files, sizes, trees
-from protojax.metrics import verdicts
+from protojax.metrics import rules, verdicts
 
 METRICS, FINAL, ARRAYS = "metrics.jsonl", "eval/final/result.json", "eval/final/arrays.npz"
 AT_THE_END = ("probe/linear_fitted",)
@@ -193,7 +193,7 @@ class RunVerdict(NamedTuple):
     since: step since which every line that was judged has had this verdict.
   """
 
-  verdict: verdicts.Verdict
+  verdict: rules.Verdict
   step: int
   since: int
 
@@ -211,9 +211,7 @@ def verdict(folder: pathlib.Path) -> RunVerdict | None:
   return found
 
 
-def history(
-  folder: pathlib.Path, most: int | None = None
-) -> Iterator[tuple[int, verdicts.Verdict]]:
+def history(folder: pathlib.Path, most: int | None = None) -> Iterator[tuple[int, rules.Verdict]]:
   """Judges a run at every line of its metrics.jsonl, by what was known then: (step, verdict).
 
   Args:
@@ -223,15 +221,12 @@ def history(
   Raises:
     UserError: if its settings or metrics cannot be read.
   """
+  config = configs.of_run(folder)
   try:
-    config = configs.restored(files.parse_json((folder / "config.json").read_text()))
     lines, _ = files.json_lines(folder / METRICS)
-  except errors.UserError:
-    raise
-  except (OSError, ValueError, KeyError, TypeError) as error:
+  except (OSError, ValueError) as error:
     raise errors.UserError(
-      f"{folder}: config.json or metrics.jsonl cannot be read ({type(error).__name__}): give the "
-      "workdir of a run"
+      f"{folder / METRICS} cannot be read ({type(error).__name__}): give the workdir of a run"
     ) from None
   lines = [line for line in lines if isinstance(line.get("step"), int)]
   known, measured = {}, None

@@ -12,12 +12,11 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-from absl import logging
 
 from protojax import errors, files, progress
 from protojax.data import pipeline, sources
 from protojax.metrics import measures as table
-from protojax.metrics import verdicts
+from protojax.metrics import rules, verdicts
 from protojax.training import metric_writer, opening, optim, wandb_run, workdir
 
 _COLUMNS = 80
@@ -80,7 +79,7 @@ class RunLog:
         in a row than `optim.skip_nonfinite`.
     """
     for name in self._skipped.update(skipped):
-      logging.warning("skipped corrupt image %s (%d so far)", name, self._skipped.count)
+      pipeline.tell_unreadable(name)
     self._waited += waited
     self.flush()
     self._pending = (step + 1, metrics)
@@ -109,7 +108,7 @@ class RunLog:
       other = f", saved on {devices} devices and now on {here}: equal to rounding, not to the bit"
     self._writer.line(f"resumed at step {step}{other}")
     if floors := _beside(self.result, "k-NN ", "knn"):
-      self._writer.line(f"{'floors':<{opening.INDENT}}{floors}")
+      self._floors(floors)
 
   def flush(self) -> None:
     """Handles the metrics that are still on the device."""
@@ -215,7 +214,14 @@ class RunLog:
       return
     self.result |= values
     self._writer.write(0, values)
-    self._writer.line(f"{'floors':<{opening.INDENT}}{_beside(values, 'k-NN ', 'knn')}")
+    self._floors(_beside(values, "k-NN ", "knn"))
+
+  def _floors(self, beside: str) -> None:
+    """Says the floors, and of how many images they are."""
+    bank, test = (self.result.get(f"floor/{of}_images") for of in ("bank", "test"))
+    if bank is not None and test is not None:
+      beside += f"; bank {bank:,.0f}, test {test:,.0f}"
+    self._paragraph(f"{'floors':<{opening.INDENT}}", beside)
 
   def measures(self, done: int, values: dict[str, float]) -> None:
     """Writes collapse measures and accuracies of the state after `done` updates, and says them."""
@@ -230,12 +236,12 @@ class RunLog:
     self._alarm = verdict.label
     self._since, self._timed, self._waited = None, 0, 0.0  # evaluating is not training
 
-  def verdict(self, done: int) -> verdicts.Verdict:
+  def verdict(self, done: int) -> rules.Verdict:
     """The verdict on the latest measures, as of the step they are of: early ones do not age."""
     step = done if self._measured is None else self._measured
     return verdicts.of_run(self.result, config=self._config, step=step)
 
-  def _say(self, done: int, values: dict[str, float], verdict: verdicts.Verdict | None) -> None:
+  def _say(self, done: int, values: dict[str, float], verdict: rules.Verdict | None) -> None:
     pace = self._pace if "time/img_per_s" in values else None
     self._writer.line(log_line(done, values, verdict, config=self._config, pace=pace))
 
@@ -286,6 +292,13 @@ class RunLog:
         + (f" ({beside})" if beside else "")
         + "; fitted on frozen features",
       )
+    lacking = [
+      f"{n:,.0f} of the {of} images"
+      for of in ("bank", "test")
+      if (n := result.get(f"data/unreadable_{of}"))
+    ]
+    if lacking:
+      self._paragraph("left out  ", f"{' and '.join(lacking)}, which cannot be read")
     page = self._folder / workdir.REPORT
     again = f"protojax report --workdir={self._folder}"
     self._writer.line(f"report    {page if page.exists() else again}")  # a path is copied: no fold
@@ -310,7 +323,7 @@ def _beside(values: Mapping[str, float], head: str, kind: str) -> str:
 def log_line(
   step: int,
   measures: Mapping[str, float | None],
-  verdict: verdicts.Verdict | None = None,
+  verdict: rules.Verdict | None = None,
   *,
   config,
   pace: float | None = None,

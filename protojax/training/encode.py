@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 
 from protojax import progress
 from protojax.data import cache, pipeline, sources
@@ -26,9 +25,10 @@ def chunks(
   num_workers: int | None = 0,
   limit: int = 0,
   cached: cache.Cache | None = None,
-  name_skipped: bool = False,
 ) -> Iterator[PyTree]:
   """Runs `forward` on every image that can be read, batch by batch, in their order.
+
+  Warns of every other one.
 
   Args:
     forward: of a batch {"image": uint8 [B, S, S, C], "size": int32 [B, 2], "index", "label": int32
@@ -40,7 +40,6 @@ def chunks(
     num_workers: processes that decode; 0 uses threads, None chooses.
     limit: at most so many images, evenly spread; 0 takes all.
     cached: `data` on the devices, which takes the host's place.
-    name_skipped: warns of every image that cannot be read; training says so where it draws them.
 
   Yields:
     The same pytree of NumPy arrays [n, ...], n up to B, the same in every process.
@@ -50,8 +49,10 @@ def chunks(
   """
   size = -(-batch_size // mesh.size) * mesh.size
   if cached is None:
-    batches = _from_host(data, mesh, size, image_size, num_workers, limit or None, name_skipped)
+    batches = _from_host(data, mesh, size, image_size, num_workers, limit or None)
   else:
+    for row in cached.skipped[cached.skipped >= 0]:
+      pipeline.tell_unreadable(data.describe(int(row)))
     batches = cache.sequential(cached, batch_size=size, limit=limit or None, keys=_KEYS)
   total, done = min(limit or len(data), len(data)), 0
   with progress.during(f"encoding {data.name}", total) as line, contextlib.closing(batches):
@@ -80,7 +81,7 @@ def rows(
   return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
 
-def _from_host(data, mesh, batch_size, image_size, num_workers, limit, name_skipped):
+def _from_host(data, mesh, batch_size, image_size, num_workers, limit):
   """Yields (batch, mask bool [B] on every device), once over the images."""
   part, count = sharding.rows_of_process(batch_size, mesh)
   batches = pipeline.sequential(
@@ -95,8 +96,8 @@ def _from_host(data, mesh, batch_size, image_size, num_workers, limit, name_skip
   with contextlib.closing(batches):  # at once, also where the caller stops before the end
     log = pipeline.SkippedLog(data.describe)
     for batch in batches:
-      for name in log.update(batch["skipped"]) if name_skipped else ():
-        logging.warning("%s cannot be read and is left out", name)
+      for name in log.update(batch["skipped"]):
+        pipeline.tell_unreadable(name)
       put = sharding.put_batch({k: batch[k] for k in (*_KEYS, "mask")}, mesh)
       mask = jax.device_put(put.pop("mask"), sharding.replicated(mesh))
       yield put, mask

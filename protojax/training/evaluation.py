@@ -243,8 +243,9 @@ class Snapshot:
     """Everything about the end of a run.
 
     Returns:
-      Measures: those of `monitor` and `evaluate` and, with labels, "probe/linear_fitted", the
-      accuracy of a linear classifier fitted to frozen features; and the arrays that the report
+      Measures: those of `monitor` and `evaluate`; with labels "probe/linear_fitted", the accuracy
+      of a linear classifier fitted to frozen features; "data/unreadable_bank" and "_test", how many
+      images could not be read, where some could not; and the arrays that the report
       draws: "usage" [K], "nearest" and "nearest_random" [M] (cosine distance of every prototype
       that was looked at to its nearest neighbour, and quantiles of that of random ones), "spectrum"
       [D], and with labels "majority" and "purity" [K], the most frequent class of each prototype's
@@ -253,6 +254,7 @@ class Snapshot:
     bank, test = self._encode(state)
     partners = self._partners(state, ended=True)
     measures = self._monitor(state, partners) | self._judge(state, bank, test)
+    measures |= self._unreadable(bank, test)
     arrays = {"spectrum": np.asarray(collapse.spectrum(bank["features"]))}
     if matrices := self._matrices(state):
       name = "prototypes" if "prototypes" in matrices else next(iter(matrices))
@@ -282,6 +284,14 @@ class Snapshot:
     """Rows of the bank and, or None, of the test images."""
     bank = self._run(state, self._bank, self._config.probe.limit)
     return bank, None if self._test is None else self._run(state, self._test)
+
+  def _unreadable(self, bank, test) -> dict[str, float]:
+    """How many images could not be read, of these rows; {} if all could."""
+    asked = min(self._config.probe.limit or len(self._bank), len(self._bank))
+    lacking = {"bank": asked - len(bank["label"])}
+    if test is not None:
+      lacking["test"] = len(self._test) - len(test["label"])
+    return {f"data/unreadable_{of}": float(n) for of, n in lacking.items() if n}
 
   def _judge(self, state, bank, test) -> dict[str, float]:
     sizes = {name: len(matrix) for name, matrix in self._start().items()}

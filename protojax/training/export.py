@@ -10,18 +10,20 @@ import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import safetensors
 import safetensors.numpy
+from absl import logging
 
 from protojax import errors, files, trees
 from protojax.prototypes import scoring
 
 PyTree = Any
+_SHOWN = 4  # names of tensors that one line shows
 _WEIGHTS, _CONFIG, _PROTOTYPES = "encoder.safetensors", "config.json", "prototypes.safetensors"
 
 
@@ -160,6 +162,30 @@ def _opened(path: str | os.PathLike) -> Iterator[tuple[Any, dict]]:
     ) from None
 
 
+def lacked(info: Mapping[str, Any]) -> tuple[str, ...]:
+  """Tensors that were missing when weights were converted, by the names of that file.
+
+  `initialised` in config.json is {name in encoder.safetensors: name in the file}; what stands for
+  them is what a new encoder starts with.
+
+  Args:
+    info: from `read`.
+  """
+  return tuple(info.get("initialised", {}).values())
+
+
+def initialised(names: Sequence[str]) -> str:
+  """A sentence about what `lacked` gives; "" of none."""
+  if not names:
+    return ""
+  what = "1 tensor is" if len(names) == 1 else f"{len(names)} tensors are"
+  more = f" and {len(names) - _SHOWN} more" * (len(names) > _SHOWN)
+  return (
+    f"{what} freshly initialised, missing in the file that was converted: "
+    f"{', '.join(names[:_SHOWN])}{more}"
+  )
+
+
 def load(path: str | os.PathLike, template: PyTree) -> PyTree:
   """The exported parameters as a pytree like `template`.
 
@@ -175,6 +201,8 @@ def load(path: str | os.PathLike, template: PyTree) -> PyTree:
     UserError: if the file cannot be read, or a parameter is missing, left over or of another shape.
   """
   tensors, info = read(path)
+  if said := initialised(lacked(info)):
+    logging.warning("%s: %s", path, said)
   there = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("params.")}
   wanted = trees.flat({"params": template})
   here = {name: tuple(leaf.shape) for name, leaf in wanted.items()}

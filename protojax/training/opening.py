@@ -90,7 +90,8 @@ def _looks(config, matrices) -> str:
     return f"{what} compared, {products:.1e} multiplications"
 
   looks, end = said(ended=False), said(ended=True)
-  return f"every {config.monitor.every:,} steps {looks}" + f"; at the end {end}" * (end != looks)
+  every = f"every {config.monitor.every:,} steps"
+  return f"{every} and at the end {looks}" if end == looks else f"{every} {looks}; at the end {end}"
 
 
 def memory(step: jax.stages.Compiled, mesh: jax.sharding.Mesh) -> list[str]:

@@ -3,7 +3,8 @@
 It updates {"encoder": parameters, "prototypes": parameters}, the latter where prototypes are
 learned. Each of the two has an optimizer state of its own, so that frozen prototypes can keep
 theirs, Adam's count included: had Adam been fed zeros meanwhile, its bias correction would make the
-first step after the freeze 2.7 learning rates long (after 1,250 frozen steps) instead of one.
+first step after the freeze 2.7 learning rates long (after 1,250 frozen steps) instead of one. For
+the same reason a backbone that stands still at first has a state apart from its head's.
 
 What optax has for this was compared (0.2.6): `optax.partition` with
 `optax.transforms.conditionally_mask` gives the same parameters to within a rounding, but a state of
@@ -12,6 +13,7 @@ moved in a step (65,536 prototypes of 256 dimensions, CPU). `optax.clip_by_globa
 the norm alone, DINO's code by norm + 1e-6, which is 2e-6 (relative) less at a norm of .5.
 """
 
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +29,7 @@ _CLIP_MODES = {
   "global": "of all together",
   "encoder": "of the encoder together",
 }
+_LAYER = re.compile(r"(blocks_|stage|block)(\d+)")  # of transformers from 0, of ResNets from 1
 _EMBEDDINGS = ("cls_token", "mask_token", "pos_embed", "registers")
 
 
@@ -36,10 +39,45 @@ class OptimState(NamedTuple):
   Attributes:
     step: int32 [], updates so far: the position in the schedules.
     parts: {"encoder": ..., "prototypes": ...}, optax states: moments with counts of their own.
+      With `optim.freeze_backbone_steps` {"backbone": ..., "rest": ...} take the encoder's place.
   """
 
   step: jax.Array
   parts: dict[str, PyTree]
+
+
+def layer_rates(encoder: PyTree, decay: float) -> PyTree:
+  """Share of the learning rate that each parameter of an encoder moves with: `optim.layer_decay`.
+
+  Layers count from the image on: 0 embeds it, then blocks of a transformer or stages of a ResNet,
+  and the last norm and the head are the n-th, with the whole rate. Layer i has decay^(n - i), as in
+  the published BEiT (arXiv 2106.08254) and MAE.
+
+  >>> backbone = {"cls_token": 0, "blocks_0": {"kernel": 0}, "blocks_1": {"kernel": 0}, "norm": 0}
+  >>> rates = layer_rates({"backbone": backbone, "head": {"kernel": 0}}, 0.5)
+  >>> rates["backbone"]["cls_token"], rates["backbone"]["blocks_1"], rates["head"]["kernel"]
+  (0.125, {'kernel': 0.5}, 1.0)
+
+  Args:
+    encoder: {"backbone": nested dicts, ...}; all beside the backbone is the head.
+    decay: 0 to 1; 1 gives every layer the whole rate.
+
+  Returns:
+    Pytree of float, like `encoder`.
+  """
+
+  def layer(path) -> int | None:
+    name = jax.tree_util.keystr(path[1:2], simple=True)
+    if jax.tree_util.keystr(path[:1], simple=True) != "backbone" or name == "norm":
+      return None  # with the head
+    found = _LAYER.match(name)
+    return 0 if found is None else int(found[2]) + (found[1] == "blocks_")
+
+  leaves, shape = jax.tree_util.tree_flatten_with_path(encoder)
+  layers = [layer(path) for path, _ in leaves]
+  last = max((i for i in layers if i is not None), default=0) + 1
+  rates = [decay ** (last - (last if i is None else i)) for i in layers]
+  return jax.tree.unflatten(shape, rates)
 
 
 def decay_mask(params: PyTree, options) -> PyTree:
@@ -183,6 +221,8 @@ def describe(config) -> str:
     + f" -> {o.final_weight_decay:g}" * (o.final_weight_decay != o.weight_decay),
     clip if o.clip else "no clipping",
     f"learned prototypes frozen for {steps} steps" * bool(steps),
+    f"backbone frozen for {o.freeze_backbone_steps} steps" * bool(o.freeze_backbone_steps),
+    f"layer decay {o.layer_decay:g}" * (o.layer_decay != 1.0),
   ]
   return ", ".join(part for part in parts if part)
 
@@ -197,12 +237,14 @@ def build(config, *, num_steps: int, batch_size: int) -> optax.GradientTransform
   Args:
     config: reads `optim.{name, lr, final_lr, warmup_steps, warmup_start, schedule_scale,
       weight_decay, final_weight_decay, clip, clip_mode, decay_all, decay_embeddings,
-      decay_prototypes, trust, lars_clip, freeze_prototypes_steps, beta1, beta2}`.
+      decay_prototypes, trust, lars_clip, freeze_prototypes_steps, freeze_backbone_steps,
+      layer_decay, beta1, beta2}`.
     num_steps: length of the schedules.
     batch_size: global, scales `optim.lr`.
 
   Raises:
-    UserError: for an unknown `optim.name` or `optim.clip_mode`.
+    UserError: for an unknown `optim.name` or `optim.clip_mode`, or an `optim.layer_decay` that is
+      not above 0 and at most 1.
   """
   options = config.optim
   if options.clip_mode not in _CLIP_MODES:
@@ -214,12 +256,37 @@ def build(config, *, num_steps: int, batch_size: int) -> optax.GradientTransform
       f"optim.schedule_scale={options.schedule_scale} is less than 1: schedules would end before "
       "the run"
     )
+  if not 0.0 < options.layer_decay <= 1.0:
+    raise errors.UserError(
+      f"optim.layer_decay={options.layer_decay} must be above 0 and at most 1 (1: one rate for "
+      "all layers)"
+    )
+  frozen_until = {
+    "prototypes": options.freeze_prototypes_steps,
+    "backbone": options.freeze_backbone_steps,
+  }
   start = _rule(options, 0.0, 0.0)
   rate = learning_rate(config, num_steps=num_steps, batch_size=batch_size)
   decay = weight_decay(config, num_steps=num_steps)
 
+  def apart(trained):
+    """The parts that have a state each."""
+    if not options.freeze_backbone_steps:
+      return trained
+    encoder = dict(trained["encoder"])
+    backbone = encoder.pop("backbone")
+    others = {name: part for name, part in trained.items() if name != "encoder"}
+    return {"backbone": backbone, "rest": encoder, **others}
+
+  def together(parts):
+    if not options.freeze_backbone_steps:
+      return parts
+    parts = dict(parts)
+    encoder = {"backbone": parts.pop("backbone"), **parts.pop("rest")}
+    return {"encoder": encoder, **parts}
+
   def init(trained):
-    parts = {name: start.init(params) for name, params in trained.items()}
+    parts = {name: start.init(params) for name, params in apart(trained).items()}
     return OptimState(jnp.zeros((), jnp.int32), parts)
 
   def update(grads, state, trained):
@@ -227,15 +294,19 @@ def build(config, *, num_steps: int, batch_size: int) -> optax.GradientTransform
       grads = _clip(grads, options.clip, options.clip_mode)
     lr = rate(state.step)
     rule = _rule(options, lr, decay(state.step))
+    grads, params = apart(grads), apart(trained)
     updates, parts = {}, {}
     for name, old in state.parts.items():
-      direction, new = rule.update(grads[name], old, trained[name])
-      if name == "prototypes" and options.freeze_prototypes_steps:
-        live = state.step >= options.freeze_prototypes_steps
+      direction, new = rule.update(grads[name], old, params[name])
+      if frozen_until.get(name):
+        live = state.step >= frozen_until[name]
         frozen = optax.tree.zeros_like(direction), old
         direction, new = optax.tree.where(live, (direction, new), frozen)
       updates[name], parts[name] = direction, new
-    updates = jax.tree.map(lambda d: (-lr * d).astype(d.dtype), updates)
+    updates = jax.tree.map(lambda d: (-lr * d).astype(d.dtype), together(updates))
+    if options.layer_decay != 1.0:
+      rates = layer_rates(updates["encoder"], options.layer_decay)
+      updates |= {"encoder": jax.tree.map(jnp.multiply, updates["encoder"], rates)}
     return updates, OptimState(optax.safe_increment(state.step), parts)
 
   return optax.GradientTransformation(init, update)

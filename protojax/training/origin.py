@@ -29,6 +29,25 @@ def path_of(config: ml_collections.ConfigDict) -> pathlib.Path:
   return path / "exported" if (path / "exported").is_dir() else path
 
 
+def describe(config: ml_collections.ConfigDict) -> dict:
+  """The info of the weights at `path_of`, see `export.read`.
+
+  Raises:
+    UserError: if there are none.
+  """
+  path, given = path_of(config), f"config.init_from={config.init_from}"
+  to_do = "give the workdir of a run, its exported/, or a folder that protojax convert wrote"
+  if not path.exists():
+    raise errors.UserError(f"{given}: there is no {path.absolute()}: {to_do}")
+  if path.is_dir() and not (path / "encoder.safetensors").is_file():
+    if (path / "env.json").is_file():
+      to_do = "this run has saved nothing yet: wait for its first checkpoint, or give another"
+    raise errors.UserError(
+      f"{given}: neither encoder.safetensors nor exported/ is in {path.absolute()}: {to_do}"
+    )
+  return export.describe(path)
+
+
 def _described(info: Mapping[str, Any]) -> ml_collections.ConfigDict:
   """What exported weights say of themselves, as a config; defaults where they say nothing."""
   sections = {name: info[name] for name in ("model", "head") if name in info}
@@ -89,7 +108,7 @@ def take_over(config: ml_collections.ConfigDict, typed: Collection[str]) -> None
   Raises:
     UserError: if there are no such weights.
   """
-  info = export.describe(path_of(config))
+  info = describe(config)
   there = _described(info)
   changes = differences(config, info)
   if there.data.channels == config.data.channels:
@@ -120,7 +139,7 @@ def require_same(config: ml_collections.ConfigDict) -> None:
   Raises:
     UserError: one line with every setting it needs, or if there are no such weights.
   """
-  info = export.describe(path_of(config))
+  info = describe(config)
   if wrong := differences(config, info):
     needed = " ".join(f"config.{key}={shlex.quote(str(value))}" for key, value in wrong.items())
     without = " (protojax convert --no_head leaves the head out, so that a run has its own)"

@@ -157,6 +157,7 @@ _FREE = (
   "num_epochs",
   "optim.warmup_epochs",
   "optim.freeze_prototypes_epochs",
+  "optim.freeze_backbone_epochs",
 )
 
 
@@ -165,6 +166,7 @@ _OF_LENGTH = (
   "num_steps",
   "optim.warmup_steps",
   "optim.freeze_prototypes_steps",
+  "optim.freeze_backbone_steps",
   "mixture.horizon_steps",
   "mixture.horizon_final",
   "mixture.anneal_steps",

@@ -5,7 +5,7 @@ import pytest
 
 from protojax import config as configs
 from protojax import errors
-from protojax.metrics import collapse, diagnosis, verdicts
+from protojax.metrics import collapse, diagnosis, rules, verdicts
 
 _RNG = np.random.default_rng(0)
 
@@ -156,12 +156,45 @@ def test_rows_that_are_zero_or_not_finite_are_named():
   weights[3], weights[5, 2], weights[9] = 0, np.nan, np.inf
   result, said = _words(weights)
   assert result["without_direction"] == {"zero": 1, "not_finite": 2, "first": [3, 5, 9]}
-  assert "1 row is zero and 2 rows are not finite (first: 3, 5, 9)" in said[1]
+  assert said[1].startswith("1 row is zero and 2 rows are not finite (first: 3, 5, 9)")
+  for value, words in ((np.inf, "1 row is not finite (first: 7)"), (0, "1 row is zero (first: 7)")):
+    _, said = _words(np.where(np.arange(40)[:, None] == 7, np.float32(value), _rows(40, 8)))
+    assert any(s.startswith(words) for s in said)
   _, said = _words(np.full((4, 3), np.nan, np.float32))
   assert said[0].startswith("non-finite: 4 of 4 rows are not finite")
   assert said[-1].startswith("fewer than two of 4")
   _, said = _words(np.zeros((4, 3), np.float32))
   assert said[0].startswith("fewer than two of 4")
+
+
+def test_what_else_is_wrong_beside_rows_that_are_not_finite_is_said():
+  weights = np.tile(_rows(50, 64), (8, 1))
+  weights[7] = np.inf
+  _, said = _words(weights)
+  assert said[0].endswith("a checkpoint without them (also: partial prototype collapse)")
+  _, said = _words(np.where(np.arange(40)[:, None] == 7, np.nan, _rows(40, 32)))
+  assert said[0].endswith("go back to a checkpoint without them")
+
+
+def test_equal_rows_are_a_complete_collapse():
+  """Whatever their lengths are, with images and without, and beside rows that are none."""
+  equal = np.tile(_rows(1, 16), (64, 1))
+  longer = equal * np.linspace(1, 2, 64, dtype=np.float32)[:, None]
+  some = np.where(np.arange(64)[:, None] == 3, 0.0, equal)
+  for weights, words in (
+    (equal, "all 64 rows are equal to the bit: a complete collapse, one prototype 64 times"),
+    (longer, "all 64 rows have one direction: a complete collapse"),
+    (some, "all 63 rows that are prototypes are equal to the bit: a complete collapse"),
+  ):
+    result, said = _words(weights)
+    assert said[0].startswith("complete prototype collapse: all prototypes are one and the same")
+    assert any(s.startswith(words) for s in said) and not any("redundant" in s for s in said)
+    assert result["alike"]
+  _, said = _words(equal, embeddings=_rows(90, 16) + 9)
+  assert said[0].startswith("cluster collapse") and "complete prototype" in said[0]
+  assert not any("redundant" in s for s in said)
+  near = equal + 0.01 * _rows(64, 16)
+  assert not _words(near)[0]["alike"]
 
 
 def test_bunched_prototypes_are_told_from_copies():
@@ -182,7 +215,7 @@ def test_prototypes_that_few_images_use_are_not_ok():
   assert "3,900 by none" in str(found) and "4.8% are used" in str(found)
   assert found.verdict.label == "unique but unused" and not found.verdict.collapsed
   joined = diagnosis.joined(
-    {"a": found}, lines=[], result={}, verdict=verdicts.Verdict("ok", "by metrics", False)
+    {"a": found}, lines=[], result={}, verdict=rules.Verdict("ok", "by metrics", False)
   )
   assert joined.verdict == found.verdict and joined.sentences[0] == "by metrics"
   well = diagnosis.diagnose(weights[:196], embeddings=embeddings)

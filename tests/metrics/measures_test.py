@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from protojax import errors, metrics
-from protojax.metrics import chance, collapse, diagnosis, measures, pairwise, verdicts
+from protojax.metrics import chance, collapse, diagnosis, measures, pairwise, rules
 from protojax.reports import curves, numbers, record
 from protojax.training import console
 
@@ -180,7 +180,7 @@ def test_a_new_row_is_shown_by_log_line_report_and_doctor(monkeypatch, tmp_path)
   values = metrics.summary(prototypes=weights)
   assert values["collapse/widest"] == 1.0
   config = ml_collections.ConfigDict({"num_steps": 9, "batch_size": 4, "method": {}})
-  line = console.log_line(3, values, verdicts.Verdict("ok", "", False), config=config)
+  line = console.log_line(3, values, rules.Verdict("ok", "", False), config=config)
   assert "  wide 1.000  [ok]" in line
   assert "\n  Widest prototype    1\n" in str(diagnosis.diagnose(weights))
   curve = {"collapse/widest": (np.array([1, 2]), np.array([1.0, 1.5]))}

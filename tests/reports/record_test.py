@@ -56,5 +56,5 @@ def test_a_run_that_ended_in_nan_says_what(tmp_path):
 def test_a_run_whose_settings_are_gone_is_one_line(tmp_path):
   _run(tmp_path, [])
   (tmp_path / "config.json").write_text("{")
-  with pytest.raises(errors.UserError, match="config.json or metrics.jsonl"):
+  with pytest.raises(errors.UserError, match="config.json cannot be read"):
     record.verdict(tmp_path)

@@ -10,7 +10,7 @@ import tiny
 
 from protojax import config as configs
 from protojax import errors, progress
-from protojax.metrics import verdicts
+from protojax.metrics import rules
 from protojax.training import console
 
 
@@ -93,7 +93,7 @@ _CONFIG.update({"num_steps": 5000, "batch_size": 82})
 
 
 def _line(step, measures, *, label="ok", **pace):
-  verdict = verdicts.Verdict(label, "", False)
+  verdict = rules.Verdict(label, "", False)
   return console.log_line(step, measures, verdict, config=_CONFIG, **pace)
 
 
@@ -160,12 +160,21 @@ def test_summary_sets_accuracies_beside_what_there_is_without_training(tmp_path)
     log.floors(_FLOORS)
     log.summary(result, bank=range(64))
   text = "\n".join(_said(tmp_path))
-  assert text.startswith("floors      k-NN raw pixels 97.7%, k-NN untrained 43.4%\n")
+  floors = "floors      k-NN raw pixels 97.7%, k-NN untrained 43.4%; bank 1,442, test 355"
+  assert text.startswith(f"{floors}\n") and "left out" not in text
   assert "\nk-NN      62.0% (raw pixels 97.7%, untrained 43.4%); k=20" in text
   assert "of the 1442 bank and 355 test images of the floors: 61.0%" in text
   assert "\nlinear    92.4% (raw pixels 97.5%); fitted" in text
   warm = console._beside({"floor/knn_start": 0.5}, "", "knn")
   assert warm == "at the start 50.0%"
+
+
+def test_the_summary_says_how_many_images_could_not_be_read(tmp_path):
+  result = {"step": 6, "data/unreadable_bank": 2.0, "data/unreadable_test": 1.0}
+  with console.RunLog(tmp_path, tiny.config(), start=0, describe=str) as log:
+    log.summary(result, bank=range(64))
+  said = "left out  2 of the bank images and 1 of the test images, which cannot be read"
+  assert said in _said(tmp_path)
 
 
 def test_a_line_says_nothing_twice_nothing_old_and_fits_80_columns(tmp_path):
@@ -240,4 +249,4 @@ def test_a_run_that_goes_on_says_so_with_its_floors(tmp_path, devices, told):
     log.resumed(10, devices)  # eight are here
   *_, resumed, floors = _said(tmp_path)
   assert resumed.startswith("resumed at step 10") and ("saved on 2 devices" in resumed) == told
-  assert floors.startswith("floors      k-NN raw pixels 97.7%")
+  assert floors.startswith("floors      k-NN raw pixels 97.7%") and "bank 1,442" in floors

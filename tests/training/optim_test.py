@@ -24,6 +24,8 @@ def _config(**changes):
     "clip": 0.5,
     "clip_mode": "tensor",
     "freeze_prototypes_steps": 0,
+    "freeze_backbone_steps": 0,
+    "layer_decay": 1.0,
     "beta1": 0.9,
     "beta2": 0.999,
     "trust": 0.001,
@@ -261,6 +263,54 @@ def test_frozen_prototypes_keep_values_and_state_to_the_bit():
   moved, state = _train(config, start, grads, 9)
   assert float(jnp.abs(moved["prototypes"]["v"] - start["prototypes"]["v"]).max()) > 0
   assert int(state.step) == 3
+
+
+@pytest.mark.parametrize("name", ["adamw", "lars"])
+def test_a_frozen_backbone_stands_still_and_starts_as_in_the_first_step(name):
+  rates = {"name": name, "clip": 0.0, "warmup_steps": 0, "lr": 0.005, "final_lr": 0.01}
+  still = _config(**rates, freeze_backbone_steps=2, final_weight_decay=0.04)
+  start, grads = _params(), [_params(s) for s in (1, 2, 3)]
+  frozen, state = _train(still, start, grads[:2], 9)
+  jax.tree.map(
+    np.testing.assert_array_equal, frozen["encoder"]["backbone"], start["encoder"]["backbone"]
+  )
+  begun = optim.build(still, num_steps=9, batch_size=512).init(start)
+  jax.tree.map(np.testing.assert_array_equal, state.parts["backbone"], begun.parts["backbone"])
+  moved, _ = _train(still, start, grads, 9)
+  free = _config(**rates, final_weight_decay=0.04)
+  # Its first step is the one that it would have made first, and nobody else's steps are others.
+  first, _ = _train(free, start, grads[2:], 9)
+  for got, want in ((moved, first), (moved, _train(free, start, grads, 9)[0])):
+    part = "backbone" if want is first else "head"
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
+      got["encoder"][part],
+      want["encoder"][part],
+    )
+
+
+def test_layers_near_the_image_move_less():
+  backbone = {"patch_embed": jnp.ones(2), "blocks_0": jnp.ones(2), "blocks_1": jnp.ones(2)}
+  trained = {"encoder": {"backbone": {**backbone, "norm": jnp.ones(2)}, "head": jnp.ones(2)}}
+  rates = {"clip": 0.0, "warmup_steps": 0, "weight_decay": 0.0, "final_weight_decay": 0.0}
+  tx = optim.build(_config(**rates, layer_decay=0.5), num_steps=9, batch_size=512)
+  moved = _flat(tx.update(trained, tx.init(trained), trained)[0])
+  share = {key: float(value[0]) / float(moved["encoder.head"][0]) for key, value in moved.items()}
+  expected = {"patch_embed": 0.125, "blocks_0": 0.25, "blocks_1": 0.5, "norm": 1.0}
+  assert share == pytest.approx(
+    {"encoder.head": 1.0} | {f"encoder.backbone.{k}": v for k, v in expected.items()}
+  )
+  stages = optim.layer_rates(
+    {"backbone": {"conv1": 0, "norm1": 0, "stage1_0": 0, "stage4_2": 0}, "head": 0}, 0.5
+  )
+  assert stages["backbone"] == {
+    "conv1": 1 / 32,
+    "norm1": 1 / 32,
+    "stage1_0": 1 / 16,
+    "stage4_2": 0.5,
+  }
+  with pytest.raises(errors.UserError, match="layer_decay=0"):
+    optim.build(_config(layer_decay=0.0), num_steps=9, batch_size=512)
 
 
 def test_each_clip_takes_the_norm_that_it_says():

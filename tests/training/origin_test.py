@@ -98,6 +98,22 @@ def test_a_transformer_of_no_known_size_has_no_known_name(converted):
     encoders.build(tiny.config(model__name="vit", model__width=None))
 
 
+def test_where_no_weights_are_is_said_with_what_was_looked_for(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  said = _fits(tiny.config(init_from="nosuch"))
+  assert said.startswith(
+    f"config.init_from=nosuch: there is no {tmp_path / 'nosuch'}: give the work"
+  )
+  for files, words in (
+    ((), "give the workdir of a run"),
+    (("env.json",), "saved nothing yet: wait"),
+  ):
+    for file in files:
+      (tmp_path / file).write_text("{}")
+    said = _fits(tiny.config(init_from=str(tmp_path)))
+    assert f"neither encoder.safetensors nor exported/ is in {tmp_path}: " in said and words in said
+
+
 def test_a_workdir_stands_for_what_it_has_exported(tmp_path):
   config = tiny.config(init_from=str(tmp_path))
   assert origin.path_of(config) == tmp_path

@@ -18,7 +18,7 @@ import tiny
 from method_table import METHODS
 
 from protojax import loading, losses
-from protojax.metrics import collapse, verdicts
+from protojax.metrics import collapse, rules
 from protojax.models import encoder as encoders
 from protojax.planning import compiled
 from protojax.training import checkpoint, programs, sharding, train_step
@@ -372,7 +372,7 @@ def test_loss_falls_on_real_images_whose_features_stay_apart(row):
   assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.01
   encode = jax.jit(lambda v, batch: program.method.features(v, program.evaluation(batch)))
   features = encode(train_step.variables_of(state), tiny.digits(config, 0))
-  assert collapse.feature_std(features) > verdicts.LIMITS["feature_std"]
+  assert collapse.feature_std(features) > rules.LIMITS["feature_std"]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ EXTENSIONS = (
   *(".jpg", ".jpeg", ".png", ".webp", ".bmp"),
   *(".tif", ".tiff", ".gif", ".avif", ".npy"),
 )
+_KINDS = 5  # of files that are left out, named
 _NEEDS = {".webp": "webp", ".avif": "avif"}  # parts that a Pillow may have been built without
 _TRAIN = ("train", "training")
 # In this order: of a folder with val/ and test/, the first is the one to look at during training.
@@ -189,7 +190,15 @@ def _extension(path: str) -> str:
 
 
 def _counts(left: collections.Counter[str]) -> str:
-  return ", ".join(f"{n:,} {what}" for what, n in left.most_common())
+  """ "4 .heic (not read), 1 hidden": of many kinds the most frequent."""
+  kinds = left.most_common()
+  listed, others = kinds[:_KINDS], kinds[_KINDS:]
+  if len(others) == 1:  # as short as to say that there is one
+    listed, others = kinds, []
+  said = [f"{n:,} {what}" for what, n in listed]
+  if others:
+    said.append(f"and {sum(n for _, n in others):,} more of {len(others)} other kinds")
+  return ", ".join(said)
 
 
 def _classes(paths: list[str]) -> tuple[list[str], np.ndarray]:

@@ -1,0 +1,202 @@
+"""What makes prototypes copies of each other: the table and figure of docs/collapse.md.
+
+  python -m benchmarks.collapse_causes --workdir=runs/causes [--rows ...]
+  python -m benchmarks.collapse_causes --draw
+
+Trains the quickstart's net on scikit-learn's digits with joint prototypes, and again with one
+setting changed at a time; then the mixture in each of its forms under the settings that it shares.
+One process a run, one after another, seed 0; a run that is done is not trained again. Each row goes
+to docs/results/collapse_causes.json as soon as it is there: what the run watched while it trained,
+its final measures, and where its unused prototypes point. --draw makes the figure of what is there,
+docs/collapse_causes.png, and prints the table.
+
+"Unused prototypes are pushed into one direction" is an explanation that is offered for the
+collapse. Tested on the training images: an unused prototype is the argmax of none of them; its
+cosine to minus the mean embedding is compared with that of used ones, and the cosine among unused
+ones with that among used ones.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import matplotlib.figure
+import numpy as np
+
+import protojax
+from protojax import pretrained
+from protojax.reports import record
+
+RECIPE = "configs/quickstart.py"
+JOINT = {
+  "joint": {},
+  "joint, DINO's centred targets": {"mode": "dino"},
+  "joint, a quarter of the rate": {"optim.lr": 1e-3},
+  "joint, D = 8": {"head.bottleneck": 8},
+  "joint, D = 128": {"head.bottleneck": 128},
+  "joint, K = 128": {"method.num_prototypes": 128},
+  "joint, K = 2048": {"method.num_prototypes": 2048},
+  "joint, no weight decay": {"optim.weight_decay": 0.0, "optim.final_weight_decay": 0.0},
+  "joint, no decay of prototypes": {"optim.decay_prototypes": False},
+  "joint, student twice as sharp": {"method.student_temp": 0.05},
+}
+MIXTURE = {
+  "mixture, balanced": {"mode": ""},
+  "mixture, as in the paper": {"mode": "", "mixture.balanced": False},
+  "mixture, centred targets": {"mode": "centred"},
+  "mixture, D = 8": {"mode": "", "head.bottleneck": 8},
+  "mixture, D = 128": {"mode": "", "head.bottleneck": 128},
+  "mixture, K = 2048": {"mode": "", "method.num_prototypes": 2048},
+  "mixture, student twice as sharp": {"mode": "", "method.student_temp": 0.05},
+}
+LONG = {
+  "joint, four times as long": {"num_steps": 10_000},
+  "mixture, four times as long": {"mode": "", "num_steps": 10_000},
+}
+ROWS = JOINT | MIXTURE | LONG
+WATCHED = (
+  "collapse/unique_0.025",
+  "collapse/unique_0.25",
+  "collapse/unique_0.5",
+  "collapse/used_sample",
+  "probe/knn",
+)
+ROOT = pathlib.Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results" / "collapse_causes.json"
+FIGURE = ROOT / "docs" / "collapse_causes.png"
+COLUMNS = {
+  "unique .025": "collapse/unique_0.025",
+  ".25": "collapse/unique_0.25",
+  ".5": "collapse/unique_0.5",
+  "random, .5": "collapse/unique_0.5_random",
+  "used": "collapse/used",
+  "k-NN": "probe/knn",
+  "linear": "probe/linear_fitted",
+}
+ANGLES = ("unused to minus mean", "used to minus mean", "among unused", "among used")
+
+
+def name(row: str) -> str:
+  """A folder's name for a row."""
+  return "".join(c if c.isalnum() else "_" for c in row)
+
+
+def train(row: str, folder: pathlib.Path) -> None:
+  """Runs one to its end, or does nothing where it has ended."""
+  settings = dict(ROWS[row])
+  mode = settings.pop("mode", "joint")
+  recipe = f"{RECIPE}:{mode}" if mode else RECIPE
+  command = [sys.executable, "-m", "protojax.main", f"--config={recipe}", f"--workdir={folder}"]
+  flags = [f"--config.{key}={value}" for key, value in settings.items()]
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  with open(f"{folder}.log", "w", encoding="utf-8") as log:
+    subprocess.run([*command, *flags], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=True)
+
+
+def directions(folder: pathlib.Path) -> dict[str, float]:
+  """Where used and unused prototypes point, by the training images; see the module.
+
+  Returns:
+    Cosines, each a mean: "unused to minus mean", "used to minus mean" over prototypes; "among
+    unused", "among used" over pairs; and "unused", how many there are. Those of a
+    kind with fewer than two prototypes are left out.
+  """
+  model = protojax.load(folder)
+  images = pretrained.source(model, "train")
+  found = pretrained.encoded(model, images, parts=("embeddings",), num_workers=0)
+  z = found["embeddings"]["prototypes"]
+  z = z / np.linalg.norm(z, axis=1, keepdims=True)
+  rows = np.asarray(model.prototypes["prototypes"], np.float32)
+  rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+  used = np.bincount((z @ rows.T).argmax(axis=1), minlength=len(rows)) > 0
+  away = -z.mean(axis=0)
+  away = away / np.linalg.norm(away)
+  out = {"unused": int((~used).sum())}
+  for kind, some in (("used", rows[used]), ("unused", rows[~used])):
+    if len(some) > 1:
+      num = len(some)
+      out[f"{kind} to minus mean"] = float((some @ away).mean())
+      out[f"among {kind}"] = float((num * (some.mean(axis=0) ** 2).sum() - 1) / (num - 1))
+  return out
+
+
+def measured(row: str, folder: pathlib.Path, commit: str) -> dict:
+  """What a finished run left: settings, commit, curves {key: [[step, value]]}, measures."""
+  run = record.read([folder])[0]
+  result = json.loads((folder / "eval" / "final" / "result.json").read_text())
+  curves = {}
+  for key in WATCHED:
+    steps, values = run.curve(key)
+    curves[key] = [[int(s), float(v)] for s, v in zip(steps, values, strict=True)]
+  return {
+    "settings": ROWS[row],
+    "commit": commit,
+    "curves": curves,
+    "measures": result["measures"],
+    "directions": directions(folder),
+    "protocol": result["protocol"],
+    "environment": {k: v for k, v in result["environment"].items() if k != "command"},
+  }
+
+
+def table(rows: dict[str, dict]) -> str:
+  """Markdown: percent at the end of each run, then the cosines of `directions`."""
+  head = ["run", *COLUMNS, "unused", *ANGLES]
+  lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+  for row, found in rows.items():
+    shares = (100 * found["measures"][key] for key in COLUMNS.values())
+    where = found["directions"]
+    cosines = (f"{where[key]:.2f}" if key in where else "–" for key in ANGLES)
+    cells = [row, *(f"{share:.1f}" for share in shares), str(where["unused"]), *cosines]
+    lines.append("| " + " | ".join(cells) + " |")
+  return "\n".join(lines)
+
+
+def draw(rows: dict[str, dict], path: pathlib.Path) -> None:
+  """Unique prototypes at .5 while training, of joint prototypes and of mixtures: one PNG."""
+  figure = matplotlib.figure.Figure(figsize=(11, 5.6), layout="constrained")
+  panels = figure.subplots(1, 2, sharey=True)
+  for panel, kind in zip(panels, ("joint", "mixture"), strict=True):
+    for row in (r for r in rows if r.startswith(kind)):
+      points = np.array(rows[row]["curves"]["collapse/unique_0.5"])
+      base = row in ("joint", "mixture, balanced")
+      label = row.removeprefix(f"{kind}, ")
+      panel.plot(
+        points[:, 0], 100 * points[:, 1], label=label, color="black" if base else None, lw=1.5
+      )
+    panel.set(title=kind, xlabel="step", xscale="log", ylim=(0, 102))
+    panel.legend(fontsize=8, loc="lower left")
+  panels[0].set_ylabel("unique prototypes at cosine distance .5, %")
+  figure.savefig(path, dpi=100, format="png")
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
+  parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/causes"))
+  parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS))
+  parser.add_argument("--draw", action="store_true", help="train nothing: figure and table")
+  args = parser.parse_args()
+  if args.draw:
+    rows = json.loads(RESULTS.read_text())
+    draw(rows, FIGURE)
+    print(table(rows))
+    return
+  os.environ["JAX_PLATFORMS"] = "cpu"
+  commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip()
+  for row in args.rows:
+    folder = args.workdir.absolute() / name(row)
+    train(row, folder)
+    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    rows[row] = measured(row, folder, commit)
+    RESULTS.write_text(json.dumps({r: rows[r] for r in ROWS if r in rows}, indent=1) + "\n")
+    last = rows[row]["measures"]
+    print(row, {k: round(100 * last[k], 1) for k in WATCHED if k in last}, flush=True)
+
+
+if __name__ == "__main__":
+  main()
