@@ -1,7 +1,6 @@
 """Every setting a user can type, with its default; recipes in configs/ change what they need."""
 
 import difflib
-import json
 import math
 import pathlib
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ import ml_collections
 from absl import logging
 from ml_collections import config_dict
 
-from protojax import errors, methods, sizes, trees
+from protojax import errors, files, methods, sizes, trees
 from protojax.models import vit
 
 DEBUG_STEPS = 20  # of `debug`, a trial: a run of no more is not told how it would learn best
@@ -262,6 +261,7 @@ def restored(plain: dict[str, Any]) -> ml_collections.ConfigDict:
 
   Raises:
     UserError: if there is no such method.
+    TypeError: if a setting is of another kind than those of a config.
   """
 
   def tuples(value: Any) -> Any:
@@ -269,10 +269,33 @@ def restored(plain: dict[str, Any]) -> ml_collections.ConfigDict:
       return {k: tuples(v) for k, v in value.items()}
     return tuple(map(tuples, value)) if isinstance(value, list) else value
 
-  config = default(plain.get("method", {"name": "dino"})["name"])
+  method = plain.get("method", {"name": "dino"}) if isinstance(plain, dict) else None
+  name = method.get("name", "dino") if isinstance(method, dict) else None
+  if not isinstance(name, str):
+    raise TypeError("no settings of a run")
+  config = default(name)
+  _require_kinds(plain, config)
   with config.unlocked(), config.ignore_type():
-    config.update(tuples(plain))
+    try:
+      config.update(tuples(plain))
+    except OverflowError as error:  # of a number that no float is as large as
+      raise TypeError(str(error)) from None
   return config
+
+
+def _require_kinds(plain: dict[str, Any], known: Any, section: str = "") -> None:
+  for key, there in known.items():
+    value, name = plain.get(key), section + key
+    if key in plain and isinstance(there, ml_collections.ConfigDict):
+      if not isinstance(value, dict):
+        raise TypeError(f"{name}={value!r} is no section")
+      _require_kinds(value, there, f"{name}.")
+    elif value is not None and isinstance(there, int | float) and isinstance(value, str | dict):
+      raise TypeError(f"{name}={value!r} is no number")
+    elif isinstance(there, int | float) and isinstance(value, list) and "size" not in key:
+      raise TypeError(f"{name}={value!r} is no number")
+    elif isinstance(there, str) and isinstance(value, dict | list | float):
+      raise TypeError(f"{name}={value!r} is no word")
 
 
 def of_run(folder: pathlib.Path) -> ml_collections.ConfigDict:
@@ -283,7 +306,7 @@ def of_run(folder: pathlib.Path) -> ml_collections.ConfigDict:
   """
   path = folder / "config.json"
   try:
-    return restored(json.loads(path.read_text()))
+    return restored(files.parse_json(path.read_text()))
   except errors.UserError:
     raise
   except (OSError, ValueError, KeyError, TypeError) as error:

@@ -13,6 +13,16 @@ class UserError(ValueError):
   """
 
 
+def in_line(text: object, most: int = 300) -> str:
+  """What another library says, or a file, as part of a message: one line that can be printed.
+
+  >>> in_line("no such\n  thing\x1b[2J")
+  'no such thing?[2J'
+  """
+  line = " ".join(str(text).split())
+  return "".join(c if c.isprintable() else "?" for c in line)[:most]
+
+
 # Behind the number of the last step, where a run ends before its result is written.
 TRAINED = (
   ", the last one: all steps are saved; run the same command (without config.overwrite) for what "

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 from protojax import errors
 
@@ -59,6 +60,32 @@ def write_json(path: str | os.PathLike, content: object) -> None:
   write(path, json.dumps(content, indent=2, sort_keys=True, default=str) + "\n")
 
 
+_DEEPEST = 100  # lists within lists of JSON; Python's own limit depends on who reads it
+
+
+def parse_json(text: str | bytes) -> Any:
+  """What JSON says, of a file that anybody may have written.
+
+  Raises:
+    ValueError: if it is none, lists hold one another without end, or a string is no text.
+  """
+  try:
+    value = json.loads(text)
+  except RecursionError:
+    raise ValueError("lists without end") from None
+  text = text if isinstance(text, str) else text.decode(json.detect_encoding(text))
+  if text.count("[") + text.count("{") > _DEEPEST:
+    level = [value]
+    for _ in range(_DEEPEST):
+      inside = [x for x in level if isinstance(x, dict | list) and x]
+      level = [y for x in inside for y in (x.values() if isinstance(x, dict) else x)]
+    if any(isinstance(x, dict | list) for x in level):
+      raise ValueError("lists without end")
+  if "\\ud" in text.lower():  # half a character of two, which no file takes
+    json.dumps(value, ensure_ascii=False).encode()
+  return value
+
+
 def json_lines(path: str | os.PathLike) -> tuple[list[dict], list[str]]:
   """The lines of a file that are JSON objects, in their order, and the others as they are.
 
@@ -71,7 +98,7 @@ def json_lines(path: str | os.PathLike) -> tuple[list[dict], list[str]]:
   text = pathlib.Path(path).read_text(encoding="utf-8", errors="replace")
   for line in text.splitlines():
     try:
-      record = json.loads(line)
+      record = parse_json(line)
     except ValueError:
       record = None
     if isinstance(record, dict):

@@ -301,3 +301,10 @@ def test_every_published_ok_is_well_above_its_untrained_net():
 
 
 _IDLE = {"little learned yet", "unique but unused"}
+
+
+def test_the_page_of_faults_is_what_the_tests_say():
+  survives = runpy.run_path(str(ROOT / "docs" / "survives.py"))
+  rows = list(survives["rows"]())
+  assert len(rows) > 40 and all(all(row[:4]) for row in rows)
+  assert survives["PAGE"].read_text() == survives["page"](), "run python docs/survives.py"

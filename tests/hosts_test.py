@@ -106,6 +106,11 @@ def _up(processes):
     assert "up\n" in iter(process.stdout.readline, ""), process.communicate()  # Gloo speaks too
 
 
+@pytest.mark.survives(
+  "a host that is killed",
+  "process 0 and process 2 of 3",
+  "`process 2 on HOST is gone`, on all others, status 75",
+)
 @pytest.mark.parametrize("victim", [0, 2])
 def test_a_killed_process_is_named_by_all_others(start, address, victim):
   processes = _bare(start, address, range(3))
@@ -120,6 +125,11 @@ def test_a_killed_process_is_named_by_all_others(start, address, victim):
     )
 
 
+@pytest.mark.survives(
+  "a host that freezes (SIGSTOP)",
+  "process 0 and process 1 of 2",
+  "`has not been heard of for 60 s`, on all others, status 75",
+)
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_frozen_process_is_named_and_ends_too_when_it_thaws(start, address, victim):
   processes = _bare(start, address, range(2), count=2, silence=2)
@@ -131,6 +141,11 @@ def test_a_frozen_process_is_named_and_ends_too_when_it_thaws(start, address, vi
   assert f"process {1 - victim if victim == 0 else 1}" in _last(processes[victim], errors.LOST)
 
 
+@pytest.mark.survives(
+  "hosts that do not come",
+  "2 of 4",
+  "their numbers, status 75",
+)
 def test_processes_that_do_not_come_are_named(start, address):
   zero, one = _bare(start, address, [0, 1], count=4, patience=3)
   for process in (zero, one):
@@ -138,6 +153,11 @@ def test_processes_that_do_not_come_are_named(start, address):
     assert re.search(r"process 2, 3 of 4 did not come within 3 s: look why .* reaches port", line)
 
 
+@pytest.mark.survives(
+  "the first host does not come",
+  "process 0",
+  "its address, status 75",
+)
 def test_a_missing_first_process_is_named(start, address):
   (one,) = _bare(start, address, [1], patience=2)
   line = _last(one, errors.LOST)
@@ -153,6 +173,11 @@ def test_an_index_that_is_given_twice_is_said(start, address, indices, words):
     assert _last(process, 2) == f"protojax: {words}"
 
 
+@pytest.mark.survives(
+  "one host ends of a mistake or a full disk",
+  "process 0 and process 1 of 3",
+  "its line there and on all others",
+)
 @pytest.mark.parametrize("bad", [0, 1])
 def test_what_ends_one_process_is_said_by_the_others(start, address, bad):
   processes = _bare(start, address, range(3), bad=bad, how="mistake")
@@ -192,6 +217,11 @@ def test_who_knocks_without_a_name_is_left_outside(start, address):
   _up([zero, one])
 
 
+@pytest.mark.survives(
+  "a host lost within JAX's own exchanges",
+  "kill -9 and SIGSTOP of process 0 and 1",
+  "the same line, no native crash",
+)
 @pytest.mark.parametrize(
   ("victim", "sent"),
   [

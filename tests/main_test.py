@@ -295,6 +295,11 @@ def test_unknown_names(tmp_path):
   _refused(tmp_path, "mixture: .*mass='sum'.*ca or ema", mixture__mass="sum")
 
 
+@pytest.mark.survives(
+  "images that cannot be read",
+  "one of 30 in a folder",
+  "skipped, counted and named",
+)
 def test_corrupt_images_are_skipped_counted_and_named(tmp_path, caplog):
   root = _folder(tmp_path / "images", [f"{i:02d}.png" for i in range(30)], corrupt=["05.png"])
   config = _config(

@@ -72,6 +72,11 @@ def _log(folder, losses, **changes):
   return log
 
 
+@pytest.mark.survives(
+  "updates that are not finite, with optim.skip_nonfinite",
+  "more in a row than are allowed",
+  "each left out and written down; then one line",
+)
 def test_so_many_in_a_row_are_left_out_each_with_its_rows_and_then_the_run_ends(tmp_path):
   nan = math.nan
   log = _log(tmp_path, [1.0, nan, nan, 2.0, nan, 3.0], optim__skip_nonfinite=2, log_every=6)
@@ -116,6 +121,11 @@ def test_replay_makes_the_very_step_again(finished_run, of_the_sixth):
   assert replay.first_broken(found) == "finite throughout"
 
 
+@pytest.mark.survives(
+  "which layer broke",
+  "a replayed step",
+  "its name, in the run's precision and in float32",
+)
 def test_the_first_layer_that_breaks_is_named(of_the_sixth):
   config, state, batch = of_the_sixth
   said = replay.first_broken(replay.look(config, _broken(state), batch))

@@ -114,6 +114,11 @@ def inside(folder: pathlib.Path) -> None:
   assert _job(wrong)["ExitCode"] == "2:0" and _job(wrong)["Restarts"] == "0"
 
 
+@pytest.mark.survives(
+  "a job of Slurm that is preempted",
+  "two tasks on a real slurmctld and slurmd",
+  "queued again by itself; the end of an uninterrupted run",
+)
 def test_a_job_that_is_stopped_goes_on_by_itself_and_ends_as_a_whole_one(tmp_path):
   done = subprocess.run(
     ["bash", ROOT / "tests" / "slurm_cluster.sh", sys.executable, __file__, tmp_path],

@@ -132,6 +132,11 @@ def test_a_run_that_ends_before_all_kills_is_followed_by_another(tmp_path, monke
   assert "equal to the bit after 3 kills (step: 2, save: 1): all of it" in capsys.readouterr().out
 
 
+@pytest.mark.survives(
+  "kill -9 at six kinds of moments",
+  "start, step, look, save, before the seal, before the name",
+  "equal to the bit, by `protojax verify-resume`",
+)
 @long
 def test_a_run_that_is_killed_at_each_moment_and_moved_ends_as_a_whole_one(tmp_path):
   changes = {k: v for k, v in tiny.RUN.items() if k not in verify_resume._USUAL}

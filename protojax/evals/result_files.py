@@ -102,7 +102,7 @@ def read(path: pathlib.Path) -> dict:
     UserError: if there is no such file, or it is something else.
   """
   try:
-    result = json.loads(path.read_text())
+    result = files.parse_json(path.read_text())
     if not isinstance(result["measures"], dict) or not isinstance(result["protocol"]["name"], str):
       raise TypeError
   except OSError as error:

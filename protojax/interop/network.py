@@ -1,13 +1,12 @@
 """One network out of a file of another library: which part, which layout, what is set aside."""
 
-import json
 import pathlib
 import re
 from typing import NamedTuple
 
 import numpy as np
 
-from protojax import errors, trees
+from protojax import errors, files, trees
 from protojax.interop import names, prototype_layouts, tensor_files
 
 # A tensor that every network of a layout has, below whatever prefix.
@@ -106,7 +105,7 @@ def file_of(path: pathlib.Path) -> pathlib.Path:
 
 def _json(path: pathlib.Path) -> dict:
   try:
-    content = json.loads(path.read_text())
+    content = files.parse_json(path.read_text())
   except OSError:
     return {}
   except ValueError:

@@ -1,6 +1,5 @@
 """Every array of a file by its name, whoever wrote it: PyTorch, safetensors or NumPy."""
 
-import json
 import os
 import pathlib
 import zipfile
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from protojax import errors
+from protojax import errors, files, npy
 from protojax.interop import torch_file
 
 _SAFETENSORS = {
@@ -33,7 +32,7 @@ _SAFETENSORS = {
 }
 SUFFIXES = (".pth", ".pt", ".ckpt", ".safetensors", ".npy", ".npz")
 _FORMATS = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
-_UNPACKED = 4 << 30  # bytes; more than this from a compressed file is more likely a bomb
+_UNPACKED = 1 << 30  # bytes; more than this from a compressed file is more likely a bomb
 
 
 def _read_safetensors(path):
@@ -42,7 +41,7 @@ def _read_safetensors(path):
   # The library would copy; a map leaves what is not looked at on the disk.
   raw = np.memmap(path, np.uint8, "r").view(np.ndarray)
   start = 8 + int.from_bytes(raw[:8].tobytes(), "little")
-  header = json.loads(raw[8:start].tobytes())
+  header = files.parse_json(raw[8:start].tobytes())
   out = {}
   for name in names:
     begin, end = header[name]["data_offsets"]
@@ -57,11 +56,9 @@ def _read_safetensors(path):
 
 def _read_npy(path):
   try:
-    return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
-  except ValueError as error:
-    if "Python objects" in str(error):
-      raise _objects(path, path.stem) from None
-    raise
+    return npy.mapped(path)
+  except npy.Objects:
+    raise _objects(path, path.stem) from None
 
 
 def _objects(path, name: str) -> errors.UserError:
@@ -74,17 +71,16 @@ def _objects(path, name: str) -> errors.UserError:
 def _read_npz(path, raw):
   with zipfile.ZipFile(path) as archive:
     infos = archive.infolist()
-  if sum(info.file_size for info in infos) > max(_UNPACKED, 2 * raw.size):
-    raise ValueError("it would unpack to many times its size")
-  with np.load(path, allow_pickle=False) as opened:
+    if sum(info.file_size for info in infos) > max(_UNPACKED, 8 * raw.size):
+      raise ValueError("it would unpack to many times its size")
     out = {}
-    for name in opened.files:
-      try:
-        out[name] = opened[name]
-      except ValueError as error:
-        if "Object arrays" in str(error):
+    for info in infos:
+      name = info.filename.removesuffix(".npy")
+      with archive.open(info) as file:
+        try:
+          out[name] = npy.read(file, info.file_size)
+        except npy.Objects:
           raise _objects(path, name) from None
-        raise
     return out
 
 
@@ -135,9 +131,11 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
     raise errors.UserError(f"there is no file {path}") from None
   except OSError as error:
     raise errors.UserError(f"cannot read {path}: {error.strerror}") from None
-  except (ValueError, KeyError, EOFError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
+  except MemoryError:
+    raise errors.UserError(f"{path} needs more memory than there is") from None
+  except Exception as error:  # a damaged file fails in any way there is
     raise errors.UserError(
-      f"{path} is damaged ({' '.join(str(error).split())}): copy it again from where it comes"
+      f"{path} is damaged ({errors.in_line(error)}): copy it again from where it comes"
     ) from None
   if path.suffix in SUFFIXES:
     raise errors.UserError(

@@ -268,10 +268,10 @@ def _of_steps(runs: Sequence[records.Record], file: str) -> str:
 
 def _natural(key: str) -> list:
   """Order in which k10 comes before k100, and k20 between them."""
-  return [
-    (part.isdigit(), int(part) if part.isdigit() else 0, part)
-    for part in re.split(r"([0-9]+)", key)
-  ]
+  parts = re.split(r"([0-9]+)", key)
+  # Numbers of one length are in the order of their digits, and may be longer than Python reads.
+  found = [(part.isdigit(), part.lstrip("0") * part.isdigit(), part) for part in parts]
+  return [(number, len(digits), digits, part) for number, digits, part in found]
 
 
 def folded(summary: str, content: str, shown: bool = False) -> str:

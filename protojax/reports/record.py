@@ -1,6 +1,5 @@
 """What a run left in its workdir, read back: curves, results, arrays and settings."""
 
-import json
 import math
 import pathlib
 import sys
@@ -16,6 +15,7 @@ from protojax.metrics import rules, verdicts
 
 METRICS, FINAL, ARRAYS = "metrics.jsonl", "eval/final/result.json", "eval/final/arrays.npz"
 AT_THE_END = ("probe/linear_fitted",)
+_STEPS = 1 << 53  # more has no run, and not every float says exactly
 _JUDGED = 300  # lines of a run, spread over it, that `verdict` judges
 Curve = tuple[np.ndarray, np.ndarray]  # steps int [n], ascending; values float [n]
 
@@ -114,7 +114,9 @@ def _read(folder: pathlib.Path, name: str) -> Record:
   results = {}
   for path in sorted(folder.glob("eval/*/result.json")):
     content = _json(path, folder, notes)
-    if content:
+    if content and not isinstance(content.get("measures", {}), dict):
+      notes.append(f"{path.relative_to(folder).as_posix()} was left out: it has no measures.")
+    elif content:
       results[path.relative_to(folder).as_posix()] = content
   config = ml_collections.ConfigDict(_json(folder / "config.json", folder, notes))
   return Record(name, folder, config, curves, results, _arrays(folder, notes), tuple(notes))
@@ -122,7 +124,7 @@ def _read(folder: pathlib.Path, name: str) -> Record:
 
 def _json(path: pathlib.Path, folder: pathlib.Path, notes: list[str]) -> dict:
   try:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = files.parse_json(path.read_text(encoding="utf-8"))
     if isinstance(content, dict):
       return content
     problem = "it is not an object"
@@ -157,6 +159,8 @@ def _curves(path: pathlib.Path, notes: list[str]) -> dict[str, Curve]:
   for line in lines:
     try:
       step = int(line.pop("step"))
+      if not 0 <= step < _STEPS:
+        raise ValueError
     except (ValueError, KeyError, TypeError, OverflowError):
       torn += 1
       continue
@@ -228,7 +232,9 @@ def history(folder: pathlib.Path, most: int | None = None) -> Iterator[tuple[int
   known, measured = {}, None
   every = max(1, len(lines) // (most or len(lines) or 1))
   for i, line in enumerate(lines):
-    lost = dict.fromkeys(line.get("non_finite", ()), math.nan)
+    said = line.get("non_finite")
+    names = [n for n in said if isinstance(n, str)] if isinstance(said, list) else []
+    lost = dict.fromkeys(names, math.nan)
     known = {k: v for k, v in known.items() if k not in AT_THE_END}  # an extended run's first end
     known |= {k: v for k, v in line.items() if isinstance(v, int | float)} | lost
     if any(k.startswith("collapse/") for k in line):

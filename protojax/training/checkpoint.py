@@ -58,11 +58,25 @@ def _shapes(tree: PyTree) -> dict[str, str]:
 
 def leaves(workdir: str | os.PathLike) -> dict[str, str] | None:
   """{"carry/probe/params/bias": "float32[10]", ...} of the newest sealed checkpoint, or None."""
-  seals = pathlib.Path(workdir).glob(f"checkpoints/*/{_SEAL}")
-  for seal in sorted(seals, key=lambda p: int(p.parent.name), reverse=True):
-    with contextlib.suppress(ValueError, KeyError, OSError):
-      return json.loads(seal.read_text())["leaves"]
+  folder = pathlib.Path(workdir) / "checkpoints"
+  for step in reversed(steps(workdir)):
+    with contextlib.suppress(ValueError, OSError):
+      return _sealed(folder / str(step))[1]
   return None
+
+
+def _sealed(folder: pathlib.Path) -> tuple[dict[str, int], dict[str, str]]:
+  """({file: its sum}, {leaf: its shape}) as a checkpoint's seal says; ValueError if damaged."""
+  said = files.parse_json((folder / _SEAL).read_text())
+  if isinstance(said, dict):
+    sums, shapes = said.get("files"), said.get("leaves")
+    if isinstance(sums, dict) and isinstance(shapes, dict):
+      inside = folder.resolve()
+      for name in sums:
+        if "\0" in name or not (folder / name).resolve().is_relative_to(inside):
+          raise ValueError(f"a file outside of the checkpoint: {errors.in_line(name)}")
+      return sums, {name: str(shape) for name, shape in shapes.items()}
+  raise ValueError("it lacks files or leaves")
 
 
 def steps(workdir: str | os.PathLike) -> list[int]:
@@ -99,10 +113,10 @@ def intact(workdir: str | os.PathLike) -> str:
 
 def _one_line(error: Exception) -> str:
   first, *_ = str(error).strip().splitlines() or [""]
-  return f"{type(error).__name__}: {first[:200]}"
+  return f"{type(error).__name__}: {errors.in_line(first, 200)}"
 
 
-def _of_first(find: Callable[[], str | None]) -> str | None:
+def of_first(find: Callable[[], str | None]) -> str | None:
   """What process 0 finds, in every process: a pod's hosts would read the same files again."""
   if jax.process_count() == 1:
     return find()
@@ -198,7 +212,7 @@ class Checkpoints:
     """
     size, free = _size(state), self._free()
     there = len(steps(self._folder.parent))
-    if _of_first(lambda: "full" if free < size else None):
+    if of_first(lambda: "full" if free < size else None):
       raise errors.UserError(
         f"a checkpoint takes up to {size / 1e9:.3g} GB and {free / 1e9:.3g} GB of the disk of "
         f"{self._folder.parent} are free: free some space or choose another workdir; "
@@ -213,7 +227,7 @@ class Checkpoints:
 
   def _require_space(self, state: PyTree) -> None:
     """Refuses beforehand, all processes at once: orbax leaves a mess if space ends half-way."""
-    if _of_first(lambda: "full" if self._free() < _size(state) else None):
+    if of_first(lambda: "full" if self._free() < _size(state) else None):
       raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
   def _seal(self) -> None:
@@ -227,12 +241,14 @@ class Checkpoints:
     """What is wrong with the files of a checkpoint, if anything."""
     folder = self._folder / str(step)
     try:
-      for name, expected in json.loads((folder / _SEAL).read_text())["files"].items():
+      for name, expected in _sealed(folder)[0].items():
+        if not (folder / name).is_file():
+          return f"{errors.in_line(name)} is missing"
         if _sum(folder / name) != expected:
-          return f"{name} is damaged"
+          return f"{errors.in_line(name)} is damaged"
     except FileNotFoundError as error:
       return f"{pathlib.Path(error.filename).relative_to(folder)} is missing"
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, OSError) as error:
       return f"{_SEAL}: {_one_line(error)}"
     return None
 
@@ -240,9 +256,10 @@ class Checkpoints:
     here = _shapes(abstract)
     wrong = sorted(k for k in there.keys() | here.keys() if there.get(k) != here.get(k))
     if wrong:
+      leaf, its = (errors.in_line(text) for text in (wrong[0], there.get(wrong[0], "missing")))
       raise errors.UserError(
-        f"checkpoint {step} in {self._folder} is of another program: {wrong[0]} is "
-        f"{there.get(wrong[0], 'missing')} there and {here.get(wrong[0], 'missing')} here, "
+        f"checkpoint {step} in {self._folder} is of another program: {leaf} is "
+        f"{its} there and {here.get(wrong[0], 'missing')} here, "
         f"{len(wrong)} differences in all: {_START_ANEW}"
       )
 
@@ -290,9 +307,9 @@ class Checkpoints:
         f"there is no checkpoint {only} in {self._folder}: there are {', '.join(map(str, steps))}"
       )
     for step in steps if only is None else [only]:
-      reason = _of_first(lambda step=step: self._damage(step))
+      reason = of_first(lambda step=step: self._damage(step))
       if reason is None:
-        there = json.loads((self._folder / str(step) / _SEAL).read_text())["leaves"]
+        _, there = _sealed(self._folder / str(step))
         target = abstract(there) if callable(abstract) else abstract
         self._require_fit(step, target, there)
         wanted = {"metadata": ocp.args.JsonRestore(), "state": ocp.args.StandardRestore(target)}

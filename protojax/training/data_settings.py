@@ -1,6 +1,5 @@
 """Settings that a run finds out by looking at its images, and keeps from then on."""
 
-import json
 import pathlib
 
 import ml_collections
@@ -8,7 +7,7 @@ import numpy as np
 from absl import logging
 
 from protojax import config as configs
-from protojax import errors
+from protojax import errors, files
 from protojax.data import sources
 
 _KEPT = (("data", "value_range"), ("augment", "mean"), ("augment", "std"))
@@ -24,9 +23,9 @@ def recalled(config: ml_collections.ConfigDict, workdir: str) -> ml_collections.
   if config.overwrite or not known.is_file():
     return config
   try:
-    before = json.loads(known.read_text())
-    before = before if isinstance(before, dict) else {}
-  except ValueError:
+    before = files.parse_json(known.read_text())
+    configs.restored(before)
+  except (ValueError, TypeError, KeyError):
     return config  # `workdir.claim` says so
   with config.unlocked(), config.ignore_type():
     for section, key in _KEPT:
@@ -34,7 +33,7 @@ def recalled(config: ml_collections.ConfigDict, workdir: str) -> ml_collections.
       unknown = config[section][key] is None
       if section == "augment":
         unknown = configs.to_be_measured(config, key)
-      if unknown and there is not None:
+      if unknown and isinstance(there, list):
         config[section][key] = tuple(tuple(x) if isinstance(x, list) else x for x in there)
   return config
 

@@ -154,7 +154,7 @@ def _opened(path: str | os.PathLike) -> Iterator[tuple[Any, dict]]:
     )
   try:
     with safetensors.safe_open(file, framework="numpy") as opened:
-      yield opened, json.loads(opened.metadata()["info"])
+      yield opened, files.parse_json(opened.metadata()["info"])
   except (safetensors.SafetensorError, KeyError, TypeError, ValueError):
     raise errors.UserError(
       f"{file} is damaged or was not exported by protojax: export it again from its run; other "

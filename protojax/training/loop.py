@@ -17,6 +17,7 @@ from protojax.training import (
   datasets,
   evaluation,
   export,
+  lock,
   opening,
   origin,
   programs,
@@ -86,20 +87,6 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
   if config.init_from:
     start_from = export.load(origin.path_of(config), program.abstract.encoder)
 
-  folder = workdirs.claim(workdir, config)
-  checkpoints = checkpoint.Checkpoints(folder, keep=config.keep_checkpoints)
-  restored = checkpoints.restore_latest(program.restore_target)
-  if restored is None:
-    start, state, before = 0, program.init(config.seed), 0.0
-    if start_from is not None:
-      state = workdirs.warm_start(state, start_from)
-  else:
-    start, state, metadata = restored
-    before = metadata.get("seconds", 0.0)
-    state, changed = program.with_own_probe(state, metadata["config"]["probe"])
-    if changed:
-      logging.info("%s at step %d; measured on %s from here on", changed, start, bank.name)
-
   def seconds():
     return before + time.time() - started
 
@@ -141,6 +128,20 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
   # taken, so that n alone says where to go on. A refresh belongs to the step after it: it comes
   # between the two and is done again by a run that goes on from n.
   with contextlib.ExitStack() as stack:
+    stack.enter_context(lock.held(workdirs.place(workdir, config)))
+    folder = workdirs.claim(workdir, config)
+    checkpoints = checkpoint.Checkpoints(folder, keep=config.keep_checkpoints)
+    restored = checkpoints.restore_latest(program.restore_target)
+    if restored is None:
+      start, state, before = 0, program.init(config.seed), 0.0
+      if start_from is not None:
+        state = workdirs.warm_start(state, start_from)
+    else:
+      start, state, metadata = restored
+      before = metadata.get("seconds", 0.0)
+      state, changed = program.with_own_probe(state, metadata["config"]["probe"])
+      if changed:
+        logging.info("%s at step %d; measured on %s from here on", changed, start, bank.name)
     stack.enter_context(workdirs.reporting(folder))
     stack.enter_context(contextlib.closing(checkpoints))
     extended = workdirs.extend(folder, config, start)

@@ -192,7 +192,8 @@ def _differing(before: dict, config) -> dict[str, tuple]:
 
 
 def _listed(differing: dict[str, tuple]) -> str:
-  return ", ".join(f"{key} {old} -> {new}" for key, (old, new) in differing.items())
+  said = (f"{key} {old} -> {new}" for key, (old, new) in differing.items())
+  return ", ".join(errors.in_line(one) for one in said)
 
 
 def refuse_mismatch(before: dict, config) -> None:
@@ -265,19 +266,15 @@ def extend(folder: pathlib.Path, config, step: int) -> list[str]:
   ]
 
 
-def claim(workdir: str, config) -> pathlib.Path:
-  """Makes the folder this run's own, or finds that it is.
-
-  Writes config.json and env.json when the folder is new. Else what has changed of `config.probe`,
-  and this machine behind those of env.json's "resumed".
+def place(workdir: str, config) -> pathlib.Path:
+  """The folder of a run, absolute; made by `lock.held`.
 
   Args:
-    workdir: any path, made if missing.
+    workdir: any path.
     config: resolved.
 
   Raises:
-    UserError: if the folder holds another run, or a run while `config.resume` is "never"; if it is
-      in the folder of images.
+    UserError: if it cannot be one: a file, an address, in the folder of images.
   """
   if config.resume not in ("auto", "never", "extend"):
     raise errors.UserError(f"resume={config.resume!r} is unknown: choose auto, never or extend")
@@ -295,6 +292,24 @@ def claim(workdir: str, config) -> pathlib.Path:
         f"workdir={workdir} lies in the folder of images {config.data.data_dir}, which would hold "
         "its pictures then; choose a workdir elsewhere"
       )
+  return folder
+
+
+def claim(workdir: str, config) -> pathlib.Path:
+  """Makes the folder this run's own, or finds that it is.
+
+  Writes config.json and env.json when the folder is new. Else what has changed of `config.probe`,
+  and this machine behind those of env.json's "resumed".
+
+  Args:
+    workdir: any path, made if missing.
+    config: resolved.
+
+  Raises:
+    UserError: if the folder holds another run, or a run while `config.resume` is "never"; as
+      `place`.
+  """
+  folder = place(workdir, config)
   lead = jax.process_index() == 0
   if config.overwrite and lead and (folder / "env.json").exists():
     try:
@@ -312,19 +327,26 @@ def claim(workdir: str, config) -> pathlib.Path:
         "set config.overwrite=True, which deletes it"
       )
     try:
-      old = json.loads(known.read_text())
-    except ValueError:
+      old = files.parse_json(known.read_text())
+      configs.restored(old)
+    except errors.UserError:
+      raise
+    except (ValueError, TypeError, KeyError) as error:
       raise errors.UserError(
-        f"{known} is not readable JSON: choose another workdir or set config.overwrite=True, which "
-        "deletes it"
+        f"{known} is not readable JSON of a run ({errors.in_line(error)}): choose another workdir "
+        "or set config.overwrite=True, which deletes it"
       ) from None
     refuse_mismatch(old, config)
     probe = json.loads(json.dumps(config.probe.to_dict()))
     if lead and old.get("probe") != probe:
       _write(workdir, known, old | {"probe": probe})
     if lead and (folder / "env.json").exists():
-      first = json.loads((folder / "env.json").read_text())
-      again = [*first.get("resumed", []), environment.describe()]
+      first = {}
+      with contextlib.suppress(ValueError):  # nothing that a run needs
+        first = files.parse_json((folder / "env.json").read_text())
+      first = first if isinstance(first, dict) else {}
+      before = resumed if isinstance(resumed := first.get("resumed"), list) else []
+      again = [*before, environment.describe()]
       _write(workdir, folder / "env.json", first | {"resumed": again})
   elif (folder / "checkpoints").exists():
     raise errors.UserError(
@@ -434,7 +456,10 @@ def write_result(folder: pathlib.Path, result: dict, arrays: dict, config, *, ba
 def read_result(folder: pathlib.Path) -> dict[str, float] | None:
   """The measures that `write_result` wrote, or None."""
   path = folder / "eval" / "final" / "result.json"
-  return json.loads(path.read_text())["measures"] if path.exists() else None
+  with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged: it is measured again
+    measures = files.parse_json(path.read_text())["measures"] if path.exists() else None
+    return measures if isinstance(measures, dict) else None
+  return None
 
 
 def page_is_old(folder: pathlib.Path) -> bool:

@@ -81,6 +81,11 @@ def _die(records):
   os.kill(os.getpid(), signal.SIGBUS)  # what touching shared memory does when there is no more
 
 
+@pytest.mark.survives(
+  "a process that decodes images dies",
+  "SIGBUS for real; SIGKILL and exit 3 as grain says them",
+  "one line: the likely cause, what to lower",
+)
 def test_a_worker_that_dies_is_one_line():
   data = sources.Source("own", np.arange(4), _die)
   stream = pipeline.batches(data, seed=0, step=0, batch_size=2, image_size=4, num_workers=1)
@@ -99,6 +104,11 @@ def _told_to_stop(records):
   return [(np.full((4, 4, 3), r, np.uint8), 0) for r in records]
 
 
+@pytest.mark.survives(
+  "SIGTERM to a whole job",
+  "SIGTERM to a decoding process",
+  "images until the run has saved",
+)
 def test_a_worker_outlives_the_signal_that_stops_the_whole_job():
   """The run takes more batches before it saves and ends."""
   data = sources.Source("own", np.arange(4), _told_to_stop)
@@ -124,6 +134,11 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.survives(
+  "kill -9 of a training with decoding processes",
+  "the trainer",
+  "none of them is left",
+)
 def test_no_worker_outlives_a_trainer_that_is_killed(tmp_path):
   (tmp_path / "left.py").write_text(_LEFT)
   (tmp_path / "pids").mkdir()

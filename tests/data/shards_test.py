@@ -243,6 +243,11 @@ def test_a_tar_is_indexed_once_and_again_when_it_has_changed(
   np.testing.assert_array_equal(data[1]["image"], images[4][2])
 
 
+@pytest.mark.survives(
+  "a tar that was cut",
+  "in the middle",
+  "a warning; the images before it",
+)
 def test_a_tar_that_ends_too_soon_keeps_what_is_whole(tmp_path, images):
   _tar(tmp_path / "a.tar", [(f"{i}.png", images[i][1]) for i in (2, 4, 10)])
   content = (tmp_path / "a.tar").read_bytes()

@@ -154,6 +154,11 @@ def test_a_name_that_weights_do_not_need_is_refused_by_name(path, module, name, 
   assert f"{module}.{name}" in _refused(path)
 
 
+@pytest.mark.survives(
+  "a pickle that runs code",
+  "exec, within a file of torch and alone",
+  "one line with the name it asked for",
+)
 def test_a_malicious_pickle_does_not_run(path, tmp_path):
   class Attack:
     def __reduce__(self):

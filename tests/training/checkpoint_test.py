@@ -97,6 +97,11 @@ def test_every_leaf_comes_back_to_the_bit(tmp_path):
   assert next_draw == jax.random.normal(jax.random.fold_in(_state(3)["key"], 5))
 
 
+@pytest.mark.survives(
+  "other devices than before",
+  "8 to 1, 1 to 8, 8 to 2",
+  "the same arrays",
+)
 @pytest.mark.parametrize(("before", "after"), [(8, 1), (1, 8), (8, 2)])
 def test_mesh_may_change_between_save_and_restore(tmp_path, before, after):
   saved = checkpoint.Checkpoints(tmp_path)
@@ -166,6 +171,11 @@ def test_less_than_two_and_a_file_in_the_way_are_refused(tmp_path):
     checkpoint.Checkpoints(tmp_path)
 
 
+@pytest.mark.survives(
+  "a checkpoint cut short",
+  "the newest, by half of a file",
+  "a warning; the one before it is taken",
+)
 def test_truncated_newest_falls_back_says_so_and_is_replaced(tmp_path, caplog):
   _write(tmp_path, [4, 6])
   damaged = _truncate(tmp_path, 6)
@@ -183,6 +193,11 @@ def test_truncated_newest_falls_back_says_so_and_is_replaced(tmp_path, caplog):
   assert _bits(_read(tmp_path)[1]) == _bits(_state(60))
 
 
+@pytest.mark.survives(
+  "a damaged checkpoint",
+  "a flipped bit, a missing file, metadata, the seal",
+  "a warning that names the file; the one before it is taken",
+)
 @pytest.mark.parametrize("what", ["flip", "missing", "metadata", "seal"])
 def test_every_kind_of_damage_is_noticed(tmp_path, what):
   """A flipped bit in the numbers is the one that orbax itself reads without complaint."""
@@ -204,6 +219,11 @@ def test_every_kind_of_damage_is_noticed(tmp_path, what):
   assert step == metadata["step"] == 4
 
 
+@pytest.mark.survives(
+  "all checkpoints damaged",
+  "each of them",
+  "one line that names all",
+)
 def test_nothing_readable_is_one_line_that_names_all(tmp_path):
   _write(tmp_path, [4, 6])
   for step in (4, 6):
@@ -270,6 +290,11 @@ def _child(code, folder):
   )
 
 
+@pytest.mark.survives(
+  "kill -9 in the middle of a save",
+  "while files of it are written",
+  "the checkpoint before it is intact",
+)
 def test_kill_in_the_middle_of_a_save_leaves_the_one_before(tmp_path):
   with _child(_KILLED, tmp_path) as process:
     assert process.stdout.readline() == "now\n"
@@ -316,6 +341,11 @@ def _check_intact(folder):
   assert step == 2 and _bits(state) == _bits(_state(2))
 
 
+@pytest.mark.survives(
+  "a disk that is full before a save",
+  "a real file system of one megabyte",
+  "one line; no checkpoint is lost",
+)
 def test_full_disk_is_one_line_and_costs_no_checkpoint(small_disk, capfd):
   saved = _two_checkpoints(small_disk / "run")
   with pytest.raises(errors.UserError, match=_FULL) as caught:
@@ -326,6 +356,11 @@ def test_full_disk_is_one_line_and_costs_no_checkpoint(small_disk, capfd):
   assert "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.survives(
+  "a disk that fills up during a save",
+  "a real file system of one megabyte",
+  "the same line",
+)
 def test_disk_that_fills_up_during_a_save_is_the_same_line(small_disk):
   """In its own process: orbax (0.12.8) leaves writes behind that end in a closed event loop."""
   with _child(_FILLED, small_disk / "run") as process:

@@ -64,6 +64,11 @@ def test_the_bar_moves_with_every_step_and_its_eta_is_that_of_the_line(tmp_path,
     assert below and all(abs(int(b[-2:]) - int(eta[-2:])) <= 1 for b in below[-1:])
 
 
+@pytest.mark.survives(
+  "a loss that is NaN or infinite",
+  "both",
+  "one line with advice, at the terminal and in train.log",
+)
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_loss_that_is_not_finite_ends_the_run_in_one_line(tmp_path, loss):
   with pytest.raises(errors.UserError, match=f"the loss is {loss} after step 2: lower") as info:

@@ -103,6 +103,11 @@ def test_missing_damaged_and_foreign_files_are_one_line(tmp_path):
     export.read(tmp_path)
 
 
+@pytest.mark.survives(
+  "a full disk during the export",
+  "weights and settings, half written",
+  "one line; the export before it is whole",
+)
 @pytest.mark.parametrize("broken", ["encoder.safetensors.tmp", "config.json.tmp"])
 def test_full_disk_leaves_a_whole_export(tmp_path, monkeypatch, broken):
   export.write(tmp_path, _tree(0), INFO)

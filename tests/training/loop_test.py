@@ -122,6 +122,11 @@ def _streams(patch):
   return opened
 
 
+@pytest.mark.survives(
+  "SIGTERM between two steps",
+  "with a decoding process before, with the images on the devices after",
+  "`stopped at step 3`; equal to the bit",
+)
 def test_stopped_and_resumed_run_equals_the_whole_one_to_the_bit(
   whole, tmp_path, monkeypatch, caplog
 ):
@@ -188,6 +193,11 @@ def test_a_run_that_was_ended_before_its_page_writes_it_again(whole, tmp_path, m
   assert written[1][0] == folder and "spectrum" in written[1][1]
 
 
+@pytest.mark.survives(
+  "SIGTERM after the last step",
+  "before the result is written",
+  "that all steps are saved, and the command for the rest",
+)
 def test_a_stop_after_the_last_step_says_that_all_are_saved(whole, tmp_path, monkeypatch):
   folder = shutil.copytree(whole, tmp_path / "run")
   (folder / "eval" / "final" / "result.json").unlink()
@@ -196,6 +206,11 @@ def test_a_stop_after_the_last_step_says_that_all_are_saved(whole, tmp_path, mon
     loop.run(tiny.run_config(), str(folder))
 
 
+@pytest.mark.survives(
+  "SIGTERM during an evaluation",
+  "within a look at the state",
+  "saved at once; the run that goes on makes the look first",
+)
 def test_a_stop_within_a_look_saves_at_once_and_the_look_is_made_when_the_run_goes_on(
   whole, tmp_path, monkeypatch
 ):
@@ -372,6 +387,11 @@ def _kill_after_a_checkpoint(folder, step, **recipe):
   process.wait()
 
 
+@pytest.mark.survives(
+  "kill -9 of a training",
+  "the program, killed behind checkpoint 2 of 6 steps",
+  "nothing; the same command goes on, and every array and line is that of a whole run",
+)
 @long
 def test_killed_run_resumes_to_the_bit(whole, tmp_path):
   folder = tmp_path / "run"
@@ -381,6 +401,11 @@ def test_killed_run_resumes_to_the_bit(whole, tmp_path):
   assert _losses(folder) == _losses(whole)
 
 
+@pytest.mark.survives(
+  "a stop or kill -9 around a refresh of clusters",
+  "PCL, stopped and killed at the step of a refresh",
+  "the clusters are made again; equal to the bit",
+)
 @long
 def test_run_with_clusters_stopped_and_killed_around_a_refresh_resumes_to_the_bit(
   tmp_path, monkeypatch
@@ -461,6 +486,11 @@ def _two_processes(code, folder, **changes):
   ]
 
 
+@pytest.mark.survives(
+  "the same number of hosts",
+  "two processes, resumed by two",
+  "goes on as one process would",
+)
 def test_two_processes_train_and_resume_as_one(whole, tmp_path):
   folder = tmp_path / "run"
   processes = _two_processes(_TWICE, folder)
@@ -500,6 +530,11 @@ cli.guarded(main.main, [*arguments, f"--workdir={folder}"])
 """
 
 
+@pytest.mark.survives(
+  "SIGTERM on one of several hosts, fewer hosts after it",
+  "process 1 of 2; then one process goes on",
+  "all save and end with 143; equal to rounding",
+)
 @long
 def test_sigterm_on_the_second_process_saves_on_both_and_one_process_goes_on(tmp_path):
   folder = tmp_path / "run"
@@ -536,6 +571,11 @@ cli.guarded(main.main, [*arguments, f"--workdir={folder}"])
 """
 
 
+@pytest.mark.survives(
+  "SIGTERM on one host during an evaluation",
+  "process 1 of 2 within a look",
+  "all save and end with 143",
+)
 @long
 def test_sigterm_on_the_second_process_within_a_look_saves_on_both(tmp_path):
   changes = {"num_steps": 8, "eval_every": 1000, "monitor.every": 3, "monitor.images": 512}
@@ -547,6 +587,11 @@ def test_sigterm_on_the_second_process_within_a_look_saves_on_both(tmp_path):
   assert "collapse/" not in (tmp_path / "metrics.jsonl").read_text()
 
 
+@pytest.mark.survives(
+  "more hosts than before",
+  "one process, then two",
+  "goes on; equal to rounding",
+)
 @long
 def test_a_run_of_one_process_goes_on_with_two(whole, tmp_path):
   folder = tmp_path / "run"
@@ -572,6 +617,11 @@ def _read_only(path, *unused):
 _LAST = r"run the same command again; checkpoint 4 is intact"
 
 
+@pytest.mark.survives(
+  "a full or read-only disk",
+  "a log line, opening the log, the result; the disk's errors put in their place",
+  "one line: what, where, which checkpoint is intact; status 2",
+)
 @pytest.mark.parametrize(
   ("owner", "name", "broken", "line"),
   [
@@ -598,6 +648,11 @@ def test_a_disk_that_refuses_is_one_line_with_what_is_intact(
   assert "\n" not in str(caught.value)
 
 
+@pytest.mark.survives(
+  "a save that fails behind the training",
+  "orbax's thread",
+  "the same line at the next step",
+)
 def test_a_save_that_failed_in_the_background_ends_the_run_at_the_next_step(
   whole, tmp_path, monkeypatch
 ):
@@ -615,6 +670,11 @@ def test_a_save_that_failed_in_the_background_ends_the_run_at_the_next_step(
   assert len(asked) == 1 and max(_losses(folder)) == 4
 
 
+@pytest.mark.survives(
+  "no room for one checkpoint",
+  "before the first step",
+  "one line, no step in vain",
+)
 def test_a_disk_without_room_for_a_checkpoint_is_refused_before_the_first_step(
   tmp_path, monkeypatch
 ):

@@ -79,6 +79,11 @@ def test_resumed_file_equals_an_uninterrupted_one(tmp_path):
   assert not list(parts.glob("*.tmp"))
 
 
+@pytest.mark.survives(
+  "a line of metrics.jsonl that was cut",
+  "the last one",
+  "dropped with a warning",
+)
 def test_torn_last_line_of_a_kept_step_is_dropped(tmp_path):
   (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nrubbish\n[2]\n{"step": 2}\n{"step": 3, "a')
   _make(tmp_path, start_step=3).close()
@@ -118,6 +123,11 @@ def test_tensorboard_gets_scalars_and_is_told_what_to_forget(tmp_path):
   assert purges == [4]
 
 
+@pytest.mark.survives(
+  "a full disk under the log",
+  "metrics.jsonl and train.log",
+  "one line, at once",
+)
 @pytest.mark.parametrize("name", ["metrics.jsonl", "train.log"])
 def test_full_disk_is_an_error_at_once_and_closing_does_not_hide_it(tmp_path, name):
   (tmp_path / name).symlink_to("/dev/full")

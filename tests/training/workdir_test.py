@@ -193,6 +193,11 @@ def test_a_signal_leaves_long_work_at_its_next_report():
   assert list(progress.over([0, 1], "counting")) == [0, 1]
 
 
+@pytest.mark.survives(
+  "a closed terminal (SIGHUP)",
+  "with and without nohup",
+  "saved, status 129; under nohup nothing",
+)
 def test_a_closed_terminal_asks_to_save_unless_it_was_told_not_to_matter():
   before = signal.getsignal(signal.SIGHUP)
   try:

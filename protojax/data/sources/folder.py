@@ -148,10 +148,13 @@ def _files(root: pathlib.Path, left: collections.Counter[str]) -> Iterator[str]:
         this = identity(entry.path) if entry.is_dir() else None
         if this is None and entry.is_symlink():
           os.stat(entry.path)
+        plain = this is not None or entry.is_file()
       except OSError:
         left["broken link"] += 1
         continue
-      if this is None:
+      if not plain:  # reading one might never end
+        left["pipe, socket or device"] += 1
+      elif this is None:
         yield path
       elif this in above:
         left["link to a folder above it"] += 1

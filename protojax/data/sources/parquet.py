@@ -2,7 +2,6 @@
 
 import collections
 import functools
-import json
 import os
 import pathlib
 import threading
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from protojax import errors
+from protojax import errors, files
 from protojax.data.sources import shards, source
 
 _IMAGES = ("image", "img", "jpg", "png", "picture", "bytes")
@@ -78,7 +77,7 @@ def build(split: str | None, data_dir: str | os.PathLike | None) -> source.Sourc
 def _features(schema: Any) -> dict[str, dict]:
   """{column: what Hugging Face says of it}, {} where nothing is said."""
   try:
-    said = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    said = files.parse_json((schema.metadata or {}).get(b"huggingface", b"{}"))
     features = said.get("info", {}).get("features", {})
   except (ValueError, AttributeError):
     return {}
@@ -127,10 +126,13 @@ def _metadata(path: str, changed: int) -> Any:
   from pyarrow import parquet
 
   try:
-    return parquet.read_metadata(path)
-  except (pa.ArrowException, OSError) as error:
-    said = " ".join(str(error).split())
-    raise errors.UserError(f"{path} is no parquet file that can be read: {said}") from None
+    found = parquet.read_metadata(path)
+    _ = found.schema.to_arrow_schema().names  # may be no text
+    return found
+  except (pa.ArrowException, OSError, ValueError) as error:
+    raise errors.UserError(
+      f"{path} is no parquet file that can be read: {errors.in_line(error)}"
+    ) from None
 
 
 def _values(path: pathlib.Path, column: str) -> list:
@@ -139,9 +141,10 @@ def _values(path: pathlib.Path, column: str) -> list:
 
   try:
     return parquet.read_table(path, columns=[column], partitioning=None)[column].to_pylist()
-  except (pa.ArrowException, OSError, KeyError) as error:
-    said = " ".join(str(error).split())
-    raise errors.UserError(f"{path}: the column {column!r} cannot be read: {said}") from None
+  except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+    raise errors.UserError(
+      f"{path}: the column {column!r} cannot be read: {errors.in_line(error)}"
+    ) from None
 
 
 class _Groups:

@@ -13,10 +13,13 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from protojax import npy
+
 File = str | os.PathLike[str] | bytes
 # (low, high), numbers or one for each channel: what becomes black and what becomes white.
 Range = tuple[Any, Any]
 _NPY = b"\x93NUMPY"
+_AT_ONCE = 1 << 22  # numbers of an image that are scaled at a time
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
@@ -44,7 +47,7 @@ def read(file: File, channels: int) -> np.ndarray:
   """The numbers of an image file as they are: [H, W, c], c = `channels` or, of a deep image, 1."""
   if _is_array(file):
     with _opened(file) as content:
-      return _channels_last(np.load(content, allow_pickle=False), channels)
+      return _channels_last(npy.read(content, _size(file)), channels)
   try:
     image: Image.Image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
   except Image.UnidentifiedImageError:
@@ -74,9 +77,7 @@ def depth(file: File) -> str:
   """
   if _is_array(file):
     with _opened(file) as content:
-      version = np.lib.format.read_magic(content)
-      reader = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
-      return "eight" if reader[version[0]](content)[2] in (np.uint8, np.bool_) else "deep"
+      return "eight" if npy.header(content)[2] in (np.uint8, np.bool_) else "deep"
   try:
     with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
       if _deep_mode(image):
@@ -93,8 +94,12 @@ def to_uint8(image: np.ndarray, channels: int, value_range: Range | None) -> np.
   if image.dtype != np.uint8:
     of_type = (0.0, 1.0) if image.dtype.kind == "f" else (0.0, 65535.0)
     low, high = (np.asarray(end, np.float64) for end in value_range or of_type)
-    scaled = (image - low) * (255.0 / np.maximum(high - low, 1e-300))
-    image = np.round(np.nan_to_num(scaled).clip(0.0, 255.0)).astype(np.uint8)
+    factor = 255.0 / np.maximum(high - low, 1e-300)
+    made, step = np.empty(image.shape, np.uint8), max(1, _AT_ONCE // max(1, image[:1].size))
+    for row in range(0, len(image), step):
+      scaled = (image[row : row + step] - low) * factor
+      made[row : row + step] = np.round(np.nan_to_num(scaled).clip(0.0, 255.0))
+    image = made
   if image.shape[2] == 1 and channels == 3:
     return np.repeat(image, 3, axis=-1)
   if image.shape[2] == 3 and channels == 1:
@@ -139,6 +144,10 @@ def _rounded(low: float, high: float, whole: bool) -> tuple[float, float]:
   if not whole and low >= 0.0 and high <= 1.0:
     return 0.0, 1.0
   return low, high if high > low else low + 1.0
+
+
+def _size(file: File) -> int:
+  return len(file) if isinstance(file, bytes) else os.path.getsize(file)
 
 
 def _opened(file: File) -> Any:

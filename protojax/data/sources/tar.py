@@ -10,7 +10,7 @@ import json
 import os
 import pathlib
 import tarfile
-from typing import NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from absl import logging
@@ -19,6 +19,7 @@ from protojax import errors, files
 from protojax.data.sources import folder, shards, source
 
 _FORM = 2  # of the index file
+_LABEL = 1 << 20  # bytes at most
 
 
 class _Sample(NamedTuple):
@@ -97,9 +98,11 @@ def _index(path: pathlib.Path) -> list[_Sample]:
   places = (beside, cache / "protojax" / "tar" / f"{key}.json")
   for place in places:
     try:
-      known = json.loads(place.read_text())
+      known = files.parse_json(place.read_text())
       if {name: known[name] for name in state} == state:
-        return [_Sample(*sample) for sample in known["samples"]]
+        samples = [_Sample(*sample) for sample in known["samples"]]
+        if all(_plausible(sample, about.st_size) for sample in samples):
+          return samples
     except (OSError, ValueError, KeyError, TypeError):
       continue  # none, or half of one, or another form
   logging.info("indexing %s, once", path)
@@ -113,13 +116,50 @@ def _index(path: pathlib.Path) -> list[_Sample]:
   return samples
 
 
+def _plausible(sample: _Sample, size: int) -> bool:
+  """Whether a sample of an index that anybody may have written lies in a shard of `size` bytes."""
+  name, begin, length, label = sample
+  words = isinstance(name, str) and isinstance(label, str | None)
+  numbers = type(begin) is int and type(length) is int
+  return words and numbers and 0 <= begin <= begin + length <= size
+
+
+class _Whole:
+  """A shard for `tarfile`, which reads as many bytes as a header says, be it fewer than none."""
+
+  def __init__(self, file: IO[bytes], size: int):
+    self._file, self._size = file, size
+    self.tell = file.tell
+
+  def read(self, count: int) -> bytes:
+    if count < 0:
+      raise tarfile.ReadError("a length below zero")
+    return self._file.read(min(count, max(0, self._size - self._file.tell())))
+
+  def seek(self, place: int, whence: int = 0) -> int:
+    if whence == 0 and place > self._size + tarfile.RECORDSIZE:
+      raise tarfile.ReadError("a member that ends outside of the file")
+    return self._file.seek(place, whence)
+
+
+def _archive(file: IO[bytes], size: int) -> tarfile.TarFile:
+  whole: Any = _Whole(file, size)  # tell, seek and read are all that is asked of it
+  return tarfile.open(fileobj=whole, mode="r:")
+
+
 def _samples(path: pathlib.Path) -> list[_Sample]:
   images: dict[str, tuple[str, int, int]] = {}
   arrays: dict[str, tuple[str, int, int]] = {}
   labels: dict[str, str] = {}
+  size, last = path.stat().st_size, -1
   try:
-    with tarfile.open(path, "r:") as archive:
+    with open(path, "rb") as shard, _archive(shard, size) as archive:
       for member in archive:
+        if member.offset <= last or member.size < 0:
+          raise tarfile.ReadError("a member that begins before the one before it")
+        last = member.offset
+        if member.issparse() or member.offset_data + member.size > size:
+          continue
         directory, _, file = member.name.rpartition("/")
         stem, _, extension = file.partition(".")
         if not member.isreg() or not stem:
@@ -131,20 +171,22 @@ def _samples(path: pathlib.Path) -> list[_Sample]:
         elif extension in ("cls", "json") and (label := _label(archive, member)) is not None:
           if extension == "cls" or key not in labels:
             labels[key] = label
-  except (tarfile.TarError, OSError, EOFError) as error:
-    before = len(images or arrays)
-    logging.warning("%s is damaged (%s): %d images before that", path, error, before)
+  except Exception as error:  # what is in a damaged header fails in many ways
+    before, said = len(images or arrays), errors.in_line(error)
+    logging.warning("%s is damaged (%s): %d images before that", path, said, before)
   images = images or arrays  # beside pictures an array is something about them, as in a folder
   return [_Sample(*image, labels.get(key)) for key, image in images.items()]
 
 
 def _label(archive: tarfile.TarFile, member: tarfile.TarInfo) -> str | None:
   """The text of a label, or None; a damaged one is none."""
+  if member.size > _LABEL:
+    return None
   file = archive.extractfile(member)
   text = file.read().decode("utf-8", "replace").strip() if file else ""
   if member.name.lower().endswith(".json"):
     try:
-      content = json.loads(text)
+      content = files.parse_json(text)
     except ValueError:
       return None
     label = content.get("label") if isinstance(content, dict) else None
