@@ -115,6 +115,8 @@ def state_before(
   if not folder.is_dir():
     raise errors.UserError(f"there is no workdir={workdir}: give the folder of a run")
   config = configs.of_run(folder)
+  if not config.num_steps:
+    raise errors.UserError(f"workdir={workdir} holds weights and no run: give the folder of a run")
   if not 1 <= step <= config.num_steps:
     raise errors.UserError(f"step={step}: give one of 1 to {config.num_steps}")
   train_source, bank, test = datasets.of_run(config)

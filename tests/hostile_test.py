@@ -26,7 +26,7 @@ from protojax.reports import page, record
 from protojax.training import checkpoint
 
 long = pytest.mark.skipif("PROTOJAX_TEST_ALL" not in os.environ, reason="not without --all")
-# Seeds that once found something, found by hand: two minutes a reader.
+# Seeds that once found something, from runs of `python tests/hostile.py READER` by hand.
 _FOUND = {
   "pth_zip": (6, 820, 835),
   "npz": (2, 3, 51, 114, 273, 291, 342, 396, 478, 522, 655, 1315, 1417),

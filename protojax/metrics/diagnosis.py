@@ -247,9 +247,9 @@ def words(
     out = [f"{verdict.label}: {verdict.sentence}"]
   kinds = ((lost["zero"], "zero"), (lost["not_finite"], "not finite"))
   if said := " and ".join(f"{_rows_are(n)} {kind}" for n, kind in kinds if n):
-    first = ", ".join(map(str, lost["first"]))
+    first, one = ", ".join(map(str, lost["first"])), len(lost["first"]) == 1
     out.append(
-      f"{said} (first: {first}): {'it is' if len(lost['first']) == 1 else 'they are'} no prototypes"
+      f"{said} (first: {first}): {'it is no prototype' if one else 'they are no prototypes'}"
     )
   if "spectrum" not in result:
     few = f"fewer than two of {num:,} rows have a direction: nothing to compare"
