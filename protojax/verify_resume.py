@@ -33,7 +33,8 @@ every array of the state, every number of metrics.jsonl but times, and the expor
 
   protojax verify-resume --config=quickstart --workdir=runs/verify
   protojax verify-resume --config=gmm_vit_s --workdir=/shared/verify --kills=20 \\
-    --launcher='bash launch/gpu_local.sh' --config.data.data_dir=IMAGES --config.num_steps=60
+    --launcher='bash launch/gpu_local.sh' --config.data.name=folder \
+    --config.data.data_dir=IMAGES --config.num_steps=60
 
 --then also lets a run be stopped half-way and go on under another command, with other devices or
 processes. That ends in the same numbers up to rounding, so the largest difference is said.

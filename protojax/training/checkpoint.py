@@ -28,7 +28,10 @@ PyTree = Any
 _SEAL = "seal.json"
 _TEMPORARY = ".orbax-checkpoint-tmp"  # orbax's own suffix
 _WORDS = 512  # bytes of what processes tell each other
-_START_ANEW = "choose another workdir or set config.overwrite=True, which deletes it"
+_START_ANEW = (
+  "bring these files back from a backup, choose another workdir, or set config.overwrite=True, "
+  "which deletes the whole run"
+)
 
 
 def _not_from_orbax(record) -> bool:

@@ -25,7 +25,7 @@ def _until(path: pathlib.Path, step: int) -> None:
   records, torn = files.json_lines(path)
   numbered = [r for r in records if isinstance(r.get("step"), int)]
   if dropped := len(torn) + len(records) - len(numbered):
-    logging.warning("%s: dropped %d unreadable lines", path, dropped)
+    logging.warning("%s: dropped %d unreadable line%s", path, dropped, "s" * (dropped > 1))
   kept = [json.dumps(r) + "\n" for r in numbered if r["step"] <= step]
   files.write(path, "".join(kept))
 

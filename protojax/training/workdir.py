@@ -224,7 +224,7 @@ def refuse_mismatch(before: dict, config) -> None:
     causes = {k: v for k, v in differing.items() if k not in _FOLLOWING} or differing
     raise errors.UserError(
       f"the workdir holds a run with other settings: {_listed(causes)}: type them as before, "
-      "choose another workdir, or set config.overwrite=True, which deletes it"
+      "choose another workdir, or set config.overwrite=True, which deletes the whole run"
     )
 
 
@@ -320,45 +320,72 @@ def claim(workdir: str, config) -> pathlib.Path:
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices("workdir")
   known = folder / "config.json"
-  if known.exists():
+  if (old := _settings(folder)) is not None:
     if config.resume == "never":
       raise errors.UserError(
         f"workdir={workdir} already holds a run and resume=never: choose another workdir or "
-        "set config.overwrite=True, which deletes it"
+        "set config.overwrite=True, which deletes the whole run"
       )
-    try:
-      old = files.parse_json(known.read_text())
-      configs.restored(old)
-    except errors.UserError:
-      raise
-    except (ValueError, TypeError, KeyError) as error:
-      raise errors.UserError(
-        f"{known} is not readable JSON of a run ({errors.in_line(error)}): choose another workdir "
-        "or set config.overwrite=True, which deletes it"
-      ) from None
     refuse_mismatch(old, config)
-    probe = json.loads(json.dumps(config.probe.to_dict()))
-    if lead and old.get("probe") != probe:
-      _write(workdir, known, old | {"probe": probe})
-    if lead and (folder / "env.json").exists():
-      first = {}
-      with contextlib.suppress(ValueError):  # nothing that a run needs
-        first = files.parse_json((folder / "env.json").read_text())
-      first = first if isinstance(first, dict) else {}
-      before = resumed if isinstance(resumed := first.get("resumed"), list) else []
-      again = [*before, environment.describe()]
-      _write(workdir, folder / "env.json", first | {"resumed": again})
-  elif (folder / "checkpoints").exists():
-    raise errors.UserError(
-      f"workdir={workdir} holds checkpoints but no config.json, so it is not a run of protojax: "
-      "choose another workdir"
-    )
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices("workdir_checked")
-  if lead and not known.exists():
+  if not lead:
+    return folder
+  if old is None:
     _write(workdir, folder / "env.json", environment.describe())
     _write(workdir, known, config.to_dict())
+    return folder
+  first = {}
+  with contextlib.suppress(OSError, ValueError):  # nothing that a run needs
+    first = files.parse_json((folder / "env.json").read_text())
+  first = first if isinstance(first, dict) else {}
+  before = resumed if isinstance(resumed := first.get("resumed"), list) else []
+  _write(workdir, folder / "env.json", first | {"resumed": [*before, environment.describe()]})
+  _write(workdir, known, old | {"probe": json.loads(json.dumps(config.probe.to_dict()))})
   return folder
+
+
+def _settings(folder: pathlib.Path) -> dict[str, Any] | None:
+  """The config of the run in a folder: config.json, or a checkpoint's where that cannot be read.
+
+  None where there is no run.
+
+  Raises:
+    UserError: if there is a run and nothing says with which settings.
+  """
+  path, there = folder / "config.json", checkpoint.steps(folder)
+  if not path.exists() and not there:
+    return None
+  try:
+    return _read_settings(path)
+  except OSError as error:
+    why = str(error.strerror)
+  except (ValueError, TypeError, KeyError) as error:
+    why = errors.in_line(error)
+  for step in reversed(there):
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, errors.UserError):
+      found = _read_settings(folder / "checkpoints" / str(step) / "metadata" / "metadata", "config")
+      logging.warning("%s cannot be read (%s): made again from checkpoint %d", path, why, step)
+      return found
+  raise errors.UserError(
+    f"{path} is not readable JSON of a run ({why}), and no checkpoint has its settings: bring it "
+    "back from a backup, choose another workdir or set config.overwrite=True, which deletes the "
+    "whole run"
+  )
+
+
+def _read_settings(path: pathlib.Path, *keys: str) -> dict[str, Any]:
+  """Settings of a run that JSON holds, under these keys.
+
+  Raises:
+    OSError, ValueError, TypeError, KeyError: if it does not.
+    UserError: for a method that there is not.
+  """
+  found = files.parse_json(path.read_text())
+  for key in keys:
+    found = found[key]
+  configs.restored(found)
+  return found
 
 
 def _write(workdir: str, path: pathlib.Path, content: dict) -> None:

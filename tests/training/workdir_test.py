@@ -136,6 +136,31 @@ def test_every_machine_that_goes_on_with_a_run_is_written_down(tmp_path):
   assert machines["resumed"][1].keys() == machines.keys() - {"resumed"}
 
 
+@pytest.mark.survives(
+  "an empty, damaged or missing config.json",
+  "each of them, with a checkpoint that has the settings and one that is damaged, too",
+  "a warning; it is made again from a checkpoint",
+)
+def test_settings_that_are_gone_are_made_again_from_a_checkpoint(tmp_path, caplog):
+  config = _resolved()
+  workdir.claim(str(tmp_path), config)
+  known = tmp_path / "config.json"
+  whole = known.read_text()
+  for step, text in ((20, json.dumps({"config": config.to_dict()})), (30, '{"config": {')):
+    files.write(tmp_path / "checkpoints" / str(step) / "metadata" / "metadata", text)
+  for damaged in ("", whole[:90], "[1]", None):
+    caplog.clear()
+    known.write_text(damaged) if damaged is not None else known.unlink()
+    workdir.claim(str(tmp_path), config)
+    assert known.read_text() == whole and "made again from checkpoint 20" in caplog.text
+  known.write_text("")
+  with pytest.raises(errors.UserError, match="other settings: batch_size 50 -> 25"):
+    workdir.claim(str(tmp_path), configs.resolve(_config(batch_size=25), 1000))
+  files.write(tmp_path / "checkpoints" / "20" / "metadata" / "metadata", "")
+  with pytest.raises(errors.UserError, match="no checkpoint has its settings: bring it back from"):
+    workdir.claim(str(tmp_path), config)
+
+
 def test_extending_keeps_the_shorter_run_s_result_and_says_how_the_schedules_jump(tmp_path):
   files.write_json(tmp_path / "config.json", _resolved().to_dict())
   files.write(tmp_path / "eval" / "final" / "result.json", '{"measures": {}}')
