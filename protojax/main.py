@@ -178,9 +178,18 @@ def _connect(args: argparse.Namespace) -> hosts.Hosts | None:
   import jax
 
   others = None
+  if not args.coordinator_address and (args.num_processes, args.process_id) != (None, None):
+    raise errors.UserError(
+      "--num_processes and --process_id need --coordinator_address too: host:port of process 0"
+    )
   if args.coordinator_address:
     if args.num_processes is None or args.process_id is None:
       raise errors.UserError("--coordinator_address needs --num_processes and --process_id too")
+    if not 0 <= args.process_id < args.num_processes:
+      raise errors.UserError(
+        f"--process_id={args.process_id} of --num_processes={args.num_processes}: processes are "
+        f"counted from 0 to {args.num_processes - 1}"
+      )
     address, count, index, devices = (
       args.coordinator_address,
       args.num_processes,

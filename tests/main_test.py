@@ -349,6 +349,22 @@ def test_one_task_of_slurm_takes_every_gpu_that_it_sees(monkeypatch):
     assert joined == expected
 
 
+@pytest.mark.parametrize(
+  ("flags", "words"),
+  [
+    (["--num_processes=2", "--process_id=0"], "need --coordinator_address too: host:port"),
+    (["--process_id=0"], "need --coordinator_address"),
+    (["--coordinator_address=x:1", "--num_processes=2", "--process_id=2"], "counted from 0 to 1"),
+    (["--coordinator_address=x:1", "--num_processes=2", "--process_id=-1"], "counted from 0 to 1"),
+    (["--coordinator_address=x:1"], "needs --num_processes and --process_id too"),
+  ],
+)
+def test_processes_that_cannot_meet_are_refused_at_once(flags, words):
+  _, args = main.parse([f"--config={QUICKSTART}", "--workdir=unused", *flags])
+  with pytest.raises(errors.UserError, match=words):
+    main._connect(args)
+
+
 def test_a_typed_length_does_not_leave_the_run_in_its_warm_up():
   def warmup(*typed):
     return main.parse(["--config=gmm_cifar10", "--workdir=unused", *typed])[0].optim.warmup_steps

@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import io
 import pathlib
+import shutil
 import tarfile
 import threading
 
@@ -217,6 +218,21 @@ def test_a_prepared_set_trains_without_a_test_split_and_refuses_one_that_is_sear
   config.probe.test_split = "tst"
   with pytest.raises(errors.UserError, match="no split 'tst' .* train, and slices"):
     datasets.of_run(config)
+
+
+def test_a_prepared_val_is_the_test_split_as_that_of_a_folder_is(photos, tmp_path, caplog):
+  for ours, theirs in (("train", "train"), ("test", "val")):
+    shutil.copytree(photos / ours, tmp_path / "photos" / theirs)
+  prepare.main(
+    ["folder", str(tmp_path / "photos"), str(tmp_path / "out"), "--size=24", "--name=two"]
+  )
+  config = configs.default("dino")
+  config.data.update({"name": "two", "data_dir": str(tmp_path / "out")})
+  for asked in ("test", "validation", "val"):
+    config.probe.test_split = asked
+    _, _, test = datasets.of_run(config)
+    assert test is not None and len(test) == 10
+  assert "are off" not in caplog.text
 
 
 def test_a_lower_quality_takes_less_and_halves_the_resolution_of_colours(photos, small, tmp_path):

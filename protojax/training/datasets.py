@@ -79,7 +79,7 @@ def of_run(config) -> tuple[sources.Source, sources.Source, sources.Source | Non
         probe.test_split,
       )
       return train, train, None
-  if own and sources.is_prepared(name) and probe.test_split == _TEST:
+  if own and sources.is_prepared(name) and test_split == _TEST:
     splits = sources.tfds.splits(name, data_dir)
     if _TEST not in splits:
       logging.info(

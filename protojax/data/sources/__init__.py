@@ -120,8 +120,17 @@ def is_prepared(name: str) -> bool:
 def find_split(
   name: str, split: str | None, data_dir: str | os.PathLike | None = None
 ) -> str | None:
-  """What the source calls the labelled images that `split` means: of a folder, see `folder`."""
-  return folder.find_split(split, data_dir) if name == "folder" else split
+  """What the source calls the labelled images that `split` means.
+
+  Of a folder see `folder`. A prepared data set that lacks a held-out split of this name has it
+  under another: the first that is there of `HELD_OUT`.
+  """
+  if name == "folder":
+    return folder.find_split(split, data_dir)
+  if split in HELD_OUT and is_prepared(name):
+    there = tfds.splits(name, data_dir)
+    return next((one for one in (split, *HELD_OUT) if one in there), split)
+  return split
 
 
 def _check_range(value_range: Range | None, channels: int) -> None:
