@@ -14,7 +14,7 @@ class UserError(ValueError):
 
 
 def in_line(text: object, most: int = 300) -> str:
-  """What another library says, or a file, as part of a message: one line that can be printed.
+  r"""What another library says, or a file, as part of a message: one line that can be printed.
 
   >>> in_line("no such\n  thing\x1b[2J")
   'no such thing?[2J'
