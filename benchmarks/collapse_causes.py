@@ -1,4 +1,4 @@
-"""What makes prototypes copies of each other: the table and figure of docs/collapse.md.
+"""What makes prototypes copies of each other: a table and a figure. Not run to its end yet.
 
   python -m benchmarks.collapse_causes --workdir=runs/causes [--rows ...]
   python -m benchmarks.collapse_causes --draw
