@@ -118,7 +118,7 @@ def is_prepared(name: str) -> bool:
 
 
 def find_split(
-  name: str, split: str | None, data_dir: str | os.PathLike | None = None
+  name: str | None, split: str | None, data_dir: str | os.PathLike | None = None
 ) -> str | None:
   """What the source calls the labelled images that `split` means.
 
@@ -127,7 +127,7 @@ def find_split(
   """
   if name == "folder":
     return folder.find_split(split, data_dir)
-  if split in HELD_OUT and is_prepared(name):
+  if name is not None and split in HELD_OUT and is_prepared(name):
     there = tfds.splits(name, data_dir)
     return next((one for one in (split, *HELD_OUT) if one in there), split)
   return split
