@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from protojax import config as configs
-from protojax import environment, recipes
+from protojax import environment, recipes, resolving
 from protojax.data import pipeline
 from protojax.evals import knn, linear
 from protojax.metrics import verdicts
@@ -108,7 +108,7 @@ def floors(data_dir: str) -> dict[str, dict]:
   config = recipes.load("configs/frozen_cifar10.py")
   config.data.data_dir = data_dir
   train_source, bank, test = datasets.of_run(config)
-  config = configs.resolve(config, len(train_source))
+  config = resolving.resolve(config, len(train_source))
 
   def pixels(data):
     batches = pipeline.sequential(data, batch_size=1000, image_size=32)

@@ -14,8 +14,7 @@ import time
 
 import jax
 
-from protojax import config as configs
-from protojax import recipes
+from protojax import recipes, resolving
 from protojax.data import sources
 from protojax.training import programs
 
@@ -36,7 +35,7 @@ def measure(data_dir: str, *, batch_size: int, rounds: int, steps: int) -> dict:
   config = recipes.load("configs/gmm_cifar10.py")
   config.update({"batch_size": batch_size})
   data = sources.build("cifar10", split="train", data_dir=data_dir)
-  program = programs.Program(configs.resolve(config, len(data)))
+  program = programs.Program(resolving.resolve(config, len(data)))
   options = {"seed": 0, "step": 0, "batch_size": batch_size, "keys": KEYS}
   with jax.set_mesh(program.mesh):
     start = time.perf_counter()

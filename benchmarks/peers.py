@@ -269,7 +269,7 @@ def build(config: ml_collections.ConfigDict, device="cpu", *, tf32: bool = True)
   """The peer of a config, with weights of its own; `load` gives it ours.
 
   Args:
-    config: resolved, see `config.resolve`; DINO with learned prototypes and centred targets or
+    config: resolved, see `resolving.resolve`; DINO with learned prototypes and centred targets or
       Barlow Twins, with a ViT. `precision` "bfloat16" is autocast around backbone and head; scores,
       softmax and loss stay float32.
     device: "cuda", "cpu" or "meta".

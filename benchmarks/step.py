@@ -19,8 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import flops
-from protojax import config as configs
-from protojax import losses, recipes, trees
+from protojax import losses, recipes, resolving, trees
 from protojax.data import augment
 from protojax.prototypes import prototype_set
 from protojax.training import programs, sharding, train_step
@@ -153,7 +152,7 @@ def measure(config, repeats: int, parts=PARTS) -> dict:
     repeats: rounds; one more goes before them.
     parts: of PARTS.
   """
-  config = configs.resolve(config, 50_000)
+  config = resolving.resolve(config, 50_000)
   program = programs.Program(config)
   with jax.set_mesh(program.mesh):
     start = time.perf_counter()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     metrics,
     prototypes,
     recipes,
+    resolving,
     schedules,
   )
   from protojax.api import diagnose, train
@@ -38,6 +39,7 @@ __all__ = [
   "online_em",
   "prototypes",
   "recipes",
+  "resolving",
   "schedules",
   "train",
 ]

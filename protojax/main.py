@@ -38,7 +38,7 @@ _EXAMPLE = "protojax train --config=quickstart --workdir=runs/quickstart"
 
 def _of_the_recipe(flag: str) -> str | None:
   """--num_steps is --config.num_steps: the flag of a setting that was typed as one of its own."""
-  key = configs.key_named(flag.removeprefix("--"), configs.default())
+  key = typed.key_named(flag.removeprefix("--"), configs.default())
   return f"--config.{key}" if key else None
 
 

@@ -1,5 +1,6 @@
-"""A recipe with the settings that were typed: --config.KEY=VALUE."""
+"""A recipe with the settings that were typed, --config.KEY=VALUE; wrong keys get the right one."""
 
+import difflib
 from collections.abc import Sequence
 
 import ml_collections
@@ -15,6 +16,57 @@ _WANTED = {
   "could not convert string to float": "a number, such as 0.1,",
   "('Non-boolean argument": "True or False",
 }
+
+
+_ELSEWHERE = {  # what other programs call it, and the likelier of two
+  "lr": "optim.lr",
+  "batch": "batch_size",
+  "epochs": "num_epochs",
+  "learning_rate": "optim.lr",
+  "optim.learning_rate": "optim.lr",
+  "method.out_dim": "method.num_prototypes",
+  "steps": "num_steps",
+  "optim.wd": "optim.weight_decay",
+  "wd": "optim.weight_decay",
+}
+
+
+def key_named(name: str, config: ml_collections.ConfigDict) -> str | None:
+  """The one key that was surely meant by another name, or None.
+
+  >>> config = configs.default("dino")
+  >>> [key_named(name, config) for name in ("epochs", "method.teacher_momentum", "patch_size", "k")]
+  ['num_epochs', 'teacher.momentum', 'model.patch_size', 'probe.k']
+
+  Args:
+    name: "lr", "teacher_momentum", "num_steps": what another program calls it, the key without its
+      section, or with another one, or with "_" for its dot.
+    config: whose keys there are.
+  """
+  keys, leaf = list(trees.flat(config)), name.rpartition(".")[2]
+  if name in keys or name in _ELSEWHERE:
+    return name if name in keys else _ELSEWHERE[name]
+  whole = [key for key in keys if key.replace(".", "_") in (name.replace(".", "_"), leaf)]
+  found = whole or [key for key in keys if key.rpartition(".")[2] == leaf]
+  return found[0] if len(found) == 1 else None
+
+
+def check_keys(overrides: Sequence[str], config: ml_collections.ConfigDict) -> None:
+  """Refuses an override of a key that does not exist, naming the nearest one.
+
+  Args:
+    overrides: dotted keys, "model.depth".
+
+  Raises:
+    UserError: one line.
+  """
+  known = trees.flat(config)
+  for key in overrides:
+    if key not in known and not any(k.startswith(key + ".") for k in known):
+      near = [named] if (named := key_named(key, config)) else []
+      near = near or difflib.get_close_matches(key, known, 1, 0.4)
+      hint = f"did you mean config.{near[0]}?" if near else "see protojax/config.py for all keys"
+      raise errors.UserError(f"unknown config key config.{key}: {hint}")
 
 
 def split(argv: Sequence[str]) -> tuple[list[tuple[str, str | None]], list[str]]:
@@ -47,7 +99,7 @@ def config(recipe: str, changes: list[tuple[str, str | None]]) -> ml_collections
   given = dict(changes)
   if (name := given.get("method.name") or config.method.name) != config.method.name:
     configs.switch_method(config, name)
-  configs.check_keys(list(given), config)
+  check_keys(list(given), config)
   _change(config, changes)
   _take_own_images(config, recipe, given)
   # A length that is typed takes the place of the recipe's; two typed ones contradict each other.

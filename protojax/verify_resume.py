@@ -23,8 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from protojax import cli, errors, progress, typed
-from protojax import config as configs
+from protojax import cli, errors, progress, resolving, typed
 
 _DESCRIPTION = """\
 Trains a recipe for some steps without disturbance, and again while it is killed (SIGKILL) in the
@@ -317,7 +316,7 @@ def _flags(recipe: str, changes: list[tuple[str, str | None]]) -> tuple[list[str
   usual = {k: v for k, v in _USUAL.items() if k not in given and not (k == "num_steps" and lengths)}
   changes = [*changes, *((k, str(v)) for k, v in usual.items())]
   config = typed.config(recipe, changes)
-  configs.check(config)
+  resolving.check(config)
   if not config.num_steps:
     raise errors.UserError("config.num_epochs: give config.num_steps here, some dozens")
   flags = [f"--config.{k}" + ("" if v is None else f"={v}") for k, v in changes]

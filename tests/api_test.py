@@ -22,11 +22,12 @@ _PUBLIC = {
   "online_em": "protojax.prototypes.mixture",
   "prototypes": "protojax.prototypes",
   "recipes": "protojax.recipes",
+  "resolving": "protojax.resolving",
   "schedules": "protojax.schedules",
   "train": "protojax.api",
 }
 _INSIDE = {
-  "config": ("default", "resolve"),
+  "config": ("default", "debug"),
   "data": ("build", "Source"),
   "errors": ("UserError",),
   "losses": ("cross_view_entropy", "koleo"),
@@ -34,6 +35,7 @@ _INSIDE = {
   "metrics": ("summary", "verdict"),
   "mixture": ("MixtureState", "weights", "center", "log_posterior", "online_em"),
   "prototypes": ("assignment", "kmeans", "mixture", "prototype_set"),
+  "resolving": ("check", "resolve"),
 }
 
 

@@ -5,7 +5,7 @@ import re
 import jax
 import pytest
 
-from protojax import api, errors, methods, recipes, trees
+from protojax import api, errors, methods, recipes, resolving, trees, typed
 from protojax import config as configs
 from protojax.training import datasets, loop, programs, sharding
 
@@ -41,7 +41,7 @@ def test_debug_step_of_a_recipe_traces(path):
   config = recipes.load(f"{path}:debug")
   train_source, bank, test = datasets.of_run(config)
   assert test is not None
-  program = programs.Program(configs.resolve(config, len(train_source)), bank.num_classes)
+  program = programs.Program(resolving.resolve(config, len(train_source)), bank.num_classes)
   state, metrics = program.trace().out_info
   assert jax.tree.structure(state) == jax.tree.structure(program.abstract)
   assert metrics["train/loss"].shape == ()
@@ -49,7 +49,7 @@ def test_debug_step_of_a_recipe_traces(path):
 
 @pytest.mark.parametrize("images", [160, 20_000])
 def test_the_recipe_for_photos_fits_small_and_large_folders(images, caplog):
-  config = configs.resolve(recipes.load("gmm_photos"), images)
+  config = resolving.resolve(recipes.load("gmm_photos"), images)
   assert config.data.name == "folder" and config.optim.warmup_steps == config.num_steps // 10
   for every in (config.log_every, config.save_every, config.eval_every, config.monitor.every):
     assert config.num_steps % every == 0
@@ -72,7 +72,7 @@ if "PROTOJAX_TEST_ALL" in os.environ:
 
 @pytest.mark.parametrize("name", _MODES)
 def test_a_mode_of_a_recipe_traces_at_its_real_size(name):
-  config = configs.resolve(recipes.load(name), 50_000)
+  config = resolving.resolve(recipes.load(name), 50_000)
   assert programs.Program(config, 10).trace().out_info[1]["train/loss"].shape == ()
 
 
@@ -101,7 +101,7 @@ def test_the_largest_dictionary_that_its_recipe_names_is_possible():
   config = recipes.load(str(path))
   for key, value in named:
     config.method[key.split(".")[1]] = int(value)
-  methods.load("falcon").make(configs.resolve(config, 2000))
+  methods.load("falcon").make(resolving.resolve(config, 2000))
 
 
 def test_unknown_mode_of_a_recipe_names_those_it_has():
@@ -119,62 +119,12 @@ def test_recipe_says_its_command(path):
 
 def test_unknown_key_names_the_nearest():
   with pytest.raises(errors.UserError, match=r"model.patchsize: did you mean config.model.patch"):
-    configs.check_keys(["model.patchsize"], configs.default())
-  configs.check_keys(["model.patch_size", "seed"], configs.default())
-
-
-def test_length_is_given_exactly_once():
-  config = configs.default()
-  config.batch_size = 10
-  with pytest.raises(errors.UserError, match="exactly one"):
-    configs.resolve(config, 100)
-  config.num_steps, config.num_epochs = 5, 1.0
-  with pytest.raises(errors.UserError, match="exactly one"):
-    configs.resolve(config, 100)
-
-
-def test_epochs_become_steps_and_the_original_stays():
-  config = configs.default()
-  config.update({"batch_size": 10, "num_epochs": 30.0})
-  out = configs.resolve(config, 105)
-  assert (out.steps_per_epoch, out.num_steps) == (10, 300)
-  assert out.optim.warmup_steps == 30  # ten epochs would be 100: a tenth of the run at most
-  assert out.optim.freeze_prototypes_steps == 10
-  assert out.mixture.horizon_final == out.mixture.horizon_steps == 600.0
-  assert config.num_steps == 0 and config.probe.name is None and out.probe.name == "digits"
-
-
-@pytest.mark.parametrize(("epochs", "steps"), [(30.0, 150), (60.0, 300), (0.1, 1)])
-def test_the_paper_s_mixture_anneals_over_half_of_any_run(epochs, steps):
-  config = recipes.load("gmm_vit_s:paper")
-  config.update({"batch_size": 10, "num_epochs": epochs})
-  assert configs.resolve(config, 105).mixture.anneal_steps == steps
-
-
-def test_warmup_that_is_asked_for_in_steps_is_kept():
-  config = configs.default()
-  config.update({"batch_size": 10, "num_steps": 50})
-  config.optim.warmup_steps = 40
-  assert configs.resolve(config, 100).optim.warmup_steps == 40
+    typed.check_keys(["model.patchsize"], configs.default())
+  typed.check_keys(["model.patch_size", "seed"], configs.default())
 
 
 @pytest.mark.parametrize(
-  ("steps", "words"), [(150, "still rising at the end"), (390, "more than half"), (400, "")]
-)
-def test_a_warm_up_that_fills_a_shortened_run_is_told(steps, words, caplog):
-  config = recipes.load("gmm_cifar10")  # whose warm-up is 200 steps
-  config.num_steps = steps
-  configs.resolve(config, 50_000)
-  assert ("optim.warmup_steps=200" in caplog.text) == bool(words) and words in caplog.text
-
-
-def test_a_debug_run_is_not_told_about_its_own_warm_up(caplog):
-  configs.resolve(recipes.load("quickstart:debug"), 1442)
-  assert not caplog.text
-
-
-@pytest.mark.parametrize(
-  ("typed", "meant"),
+  ("name", "meant"),
   [
     ("optim.learning_rate", "optim.lr"),
     ("wd", "optim.weight_decay"),
@@ -183,33 +133,6 @@ def test_a_debug_run_is_not_told_about_its_own_warm_up(caplog):
     ("method.teacher_momentum", "teacher.momentum"),
   ],
 )
-def test_names_of_other_programs_are_understood(typed, meant):
+def test_names_of_other_programs_are_understood(name, meant):
   with pytest.raises(errors.UserError, match=rf"did you mean config.{meant}"):
-    configs.check_keys([typed], configs.default())
-
-
-def test_batch_larger_than_the_source_is_refused():
-  config = configs.default()
-  config.num_steps = 5
-  with pytest.raises(errors.UserError, match="batch_size=1024 is more than the 100 images"):
-    configs.resolve(config, 100)
-
-
-def test_a_method_named_on_the_command_line_brings_its_options():
-  config = configs.debug(configs.default())
-  config.method.name = "carp"
-  assert configs.resolve(config, 64).method.partition_size == 512
-  with pytest.raises(errors.UserError, match="'crap' is unknown: choose one of barlow_twins, carp"):
-    configs.default("crap")
-
-
-def test_a_random_backbone_that_stands_still_is_said(caplog):
-  recipe = recipes.load("adapt_cifar10")
-  out = configs.resolve(recipe, 50_000)
-  assert out.optim.freeze_backbone_steps == 300 and "a random one: give its weights" in caplog.text
-  caplog.clear()
-  recipe.init_from = "runs/weights"
-  recipe.optim.update({"freeze_backbone_steps": 0, "freeze_backbone_epochs": 2.0})
-  assert configs.resolve(recipe, 5000).optim.freeze_backbone_steps == 2 * (5000 // 128)
-  assert "random one" not in caplog.text
-  assert configs.resolve(recipes.load("adapt_vit_s:debug"), 1442).optim.freeze_backbone_steps == 5
+    typed.check_keys([name], configs.default())

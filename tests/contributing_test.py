@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from protojax import config as configs
-from protojax import errors, methods, recipes
+from protojax import errors, methods, recipes, resolving
 from protojax.methods.networks import student, student_teacher
 from protojax.training import programs
 
@@ -57,7 +56,7 @@ def test_the_recipe_of_the_example_says_its_command_and_traces(blocks, monkeypat
   recipe, _ = blocks
   config_test.test_recipe_says_its_command(recipe)
   monkeypatch.syspath_prepend(ROOT)  # `from configs import common`
-  config = configs.resolve(recipes.load(f"{recipe}:debug"), 64)
+  config = resolving.resolve(recipes.load(f"{recipe}:debug"), 64)
   assert "stablehlo" in programs.Program(config).lower().as_text()
 
 

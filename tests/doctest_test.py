@@ -10,7 +10,7 @@ _PACKAGE = pathlib.Path(__file__).parents[1] / "protojax"
 # What takes a trained run is called in tests/pretrained_test.py and in the README instead.
 _SHOWN = {
   "api": ("diagnose",),
-  "config": ("default", "resolve"),
+  "config": ("default",),
   "data.sources": ("build",),
   "evals.knn": ("accuracy",),
   "losses": ("cross_view_entropy", "koleo"),
@@ -21,6 +21,7 @@ _SHOWN = {
   "prototypes.assignment": ("sinkhorn",),
   "prototypes.kmeans": ("fit",),
   "prototypes.mixture": ("online_em",),
+  "resolving": ("resolve",),
   "schedules": ("warmup_cosine",),
   "trees": ("flat", "nested"),
 }

@@ -12,8 +12,7 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
-from protojax import cli, errors, evaluate, loading, pretrained, recipes
-from protojax import config as configs
+from protojax import cli, errors, evaluate, loading, pretrained, recipes, resolving
 from protojax.data import sources
 from protojax.evals import clustering, knn, long_tail, protocols, result_files
 from protojax.training import checkpoint, datasets, export, programs, workdir
@@ -36,7 +35,7 @@ def run(tmp_path_factory):
   config.model.update({"depth": 1, "width": 32, "heads": 2})
   config.data.imbalance = 10.0
   config.method.num_prototypes = 32
-  config = configs.resolve(config, len(datasets.of_run(config)[0]))
+  config = resolving.resolve(config, len(datasets.of_run(config)[0]))
   folder = workdir.claim(str(tmp_path_factory.mktemp("evaluate") / "run"), config)
   program = programs.Program(config)
   with contextlib.closing(checkpoint.Checkpoints(folder)) as checkpoints:

@@ -44,7 +44,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from protojax import config as configs
-from protojax import environment, errors
+from protojax import environment, errors, resolving
 from protojax.data import sources
 from protojax.evals import result_files
 from protojax.interop import tensor_files
@@ -260,7 +260,7 @@ def _tar() -> Files:
 
 @functools.cache
 def _config() -> ml_collections.ConfigDict:
-  return configs.resolve(configs.debug(configs.default("dino")), 64)
+  return resolving.resolve(configs.debug(configs.default("dino")), 64)
 
 
 def _metrics() -> bytes:

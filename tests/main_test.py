@@ -12,7 +12,7 @@ import tiny
 from PIL import Image
 
 from protojax import config as configs
-from protojax import errors, main, recipes, trees
+from protojax import errors, main, recipes, resolving, trees
 from protojax.training import loop
 from protojax.training import workdir as workdirs
 
@@ -124,13 +124,13 @@ def test_a_typed_length_takes_the_place_of_the_recipe_s():
   assert recipes.load("gmm_vit_s").num_epochs == 100.0
   short = _parsed("--config=gmm_vit_s", "--config.num_steps=100")
   assert (short.num_steps, short.num_epochs) == (100, 0.0)
-  assert configs.resolve(short, 1_281_167).optim.warmup_steps == 10
+  assert resolving.resolve(short, 1_281_167).optim.warmup_steps == 10
   epochs = _parsed("--config=quickstart", "--config.num_epochs", "2")
   assert (epochs.num_steps, epochs.num_epochs) == (0, 2.0)
-  assert configs.resolve(epochs, 1442).num_steps == 44
+  assert resolving.resolve(epochs, 1442).num_steps == 44
   both = _parsed("--config=quickstart", "--config.num_epochs=2", "--config.num_steps=9")
   with pytest.raises(errors.UserError, match="exactly one"):
-    configs.resolve(both, 1442)
+    resolving.resolve(both, 1442)
 
 
 def test_a_debug_run_is_on_digits_and_says_so_unless_a_folder_is_typed(caplog):
@@ -373,7 +373,7 @@ def test_a_typed_length_does_not_leave_the_run_in_its_warm_up():
   assert warmup("--config.num_steps=400") == 200
   assert warmup("--config.num_steps=150") == 15
   none = main.parse(["--config=gmm_vit_s", "--workdir=unused", "--config.optim.warmup_steps=0"])[0]
-  assert configs.resolve(none, 1_281_167).optim.warmup_steps == 0
+  assert resolving.resolve(none, 1_281_167).optim.warmup_steps == 0
   assert warmup("--config.num_steps=150", "--config.optim.warmup_steps=90") == 90
 
 

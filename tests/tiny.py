@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from protojax import config as configs
-from protojax import recipes
+from protojax import recipes, resolving
 from protojax.data import sources
 from protojax.prototypes import soft
 from protojax.training import programs, sharding
@@ -60,7 +60,7 @@ def config(name="dino", prototypes="mixture", **overrides):
   for key, value in overrides.items():
     section, _, leaf = key.replace("__", ".").rpartition(".")
     (c[section] if section else c)[leaf] = value
-  return configs.resolve(c, 64)
+  return resolving.resolve(c, 64)
 
 
 def batch(c, seed=0):

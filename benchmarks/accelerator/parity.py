@@ -12,8 +12,7 @@ import jax
 import numpy as np
 
 from benchmarks.accelerator import records
-from protojax import config as configs
-from protojax import files, recipes
+from protojax import files, recipes, resolving
 from protojax.training import programs, sharding
 
 STORED = pathlib.Path(__file__).with_name("parity.json")
@@ -56,7 +55,7 @@ def measure(name: str, precision: str) -> dict:
       "freeze_prototypes_epochs": 0.0,
     }
   )
-  config = configs.resolve(config, 50_000)
+  config = resolving.resolve(config, 50_000)
   program = programs.Program(config, devices=jax.devices()[:1])
   out = {"loss": [], "grad_norm": []}
   precise = jax.default_matmul_precision("highest" if precision == "float32" else None)

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import peers
 from benchmarks.accelerator import speed
-from protojax import config as configs
+from protojax import resolving
 
 
 def _matrix_peak(size: int, device: str) -> float:
@@ -48,7 +48,7 @@ def run(options: dict, *, folder: pathlib.Path, data_dir: str | None, rehearse: 
     if device == "cuda":
       torch.cuda.empty_cache()
       torch.cuda.reset_peak_memory_stats()
-    config = configs.resolve(speed.recipe(options, batch_size, rehearse), 50_000)
+    config = resolving.resolve(speed.recipe(options, batch_size, rehearse), 50_000)
     torch.manual_seed(0)
     peer = peers.build(config, device=device)
     views = _views(config, device)

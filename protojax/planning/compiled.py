@@ -7,8 +7,7 @@ from typing import NamedTuple
 import jax
 import ml_collections
 
-from protojax import config as configs
-from protojax import errors, progress
+from protojax import errors, progress, resolving
 from protojax.planning import counting, targets
 from protojax.training import programs, sharding
 
@@ -62,12 +61,12 @@ def resolved(config: ml_collections.ConfigDict, num_images: int) -> ml_collectio
   """The config of a run on so many images, none of which is read.
 
   Raises:
-    UserError: see `config.resolve`.
+    UserError: see `resolving.resolve`.
   """
-  config = configs.resolve(config, num_images)
+  config = resolving.resolve(config, num_images)
   with config.unlocked(), config.ignore_type():
     for key, value in zip(("mean", "std"), _ASSUMED, strict=True):
-      if configs.to_be_measured(config, key):
+      if resolving.to_be_measured(config, key):
         config.augment[key] = (value,) * config.data.channels
   return config
 

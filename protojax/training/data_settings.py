@@ -7,7 +7,7 @@ import numpy as np
 from absl import logging
 
 from protojax import config as configs
-from protojax import errors, files
+from protojax import errors, files, resolving
 from protojax.data import sources
 
 _KEPT = (("data", "value_range"), ("augment", "mean"), ("augment", "std"))
@@ -32,7 +32,7 @@ def recalled(config: ml_collections.ConfigDict, workdir: str) -> ml_collections.
       there = before.get(section, {}).get(key)
       unknown = config[section][key] is None
       if section == "augment":
-        unknown = configs.to_be_measured(config, key)
+        unknown = resolving.to_be_measured(config, key)
       if unknown and isinstance(there, list):
         config[section][key] = tuple(tuple(x) if isinstance(x, list) else x for x in there)
   return config

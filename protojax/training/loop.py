@@ -7,8 +7,7 @@ from collections.abc import Callable
 import jax
 from absl import logging
 
-from protojax import config as configs
-from protojax import errors, progress
+from protojax import errors, progress, resolving
 from protojax.data import cache
 from protojax.training import (
   checkpoint,
@@ -58,10 +57,10 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
     KeyboardInterrupt: on a Ctrl-C before or after the steps; it says so where all are saved.
   """
   started = time.time()
-  configs.check(config)
+  resolving.check(config)
   config = data_settings.recalled(config, workdir)
   train_source, bank, test = datasets.of_run(config)
-  config = configs.resolve(config, len(train_source))
+  config = resolving.resolve(config, len(train_source))
   config = data_settings.completed(config, train_source)
   if config.init_from:
     origin.require_same(config)

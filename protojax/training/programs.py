@@ -20,7 +20,7 @@ class Program:
   """A resolved config as compiled functions; the loop below and the benchmarks run it.
 
   Attributes:
-    config: resolved; see `config.resolve`.
+    config: resolved; see `resolving.resolve`.
     mesh, method, tx, evaluation, probe: what the step is made of.
     probe_rows: of a batch that are the probe's too; 0 where there is no probe or where it has
       batches of its own, for its images are others or their number is no divisor of a batch.

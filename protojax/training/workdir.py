@@ -161,7 +161,7 @@ _FREE = (
 )
 
 
-# What follows from the length of a run, see `config.resolve`: differs when a run is extended.
+# What follows from the length of a run, see `resolving.resolve`: differs when a run is extended.
 _OF_LENGTH = (
   "num_steps",
   "optim.warmup_steps",

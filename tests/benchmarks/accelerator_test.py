@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.accelerator import collect, items, parity, records, row, speed
 from protojax import config as configs
-from protojax import files, methods, trees
+from protojax import files, methods, resolving, trees
 
 ROOT = pathlib.Path(__file__).parents[2]
 _DATA = pathlib.Path(os.environ.get("PROTOJAX_DATA_DIR", ROOT.parent / "shared" / "data"))
@@ -211,12 +211,12 @@ def test_a_row_is_a_method_with_known_settings(item):
   config = row.recipe(item.options, "/data", rehearse=False)
   known |= trees.flat(config)
   assert set(item.options["changes"]) <= known.keys()
-  config = configs.resolve(config, _IMAGES)
+  config = resolving.resolve(config, _IMAGES)
   methods.load(config.method.name).make(config)
   tenth = config.eval_every
   assert 9 * tenth < config.num_steps <= 10 * tenth
   rehearsed = row.recipe(item.options, "/data", rehearse=True)
-  assert rehearsed.probe.k <= 64 and configs.resolve(rehearsed, 64).num_steps == 2
+  assert rehearsed.probe.k <= 64 and resolving.resolve(rehearsed, 64).num_steps == 2
   assert config.batch_size == (256 if item.name.startswith("table1") else 512)
 
 
@@ -232,7 +232,7 @@ def test_speed_is_of_real_sizes(item):
   if "cudnn" in item.name:
     assert item.options["changes"]["model.attention"] == "cudnn"
     return
-  config = configs.resolve(speed.recipe(item.options, 256, rehearse=False), _IMAGES)
+  config = resolving.resolve(speed.recipe(item.options, 256, rehearse=False), _IMAGES)
   methods.load(config.method.name).make(config)
   assert (config.model.name, config.precision, config.batch_size) == ("vit_small", "bfloat16", 256)
   wanted = 0 if "barlow" in item.name else 8

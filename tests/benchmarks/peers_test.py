@@ -11,8 +11,7 @@ import tiny
 from jax.extend import core
 
 from benchmarks import flops
-from protojax import config as configs
-from protojax import recipes, schedules
+from protojax import recipes, resolving, schedules
 from protojax.data import augment
 from protojax.training import optim, programs, train_step
 
@@ -146,7 +145,7 @@ def _imagenet(name):
     config = recipes.load(str(_CONFIGS / "barlow_twins_resnet50.py"))
     config.model.name, config.optim.name = "vit_small", "adamw"
   config.batch_size = 64
-  return configs.resolve(config, 1_281_167)
+  return resolving.resolve(config, 1_281_167)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from protojax import config as configs
-from protojax import errors, loading, main, methods, pretrained, recipes
+from protojax import errors, loading, main, methods, pretrained, recipes, resolving
 from protojax.methods import base, swav
 from protojax.training import loop
 
@@ -87,7 +87,7 @@ def test_a_name_given_after_the_recipe_brings_its_options(package):
   config.method.name, config.num_steps, config.batch_size = "lab_named.agree", 1, 8
   config.augment.num_local, config.head.l2 = 0, False
   assert "weight" not in config.method
-  config = configs.resolve(config, 64)
+  config = resolving.resolve(config, 64)
   assert config.method.weight == 2.0
   again = configs.restored(json.loads(config.to_json_best_effort()))
   assert again.method == config.method

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from protojax import config as configs
-from protojax import errors
+from protojax import errors, resolving
 from protojax.metrics import collapse, diagnosis, rules, verdicts
 
 _RNG = np.random.default_rng(0)
@@ -100,7 +100,7 @@ def test_prototypes_of_a_run_are_judged_as_its_training_judges_them():
   config = configs.default("dino")
   config.num_steps = 1000
   config.method.prototypes = "mixture"
-  config = configs.resolve(config, 2000)
+  config = resolving.resolve(config, 2000)
 
   def found(step, **more):
     told = verdicts.circumstances_of(config, step) | more

@@ -13,8 +13,7 @@ import tiny
 from PIL import Image
 from sklearn import neighbors
 
-from protojax import api, errors, loading, pretrained, report
-from protojax import config as configs
+from protojax import api, errors, loading, pretrained, report, resolving
 from protojax.data import augment, decoding, sources
 from protojax.reports import gallery, of_run
 from protojax.reports import record as records
@@ -115,7 +114,7 @@ def test_kinds_of_prototypes_are_by_use():
 
 def test_views_are_the_very_ones_of_the_first_step(run, kept):
   data = sources.build("digits", split="train")
-  config = configs.resolve(tiny.run_config(), len(data))
+  config = resolving.resolve(tiny.run_config(), len(data))
   gallery._views(config, data)
   program = loop.programs.Program(config)
   key = jax.jit(lambda seed: program.init(seed).key)(config.seed)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from protojax import config as configs
-from protojax import convert, embed, errors, evaluate, loading, pretrained
+from protojax import convert, embed, errors, evaluate, loading, pretrained, resolving
 from protojax.data import sources
 from protojax.reports import gallery
 from protojax.training import data_settings, datasets, loop
@@ -84,7 +84,7 @@ def test_it_goes_on_with_the_numbers_it_found(run, cells, monkeypatch):
   monkeypatch.setattr(sources, "measured_range", measured.append)
   config = data_settings.recalled(_config(cells), str(run))
   train, _, _ = datasets.of_run(config)
-  config = data_settings.completed(configs.resolve(config, len(train)), train)
+  config = data_settings.completed(resolving.resolve(config, len(train)), train)
   assert measured == []
   assert json.loads(config.to_json_best_effort()) == json.loads((run / "config.json").read_text())
 
@@ -179,7 +179,7 @@ def test_settings_that_contradict_are_refused_in_one_line(cells, section, change
   with config.ignore_type():
     config[section].update(changes)
   with pytest.raises(errors.UserError, match=words) as caught:
-    configs.resolve(config, 24)
+    resolving.resolve(config, 24)
   assert "\n" not in str(caught.value)
 
 
@@ -187,7 +187,7 @@ def test_a_square_pair_is_a_square_and_small_stores_are_warned_of(cells, caplog)
   config = _config(cells)
   config.augment.update({"global_size": (32, 32), "local_size": (16, 16)})
   config.data.channels = 3
-  out = configs.resolve(config, 24)
+  out = resolving.resolve(config, 24)
   assert out.augment.global_size == 32 and out.augment.local_size == 16
   assert out.model.image_size == 32 and out.augment.mean == configs.IMAGENET["mean"]
   assert out.augment.hue == config.augment.hue > 0

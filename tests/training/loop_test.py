@@ -55,7 +55,7 @@ PCL = tiny.RUN | {
 def _target(recipe):
   """What a checkpoint of a run of `recipe` with its changes is restored into."""
   config = tiny.run_config(recipe, PCL if recipe == "pcl_cifar10" else tiny.RUN)
-  resolved = loop.configs.resolve(config, len(datasets.of_run(config)[0]))
+  resolved = loop.resolving.resolve(config, len(datasets.of_run(config)[0]))
   return programs.Program(resolved, 10).restore_target()
 
 
@@ -257,7 +257,7 @@ def test_a_probe_may_change_when_a_run_goes_on_and_the_encoder_does_not_feel_it(
 
 
 def test_a_checkpoint_is_restored_whatever_probe_it_has(whole, tmp_path):
-  config = loop.configs.resolve(tiny.run_config(), 1442)
+  config = loop.resolving.resolve(tiny.run_config(), 1442)
   with_ten, without, with_seven = (programs.Program(config, n) for n in (10, 0, 7))
   before = {"name": "digits", "train_split": "train"}
 
@@ -347,7 +347,7 @@ def test_exported_encoder_is_the_teacher_and_starts_another_run(whole):
   program = programs.Program(tiny.config())
   with pytest.raises(errors.UserError, match="encoder.safetensors"):
     export.load(whole / "exported", program.abstract.encoder)
-  fresh = programs.Program(loop.configs.resolve(tiny.run_config(), 1000)).init(7)
+  fresh = programs.Program(loop.resolving.resolve(tiny.run_config(), 1000)).init(7)
   started = workdir.warm_start(fresh, export.load(whole / "exported", fresh.encoder))
   chex.assert_trees_all_equal(jax.device_get(started.encoder), state.teacher["encoder"])
 

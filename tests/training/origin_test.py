@@ -7,8 +7,7 @@ import pytest
 import safetensors.numpy
 import tiny
 
-from protojax import config as configs
-from protojax import convert, errors, main, plan, typed
+from protojax import convert, errors, main, plan, resolving, typed
 from protojax.models import encoder as encoders
 from protojax.training import export, origin
 
@@ -48,11 +47,11 @@ def _fits(config):
 @pytest.mark.parametrize("name", ["backbone", "full"])
 def test_the_settings_that_a_refusal_lists_are_all_that_is_needed(converted, name):
   flags = [f"--config.init_from={converted / name}"]
-  refused = _fits(configs.resolve(typed.config("quickstart", typed.split(flags)[0]), 1000))
+  refused = _fits(resolving.resolve(typed.config("quickstart", typed.split(flags)[0]), 1000))
   flags += [f"--{flag}" for flag in re.findall(r"config\.(?!init_from)\S+", refused)]
   if name == "backbone":  # whole patches
     flags += ["--config.augment.global_size=28", "--config.augment.local_size=14"]
-  config = configs.resolve(typed.config("quickstart", typed.split(flags)[0]), 1000)
+  config = resolving.resolve(typed.config("quickstart", typed.split(flags)[0]), 1000)
   assert _fits(config) is None
 
 
@@ -65,13 +64,13 @@ def test_a_command_line_takes_the_encoder_over(converted, caplog):
   assert expected == _NEEDED and "brings its encoder along: model.name=vit, " in caplog.text
   assert (config.augment.global_size, config.augment.local_size) == (70, 28)
   assert config.head.hidden == 512  # fresh: a backbone has none
-  assert _fits(configs.resolve(config, 1000)) is None
+  assert _fits(resolving.resolve(config, 1000)) is None
   planned, _ = plan.parse(flags[::2])
   assert planned.model.width == 96
   given = ["--config.augment.mean=(.5,.5,.5)", "--config.model.heads=2", "--config.head.hidden=9"]
   config, _ = main.parse([*flags, *given])
   assert config.augment.mean == (0.5, 0.5, 0.5) and config.model.heads == 2
-  assert "; give config.model.heads=4" in _fits(configs.resolve(config, 1000))
+  assert "; give config.model.heads=4" in _fits(resolving.resolve(config, 1000))
   config, _ = main.parse([*flags[:2], f"--config.init_from={converted / 'full'}"])
   assert (config.head.hidden, config.head.bottleneck, config.head.norm) == (32, 16, "none")
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from protojax import config as configs
-from protojax import data, errors, files, progress
+from protojax import data, errors, files, progress, resolving
 from protojax.training import workdir
 
 
@@ -105,7 +105,7 @@ def test_settings_that_do_not_change_the_numbers_may_change():
 
 
 def _resolved(**changes):
-  return configs.resolve(_config(batch_size=50, **changes), 1000)
+  return resolving.resolve(_config(batch_size=50, **changes), 1000)
 
 
 def test_a_longer_run_is_refused_with_its_ways_out_unless_it_is_asked_for():
@@ -118,14 +118,14 @@ def test_a_longer_run_is_refused_with_its_ways_out_unless_it_is_asked_for():
     assert way in line
   workdir.refuse_mismatch(before, _resolved(num_steps=200, resume="extend"))
   epochs = _config(batch_size=50, num_steps=0, num_epochs=10.0, resume="extend")
-  workdir.refuse_mismatch(before, configs.resolve(epochs, 1000))
+  workdir.refuse_mismatch(before, resolving.resolve(epochs, 1000))
 
 
 def test_what_follows_from_a_changed_setting_is_not_listed_beside_it():
   before = json.loads(json.dumps(_resolved().to_dict()))
   other = _config(batch_size=25)
   with pytest.raises(errors.UserError, match="settings: batch_size 50 -> 25: type them as before"):
-    workdir.refuse_mismatch(before, configs.resolve(other, 1000))
+    workdir.refuse_mismatch(before, resolving.resolve(other, 1000))
 
 
 def test_every_machine_that_goes_on_with_a_run_is_written_down(tmp_path):
@@ -155,7 +155,7 @@ def test_settings_that_are_gone_are_made_again_from_a_checkpoint(tmp_path, caplo
     assert known.read_text() == whole and "made again from checkpoint 20" in caplog.text
   known.write_text("")
   with pytest.raises(errors.UserError, match="other settings: batch_size 50 -> 25"):
-    workdir.claim(str(tmp_path), configs.resolve(_config(batch_size=25), 1000))
+    workdir.claim(str(tmp_path), resolving.resolve(_config(batch_size=25), 1000))
   files.write(tmp_path / "checkpoints" / "20" / "metadata" / "metadata", "")
   with pytest.raises(errors.UserError, match="no checkpoint has its settings: bring it back from"):
     workdir.claim(str(tmp_path), config)

@@ -1,0 +1,81 @@
+import pytest
+
+from protojax import config as configs
+from protojax import errors, recipes, resolving
+
+
+def test_length_is_given_exactly_once():
+  config = configs.default()
+  config.batch_size = 10
+  with pytest.raises(errors.UserError, match="exactly one"):
+    resolving.resolve(config, 100)
+  config.num_steps, config.num_epochs = 5, 1.0
+  with pytest.raises(errors.UserError, match="exactly one"):
+    resolving.resolve(config, 100)
+
+
+def test_epochs_become_steps_and_the_original_stays():
+  config = configs.default()
+  config.update({"batch_size": 10, "num_epochs": 30.0})
+  out = resolving.resolve(config, 105)
+  assert (out.steps_per_epoch, out.num_steps) == (10, 300)
+  assert out.optim.warmup_steps == 30  # ten epochs would be 100: a tenth of the run at most
+  assert out.optim.freeze_prototypes_steps == 10
+  assert out.mixture.horizon_final == out.mixture.horizon_steps == 600.0
+  assert config.num_steps == 0 and config.probe.name is None and out.probe.name == "digits"
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(30.0, 150), (60.0, 300), (0.1, 1)])
+def test_the_paper_s_mixture_anneals_over_half_of_any_run(epochs, steps):
+  config = recipes.load("gmm_vit_s:paper")
+  config.update({"batch_size": 10, "num_epochs": epochs})
+  assert resolving.resolve(config, 105).mixture.anneal_steps == steps
+
+
+def test_warmup_that_is_asked_for_in_steps_is_kept():
+  config = configs.default()
+  config.update({"batch_size": 10, "num_steps": 50})
+  config.optim.warmup_steps = 40
+  assert resolving.resolve(config, 100).optim.warmup_steps == 40
+
+
+@pytest.mark.parametrize(
+  ("steps", "words"), [(150, "still rising at the end"), (390, "more than half"), (400, "")]
+)
+def test_a_warm_up_that_fills_a_shortened_run_is_told(steps, words, caplog):
+  config = recipes.load("gmm_cifar10")  # whose warm-up is 200 steps
+  config.num_steps = steps
+  resolving.resolve(config, 50_000)
+  assert ("optim.warmup_steps=200" in caplog.text) == bool(words) and words in caplog.text
+
+
+def test_a_debug_run_is_not_told_about_its_own_warm_up(caplog):
+  resolving.resolve(recipes.load("quickstart:debug"), 1442)
+  assert not caplog.text
+
+
+def test_batch_larger_than_the_source_is_refused():
+  config = configs.default()
+  config.num_steps = 5
+  with pytest.raises(errors.UserError, match="batch_size=1024 is more than the 100 images"):
+    resolving.resolve(config, 100)
+
+
+def test_a_method_named_on_the_command_line_brings_its_options():
+  config = configs.debug(configs.default())
+  config.method.name = "carp"
+  assert resolving.resolve(config, 64).method.partition_size == 512
+  with pytest.raises(errors.UserError, match="'crap' is unknown: choose one of barlow_twins, carp"):
+    configs.default("crap")
+
+
+def test_a_random_backbone_that_stands_still_is_said(caplog):
+  recipe = recipes.load("adapt_cifar10")
+  out = resolving.resolve(recipe, 50_000)
+  assert out.optim.freeze_backbone_steps == 300 and "a random one: give its weights" in caplog.text
+  caplog.clear()
+  recipe.init_from = "runs/weights"
+  recipe.optim.update({"freeze_backbone_steps": 0, "freeze_backbone_epochs": 2.0})
+  assert resolving.resolve(recipe, 5000).optim.freeze_backbone_steps == 2 * (5000 // 128)
+  assert "random one" not in caplog.text
+  assert resolving.resolve(recipes.load("adapt_vit_s:debug"), 1442).optim.freeze_backbone_steps == 5
