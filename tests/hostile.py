@@ -49,7 +49,7 @@ from protojax.data import sources
 from protojax.evals import result_files
 from protojax.interop import tensor_files
 from protojax.reports import comparison, page, record
-from protojax.training import checkpoint, data_settings, export, workdir
+from protojax.training import checkpoint, continuation, data_settings, export, workdir
 
 SECONDS, BYTES = 10.0, 2 << 30
 _TAG = "<script>bad</script>"
@@ -144,7 +144,7 @@ def _resume(folder: pathlib.Path) -> None:
   data_settings.recalled(config, str(folder))
   with mock.patch.object(environment, "describe", dict):  # it asks programs
     workdir.claim(str(folder), config)
-  workdir.extend(folder, config, 4)
+  continuation.extend(folder, config, 4)
   workdir.read_result(folder)
   workdir.unseen(folder, {"unseen": False}, 4)
 

@@ -22,7 +22,8 @@ _SCRIPTS = [*sorted((_ROOT / "launch").glob("*.sh")), _ROOT / ".ci" / "run"]
 _ROOMS = (
   *("errors", "environment", "files", "npy", "sizes", "trees", "own_modules"),
   *("progress", "schedules", "losses", "hosts", "local_devices", "placement"),
-  *("prototypes", "models", "data", "metrics", "evals", "methods", "config", "recipes", "typed"),
+  *("prototypes", "models", "data", "metrics", "evals", "methods", "config", "recipes"),
+  *("typed", "resolving"),
   *("training", "planning", "pretrained", "loading", "interop", "reports", "api", "cli"),
 )
 _VERBS = (*__main__.MODULES.values(), "__main__")

@@ -12,6 +12,7 @@ from protojax.data import cache
 from protojax.training import (
   checkpoint,
   console,
+  continuation,
   data_settings,
   datasets,
   evaluation,
@@ -21,6 +22,7 @@ from protojax.training import (
   origin,
   programs,
   sharding,
+  stopping,
 )
 from protojax.training import workdir as workdirs
 
@@ -99,7 +101,7 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
     try:
       with progress.watched(stop.look):
         return work()
-    except workdirs.Asked:
+    except stopping.Asked:
       save(step, state, unseen=unseen)
       raise errors.Interrupted(step, stop.number) from None
 
@@ -143,7 +145,7 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
         logging.info("%s at step %d; measured on %s from here on", changed, start, bank.name)
     stack.enter_context(workdirs.reporting(folder))
     stack.enter_context(contextlib.closing(checkpoints))
-    extended = workdirs.extend(folder, config, start)
+    extended = continuation.extend(folder, config, start)
     log = console.RunLog(folder, config, start=start, describe=train_source.describe)
     log = stack.enter_context(log)
     if restored is not None:
@@ -188,7 +190,7 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
     plan = None
     if train_source not in cached and not train_source.in_memory:
       plan = program.decoders(train_source, batch_size=config.batch_size)
-    stop = stack.enter_context(workdirs.Stop())
+    stop = stack.enter_context(stopping.Stop())
     if restored is not None and workdirs.unseen(folder, metadata, start):
       look(start, state)
     for step in range(start, config.num_steps):

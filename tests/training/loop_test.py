@@ -30,6 +30,7 @@ from protojax.training import (
   loop,
   metric_writer,
   programs,
+  stopping,
   workdir,
 )
 
@@ -201,7 +202,7 @@ def test_a_run_that_was_ended_before_its_page_writes_it_again(whole, tmp_path, m
 def test_a_stop_after_the_last_step_says_that_all_are_saved(whole, tmp_path, monkeypatch):
   folder = shutil.copytree(whole, tmp_path / "run")
   (folder / "eval" / "final" / "result.json").unlink()
-  monkeypatch.setattr(workdir.Stop, "ended", lambda self, step: True)
+  monkeypatch.setattr(stopping.Stop, "ended", lambda self, step: True)
   with pytest.raises(errors.Interrupted, match="step 6, the last one: all steps are saved"):
     loop.run(tiny.run_config(), str(folder))
 
@@ -446,7 +447,7 @@ import jax
 from jax._src import compiler, distributed
 from jax.experimental import multihost_utils
 from protojax import cli, main
-from protojax.training import loop
+from protojax.training import loop, stopping
 
 def keep(*program, write=compiler._cache_write):
   with mock.patch.object(distributed.global_state, "process_id", 0):
