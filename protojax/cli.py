@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TextIO
 from absl import flags
 from absl import logging as absl_logging
 
-from protojax import errors, progress
+from protojax import errors, program_log, progress
 
 
 class _Parser(argparse.ArgumentParser):
@@ -158,28 +158,13 @@ def _hush() -> None:
       logger.setLevel(level)
 
 
-class _Plain(logging.Formatter):
-  """A line of the log as a run's own lines are: no clock, no file; a warning is called one."""
-
-  def format(self, record: logging.LogRecord) -> str:
-    head = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-    return head + super().format(record)
-
-
-def _ours(record: logging.LogRecord) -> bool:
-  """Whether a line of the log is for the user: a note of another library is not."""
-  # Below site-packages: an environment may lie in a clone that is called protojax.
-  _, installed, inside = record.pathname.rpartition("/site-packages/")
-  return record.levelno >= logging.WARNING or not installed or inside.startswith("protojax/")
-
-
 def _plain_log() -> None:
   """The log of protojax on the terminal, from INFO on."""
   flags.FLAGS(["protojax"])  # absl's own, at their defaults: its log waits for them
   absl_logging.use_absl_handler()
   handler = absl_logging.get_absl_handler()
-  handler.setFormatter(_Plain())
-  handler.python_handler.addFilter(_ours)
+  handler.setFormatter(program_log.Plain())
+  handler.python_handler.addFilter(program_log.ours)
   absl_logging.set_verbosity(absl_logging.INFO)
 
 

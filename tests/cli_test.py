@@ -64,21 +64,6 @@ def test_what_ends_a_program_is_one_line_with_its_status(capsys, monkeypatch, er
 
 
 @pytest.mark.parametrize(
-  ("path", "level", "shown"),
-  [
-    ("/venv/site-packages/protojax/data/cache.py", logging.INFO, "a note"),
-    ("/clone/protojax/data/cache.py", logging.WARNING, "warning: a note"),
-    ("/protojax/.venv/site-packages/tensorflow_datasets/info.py", logging.INFO, None),
-    ("/protojax/protojax/data/cache.py", logging.INFO, "a note"),
-    ("/venv/site-packages/orbax/checkpoint.py", logging.WARNING, "warning: a note"),
-  ],
-)
-def test_the_log_is_plain_lines_of_ours_and_warnings_of_others(path, level, shown):
-  record = logging.LogRecord("absl", level, path, 7, "a %s", ("note",), None)
-  assert (cli._Plain("%(message)s").format(record) if cli._ours(record) else None) == shown
-
-
-@pytest.mark.parametrize(
   ("said", "shown"),
   [
     (

@@ -21,7 +21,7 @@ _SCRIPTS = [*sorted((_ROOT / "launch").glob("*.sh")), _ROOT / ".ci" / "run"]
 # Imports go from a room to those before it; modules beside the rooms are rooms of one.
 _ROOMS = (
   *("errors", "environment", "files", "npy", "sizes", "trees", "own_modules"),
-  *("progress", "schedules", "losses", "hosts", "local_devices", "placement"),
+  *("program_log", "progress", "schedules", "losses", "hosts", "local_devices", "placement"),
   *("prototypes", "models", "data", "metrics", "evals", "methods", "config", "recipes"),
   *("typed", "resolving"),
   *("training", "planning", "pretrained", "loading", "interop", "reports", "api", "cli"),

@@ -96,6 +96,10 @@ class RunLog:
     for line in lines:
       self._writer.line(line)
 
+  def copy(self, line: str) -> None:
+    """Writes a line to train.log that the terminal has had already."""
+    self._writer.line(line, shown=False)
+
   def resumed(self, step: int, devices: int | None) -> None:
     """Says where the run goes on, and again what accuracies are without training.
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 from absl import logging
 
-from protojax import errors, progress, resolving
+from protojax import errors, program_log, progress, resolving
 from protojax.data import cache
 from protojax.training import (
   checkpoint,
@@ -58,6 +58,11 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
     errors.Interrupted: on SIGTERM, SIGHUP or Ctrl-C, after a checkpoint was written.
     KeyboardInterrupt: on a Ctrl-C before or after the steps; it says so where all are saved.
   """
+  with program_log.Heard() as heard:
+    return _run(config, workdir, report, heard)
+
+
+def _run(config, workdir, report, heard) -> dict[str, float]:
   started = time.time()
   resolving.check(config)
   config = data_settings.recalled(config, workdir)
@@ -148,6 +153,7 @@ def run(config, workdir: str, *, report: Callable | None = None) -> dict[str, fl
     extended = continuation.extend(folder, config, start)
     log = console.RunLog(folder, config, start=start, describe=train_source.describe)
     log = stack.enter_context(log)
+    stack.enter_context(heard.to(log.copy))
     if restored is not None:
       log.resumed(start, metadata.get("devices"))
     log.lines(extended)

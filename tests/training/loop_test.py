@@ -308,6 +308,8 @@ def test_a_run_says_what_it_is_before_it_starts(whole):
 def test_a_longer_run_goes_on_from_the_last_step_when_it_is_asked_for(whole, tmp_path):
   folder = tmp_path / "run"
   shutil.copytree(whole, folder)
+  with open(folder / "metrics.jsonl", "a") as file:
+    file.write('{"step": 7, "train/l')  # where somebody's disk was full
   longer = {"num_steps": 8, "eval_every": 8, "monitor.every": 8}
   result = loop.run(tiny.run_config(**longer, resume="extend"), str(folder))
   losses = _losses(folder)
@@ -316,9 +318,9 @@ def test_a_longer_run_goes_on_from_the_last_step_when_it_is_asked_for(whole, tmp
   assert result["step"] == 8 and workdir.read_result(folder)["step"] == 8
   before = json.loads((folder / "eval" / "step_6" / "result.json").read_text())["measures"]
   assert before == workdir.read_result(whole)
-  assert "extended at step 6, from here on with the schedules of 8" in (
-    (folder / "train.log").read_text()
-  )
+  said = (folder / "train.log").read_text()
+  assert "extended at step 6, from here on with the schedules of 8" in said
+  assert "metrics.jsonl: dropped 1 unreadable line" in said  # said before there was a log
   assert json.loads((folder / "config.json").read_text())["num_steps"] == 8
 
 
