@@ -32,6 +32,5 @@ def test_lines_that_come_before_there_is_a_file_are_kept_for_it():
 )
 def test_the_log_is_plain_lines_of_ours_and_warnings_of_others(path, level, shown):
   record = logging.LogRecord("absl", level, path, 7, "a %s", ("note",), None)
-  assert (
-    program_log.Plain("%(message)s").format(record) if program_log.ours(record) else None
-  ) == shown
+  line = program_log.Plain("%(message)s").format(record)
+  assert (line if program_log.ours(record) else None) == shown

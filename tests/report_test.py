@@ -507,6 +507,7 @@ def test_a_comparison_leaves_the_pages_of_its_runs_alone(tmp_path, capsys):
     (["--workdir={tmp}/run", "--limit=x"], "invalid int value"),
     (["--workdir={tmp}/run", "--out={tmp}/file/r.html"], "cannot write to"),
     (["--workdir={tmp}/run", "--out={tmp}/r.png"], "a name that ends in .html"),
+    (["--workdir={tmp}/run", "--out={tmp}/r.pdf"], "a name that ends in .html"),
     (["--workdir={tmp}/run", "--open"], "unrecognized arguments"),
   ],
 )

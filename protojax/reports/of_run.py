@@ -66,7 +66,7 @@ def write(
   """
   runs = record.read(folders)
   out = out or folders[0] / (workdir.REPORT if len(folders) == 1 else OF_SEVERAL)
-  if out.suffix == ".png":
+  if out.suffix not in (".html", ".htm"):
     raise errors.UserError(f"out={out} is the page: give it a name that ends in .html")
   found = {}
   for run in progress.over(runs, "drawing pictures of run"):
