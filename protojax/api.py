@@ -11,7 +11,7 @@ from absl import logging
 
 from protojax import errors, loading, metrics, pretrained, trees
 from protojax.interop import importers, network, prototype_layouts, tensor_files
-from protojax.metrics import diagnosis, loss_curve, measures, verdicts
+from protojax.metrics import diagnosis, loss_curve, measures, verdicts, wording
 from protojax.prototypes import scoring
 from protojax.reports import of_run, record
 from protojax.training import checkpoint, export, loop
@@ -223,12 +223,10 @@ def _diagnose_file(
   whose = sorted({prototype_layouts.owner(s.name) for s in sets} - {""})
   lines = [f"file: {len(arrays)} array{'s' * (len(arrays) > 1)}, {layout}"]
   lines[0] += "".join(f"; weights of the {w}" for w in whose)
-  lines += diagnosis.bullets([not_finite] if not_finite else [])
+  lines += wording.bullets([not_finite] if not_finite else [])
   if not key:
-    lines += diagnosis.bullets([f"left out: {why}" for why in prototype_layouts.unusable(arrays)])
-  lines += diagnosis.bullets(
-    _doubts(path, arrays, sets, transpose=transpose, embeddings=embeddings)
-  )
+    lines += wording.bullets([f"left out: {why}" for why in prototype_layouts.unusable(arrays)])
+  lines += wording.bullets(_doubts(path, arrays, sets, transpose=transpose, embeddings=embeddings))
   told: list[str] = []
   of_layers: dict[str, Any] = {}
   features = None
@@ -345,7 +343,7 @@ def _describe(matrix: np.ndarray, *, said: bool) -> diagnosis.Diagnosis:
   verdict = None
   sentences: list[str] = []
   if result["not_finite"]:
-    verdict = diagnosis.not_finite(result["not_finite"], len(rows))
+    verdict = wording.not_finite(result["not_finite"], len(rows))
     sentences = [f"{verdict.label}: {verdict.sentence}"]
     lines[0] = f"file: one matrix, {_rows(len(rows))} of {rows.shape[1]} numbers"
   else:
@@ -359,7 +357,7 @@ def _describe(matrix: np.ndarray, *, said: bool) -> diagnosis.Diagnosis:
     else "nothing in the file says whether its rows are prototypes or features of images, and to "
     "features the verdict on prototypes does not apply: give rows=prototypes to have them judged"
   ]
-  lines += diagnosis.bullets(sentences)
+  lines += wording.bullets(sentences)
   result["diagnosis"] = sentences
   return diagnosis.Diagnosis(verdict, measured, sentences, result, lines)
 
@@ -409,7 +407,7 @@ def _diagnose_run(
         f"{folder} is a folder without checkpoints or metrics of a run of protojax: give a workdir "
         "or its exported/, or one file"
       )
-    lines += diagnosis.bullets(["there is no checkpoint yet whose prototypes could be examined"])
+    lines += wording.bullets(["there is no checkpoint yet whose prototypes could be examined"])
     return diagnosis.joined({}, lines=lines, result=result, verdict=verdict)
   model = loading.load(str(folder), step=step)
   not_finite = pretrained.not_finite(model)
@@ -422,7 +420,7 @@ def _diagnose_run(
   embeddings, features, told = _arrays_of_run(model, **images)
   lines += [
     *told,
-    *diagnosis.bullets([s for s in (not_finite, export.initialised(model.initialised)) if s]),
+    *wording.bullets([s for s in (not_finite, export.initialised(model.initialised)) if s]),
     ("exported weights" if exported else "checkpoint")
     + (f" of step {model.step:,}" if model.step is not None else "")
     + ", no prototypes" * (not model.prototypes),
@@ -478,7 +476,7 @@ def _use_by_metrics(
 def _by_metrics(judged: record.RunVerdict) -> list[str]:
   since = f" (since step {judged.since:,})" * (judged.since < judged.step)
   first = f"run: {judged.verdict.label} at step {judged.step:,}, by metrics.jsonl{since}"
-  return [first, *diagnosis.bullets([judged.verdict.sentence])]
+  return [first, *wording.bullets([judged.verdict.sentence])]
 
 
 def _arrays_of_run(

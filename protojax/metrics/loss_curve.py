@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from protojax import errors, files
-from protojax.metrics import diagnosis, rules
+from protojax.metrics import diagnosis, rules, wording
 
 # Sizes that prototype layers have in published code; ln of one is recognised.
 _SIZES = (
@@ -214,7 +214,7 @@ def diagnose(path: pathlib.Path) -> diagnosis.Diagnosis:
     f"log: {len(log.loss):,} losses ({log.kind}), {log.unit} {log.at[0]:g} to {log.at[-1]:g}: "
     f"first {log.loss[0]:.3f}, least {np.nanmin(log.loss):.3f}, last {log.loss[-1]:.3f}",
     *reference(log),
-    *diagnosis.bullets(sentences),
+    *wording.bullets(sentences),
   ]
   result = {"kind": "log", "log": log.kind, "records": len(log.loss), "diagnosis": sentences}
   verdict = rules.Verdict(label, reason, label != "ok")

@@ -5,7 +5,7 @@ import pytest
 
 from protojax import config as configs
 from protojax import errors, resolving
-from protojax.metrics import collapse, diagnosis, rules, verdicts
+from protojax.metrics import collapse, diagnosis, rules, verdicts, wording
 
 _RNG = np.random.default_rng(0)
 
@@ -21,7 +21,7 @@ def _unit(x):
 def _words(weights, *, cosine=False, prototypes="learned", **named):
   result = diagnosis.examine(weights, cosine=cosine, **named)
   json.dumps(result, allow_nan=False)
-  return result, diagnosis.words(result, cosine=cosine, prototypes=prototypes)[1]
+  return result, wording.words(result, cosine=cosine, prototypes=prototypes)[1]
 
 
 def test_random_prototypes_are_unique_and_not_called_good():
