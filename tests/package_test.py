@@ -23,8 +23,8 @@ _ROOMS = (
   *("errors", "environment", "files", "npy", "sizes", "trees", "own_modules"),
   *("program_log", "progress", "schedules", "losses", "hosts", "local_devices", "placement"),
   *("prototypes", "models", "data", "metrics", "evals", "methods", "config", "recipes"),
-  *("typed", "resolving"),
-  *("training", "planning", "pretrained", "loading", "interop", "reports", "api", "cli"),
+  *("typed", "resolving", "training", "planning", "pretrained", "loading", "interop"),
+  *("reports", "diagnosing", "api", "cli"),
 )
 _VERBS = (*__main__.MODULES.values(), "__main__")
 # Only checkpoint.py knows orbax, only these know flax, so that either can be exchanged.

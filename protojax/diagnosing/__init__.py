@@ -1,0 +1,1 @@
+"""What `protojax doctor` and `protojax.diagnose` look at, opened and diagnosed."""
