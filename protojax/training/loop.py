@@ -10,6 +10,7 @@ from absl import logging
 from protojax import errors, program_log, progress, resolving
 from protojax.data import cache
 from protojax.training import (
+  agreement,
   checkpoint,
   console,
   continuation,
@@ -69,6 +70,7 @@ def _run(config, workdir, report, heard) -> dict[str, float]:
   train_source, bank, test = datasets.of_run(config)
   config = resolving.resolve(config, len(train_source))
   config = data_settings.completed(config, train_source)
+  agreement.require_same(config)
   if config.init_from:
     origin.require_same(config)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.model)
