@@ -15,6 +15,7 @@ from typing import Any
 
 import ml_collections
 
+from protojax import config as configs
 from protojax import errors
 
 _INSTALLED = pathlib.Path(__file__).resolve().parent / "configs"
@@ -47,7 +48,8 @@ def load(recipe: str) -> ml_collections.ConfigDict:
       the recipe's `get_config(mode)` is called with.
 
   Raises:
-    UserError: if there is no such recipe, no `get_config` in it, or an error; with file and line.
+    UserError: if there is no such recipe, no `get_config` in it or one that returns no config, or an
+      error; with file and line.
   """
   name, _, mode = recipe.partition(":")
   path = _file(name)
@@ -63,11 +65,26 @@ def load(recipe: str) -> ml_collections.ConfigDict:
       raise errors.UserError(f"{name} defines no get_config(mode)")
     if mode and not inspect.signature(module.get_config).parameters:
       raise errors.UserError(f"mode {mode!r} is unknown: get_config() of {name} takes none")
-    return module.get_config(mode) if mode else module.get_config()
+    config = module.get_config(mode) if mode else module.get_config()
+    if wrong := _no_config(config):
+      raise errors.UserError(
+        f"get_config of {path} returns {wrong}: let it return what it has made of "
+        "protojax.config.default() or of a function of protojax.recipes.common"
+      )
+    return config
   except errors.UserError as error:
     raise errors.UserError(f"--config={recipe}: {error}") from None
   except Exception as error:
     raise errors.UserError(f"--config={recipe}: {_where(error, path)}") from error
+
+
+def _no_config(found: Any) -> str:
+  """What somebody's get_config returned, in words, if that is no config; else ""."""
+  if not isinstance(found, ml_collections.ConfigDict):
+    return "None, no config" if found is None else f"{type(found).__name__}, no config"
+  if lacks := [name for name in configs.default() if name not in found]:
+    return f"a config without {', '.join(lacks[:3])}" + ", ..." * (len(lacks) > 3)
+  return ""
 
 
 def _where(error: Exception, path: pathlib.Path) -> str:

@@ -314,6 +314,43 @@ def test_what_would_show_the_use_of_prototypes_is_said_as_it_is_typed(
   assert "give embeddings; random" in api.diagnose(np.eye(8)).sentences[-1]
 
 
+def test_of_several_sets_those_that_images_do_not_reach_are_told_so(foreign, tmp_path):
+  """iBOT's, whose patches have prototypes of their own."""
+  arrays = {k: v for k, v in tensor_files.read(foreign).items() if k.startswith("teacher.")}
+  patches = {
+    k.replace("last_layer", "last_layer2"): v[::-1] for k, v in arrays.items() if "last_layer" in k
+  }
+  path = tmp_path / "ibot.safetensors"
+  safetensors.numpy.save_file({k: v.copy() for k, v in (arrays | patches).items()}, path)
+  alone = (
+    "just before the prototypes, for the file's network leads up to teacher.head.last_layer al"
+  )
+  for found in (api.diagnose(path), api.diagnose(path, data="digits", limit=100)):
+    images, of_patches = (
+      found.sets["teacher.head.last_layer"],
+      found.sets["teacher.head.last_layer2"],
+    )
+    assert alone in of_patches.sentences[-1] and "usage" not in of_patches.result
+    assert alone not in images.sentences[-1]
+
+
+def test_a_student_is_judged_where_the_teacher_has_no_prototypes_and_said_to_be(foreign, tmp_path):
+  teacher = {k: v for k, v in tensor_files.read(foreign).items() if k.startswith("teacher.")}
+  student = {k.replace("teacher.", "student.", 1): v for k, v in teacher.items()}
+  teacher = {k: v for k, v in teacher.items() if "last_layer" not in k}
+  path = tmp_path / "half.safetensors"
+  safetensors.numpy.save_file(teacher | student, path)
+  found = api.diagnose(path)
+  assert list(found.sets) == ["student.head.last_layer"]
+  said = " ".join(str(found).split())
+  assert (
+    "of the student, not of the teacher that is in the file, too: the head's last layer" in said
+  )
+  assert "for this file holds the network that leads up to them" in found.sentences[-1]
+  seen = api.diagnose(path, data="digits", limit=100).sets["student.head.last_layer"]
+  assert seen.result["usage"]["images"] == 100
+
+
 def test_images_are_run_through_a_checkpoint_with_transposed_prototypes(foreign, tmp_path):
   flags = ["--data=digits", "--limit=100"]
   name = "teacher.head.last_layer"

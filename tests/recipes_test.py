@@ -85,6 +85,12 @@ def test_installed_recipes_are_those_inside_the_package(tmp_path):
       "quickstart:debgu",
       "^--config=quickstart:debgu: mode 'debgu' is unknown: this recipe has",
     ),
+    ("none.py", "^--config=none.py: get_config of .*none.py returns int, no config: let it return"),
+    ("forgot.py", "forgot.py returns None, no config: let it return what it has made of"),
+    (
+      "empty.py",
+      r"empty.py returns a config without accum_steps, augment, batch_size, \.\.",
+    ),
     ("none.py:debug", "^--config=none.py:debug: mode 'debug' is unknown: .* of none.py takes none"),
   ],
 )
@@ -93,6 +99,9 @@ def test_what_is_no_recipe_is_refused_in_one_line(recipe, words, tmp_path, monke
   monkeypatch.syspath_prepend(tmp_path / "elsewhere")
   (tmp_path / "own.py").write_text("x = 1\n")
   (tmp_path / "none.py").write_text("def get_config():\n  return 1\n")
+  (tmp_path / "forgot.py").write_text("def get_config():\n  pass\n")
+  empty = "import ml_collections\n\n\nget_config = ml_collections.ConfigDict\n"
+  (tmp_path / "empty.py").write_text(empty)
   with pytest.raises(errors.UserError, match=words) as caught:
     recipes.load(recipe)
   assert "\n" not in str(caught.value)

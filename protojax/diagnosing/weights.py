@@ -77,24 +77,29 @@ def diagnose(
       + (f"; {not_finite}" if not_finite else "")
     )
   whose = sorted({prototype_layouts.owner(s.name) for s in sets} - {""})
+  doubts = _doubts(path, arrays, sets, transpose=transpose, embeddings=embeddings)
+  if which is None and whose == ["student"]:
+    which = "student"  # whose network leads up to them
+    doubts = [*_teacher_without(arrays), *doubts]
   lines = [f"file: {len(arrays)} array{'s' * (len(arrays) > 1)}, {layout}"]
   lines[0] += "".join(f"; weights of the {w}" for w in whose)
   lines += wording.bullets([not_finite] if not_finite else [])
   if not key:
     lines += wording.bullets([f"left out: {why}" for why in prototype_layouts.unusable(arrays)])
-  lines += wording.bullets(_doubts(path, arrays, sets, transpose=transpose, embeddings=embeddings))
+  lines += wording.bullets(doubts)
   told: list[str] = []
   of_layers: dict[str, Any] = {}
   features = None
   if images:
     of_layers, features, told = _arrays_of_file(path, which, transpose, **images)
     lines += told
-  for_usage = _BY_HAND
+  for_usage, led_up_to = _BY_HAND, list(of_layers)
   if not images and embeddings is None and not key:
-    for_usage = _what_shows_use(path, which, transpose)
+    for_usage, led_up_to = _what_shows_use(path, which, transpose)
   found = {}
   for one in sets:
     of_set = of_layers.get(one.name, embeddings)
+    led_up = not led_up_to or not {one.name, *one.aliases}.isdisjoint(led_up_to)
     found[one.name] = diagnosis.diagnose(
       one.weights(),
       embeddings=of_set,
@@ -103,7 +108,9 @@ def diagnose(
       gain=one.gain,
       cosine=one.cosine if cosine is None else cosine,
       aliases=one.aliases,
-      for_usage=for_usage,
+      for_usage=for_usage
+      if led_up
+      else f"{_BY_HAND}, for the file's network leads up to {' and '.join(led_up_to)} alone",
     )
     found[one.name].result["key"] = one.key
   return diagnosis.joined(found, lines=lines, result={"kind": "file", "layout": layout})
@@ -147,21 +154,35 @@ def _doubts(
   return sentences
 
 
-def _what_shows_use(path: pathlib.Path, which: str | None, transpose: bool) -> str:
-  """What to give of another library's checkpoint to see which prototypes are used, in words."""
+def _teacher_without(arrays: Mapping[str, np.ndarray]) -> list[str]:
+  """A sentence on the teacher of a file in which only the student has prototypes."""
+  teacher = {k: array for k, array in arrays.items() if prototype_layouts.owner(k) == "teacher"}
+  if not teacher:
+    return []
+  why = prototype_layouts.without(teacher) or "there are none by its name"
+  return [f"of the student, not of the teacher that is in the file, too: {why}"]
+
+
+def _what_shows_use(
+  path: pathlib.Path, which: str | None, transpose: bool
+) -> tuple[str, list[str]]:
+  """(what to give of another library's checkpoint to see which prototypes are used, in words; the
+  sets to which its network leads up, [] where it cannot be run)."""
   try:
     there = bool(network.read(path, which=which, transpose=transpose).prototypes)
   except errors.UserError:
     there = False
   if not there:
-    return f"{_BY_HAND}, for this file holds no network that leads up to them"
+    return f"{_BY_HAND}, for this file holds no network that leads up to them", []
   run, by = "data=folder data_dir=IMAGES", "for this file holds the network that leads up to them"
-  _, why = _network_of_file(path, which, transpose)
-  if why and not _network_of_file(path, which, transpose, heads=1)[1]:
-    run, why = f"{run} heads=NUMBER", ""  # it lacks nothing else
+  done, why = _network_of_file(path, which, transpose)
   if why:
-    return f"{_BY_HAND}, for the network in this file cannot be run up to them: {why}"
-  return f"{run}, {by}, or embeddings=FILE.npy"
+    with_heads, still = _network_of_file(path, which, transpose, heads=1)
+    if not still:  # it lacks nothing else
+      done, run, why = with_heads, f"{run} heads=NUMBER", ""
+  if done is None or why:
+    return f"{_BY_HAND}, for the network in this file cannot be run up to them: {why}", []
+  return f"{run}, {by}, or embeddings=FILE.npy", list(done.layers.values())
 
 
 def _network_of_file(

@@ -248,6 +248,11 @@ def _check(name: str, arrays: Mapping[str, Any]) -> None:
       f"embeddings of {name!r} have {shapes['embeddings'][1]} dimensions and prototypes "
       f"{matrix[1]}: give what is compared with the prototypes, not features of the backbone"
     )
+  if {"codes", "embeddings"} <= shapes.keys() and shapes["codes"] != shapes["embeddings"][:1]:
+    raise errors.UserError(
+      f"{shapes['codes'][0]:,} codes of {name!r} and {shapes['embeddings'][0]:,} embeddings: give "
+      "both of the same images, for random prototypes are counted on these embeddings"
+    )
   if "codes" in shapes and "num_prototypes" not in arrays:
     raise errors.UserError(f"codes of {name!r} without prototypes: give num_prototypes, too")
   if shapes.get("codes", (0,))[0]:
@@ -262,7 +267,7 @@ def _check_codes(name: str, codes: np.ndarray, num: int) -> None:
   if codes.min() < 0 or codes.max() >= num:
     raise errors.UserError(
       f"codes of {name!r} go from {codes.min()} to {codes.max()} and there are {num:,} prototypes: "
-      f"rows count from 0 to {num - 1}; leave images without one out"
+      f"rows count from 0 to {num - 1}; leave images without one out, and their embeddings"
     )
 
 

@@ -160,7 +160,7 @@ def _run(config, workdir, report, heard) -> dict[str, float]:
       log.resumed(start, metadata.get("devices"))
     log.lines(extended)
     if start == config.num_steps and (result := workdirs.read_result(folder)):
-      if report is not None and workdirs.page_is_old(folder):  # it was ended in between
+      if report is not None and workdirs.page_is_due(folder):  # it was ended in between
         arrays = workdirs.read_arrays(folder)
         report(folder, program, state, arrays, bank=bank, train=train_source)
       log.summary(result, bank=bank)

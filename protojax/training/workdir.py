@@ -274,14 +274,14 @@ def read_result(folder: pathlib.Path) -> dict[str, float] | None:
   return None
 
 
-def page_is_old(folder: pathlib.Path) -> bool:
-  """Whether the page is there and older than a result; every process gets the same answer."""
+def page_is_due(folder: pathlib.Path) -> bool:
+  """Whether there is no page, or one older than a result; every process gets the same answer."""
   page, results = folder / REPORT, [*folder.glob("eval/*/result.json")]
   times = [path.stat().st_mtime_ns for path in results]
-  old = page.exists() and page.stat().st_mtime_ns < max(times, default=0)
+  due = not page.exists() or page.stat().st_mtime_ns < max(times, default=0)
   if jax.process_count() == 1:
-    return old
-  return bool(multihost_utils.broadcast_one_to_all(np.asarray(old)))
+    return due
+  return bool(multihost_utils.broadcast_one_to_all(np.asarray(due)))
 
 
 def unseen(folder: pathlib.Path, metadata: dict, step: int) -> bool:

@@ -215,3 +215,10 @@ def test_codes_that_are_no_rows_of_the_prototypes_are_refused(codes, words):
   with pytest.raises(errors.UserError, match=words):
     metrics.summary(prototypes=np.eye(16, dtype=np.float32), codes=codes)
   assert metrics.summary(codes=np.arange(16), num_prototypes=16)["collapse/used"] == 1.0
+
+
+def test_codes_of_other_images_than_the_embeddings_are_refused():
+  rows = np.eye(4, dtype=np.float32)
+  words = "^2 codes of 'prototypes' and 4 embeddings: give both of the same images"
+  with pytest.raises(errors.UserError, match=words):
+    metrics.summary(prototypes=rows, embeddings=rows, codes=np.array([0, 1]))

@@ -192,6 +192,9 @@ def test_a_run_that_was_ended_before_its_page_writes_it_again(whole, tmp_path, m
   assert result.exists()
   loop.run(tiny.run_config(), str(folder), report=report)
   assert written[1][0] == folder and "spectrum" in written[1][1]
+  (folder / "report.html").unlink()  # ended before there was one
+  loop.run(tiny.run_config(), str(folder), report=report)
+  assert len(written) == 3
 
 
 @pytest.mark.survives(
