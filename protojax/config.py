@@ -8,7 +8,6 @@ from ml_collections import config_dict
 
 from protojax import errors, files, methods
 
-DEBUG_STEPS = 20  # of `debug`, a trial: a run of no more is not told how it would learn best
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
@@ -346,7 +345,7 @@ def debug(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.method.more_classifiers = tuple(min(k, 256) for k in config.method.more_classifiers)
   config.update(
     {
-      "num_steps": DEBUG_STEPS,
+      "num_steps": 20,
       "num_epochs": 0.0,
       "batch_size": 16,
       "log_every": 5,
@@ -385,6 +384,7 @@ def debug(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   # The stem for large images is the cheap one.
   config.model.update({"depth": 2, "patch_size": 8, "width": 96, "heads": 3, "stem": "imagenet"})
   config.head.update({"hidden": 128, "bottleneck": 64})
+  config.optim.warmup_steps = min(config.optim.warmup_steps, 2)
   still = config.optim.freeze_backbone_steps or config.optim.freeze_backbone_epochs
   config.optim.update({"freeze_backbone_epochs": 0.0, "freeze_backbone_steps": 5 if still else 0})
   config.method.num_prototypes = min(config.method.num_prototypes, 256)

@@ -48,8 +48,8 @@ def load(recipe: str) -> ml_collections.ConfigDict:
       the recipe's `get_config(mode)` is called with.
 
   Raises:
-    UserError: if there is no such recipe, no `get_config` in it or one that returns no config, or an
-      error; with file and line.
+    UserError: if there is no such recipe, no `get_config` in it, an error, with file and line, or
+      no config comes back.
   """
   name, _, mode = recipe.partition(":")
   path = _file(name)

@@ -62,7 +62,7 @@ def resolve(config: ml_collections.ConfigDict, num_records: int) -> ml_collectio
       # At most a tenth of the run, so that a short one learns at all.
       steps = round(optim.warmup_epochs * config.steps_per_epoch)
       optim.warmup_steps = min(steps, config.num_steps // 10)
-    elif 2 * optim.warmup_steps > config.num_steps > configs.DEBUG_STEPS:
+    elif 2 * optim.warmup_steps > config.num_steps:
       logging.warning(
         "config.optim.warmup_steps=%d of %d steps: the learning rate %s; a tenth is %d",
         optim.warmup_steps,
@@ -194,6 +194,15 @@ def check(config: ml_collections.ConfigDict) -> None:
   ):
     if known[key] < 1:
       raise errors.UserError(f"{key}={known[key]} must be at least 1: set config.{key}")
+  if (config.data.num_workers or 0) < 0:
+    raise errors.UserError(
+      f"data.num_workers={config.data.num_workers} must not be negative (0: threads; None: chosen)"
+    )
+  if config.method.num_prototypes < 0:
+    raise errors.UserError(
+      f"method.num_prototypes={config.method.num_prototypes} must not be negative: set "
+      "config.method.num_prototypes"
+    )
   if config.monitor.images < 2:
     raise errors.UserError(
       f"monitor.images={config.monitor.images}: the collapse measures need at least 2 images"

@@ -322,14 +322,10 @@ def test_of_several_sets_those_that_images_do_not_reach_are_told_so(foreign, tmp
   }
   path = tmp_path / "ibot.safetensors"
   safetensors.numpy.save_file({k: v.copy() for k, v in (arrays | patches).items()}, path)
-  alone = (
-    "just before the prototypes, for the file's network leads up to teacher.head.last_layer al"
-  )
+  name = "teacher.head.last_layer"
+  alone = f"just before the prototypes, for the file's network leads up to {name} alone"
   for found in (api.diagnose(path), api.diagnose(path, data="digits", limit=100)):
-    images, of_patches = (
-      found.sets["teacher.head.last_layer"],
-      found.sets["teacher.head.last_layer2"],
-    )
+    images, of_patches = found.sets[name], found.sets[f"{name}2"]
     assert alone in of_patches.sentences[-1] and "usage" not in of_patches.result
     assert alone not in images.sentences[-1]
 
@@ -343,9 +339,7 @@ def test_a_student_is_judged_where_the_teacher_has_no_prototypes_and_said_to_be(
   found = api.diagnose(path)
   assert list(found.sets) == ["student.head.last_layer"]
   said = " ".join(str(found).split())
-  assert (
-    "of the student, not of the teacher that is in the file, too: the head's last layer" in said
-  )
+  assert "of the student, not of the teacher that is in the file, too: the head's last" in said
   assert "for this file holds the network that leads up to them" in found.sentences[-1]
   seen = api.diagnose(path, data="digits", limit=100).sets["student.head.last_layer"]
   assert seen.result["usage"]["images"] == 100

@@ -157,8 +157,8 @@ def _opened(path: str | os.PathLike) -> Iterator[tuple[Any, dict]]:
       yield opened, files.parse_json(opened.metadata()["info"])
   except (safetensors.SafetensorError, KeyError, TypeError, ValueError):
     raise errors.UserError(
-      f"{file} is damaged or was not exported by protojax: export it again from its run; other "
-      "people's weights are converted first (protojax convert FILE FOLDER)"
+      f"{file} is not weights as protojax exports them: those of other libraries are converted "
+      "first (protojax convert FILE FOLDER); a damaged export is made again from its run"
     ) from None
 
 

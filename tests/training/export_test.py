@@ -96,10 +96,10 @@ def test_missing_damaged_and_foreign_files_are_one_line(tmp_path):
   export.write(tmp_path, _tree(), INFO)
   file = tmp_path / "encoder.safetensors"
   os.truncate(file, file.stat().st_size // 2)
-  with pytest.raises(errors.UserError, match="damaged or was not exported by protojax"):
+  with pytest.raises(errors.UserError, match="is not weights as protojax exports them"):
     export.read(tmp_path)
   safetensors.numpy.save_file({"x": np.ones(2)}, file)
-  with pytest.raises(errors.UserError, match="damaged or was not exported by protojax"):
+  with pytest.raises(errors.UserError, match="is not weights as protojax exports them"):
     export.read(tmp_path)
 
 

@@ -182,9 +182,10 @@ def _channels_last(x: np.ndarray, channels: int) -> np.ndarray:
   if x.ndim == 3 and x.shape[2] not in fitting and x.shape[0] in fitting:
     x = np.moveaxis(x, 0, 2)
   if x.ndim != 3 or x.shape[2] not in fitting or not x.size or x.dtype.kind not in "buif":
-    raise ValueError(
-      f"it holds {x.dtype} {list(x.shape)}, data.channels={channels} wants [H, W, {channels}]"
-    )
+    wanted = f"data.channels={channels} wants [H, W, {channels}]"
+    if x.ndim == 3 and x.dtype.kind in "buif":
+      wanted += f"; config.data.channels={min(x.shape[0], x.shape[2])} where all have as many"
+    raise ValueError(f"it holds {x.dtype} {list(x.shape)}, {wanted}")
   return x
 
 
