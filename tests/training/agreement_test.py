@@ -52,6 +52,11 @@ def _said(monkeypatch, *configs):
   return [out[index] for index in range(len(configs))]
 
 
+@pytest.mark.survives(
+  "processes of one run that were not started alike",
+  "a setting, a version",
+  "which process and what, on all of them, status 2",
+)
 def test_a_setting_that_one_process_has_otherwise_is_named_by_all(monkeypatch):
   said = _said(
     monkeypatch, tiny.config(), tiny.config(), tiny.config(optim__lr=0.5, method__block=123_456)
