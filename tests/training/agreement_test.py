@@ -4,6 +4,7 @@ import threading
 
 import jax
 import numpy as np
+import pytest
 import tiny
 
 from protojax import errors
