@@ -9,6 +9,7 @@ import jax
 
 from protojax.data import sources
 from protojax.models import encoder as encoders
+from protojax.models import vit
 from protojax.prototypes import prototype_set
 from protojax.training import evaluation, optim, programs, train_step
 
@@ -56,7 +57,7 @@ def lines(
     "method": config.method.name + ", with a teacher" * (program.abstract.teacher != ()),
     "prototypes": ", ".join((config.method.prototypes, *sets, *at_a_time)),
     "looks": _looks(config, matrices),
-    "encoder": f"{config.model.name}; "
+    "encoder": f"{config.model.name}{_changed(config.model)}; "
     + ", ".join(f"{name} {_millions(part)}" for name, part in model.items())
     + " parameters"
     + f"; {chosen}" * bool(chosen),
@@ -70,6 +71,13 @@ def lines(
     "workdir": str(folder),
   }
   return [line for name, text in rows.items() if text for line in _wrapped(name, text)]
+
+
+def _changed(model) -> str:
+  """ " of width 96, depth 2" where a transformer is not the one that its name stands for."""
+  usual = dict(zip(("width", "depth", "heads"), vit.VARIANTS.get(model.name, ()), strict=False))
+  changed = [f"{k} {model[k]}" for k, value in usual.items() if model[k] not in (None, value)]
+  return " of " * bool(changed) + ", ".join(changed)
 
 
 def _looks(config, matrices) -> str:

@@ -301,7 +301,7 @@ def test_a_run_says_what_it_is_before_it_starts(whole):
   assert "method dino, with a teacher prototypes mixture, 32 of 16 dimensions" in said
   tensors, _ = export.read(whole / "exported")
   backbone = sum(x.size for name, x in tensors.items() if name.startswith("params.backbone"))
-  assert f"vit_tiny; backbone {backbone / 1e6:.3g} M, head " in said
+  assert f"vit_tiny of width 48, depth 2; backbone {backbone / 1e6:.3g} M, head " in said
   assert "1,442 of digits/train; tested on 355 of digits/test, 10 classes" in said
   assert "6 steps of 16 images, 0.0667 epochs" in said and "frozen" not in said
   assert "8 x cpu, mesh data 8 x model 1" in said
