@@ -37,14 +37,19 @@ def require_same(config) -> None:
     for key in sorted(mine.keys() | theirs.keys())
     if mine.get(key) != theirs.get(key)
   )
-  line = np.frombuffer(differing.encode()[:_BYTES].ljust(_BYTES, b"\0"), np.uint8)
-  lines = multihost_utils.process_allgather(line).reshape(-1, _BYTES)
-  for index, found in enumerate(np.asarray(lines, np.uint8)):
-    if said := bytes(found).rstrip(b"\0").decode(errors="ignore"):
-      raise errors.UserError(
-        f"process {index} was not started as process 0 was: {errors.in_line(said)}: give every "
-        "process the same command, recipe and version"
-      )
+  if (found := first_to_say(differing)) is not None:
+    raise errors.UserError(
+      f"process {found[0]} was not started as process 0 was: {errors.in_line(found[1])}: give "
+      "every process the same command, recipe and version"
+    )
+
+
+def first_to_say(own: str) -> tuple[int, str] | None:
+  """(process, its line) of the first that says anything but "", in every process; None of none."""
+  line = np.frombuffer(own.encode()[:_BYTES].ljust(_BYTES, b"\0"), np.uint8)
+  lines = np.asarray(multihost_utils.process_allgather(line), np.uint8).reshape(-1, _BYTES)
+  said = [bytes(found).rstrip(b"\0").decode(errors="ignore") for found in lines]
+  return next(((index, text) for index, text in enumerate(said) if text), None)
 
 
 def _started_with(config) -> dict[str, Any]:

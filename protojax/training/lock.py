@@ -22,11 +22,12 @@ import jax
 from absl import logging
 
 from protojax import errors, files, progress
-from protojax.training import checkpoint
+from protojax.training import agreement, checkpoint
 
 NAME = "lock.json"
 BEAT = 5.0  # seconds between two signs of life
 STALE = 60.0  # seconds without one, after which a run on another machine counts as gone
+SHARED = 60.0  # seconds after which a network file system shows everybody a new file
 _POLL = 1.0
 
 
@@ -66,11 +67,36 @@ def _said(text: bytes) -> dict[str, Any]:
   return {}
 
 
+def _read(path: pathlib.Path) -> tuple[dict[str, Any], int] | None:
+  """What a lock says, {} if that cannot be read, and its time in ns; None if there is none."""
+  try:
+    with open(path, "rb") as file:  # a network file system looks anew when it is opened
+      time_ns = os.fstat(file.fileno()).st_mtime_ns
+      text = file.read(1 << 16)
+  except FileNotFoundError:
+    return None
+  return _said(text), time_ns
+
+
+def _owner(path: pathlib.Path) -> str | None:
+  """Whose a lock is; None if there is none."""
+  found = _read(path)
+  return None if found is None else str(found[0].get("token"))
+
+
+def _is_of(path: pathlib.Path, token: str | None) -> bool:
+  """Whether a lock that can be read is this one's."""
+  with contextlib.suppress(OSError):
+    return _owner(path) == token
+  return False
+
+
 class _Lock:
   """What `held` does on process 0."""
 
   def __init__(self, folder: pathlib.Path):
     self.path = folder / NAME
+    self.token = secrets.token_hex(8)
     pid = os.getpid()
     self._mine = {
       "host": socket.gethostname(),
@@ -78,7 +104,7 @@ class _Lock:
       "pid": pid,
       "began": _begun(pid),
       "since": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
-      "token": secrets.token_hex(8),
+      "token": self.token,
     }
     self._seen: tuple | None = None  # the lock of another run, and when it last changed
     self._changed = 0.0
@@ -96,7 +122,7 @@ class _Lock:
         if self._create():
           self._thread.start()
           return None
-        if (other := self._read()) is None:
+        if (other := _read(self.path)) is None:
           continue
         if (said := self._in_the_way(other)) is not None:
           return said
@@ -117,16 +143,6 @@ class _Lock:
     with open(descriptor, "w", encoding="utf-8") as file:
       file.write(json.dumps(self._mine, indent=2) + "\n")
     return True
-
-  def _read(self) -> tuple[dict[str, Any], int] | None:
-    """What a lock says, {} if that cannot be read, and its time in ns; None if there is none."""
-    try:
-      with open(self.path, "rb") as file:  # a network file system looks anew when it is opened
-        time_ns = os.fstat(file.fileno()).st_mtime_ns
-        text = file.read(1 << 16)
-    except FileNotFoundError:
-      return None
-    return _said(text), time_ns
 
   def _in_the_way(self, other: tuple[dict[str, Any], int]) -> str | None:
     """None of a lock whose run is gone."""
@@ -154,7 +170,7 @@ class _Lock:
 
   def _remove(self, other: tuple[dict[str, Any], int]) -> None:
     """Deletes the lock of a run that is gone, but not one that was taken since it was read."""
-    aside = self.path.with_name(f"{NAME}.{self._mine['token']}")
+    aside = self.path.with_name(f"{NAME}.{self.token}")
     with contextlib.suppress(FileNotFoundError):
       os.rename(self.path, aside)
       if _said(aside.read_bytes()).get("token") != other[0].get("token"):
@@ -162,16 +178,11 @@ class _Lock:
           os.link(aside, self.path)
       aside.unlink()
 
-  def _owner(self) -> str | None:
-    """Whose the lock is; None if there is none."""
-    found = self._read()
-    return None if found is None else str(found[0].get("token"))
-
   def _renew(self) -> None:
     while not self._end.wait(BEAT):
       with contextlib.suppress(OSError):  # the next time
-        owner = self._owner()
-        if owner == self._mine["token"]:
+        owner = _owner(self.path)
+        if owner == self.token:
           os.utime(self.path)
         elif owner is None:
           self._create()
@@ -194,8 +205,24 @@ class _Lock:
     if self._thread.is_alive():
       self._thread.join(2 * BEAT)  # one that waits for a dead file system is not waited for
     with contextlib.suppress(OSError):
-      if self._owner() == self._mine["token"]:
+      if _owner(self.path) == self.token:
         self.path.unlink()
+
+
+def _require_one_folder(folder: pathlib.Path, lock: _Lock | None) -> None:
+  """Refuses, in every process, a workdir that is another folder to one of them."""
+  if jax.process_count() == 1:
+    return
+  token = checkpoint.of_first(lambda: lock.token if lock else None)
+  limit = time.monotonic() + SHARED
+  while not (seen := _is_of(folder / NAME, token)) and time.monotonic() < limit:
+    time.sleep(_POLL)
+  found = agreement.first_to_say("" if seen else f"on {socket.gethostname()}: {folder / NAME}")
+  if found is not None:
+    raise errors.UserError(
+      f"process {found[0]} does not see the lock that process 0 has written, {found[1]}: workdir "
+      "must be one folder for all processes, on a file system that they share"
+    )
 
 
 @contextlib.contextmanager
@@ -208,7 +235,8 @@ def held(folder: pathlib.Path) -> Iterator[None]:
     folder: from `workdir.place`.
 
   Raises:
-    UserError: if another run is at work there, or nothing can be written.
+    UserError: if another run is at work there, nothing can be written, or the folder is not the
+      same to all processes.
   """
   lock = _Lock(folder) if jax.process_index() == 0 else None
   waiting = False
@@ -222,6 +250,7 @@ def held(folder: pathlib.Path) -> Iterator[None]:
         logging.info("%s", line)
       waiting = True
       time.sleep(_POLL)
+    _require_one_folder(folder, lock)
     yield
   finally:
     if lock:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import processes
 import pytest
 import tiny
 
@@ -159,10 +160,30 @@ def test_a_process_number_that_went_to_another_process_is_no_run(tmp_path):
 def test_of_two_that_find_it_left_one_takes_it(tmp_path):
   (tmp_path / lock.NAME).write_text('{"token": "left"}')
   slow, quick = lock._Lock(tmp_path), lock._Lock(tmp_path)
-  left = slow._read()
+  left = lock._read(slow.path)
   quick._remove(left)
   assert quick.take() is None
   slow._remove(left)  # decided before the other was there
   assert slow.take().startswith("held")
   quick.leave()
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.survives(
+  "a workdir that is not one folder for all hosts",
+  "two folders of one name",
+  "which process does not see it, on all of them, before the first step",
+)
+def test_a_workdir_that_is_another_folder_to_one_process_is_refused(tmp_path, monkeypatch, fast):
+  monkeypatch.setattr(lock, "SHARED", 0.5)
+
+  def hold(name):
+    with lock.held(tmp_path / name):
+      pass
+
+  said = processes.together(monkeypatch, lambda: hold("a"), lambda: hold("b"))
+  assert said[0] == said[1]
+  assert said[0].startswith("process 1 does not see the lock that process 0 has written, on ")
+  assert f": {tmp_path / 'b' / lock.NAME}: workdir must be one folder for all" in said[0]
+  assert not list(tmp_path.glob("*/*")) and not (tmp_path / "b").exists()
+  assert processes.together(monkeypatch, lambda: hold("a"), lambda: hold("a")) == ["", ""]
