@@ -218,6 +218,9 @@ def guarded(call: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> Any:
     sys.exit(2)
   except errors.Interrupted as stop:
     progress.write(f"protojax: {with_flags(str(stop))}")
+    if stop.broken_off:  # JAX would crash where it takes down what is still at work
+      _at_once = 128 + stop.number
+      atexit.register(_leave)  # before what JAX has registered
     sys.exit(128 + stop.number)
   except errors.Missing as missing:
     progress.write(f"protojax: {with_flags(str(missing))}")

@@ -37,15 +37,23 @@ class Interrupted(Exception):
     step: updates done.
     number: of the signal.
     trained: whether that was the last step.
+    broken_off: whether work of the devices was, whose end nobody waits for.
   """
 
-  def __init__(self, step: int, number: int = signal.SIGTERM, *, trained: bool = False):
+  def __init__(
+    self,
+    step: int,
+    number: int = signal.SIGTERM,
+    *,
+    trained: bool = False,
+    broken_off: bool = False,
+  ):
     super().__init__(
       f"stopped at step {step}{TRAINED}"
       if trained
       else f"stopped at step {step}; run the same command (without config.overwrite) to go on"
     )
-    self.step, self.number = step, number
+    self.step, self.number, self.broken_off = step, number, broken_off
 
 
 LOST = 75  # status of a program whose other processes are lost: nothing to mend, start it again

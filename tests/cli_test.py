@@ -63,6 +63,18 @@ def test_what_ends_a_program_is_one_line_with_its_status(capsys, monkeypatch, er
   assert left == [130] * isinstance(error, KeyboardInterrupt)
 
 
+def test_a_program_whose_devices_are_at_work_ends_before_jax_is_taken_down(capsys, monkeypatch):
+  registered, left = [], []
+  monkeypatch.setattr(cli, "_at_once", None)
+  monkeypatch.setattr(cli.atexit, "register", registered.append)
+  monkeypatch.setattr(cli.os, "_exit", left.append)
+  stop = errors.Interrupted(6, trained=True, broken_off=True)
+  status, lines = _outcome(capsys, _raise(stop))
+  assert status == 143 and "step 6, the last one: all steps are saved" in lines[0]
+  registered[-1]()  # the last one registered is the first that is called
+  assert left == [143] and len(registered) == 2
+
+
 @pytest.mark.parametrize(
   ("said", "shown"),
   [

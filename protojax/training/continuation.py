@@ -97,13 +97,24 @@ def refuse_mismatch(before: dict, config) -> None:
       "would jump: set config.resume=extend to go on like that, or train a new run from its "
       "weights, another workdir with config.init_from=WORKDIR/exported"
     )
-  if differing and not longer:
-    # What follows from others is no news beside them.
-    causes = {k: v for k, v in differing.items() if k not in _FOLLOWING} or differing
+  if not differing or longer:
+    return
+  # What follows from others is no news beside them, nor is what may change.
+  extends = config.resume == "extend" and old < new
+  quiet = {*_FOLLOWING, *(["num_steps"] * extends)}
+  causes = {k: v for k, v in differing.items() if k not in quiet} or differing
+  if causes.keys() == {"data.num_records"}:
+    there, here = causes["data.num_records"]
     raise errors.UserError(
-      f"the workdir holds a run with other settings: {_listed(causes)}: type them as before, "
-      "choose another workdir, or set config.overwrite=True, which deletes the whole run"
+      f"the workdir holds a run on {there:,} images, and data.name={config.data.name!r} has "
+      f"{here:,} now: bring back those that were there, or train a new run from its weights, "
+      "another workdir with config.init_from=WORKDIR/exported"
     )
+  more = " (resume=extend takes a larger one)" * (config.resume == "extend" and old > new)
+  raise errors.UserError(
+    f"the workdir holds a run with other settings: {_listed(causes)}{more}: type them as before, "
+    "choose another workdir, or set config.overwrite=True, which deletes the whole run"
+  )
 
 
 def extend(folder: pathlib.Path, config, step: int) -> list[str]:

@@ -78,7 +78,7 @@ class Stop:
 
     def leave(number, frame):
       del frame
-      raise errors.Interrupted(step, number, trained=True)
+      raise errors.Interrupted(step, number, trained=True, broken_off=True)
 
     for number in asking:
       signal.signal(number, leave)

@@ -24,10 +24,13 @@ def _config(**changes):
   [
     ({"seed": 1}, ["seed 0 -> 1"]),
     ({"num_steps": 50}, ["num_steps 100 -> 50"]),
-    ({"num_steps": 50, "resume": "extend"}, ["num_steps 100 -> 50"]),
+    (
+      {"num_steps": 50, "resume": "extend"},
+      ["num_steps 100 -> 50 (resume=extend takes a larger one)"],
+    ),
     (
       {"num_steps": 200, "seed": 1, "resume": "extend"},
-      ["num_steps 100 -> 200", "seed 0 -> 1"],
+      ["seed 0 -> 1"],
     ),
     (
       {"batch_size": 512, "method__num_prototypes": 2048},
@@ -159,3 +162,12 @@ def test_a_setting_that_an_older_version_lacked_had_its_default():
   continuation.refuse_mismatch(before, _config())
   with pytest.raises(errors.UserError, match="augment.interpolation bicubic -> bilinear"):
     continuation.refuse_mismatch(before, _config(augment__interpolation="bilinear"))
+
+
+def test_other_images_are_called_that_and_no_setting_to_type():
+  before = json.loads(json.dumps(_config(data__num_records=303, steps_per_epoch=18).to_dict()))
+  words = (
+    "holds a run on 303 images, and data.name='digits' has 302 now: bring back those that were"
+  )
+  with pytest.raises(errors.UserError, match=words):
+    continuation.refuse_mismatch(before, _config(data__num_records=302, steps_per_epoch=17))
