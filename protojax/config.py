@@ -384,7 +384,8 @@ def debug(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   # The stem for large images is the cheap one.
   config.model.update({"depth": 2, "patch_size": 8, "width": 96, "heads": 3, "stem": "imagenet"})
   config.head.update({"hidden": 128, "bottleneck": 64})
-  config.optim.warmup_steps = min(config.optim.warmup_steps, 2)
+  for kind in ("warmup", "freeze_prototypes"):
+    config.optim[f"{kind}_steps"] = min(config.optim[f"{kind}_steps"], 2)
   still = config.optim.freeze_backbone_steps or config.optim.freeze_backbone_epochs
   config.optim.update({"freeze_backbone_epochs": 0.0, "freeze_backbone_steps": 5 if still else 0})
   config.method.num_prototypes = min(config.method.num_prototypes, 256)

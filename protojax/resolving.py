@@ -75,6 +75,13 @@ def resolve(config: ml_collections.ConfigDict, num_records: int) -> ml_collectio
     if not optim.freeze_prototypes_steps:
       steps = round(optim.freeze_prototypes_epochs * config.steps_per_epoch)
       optim.freeze_prototypes_steps = min(steps, config.num_steps // 10)
+    elif optim.freeze_prototypes_steps >= config.num_steps:
+      if config.method.prototypes == "learned":
+        logging.warning(
+          "config.optim.freeze_prototypes_steps=%d of %d steps: learned prototypes never move",
+          optim.freeze_prototypes_steps,
+          config.num_steps,
+        )
     if not optim.freeze_backbone_steps:
       optim.freeze_backbone_steps = round(optim.freeze_backbone_epochs * config.steps_per_epoch)
     if optim.freeze_backbone_steps and not config.init_from:

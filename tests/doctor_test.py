@@ -345,6 +345,14 @@ def test_a_student_is_judged_where_the_teacher_has_no_prototypes_and_said_to_be(
   assert seen.result["usage"]["images"] == 100
 
 
+def test_rows_of_zeros_in_a_weight_normalised_layer_are_called_that(foreign, tmp_path):
+  arrays = {k: v.copy() for k, v in tensor_files.read(foreign).items() if k.startswith("teacher.")}
+  arrays["teacher.head.last_layer.weight_v"][:2] = 0.0
+  safetensors.numpy.save_file(arrays, tmp_path / "zeros.safetensors")
+  said = " ".join(str(api.diagnose(tmp_path / "zeros.safetensors")).split())
+  assert "2 rows of zeros in the file; weight normalisation makes 0 / 0 of them" in said
+
+
 def test_images_are_run_through_a_checkpoint_with_transposed_prototypes(foreign, tmp_path):
   flags = ["--data=digits", "--limit=100"]
   name = "teacher.head.last_layer"

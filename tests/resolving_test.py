@@ -79,3 +79,13 @@ def test_a_random_backbone_that_stands_still_is_said(caplog):
   assert resolving.resolve(recipe, 5000).optim.freeze_backbone_steps == 2 * (5000 // 128)
   assert "random one" not in caplog.text
   assert resolving.resolve(recipes.load("adapt_vit_s:debug"), 1442).optim.freeze_backbone_steps == 5
+
+
+def test_learned_prototypes_that_never_move_are_said_to_be(caplog):
+  config = recipes.load("swav_resnet50")
+  config.num_epochs, config.num_steps = 0.0, 3000
+  resolving.resolve(config, 50_000)
+  assert "freeze_prototypes_steps=5005 of 3000 steps: learned prototypes never move" in caplog.text
+  caplog.clear()
+  debug = resolving.resolve(recipes.load("swav_resnet50:debug"), 1442)
+  assert debug.optim.freeze_prototypes_steps == 2 and not caplog.text

@@ -271,6 +271,18 @@ def _check_codes(name: str, codes: np.ndarray, num: int) -> None:
     )
 
 
+def _codes(prototypes: Any, embeddings: Any) -> dict[str, Any]:
+  """{"codes": int [N], the nearest prototype of each embedding}; {} where none is finite.
+
+  Rows that are not finite are nobody's.
+  """
+  rows = np.asarray(prototypes)
+  finite = np.flatnonzero(np.isfinite(rows).all(axis=1))
+  if not finite.size:
+    return {}
+  return {"codes": finite[np.asarray(pairwise.nearest_prototypes(rows[finite], embeddings))]}
+
+
 def _computed(row: Measure, arrays: Mapping[str, Any], sample: bool) -> dict[str, Any]:
   """{name: number} of what a row's function gives, {} where one of its inputs is missing."""
   if row.function is None or not all(key in arrays for key in row.inputs):
@@ -377,6 +389,6 @@ def summary(
         else functools.partial(lambda known: known, there)
       )
     if "codes" not in arrays and {"prototypes", "embeddings"} <= arrays.keys():
-      arrays["codes"] = pairwise.nearest_prototypes(arrays["prototypes"], arrays["embeddings"])
+      arrays |= _codes(arrays["prototypes"], arrays["embeddings"])
     add((row for row in MEASURES if row.of_sets), shared | arrays, f"collapse/{tag(name)}")
   return {name: float(value) for name, value in jax.device_get(out).items()}

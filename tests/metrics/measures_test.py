@@ -222,3 +222,14 @@ def test_codes_of_other_images_than_the_embeddings_are_refused():
   words = "^2 codes of 'prototypes' and 4 embeddings: give both of the same images"
   with pytest.raises(errors.UserError, match=words):
     metrics.summary(prototypes=rows, embeddings=rows, codes=np.array([0, 1]))
+
+
+def test_prototypes_that_are_not_finite_take_no_embedding():
+  embeddings = _RNG.normal(size=(60, 8)).astype(np.float32)
+  rows = _RNG.normal(size=(20, 8)).astype(np.float32)
+  bad = np.insert(rows, 3, np.nan, axis=0)
+  usual, found = (metrics.summary(prototypes=p, embeddings=embeddings) for p in (rows, bad))
+  assert found["collapse/perplexity"] == pytest.approx(usual["collapse/perplexity"])
+  assert found["collapse/used"] == pytest.approx(usual["collapse/used"] * 20 / 21)
+  none = metrics.summary(prototypes=np.full_like(rows, np.nan), embeddings=embeddings)
+  assert "collapse/used" not in none
