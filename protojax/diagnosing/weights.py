@@ -153,8 +153,8 @@ def _doubts(
       sentences.append(f"{one.name}: {why}: if they are stored {so}, {to_do}")
     if one.gain is not None and (zeros := int(np.sum(~np.any(one.matrix, axis=1)))):
       sentences.append(
-        f"{one.name}: {_rows(zeros)} of zeros in the file; weight normalisation makes 0 / 0 of them: "
-        "not finite, below"
+        f"{one.name}: {_rows(zeros)} of zeros in the file; weight normalisation makes 0 / 0 of "
+        "them: not finite, below"
       )
   return sentences
 
