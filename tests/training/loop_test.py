@@ -477,7 +477,6 @@ def _two_processes(code, folder, **changes):
     port = probe.getsockname()[1]
   flags = [f"--config.{k}={v}" for k, v in (tiny.RUN | changes).items()]
   flags += [f"--config={ROOT / 'configs' / 'quickstart.py:debug'}", "--num_processes=2"]
-  flags.append("--config.optim.warmup_steps=200")  # the recipe's, as of the whole run
   flags.append(f"--coordinator_address=127.0.0.1:{port}")
   return [
     subprocess.Popen(
@@ -554,7 +553,7 @@ def test_sigterm_on_the_second_process_saves_on_both_and_one_process_goes_on(tmp
   assert zero.returncode == one.returncode == 143, output + log
   stopped = re.search(r"\nprotojax: stopped at step (\d+); run the same command", output)
   assert stopped and stopped[0] in log and int(stopped[1]) % 10 == 0
-  config = tiny.run_config(**changes, **{"optim.warmup_steps": 200})
+  config = tiny.run_config(**changes)
   assert loop.run(config, str(folder))["step"] == 300
   said = f"resumed at step {stopped[1]}, saved on 4 devices and now on 8: equal to rounding"
   assert said in (folder / "train.log").read_text()
