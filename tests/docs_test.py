@@ -39,6 +39,7 @@ pytestmark = pytest.mark.usefixtures("compile_fast")
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 _DATA = pathlib.Path(os.environ.get("PROTOJAX_DATA_DIR", ROOT.parent / "shared" / "data"))
+_ALL = bool(os.environ.get("PROTOJAX_TEST_ALL"))
 _SHORT = (
   "--config.num_steps=2",
   "--config.batch_size=32",
@@ -111,8 +112,15 @@ def _quickstart(folder):
     assert (folder / "runs" / "quickstart" / name).stat().st_size > 0
 
 
-def run(command: str, cwd: pathlib.Path, capsys, *, last: bool = False) -> None:
-  """Runs one command of a page in the page's folder; `last` if nothing there needs its workdir."""
+def run(
+  command: str, cwd: pathlib.Path, capsys, *, last: bool = False, again: bool = False
+) -> None:
+  """Runs one command of a page in the page's folder.
+
+  Args:
+    last: whether nothing there needs its workdir.
+    again: whether the page has had this verb before.
+  """
   command = command.replace("$PROTOJAX_DATA_DIR", str(_DATA))
   words = shlex.split(command.replace("data_dir=DATA", f"data_dir={_DATA}"))
   match words:
@@ -140,7 +148,7 @@ def run(command: str, cwd: pathlib.Path, capsys, *, last: bool = False) -> None:
     case ["bash", "launch/test.sh", *_]:
       subprocess.run(["bash", "-n", "launch/test.sh"], cwd=ROOT, check=True)
     case ["bash", "launch/quickstart.sh"]:
-      if os.environ.get("PROTOJAX_TEST_ALL"):
+      if _ALL:
         _quickstart(cwd)
     case ["ruff", *_] | ["python", "-m", "mypy"]:
       program = " ".join(words).removeprefix("python -m ")
@@ -155,7 +163,7 @@ def run(command: str, cwd: pathlib.Path, capsys, *, last: bool = False) -> None:
       _check_flags(runpy.run_module, f"protojax.{__main__.MODULES[verb]}", own, capsys)
     case ["protojax", verb, *rest] if verb in __main__.MODULES:
       words = ["python", "-m", f"protojax.{__main__.MODULES[verb]}", *rest]
-      run(shlex.join(words), cwd, capsys, last=last)
+      run(shlex.join(words), cwd, capsys, last=last, again=again)
     case ["python", "-m", "protojax.main", *_, "--help"]:
       with pytest.raises(SystemExit):
         main.main(words[3:])
@@ -168,7 +176,7 @@ def run(command: str, cwd: pathlib.Path, capsys, *, last: bool = False) -> None:
       with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
         patch.setattr(main, "_connect", lambda args: None)  # to a cluster, before JAX has started
-        if last and not os.environ.get("PROTOJAX_TEST_ALL"):
+        if last and not _ALL:
           main.parse(rest)
         elif "--config.seed=1" in rest:  # the run before with another seed: its programs
           _as_with_another_seed(main.parse([*debug, *_SHORT, *few]))
@@ -176,6 +184,8 @@ def run(command: str, cwd: pathlib.Path, capsys, *, last: bool = False) -> None:
           main.main([*debug, *_SHORT, *few])
     case ["python", "-m", "protojax.prepare", "cifar10" | "cifar100", *_]:
       pass  # downloads; the training that follows finds the set prepared before
+    case ["python", "-m", "protojax.embed", *rest] if again and not _ALL:
+      _check_flags(runpy.run_module, "protojax.embed", rest, capsys)  # embed_test runs each kind
     case ["python", "-m", module, *rest] if module.startswith("protojax."):
       with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
@@ -216,7 +226,9 @@ def test_every_command_of_the_page_runs(page, folder, capsys):
     needs = "$PROTOJAX_DATA_DIR" in command or "data_dir=DATA" in command
     if needs and not (_DATA / "cifar10").is_dir():
       pytest.skip("needs the prepared CIFAR-10")
-    run(command, folder, capsys, last=last)
+    verb = " ".join(command.split()[:2])
+    again = any(before.startswith(verb) for before in found[:i])
+    run(command, folder, capsys, last=last, again=again)
 
 
 def test_the_site_knows_every_page_and_no_other():

@@ -1,5 +1,6 @@
 """`mesh.fsdp`: kernels stored split over the devices, and what that must not change."""
 
+import os
 import re
 
 import chex
@@ -26,7 +27,12 @@ def _host(state):
   return jax.device_get(state.replace(key=jax.random.key_data(state.key)))
 
 
-@pytest.mark.parametrize("changes", [{}, {"model__scan": True, "mesh__model": 2}])
+_long = pytest.mark.skipif("PROTOJAX_TEST_ALL" not in os.environ, reason="not without --all")
+
+
+@pytest.mark.parametrize(
+  "changes", [pytest.param({}, marks=_long), {"model__scan": True, "mesh__model": 2}]
+)
 def test_a_run_is_the_same_and_its_checkpoint_goes_on_either_way(changes, split_small, tmp_path):
   """Blocks one by one, then in a loop and beside split prototypes."""
   whole, expected, losses = tiny.run_steps(tiny.config(**changes), 3)
