@@ -349,8 +349,15 @@ def test_rows_of_zeros_in_a_weight_normalised_layer_are_called_that(foreign, tmp
   arrays = {k: v.copy() for k, v in tensor_files.read(foreign).items() if k.startswith("teacher.")}
   arrays["teacher.head.last_layer.weight_v"][:2] = 0.0
   safetensors.numpy.save_file(arrays, tmp_path / "zeros.safetensors")
-  said = " ".join(str(api.diagnose(tmp_path / "zeros.safetensors")).split())
+  path = tmp_path / "zeros.safetensors"
+  said = " ".join(str(api.diagnose(path)).split())
   assert "2 rows of zeros in the file; weight normalisation makes 0 / 0 of them" in said
+  words = "row 0 and 1 more of teacher.head.last_layer.weight_v is zeros: weight normalisation"
+  with pytest.raises(errors.UserError, match=f"cannot be run up to its prototypes: {words}"):
+    api.diagnose(path, data="digits")
+  with pytest.raises(errors.UserError, match=f"{words}.* nothing was written"):
+    convert.bring_in(path, tmp_path / "out")
+  assert not (tmp_path / "out").exists()
 
 
 def test_images_are_run_through_a_checkpoint_with_transposed_prototypes(foreign, tmp_path):

@@ -192,9 +192,21 @@ def convert(
     unexpected=sorted(network.name_in_file(net, name) for name in set(tensors) - used),
     aside={why: left for why, left in aside.items() if left},
     without=net.without,
-    not_finite=net.not_finite,
+    not_finite=net.not_finite or _without_direction(net),
     notes=notes,
   )
+
+
+def _without_direction(net: network.Network) -> str:
+  """Which rows of weight-normalised prototypes are zeros, 0 / 0 in use, in words; "" if none."""
+  for one in net.prototypes:
+    zeros = np.flatnonzero(~np.any(one.matrix, axis=1)) if one.gain is not None else ()
+    if len(zeros):
+      more = f" and {len(zeros) - 1} more" * (len(zeros) > 1)
+      return (
+        f"row {zeros[0]}{more} of {one.key} is zeros, of which weight normalisation makes 0 / 0"
+      )
+  return ""
 
 
 def missing(done: Converted) -> list[str]:
