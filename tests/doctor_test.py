@@ -352,7 +352,7 @@ def test_rows_of_zeros_in_a_weight_normalised_layer_are_called_that(foreign, tmp
   path = tmp_path / "zeros.safetensors"
   said = " ".join(str(api.diagnose(path)).split())
   assert "2 rows of zeros in the file; weight normalisation makes 0 / 0 of them" in said
-  words = "row 0 and 1 more of teacher.head.last_layer.weight_v is zeros: weight normalisation"
+  words = "row 0 and 1 more of teacher.head.last_layer.weight_v is zeros, of which weight"
   with pytest.raises(errors.UserError, match=f"cannot be run up to its prototypes: {words}"):
     api.diagnose(path, data="digits")
   with pytest.raises(errors.UserError, match=f"{words}.* nothing was written"):
