@@ -181,6 +181,13 @@ def told(others: Hosts | None) -> Iterator[None]:
     raise
   except Exception as error:
     others.broken(error)
+    if "DEADLINE_EXCEEDED" in str(error):  # all live, one was too slow
+      line = (
+        "the processes of this run did not meet in the time that JAX gives them "
+        f"({errors.in_line(error, 200)}): start it again"
+      )
+      others.failed(errors.LOST, line)
+      raise errors.Missing(line) from error
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     others.failed(2 if full else 1, f"{type(error).__name__}: {error}")
     raise

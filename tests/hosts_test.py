@@ -246,3 +246,27 @@ def test_jax_does_not_crash_when_a_process_is_lost(start, address, tmp_path, vic
 def test_an_address_without_a_port_is_a_mistake():
   with pytest.raises(errors.UserError, match="coordinator_address=here: give host:port"):
     hosts.join("here", 2, 0, start_timeout=1, timeout=1, intact=str)
+
+
+@pytest.mark.survives(
+  "a host that is slow to start",
+  "JAX's own wait for the others, which ends after 30 s",
+  "a line and status 75: again",
+)
+def test_processes_that_miss_each_other_are_to_be_started_again():
+  told = []
+
+  class Others:
+    def broken(self, error):
+      pass
+
+    def failed(self, status, text):
+      told.append((status, text))
+
+  with pytest.raises(errors.Missing, match="did not meet in the time .*: start it again"):
+    with hosts.told(Others()):
+      raise RuntimeError("Gloo context initialization failed: DEADLINE_EXCEEDED: GetKeyValue()")
+  assert told[0][0] == errors.LOST
+  with pytest.raises(ZeroDivisionError), hosts.told(Others()):
+    raise ZeroDivisionError
+  assert told[1][0] == 1
