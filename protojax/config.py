@@ -389,6 +389,8 @@ def debug(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   still = config.optim.freeze_backbone_steps or config.optim.freeze_backbone_epochs
   config.optim.update({"freeze_backbone_epochs": 0.0, "freeze_backbone_steps": 5 if still else 0})
   config.method.num_prototypes = min(config.method.num_prototypes, 256)
+  if config.method.block:  # by blocks all the same
+    config.method.block = max(config.method.num_prototypes // 8, 1)
   for key, most in (
     ("partition_size", 64),
     ("queue_length", 64),

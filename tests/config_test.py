@@ -136,3 +136,10 @@ def test_unknown_key_names_the_nearest():
 def test_names_of_other_programs_are_understood(name, meant):
   with pytest.raises(errors.UserError, match=rf"did you mean config.{meant}"):
     typed.check_keys([name], configs.default())
+
+
+@pytest.mark.parametrize(("block", "small"), [(None, None), (0, 0), (8192, 32)])
+def test_a_debug_run_of_prototypes_by_blocks_has_blocks_too(block, small):
+  config = configs.default()
+  config.method.block = block
+  assert configs.debug(config).method.block == small
