@@ -43,6 +43,16 @@ def run_config(recipe="quickstart", changes=RUN, **more):
   return c
 
 
+def unresolved(**changes):
+  """The default config with 100 steps and these changes, by dotted key."""
+  config = configs.default()
+  config.num_steps = 100
+  for key, value in changes.items():
+    section, _, leaf = key.replace("__", ".").rpartition(".")
+    (config[section] if section else config)[leaf] = value
+  return config
+
+
 def config(name="dino", prototypes="mixture", **overrides):
   """A resolved config: one block, 16 px, K = 32, D = 16, batch 16; overrides by dotted key."""
   c = configs.debug(configs.default(name))

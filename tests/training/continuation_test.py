@@ -4,19 +4,10 @@ import json
 
 import numpy as np
 import pytest
+import tiny
 
-from protojax import config as configs
 from protojax import errors, files, resolving
 from protojax.training import continuation, workdir
-
-
-def _config(**changes):
-  config = configs.default()
-  config.num_steps = 100
-  for key, value in changes.items():
-    section, _, leaf = key.replace("__", ".").rpartition(".")
-    (config[section] if section else config)[leaf] = value
-  return config
 
 
 @pytest.mark.parametrize(
@@ -68,17 +59,17 @@ def _config(**changes):
   ],
 )
 def test_settings_of_another_run_are_named_in_one_line(changes, words):
-  before = json.loads(json.dumps(_config().to_dict()))
+  before = json.loads(json.dumps(tiny.unresolved().to_dict()))
   with pytest.raises(errors.UserError) as caught:
-    continuation.refuse_mismatch(before, _config(**changes))
+    continuation.refuse_mismatch(before, tiny.unresolved(**changes))
   line = str(caught.value)
   assert all(word in line for word in words) and line.count("->") == len(words)
   assert "\n" not in line and "another workdir" in line and "overwrite" in line
 
 
 def test_settings_that_do_not_change_the_numbers_may_change():
-  before = json.loads(json.dumps(_config().to_dict()))
-  free = _config(
+  before = json.loads(json.dumps(tiny.unresolved().to_dict()))
+  free = tiny.unresolved(
     log_every=1,
     save_every=2,
     eval_every=3,
@@ -105,7 +96,7 @@ def test_settings_that_do_not_change_the_numbers_may_change():
 
 
 def _resolved(**changes):
-  return resolving.resolve(_config(batch_size=50, **changes), 1000)
+  return resolving.resolve(tiny.unresolved(batch_size=50, **changes), 1000)
 
 
 def test_a_longer_run_is_refused_with_its_ways_out_unless_it_is_asked_for():
@@ -117,13 +108,13 @@ def test_a_longer_run_is_refused_with_its_ways_out_unless_it_is_asked_for():
   for way in ("config.resume=extend", "another workdir with config.init_from=WORKDIR/exported"):
     assert way in line
   continuation.refuse_mismatch(before, _resolved(num_steps=200, resume="extend"))
-  epochs = _config(batch_size=50, num_steps=0, num_epochs=10.0, resume="extend")
+  epochs = tiny.unresolved(batch_size=50, num_steps=0, num_epochs=10.0, resume="extend")
   continuation.refuse_mismatch(before, resolving.resolve(epochs, 1000))
 
 
 def test_what_follows_from_a_changed_setting_is_not_listed_beside_it():
   before = json.loads(json.dumps(_resolved().to_dict()))
-  other = _config(batch_size=25)
+  other = tiny.unresolved(batch_size=25)
   with pytest.raises(errors.UserError, match="settings: batch_size 50 -> 25: type them as before"):
     continuation.refuse_mismatch(before, resolving.resolve(other, 1000))
 
@@ -150,24 +141,26 @@ def test_extending_keeps_the_shorter_run_s_result_and_says_how_the_schedules_jum
 
 
 def test_settings_that_only_another_version_knows_are_not_compared():
-  old = json.loads(json.dumps(_config().to_dict()))
+  old = json.loads(json.dumps(tiny.unresolved().to_dict()))
   del old["mixture"]["beta"]
   old["optim"]["nesterov"] = True
-  continuation.refuse_mismatch(old, _config())
+  continuation.refuse_mismatch(old, tiny.unresolved())
 
 
 def test_a_setting_that_an_older_version_lacked_had_its_default():
-  before = _config().to_dict()
+  before = tiny.unresolved().to_dict()
   del before["augment"]["interpolation"]
-  continuation.refuse_mismatch(before, _config())
+  continuation.refuse_mismatch(before, tiny.unresolved())
   with pytest.raises(errors.UserError, match="augment.interpolation bicubic -> bilinear"):
-    continuation.refuse_mismatch(before, _config(augment__interpolation="bilinear"))
+    continuation.refuse_mismatch(before, tiny.unresolved(augment__interpolation="bilinear"))
 
 
 def test_other_images_are_called_that_and_no_setting_to_type():
-  before = json.loads(json.dumps(_config(data__num_records=303, steps_per_epoch=18).to_dict()))
+  before = json.loads(
+    json.dumps(tiny.unresolved(data__num_records=303, steps_per_epoch=18).to_dict())
+  )
   words = (
     "holds a run on 303 images, and data.name='digits' has 302 now: bring back those that were"
   )
   with pytest.raises(errors.UserError, match=words):
-    continuation.refuse_mismatch(before, _config(data__num_records=302, steps_per_epoch=17))
+    continuation.refuse_mismatch(before, tiny.unresolved(data__num_records=302, steps_per_epoch=17))

@@ -5,28 +5,19 @@ import json
 
 import numpy as np
 import pytest
+import tiny
 
-from protojax import config as configs
 from protojax import data, errors, files, resolving
 from protojax.training import workdir
 
 
-def _config(**changes):
-  config = configs.default()
-  config.num_steps = 100
-  for key, value in changes.items():
-    section, _, leaf = key.replace("__", ".").rpartition(".")
-    (config[section] if section else config)[leaf] = value
-  return config
-
-
 def _resolved(**changes):
-  return resolving.resolve(_config(batch_size=50, **changes), 1000)
+  return resolving.resolve(tiny.unresolved(batch_size=50, **changes), 1000)
 
 
 def test_every_machine_that_goes_on_with_a_run_is_written_down(tmp_path):
   for sessions in range(3):
-    folder = workdir.claim(str(tmp_path / "run"), _config())
+    folder = workdir.claim(str(tmp_path / "run"), tiny.unresolved())
     machines = json.loads((folder / "env.json").read_text())
     assert len(machines.get("resumed", [])) == sessions
   assert machines["resumed"][1].keys() == machines.keys() - {"resumed"}
@@ -51,7 +42,7 @@ def test_settings_that_are_gone_are_made_again_from_a_checkpoint(tmp_path, caplo
     assert known.read_text() == whole and "made again from checkpoint 20" in caplog.text
   known.write_text("")
   with pytest.raises(errors.UserError, match="other settings: batch_size 50 -> 25"):
-    workdir.claim(str(tmp_path), resolving.resolve(_config(batch_size=25), 1000))
+    workdir.claim(str(tmp_path), resolving.resolve(tiny.unresolved(batch_size=25), 1000))
   files.write(tmp_path / "checkpoints" / "20" / "metadata" / "metadata", "")
   with pytest.raises(errors.UserError, match="no checkpoint has its settings: bring it back from"):
     workdir.claim(str(tmp_path), config)
@@ -60,7 +51,7 @@ def test_settings_that_are_gone_are_made_again_from_a_checkpoint(tmp_path, caplo
 @pytest.mark.parametrize(("limit", "count"), [(0, "5"), (5, "5"), (9, "5"), (3, "3 of 5")])
 def test_the_protocol_says_how_much_of_the_bank_was_used(limit, count):
   bank = data.Source("own/train", np.arange(5), list)
-  told = workdir.protocol(_config(probe__limit=limit), bank, None)
+  told = workdir.protocol(tiny.unresolved(probe__limit=limit), bank, None)
   assert told["bank"] == f"own/train ({count} images)" and told["test"] is None
 
 
