@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 from pyarrow import parquet
 
@@ -44,7 +45,7 @@ def test_npz_and_parquet_hold_the_same_rows_with_their_files(run, images, tmp_pa
   ]  # once
   said = capsys.readouterr().out.splitlines()
   assert len(said) == 2 and said[0].endswith("1 could not be read") and "4 images" in said[0]
-  arrays = np.load(tmp_path / "new" / "a.npz")
+  arrays = tiny.arrays(tmp_path / "new" / "a.npz")
   table = parquet.read_table(tmp_path / "a.parquet")
   files = ["cat/1.png", "cat/deep/2.png", "dog/3.png", "dog/4.png"]
   assert arrays["filename"].tolist() == table["filename"].to_pylist() == files
@@ -77,7 +78,7 @@ def test_the_range_of_deep_images_is_told_and_kept(run, tmp_path, monkeypatch, c
     out = tmp_path / f"{name}.npz"
     folder = ["--data=folder", f"--data_dir={tmp_path / 'deep'}"]
     embed.main([str(run), *folder, *flags, f"--out={out}"])
-    found[name] = np.load(out)
+    found[name] = tiny.arrays(out)
   assert "None" not in capsys.readouterr().out + repr(model)
   ranges = {k: json.loads(str(x["protocol"]))["value_range"] for k, x in found.items()}
   assert ranges == {"measured": [0, 4095], "given": [0, 8000]}
@@ -97,7 +98,9 @@ def test_what_was_missing_when_weights_were_converted_is_kept(run, tmp_path, mon
   model = loading.load(str(run))._replace(initialised=("norm.weight",))
   monkeypatch.setattr(loading, "load", lambda *_, **__: model)
   embed.main([str(run), "--data=digits", "--limit=3", f"--out={tmp_path / 'a.npz'}"])
-  assert json.loads(str(np.load(tmp_path / "a.npz")["protocol"]))["initialised"] == ["norm.weight"]
+  assert json.loads(str(tiny.arrays(tmp_path / "a.npz")["protocol"]))["initialised"] == [
+    "norm.weight"
+  ]
   arrays = "filename [3], label [3], index [3], features [3, 48], code [3]"
   assert capsys.readouterr().out.endswith(f"of the teacher, step 6: {arrays}\n")
 
@@ -106,7 +109,7 @@ def test_exported_weights_give_the_codes_of_their_run(run, tmp_path):
   rows = ["--data=digits", "--split=test", "--limit=7"]
   for path in (run, run / "exported"):
     embed.main([str(path), *rows, f"--out={tmp_path / path.name}.npz"])
-  a, b = (np.load(tmp_path / f"{name}.npz") for name in ("run", "exported"))
+  a, b = (tiny.arrays(tmp_path / f"{name}.npz") for name in ("run", "exported"))
   assert b["features"].shape == (7, 48) and b["filename"][0] == "digits/test[0]"
   np.testing.assert_allclose(b["features"], a["features"], atol=1e-5)
   assert np.mean(b["code"] == a["code"]) > 0.7  # but for ties
@@ -121,7 +124,7 @@ def test_patches_layers_and_embeddings_go_into_both_formats(run, images, tmp_pat
   common.append("--what=features,patches,embeddings")
   embed.main([*common, f"--out={tmp_path / 'a.npz'}"])
   embed.main([*common, f"--out={tmp_path / 'a.parquet'}"])
-  arrays, file = np.load(tmp_path / "a.npz"), parquet.ParquetFile(tmp_path / "a.parquet")
+  arrays, file = tiny.arrays(tmp_path / "a.npz"), parquet.ParquetFile(tmp_path / "a.parquet")
   assert file.num_row_groups == 3
   table, shapes = file.read(), json.loads(file.schema_arrow.metadata[b"protocol"])["shapes"]
   assert list(shapes) == ["features_last", "features_block1", "patches_last", "patches_block1"] + [

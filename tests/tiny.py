@@ -43,6 +43,12 @@ def run_config(recipe="quickstart", changes=RUN, **more):
   return c
 
 
+def arrays(path):
+  """What an .npz file holds, by name; the file is closed."""
+  with np.load(path) as file:
+    return dict(file)
+
+
 def unresolved(**changes):
   """The default config with 100 steps and these changes, by dotted key."""
   config = configs.default()

@@ -6,6 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import tiny
 
 from protojax import config as configs
 from protojax import convert, embed, errors, evaluate, loading, pretrained, resolving
@@ -109,7 +110,7 @@ def test_evaluate_and_embed_look_at_the_folders_there_are(run, cells, tmp_path):
   result = json.loads((run / "eval" / "knn" / "result.json").read_text())
   assert (result["protocol"]["test"]["split"], result["protocol"]["test"]["images"]) == ("val", 8)
   embed.main([str(run), *where, f"--out={tmp_path / 'all.npz'}"])
-  arrays = np.load(tmp_path / "all.npz")
+  arrays = tiny.arrays(tmp_path / "all.npz")
   assert arrays["features"].shape == (32, 32)
   assert arrays["label"].tolist() == ["ill" in name for name in arrays["filename"]]
 
