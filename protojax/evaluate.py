@@ -5,20 +5,16 @@ protojax evaluate --compare runs/own runs/other
 """
 
 import argparse
-import functools
-import pathlib
 import sys
-import textwrap
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import numpy as np
 
 from protojax import cli, environment, errors, loading, pretrained
-from protojax.data import sources
-from protojax.evals import knn, protocols, result_files
-from protojax.training import console, encode, evaluation, export, sharding
+from protojax.evals import protocols, result_files
+from protojax.evaluating import floors, judged
+from protojax.training import export
 
 _DESCRIPTION = """\
 Judges frozen features: of the teacher (the encoder where there is none), evaluation transform.
@@ -38,111 +34,10 @@ all         all of these, from images encoded once; ends in a table of the main 
 
 Writes WORKDIR/eval/PROTOCOL/result.json: measures, protocol, environment."""
 
-_PIXELS_AT_A_TIME = 256  # images, over all devices
 PROTOCOLS = ("knn", "linear", "low_shot", "clustering", "long_tail")
 
 
-class Images(NamedTuple):
-  """Images of a source; `split` names them in the protocol, `_encode` fills in the rows."""
-
-  source: sources.Source
-  split: str
-  rows: dict[str, Any] | None = None
-
-
-def _sources(model: pretrained.Trained, args, names: Sequence[str]) -> dict[str, Images]:
-  """{"bank", "test", and "tail": the long-tailed images that the run was trained on, if it was}.
-
-  Raises:
-    UserError: if there is no such data, it has no labels or one class, or classes differ.
-  """
-  config = model.config
-  data, probe = config.data, config.probe
-  roles, splits = ("train", "test"), (probe.train_split, probe.test_split)
-  if args.data:
-    roles = splits = ("train", sources.find_split(args.data, "test", args.data_dir))
-  where = {"name": args.data, "data_dir": args.data_dir}
-  try:
-    bank = pretrained.source(model, roles[0], **where)
-    test = pretrained.source(model, roles[1], **where, value_range=bank.value_range)
-  except errors.UserError as error:
-    if args.data:
-      raise
-    raise errors.UserError(
-      f"the run's own images cannot judge it ({error}): name labelled ones with --data and "
-      "--data_dir, such as a folder of train/ and test/, each of one folder a class"
-    ) from None
-  bank, test = Images(bank, splits[0]), Images(test, splits[1])
-  found = {"bank": bank, "test": test}
-  own = (probe.name, probe.data_dir) == (data.name, data.data_dir)
-  if "long_tail" in names and not args.data and own and data.imbalance is not None:
-    source = sources.build(
-      data.name,
-      split=data.split,
-      data_dir=args.data_dir or data.data_dir,
-      imbalance=data.imbalance,
-      seed=config.seed,
-      channels=data.channels,
-      value_range=data.value_range,
-    )
-    split = f"{data.split}, imbalance {data.imbalance:g}, seed {config.seed}"
-    found["tail"] = Images(source, split)
-    if len(names) == 1:
-      del found["bank"]
-  for images in found.values():
-    sources.require_labels(images.source, "--protocol")
-    if images.source.class_names != test.source.class_names:
-      raise errors.UserError(
-        f"{images.source.name} and {test.source.name} have different classes "
-        f"({images.source.num_classes} and {test.source.num_classes}): give both the same ones"
-      )
-  if test.source.num_classes < 2:
-    raise errors.UserError(
-      f"{test.source.name} has one class, so every answer is right: give two classes or more"
-    )
-  return found
-
-
-def _encode(model: pretrained.Trained, images: Images, layers: Sequence[str]) -> Images:
-  """Fills in the rows.
-
-  Raises:
-    UserError: for labels that are missing, or features that are not finite.
-  """
-  parts = ("features", "codes") if model.prototypes else ("features",)
-  rows = pretrained.encoded(model, images.source, parts=parts, layers=layers)
-  name = images.source.name
-  if missing := int(np.sum(rows["label"] < 0)):
-    raise errors.UserError(
-      f"{missing} of {rows['label'].size} images of {name} have no label: choose other data with "
-      "--data and --data_dir"
-    )
-  for layer, x in rows["features"].items():
-    if bad := int(np.sum(~np.isfinite(x).all(axis=1))):
-      when = "" if model.step is None else f" at step {model.step}"
-      why = pretrained.not_finite(model) or "its weights are finite, what they make of these is not"
-      raise errors.UserError(
-        f"{bad} of {len(x)} rows of features of {name} (layer {layer}) hold NaN or infinity{when}: "
-        f"of {model.path} {why}"
-      )
-  return images._replace(rows=rows)
-
-
-def _require_known_classes(bank: Images, test: Images) -> None:
-  names, known = bank.source.class_names, np.unique(bank.rows["label"])
-  if (new := np.setdiff1d(test.rows["label"], known)).size:
-    raise errors.UserError(
-      f"{new.size} classes of {test.source.name} have no image in {bank.source.name}, "
-      f"{names[new[0]]!r} first: give both splits the same classes"
-    )
-  if known.size < 2:
-    raise errors.UserError(
-      f"all images of {bank.source.name} are of class {names[known[0]]!r}, so every answer is "
-      "right: give two classes or more"
-    )
-
-
-def _data(model: pretrained.Trained, images: Images, args) -> dict[str, Any]:
+def _data(model: pretrained.Trained, images: judged.Images, args) -> dict[str, Any]:
   """The part of a protocol that says which images."""
   labels = images.rows["label"]
   return {
@@ -215,7 +110,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, dict]:
   """
   names = PROTOCOLS if args.protocol == "all" else (args.protocol,)
   model = loading.load(args.workdir, step=args.step)
-  images = _sources(model, args, names)
+  images = judged.find(model, args.data, args.data_dir, names)
   for k in (args.k or (10,)) if "knn" in names else ():
     num = len(images["bank"].source)
     if not 1 <= k <= num:
@@ -228,28 +123,28 @@ def evaluate(args: argparse.Namespace) -> dict[str, dict]:
   layers = (args.layers or there) if "linear" in names else ()
   all_layers = tuple(dict.fromkeys(("last", *layers)))  # the other protocols take the last
   images = {
-    role: _encode(model, some, ("last",) if role == "tail" else all_layers)
+    role: judged.encode(model, some, ("last",) if role == "tail" else all_layers)
     for role, some in images.items()
   }
   test, root, tasks = images["test"], result_files.folder(args.workdir), {}
   for name in names:
     bank = images["tail" if name == "long_tail" and "tail" in images else "bank"]
-    _require_known_classes(bank, test)
+    judged.require_known_classes(bank, test)
     encoded = protocols.Encoded(bank.rows, test.rows, test.source.num_classes, model.prototypes)
     task = _task(name, encoded, args, layers)
     protocol = _protocol(name, task, model, bank, test, args)
     if not args.overwrite:
       result_files.require_free(root / name / "result.json", protocol)
     tasks[name] = task, protocol
-  results, floors = {}, []
+  results, untrained = {}, []
   for name, (task, protocol) in tasks.items():
     results[name] = task.measure()
     path = root / name / "result.json"
     result_files.write(path, results[name], protocol)
     lines = _table(results[name], protocol, task.notes, path)
     if name in ("knn", "linear"):
-      floors = floors or _floors(model, images["bank"], test, own=not args.data)
-      lines += floors
+      untrained = untrained or floors.lines(model, images["bank"], test, own=not args.data)
+      lines += untrained
     print("\n".join(lines), flush=True)
   if args.protocol == "all":
     share = np.bincount(test.rows["label"]).max() / test.rows["label"].size
@@ -258,88 +153,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, dict]:
       for name, (_, protocol) in tasks.items()
       for row in protocols.headlines(name, results[name], protocol, float(share))
     ]
-    print("\n".join([*_summary(rows, tasks["knn"][1]), *(line.strip() for line in floors)]))
+    print("\n".join([*_summary(rows, tasks["knn"][1]), *(line.strip() for line in untrained)]))
   return results
-
-
-def _floors(model: pretrained.Trained, bank: Images, test: Images, *, own: bool) -> list[str]:
-  """Lines on what there is without training, for no accuracy is good alone.
-
-  k-NN on these very images where they are few; else what the run has measured in its training,
-  and on how many images that was where they are others.
-
-  Args:
-    model: what is judged.
-    bank, test: encoded.
-    own: whether they are the run's own images.
-  """
-  names = {
-    "floor/knn_pixels": "k-NN raw pixels",
-    "floor/knn_untrained": "untrained",
-    "floor/knn_start": "at the start",
-    "floor/linear_pixels": "linear raw pixels",
-  }
-
-  def listed(values):
-    return ", ".join(f"{name} {values[key]:.1%}" for key, name in names.items() if key in values)
-
-  here, lines = (len(bank.rows["label"]), len(test.rows["label"])), []
-  known = console.floors(pathlib.Path(model.path)) if model.kind == "run" else {}
-  there = tuple(int(known.get(f"floor/{of}_images", 0)) for of in ("bank", "test"))
-  if max(here) <= evaluation.FLOOR_IMAGES and not (own and there == here):
-    k = min(model.config.probe.k, here[0])
-    lines.append(
-      f"  floors on these images, k = {k}: {listed(_measured_floors(model, bank, test))}"
-    )
-    known = {key: value for key, value in known.items() if "knn" not in key}
-  if listed(known):
-    of = ""
-    if any(there) and not (own and there == here):
-      of = f" of the training's bank of {there[0]} and test of {there[1]} images, not comparable"
-    text = f"floors{of}: {listed(known)}"
-    lines += textwrap.wrap(text, 80, initial_indent="  ", subsequent_indent="    ")
-  return lines or ["  floors: unknown here; raw pixels or an untrained net may do as well"]
-
-
-def _measured_floors(model: pretrained.Trained, bank: Images, test: Images) -> dict[str, float]:
-  """k-NN accuracy of raw pixels and of an untrained net: of step 0, or of exported weights any.
-
-  Not of a run that started from other weights.
-  """
-  config = model.config
-  forward = jax.jit(
-    functools.partial(evaluation.pixels, config), out_shardings=sharding.replicated(model.mesh)
-  )
-
-  def accuracy(rows, part):
-    bank_rows, test_rows = rows
-    return knn.accuracy(
-      part(bank_rows),
-      bank_rows["label"],
-      part(test_rows),
-      test_rows["label"],
-      num_classes=test.source.num_classes,
-      k=min(config.probe.k, len(bank_rows["label"])),
-      temperature=config.probe.temperature,
-    )
-
-  raw = [
-    encode.rows(
-      forward,
-      images.source,
-      mesh=model.mesh,
-      batch_size=_PIXELS_AT_A_TIME,
-      image_size=config.data.image_size,
-      num_workers=config.data.num_workers,
-    )
-    for images in (bank, test)
-  ]
-  found = {"floor/knn_pixels": accuracy(raw, lambda rows: rows["pixels"])}
-  if not config.init_from:
-    fresh = loading.untrained(model)
-    rows = [pretrained.encoded(fresh, images.source) for images in (bank, test)]
-    found["floor/knn_untrained"] = accuracy(rows, lambda rows: rows["features"]["last"])
-  return found
 
 
 def _summary(rows: Sequence[protocols.Headline], protocol: dict) -> list[str]:

@@ -15,6 +15,7 @@ from PIL import Image
 from protojax import cli, errors, evaluate, loading, pretrained, recipes, resolving
 from protojax.data import sources
 from protojax.evals import clustering, knn, long_tail, protocols, result_files
+from protojax.evaluating import floors, judged
 from protojax.training import checkpoint, datasets, export, programs, workdir
 
 pytestmark = [
@@ -456,7 +457,7 @@ def test_nothing_to_judge_is_one_line():
 
 def _of_digits(split, num=None):
   source = sources.build("digits", split=split)
-  return evaluate.Images(source, split, {"label": np.zeros(num or len(source), int)})
+  return judged.Images(source, split, {"label": np.zeros(num or len(source), int)})
 
 
 def test_floors_are_measured_on_the_images_of_the_accuracies(run):
@@ -466,7 +467,7 @@ def test_floors_are_measured_on_the_images_of_the_accuracies(run):
   config.seed = 1
   model = model._replace(config=config)
   bank, test = _of_digits("train"), _of_digits("test")
-  (line,) = evaluate._floors(model, bank, test, own=True)
+  (line,) = floors.lines(model, bank, test, own=True)
   rows = [pretrained.encoded(model, images.source) for images in (bank, test)]
   options = {"num_classes": 10, "k": 20, "temperature": 0.07}
 
@@ -487,18 +488,18 @@ def test_floors_are_measured_on_the_images_of_the_accuracies(run):
 def test_floors_of_the_training_are_those_of_its_images(tmp_path):
   run = pretrained.Trained._make([None] * len(pretrained.Trained._fields))
   run = run._replace(kind="run", path=str(tmp_path))
-  floors = {"step": 0, "floor/knn_pixels": 0.977, "floor/knn_untrained": 0.904}
-  floors |= {"floor/bank_images": 512, "floor/test_images": 355}
-  (tmp_path / "metrics.jsonl").write_text(json.dumps(floors) + "\n")
+  known = {"step": 0, "floor/knn_pixels": 0.977, "floor/knn_untrained": 0.904}
+  known |= {"floor/bank_images": 512, "floor/test_images": 355}
+  (tmp_path / "metrics.jsonl").write_text(json.dumps(known) + "\n")
   few, many = (_of_digits("train", num) for num in (512, 20_000))
   test = _of_digits("test", 355)
-  floors = "k-NN raw pixels 97.7%, untrained 90.4%"
-  (line,) = evaluate._floors(run, few, test, own=True)
-  assert line == f"  floors: {floors}"
-  lines = evaluate._floors(run, many, test, own=True)
+  said = "k-NN raw pixels 97.7%, untrained 90.4%"
+  (line,) = floors.lines(run, few, test, own=True)
+  assert line == f"  floors: {said}"
+  lines = floors.lines(run, many, test, own=True)
   assert " ".join(" ".join(lines).split()) == (
-    f"floors of the training's bank of 512 and test of 355 images, not comparable: {floors}"
+    f"floors of the training's bank of 512 and test of 355 images, not comparable: {said}"
   )
   assert max(map(len, lines)) <= 80
-  (line,) = evaluate._floors(run._replace(kind="encoder"), many, test, own=False)
+  (line,) = floors.lines(run._replace(kind="encoder"), many, test, own=False)
   assert "unknown here" in line

@@ -1,0 +1,1 @@
+"""What `protojax evaluate` judges, and what its numbers are set beside."""
