@@ -1,5 +1,6 @@
 """The blocks of a vision transformer, and how a pass goes through them."""
 
+import math
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -45,17 +46,16 @@ class Attention(nn.Module):
 
   num_heads: int
   implementation: str
-  tokens: int
   dtype: jnp.dtype
   fsdp: bool
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, tokens: int) -> jax.Array:
     """[N, T, D] -> [N, T, D]."""
     width = x.shape[-1]
     qkv = rows(dense(3 * width, "qkv", self.dtype, self.fsdp), x)
     qkv = checkpoint_name(qkv, "qkv")
-    x = attention.attend(qkv, self.num_heads, self.implementation, self.tokens)
+    x = attention.attend(qkv, self.num_heads, self.implementation, tokens)
     x = checkpoint_name(x, "attended")
     return rows(dense(width, "proj", self.dtype, self.fsdp), x)
 
@@ -83,7 +83,6 @@ class Block(nn.Module):
     layer_scale: start of LayerScale's factors; None builds none.
     norm_eps: what the layer norms add to the variance.
     attention: who computes it, see `attention.attend`.
-    tokens: how many of T there are, likewise.
     dtype: of the matrix products.
     fsdp: whether kernels are stored split, see `kernels.whole`.
   """
@@ -92,26 +91,28 @@ class Block(nn.Module):
   layer_scale: float | None
   norm_eps: float
   attention: str
-  tokens: int
   dtype: jnp.dtype
   fsdp: bool = False
 
   @nn.compact
-  def __call__(self, x: jax.Array, kept: jax.Array | None, keep: float | jax.Array) -> jax.Array:
+  def __call__(
+    self, x: jax.Array, kept: jax.Array | None, keep: float | jax.Array, tokens: int
+  ) -> jax.Array:
     """The residual stream, one block on.
 
     Args:
       x: [N, T, D] float32.
       kept: bool [2, N], whose branches are not dropped, see `draw`; None drops none.
       keep: the share of the images for which that is so.
+      tokens: how many of T there are, see `attention.attend`.
 
     Returns:
       [N, T, D] float32.
     """
     kept = (None, None) if kept is None else kept
     y = layer_norm("norm1", self.norm_eps, self.dtype)(x)
-    of_attention = self.num_heads, self.attention, self.tokens, self.dtype, self.fsdp
-    y = Attention(*of_attention, name="attn")(y)
+    of_attention = self.num_heads, self.attention, self.dtype, self.fsdp
+    y = Attention(*of_attention, name="attn")(y, tokens)
     x += self._finish_branch(y, "ls1", kept[0], keep)
     x = checkpoint_name(x, "between")
     y = layer_norm("norm2", self.norm_eps, self.dtype)(x)
@@ -150,23 +151,26 @@ def draw(each: Sequence[Block], keeps: Sequence[float], n: int) -> jax.Array:
 def loop(
   block: Block,
   params: Sequence[dict],
-  x: jax.Array,
-  kept: jax.Array | None,
+  xs: Sequence[jax.Array],
+  kept: Sequence[jax.Array | None],
   keeps: Sequence[float],
+  tokens: Sequence[int],
   *,
   remat: bool,
-) -> jax.Array:
-  """`x` through blocks of different parameters as one loop, which is compiled once for all.
+) -> tuple[jax.Array, ...]:
+  """Images of several sizes through blocks of different parameters: one loop, compiled once.
 
   The parameters are copied one after the other for that, their matrices in the dtype of the
   products. Of each block its products are stored for the backward pass, the rest is computed again.
+  All sizes go through a block together, so that its gradient is added up over the devices once.
 
   Args:
     block: unbound, `parent=None`.
     params: of each block.
-    x: [N, T, D] float32.
-    kept: from `draw`; None drops nothing.
+    xs: of each size, [N, T, D] float32.
+    kept: of each size, from `draw`; None drops nothing.
     keeps: of each block.
+    tokens: of each size, how many of T there are.
     remat: store of each block nothing but its input.
   """
 
@@ -174,17 +178,18 @@ def loop(
     cast = leaves[0].ndim == 2  # as nn.Dense does
     return jnp.stack([leaf.astype(block.dtype) if cast else leaf for leaf in leaves])
 
-  def step(x, inputs):
+  def step(xs, inputs):
     own, kept, keep = inputs
-    return block.apply({"params": own}, x, kept, keep), None
+    of_sizes = zip(xs, kept, tokens, strict=True)
+    return tuple(block.apply({"params": own}, x, k, keep, t) for x, k, t in of_sizes), None
 
   policy = None if remat else jax.checkpoint_policies.save_only_these_names(*_STORED)
   step = jax.checkpoint(step, policy=policy, prevent_cse=False)
 
-  def through(x, own, kept):
-    return jax.lax.scan(step, x, (own, kept, jnp.asarray(keeps, jnp.float32)))[0]
+  def through(xs, own, kept):
+    return jax.lax.scan(step, xs, (own, kept, jnp.asarray(keeps, jnp.float32)))[0]
 
   of_rows = placement.ENCODED, PartitionSpec(), PartitionSpec(None, None, placement.AXES)
   if not block.fsdp:  # then each kernel is gathered in its turn, and its gradient divided again
-    through = placement.over_rows(through, of_rows, x.shape[0])
-  return through(x, jax.tree.map(stacked, *params), kept)
+    through = placement.over_rows(through, of_rows, math.gcd(*(len(x) for x in xs)))
+  return through(tuple(xs), jax.tree.map(stacked, *params), tuple(kept))

@@ -18,8 +18,8 @@ class Encoder(NamedTuple):
   """Two modules whose parameters are {"backbone": ..., "head": ...}.
 
   Attributes:
-    backbone: (images [B * V, S, S, C], views, train) -> [B * V, F] float32; a ViT also takes masks
-      and gives its patch tokens.
+    backbone: (images [B * V, S, S, C], views, train) -> [B * V, F] float32; a ViT also takes masks,
+      and images of several sizes at once, and gives its patch tokens.
     head: (features [B * V, F], views, train) -> [B * V, D] float32.
   """
 
@@ -203,7 +203,7 @@ def embed(
   accum_steps: int = 1,
   patches: bool = False,
 ) -> tuple[Embedded, PyTree]:
-  """Embeds all views of a batch: the backbone once a resolution, the head once.
+  """Embeds all views of a batch: a ResNet once a resolution, a transformer and the head once.
 
   Args:
     encoder: from `build`.
@@ -280,28 +280,26 @@ def _forward(encoder, params, batch_stats, views, key, train, patches):
       of_global[name] = views[name].reshape(-1, views[name].shape[-1])
   if patches:
     of_global["patches"] = True
-  outputs, tokens = [], []
-  for i, name in enumerate(n for n in ("global", "local") if n in views):
-    batch, num_views, *image = views[name].shape
-    resolution_key = None if key is None else jax.random.fold_in(key, i)
-    y, batch_stats = _apply(
-      encoder,
-      "backbone",
-      params,
-      batch_stats,
-      views[name].reshape(batch * num_views, *image),
-      views=num_views,
-      train=train,
-      key=resolution_key,
-      **(of_global if name == "global" else {}),
-    )
-    if patches and name == "global":
-      y, t = y
-      if "hidden" in views:
-        index = views["hidden"].reshape(batch * num_views, -1, 1)
-        t = jnp.take_along_axis(t, index, axis=1)
-      tokens = [t.reshape(batch, -1, t.shape[-1])]  # [B, G T, F]
-    outputs.append(y.reshape(batch, num_views, -1))
+  names = [name for name in ("global", "local") if name in views]
+  counts = [views[name].shape[:2] for name in names]  # B, views of this size
+  flat = [views[name].reshape(-1, *views[name].shape[2:]) for name in names]
+  backbone = encoder, "backbone", params
+  if isinstance(encoder.backbone, vit.ViT):
+    images = tuple(flat)
+    found, batch_stats = _apply(*backbone, batch_stats, images, train=train, key=key, **of_global)
+  else:  # batch norm is over the images of one size, one after the other
+    found = []
+    for x, (_, num_views) in zip(flat, counts, strict=True):
+      y, batch_stats = _apply(*backbone, batch_stats, x, views=num_views, train=train)
+      found.append(y)
+  tokens = []
+  if patches:
+    (y, t), *others = found
+    if "hidden" in views:
+      t = jnp.take_along_axis(t, views["hidden"].reshape(len(t), -1, 1), axis=1)
+    tokens = [t.reshape(counts[0][0], -1, t.shape[-1])]  # [B, G T, F]
+    found = [y, *others]
+  outputs = [y.reshape(*count, -1) for y, count in zip(found, counts, strict=True)]
   # Joined along the second axis, where the devices' shares need not move.
   y = jnp.concatenate(outputs, axis=1)
   x = jnp.concatenate([y, *tokens], axis=1)

@@ -5,6 +5,9 @@ registers: arXiv 2309.16588; LayerScale: arXiv 2103.17239; drop path: arXiv 1603
 arXiv 2111.07832.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -182,18 +185,19 @@ class ViT(nn.Module):
   @nn.compact
   def __call__(
     self,
-    images: jax.Array,
+    images: jax.Array | tuple[jax.Array, ...],
     *,
     mask: jax.Array | None = None,
     keep: jax.Array | None = None,
     patches: bool = False,
     views: int = 1,
     train: bool = False,
-  ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """Embeds images.
+  ) -> Any:
+    """Embeds images of one size, or of several at once.
 
     Args:
-      images: [N, H, W, C] normalised; H and W are multiples of the patch size.
+      images: [N, H, W, C] normalised; H and W are multiples of the patch size. Or a tuple of
+        such arrays, whose N and sizes differ; the next three are of the first of them.
       mask: bool [N, T], T = H W / p^2, patches that the mask token replaces; needs `mask_token`.
       keep: int32 [N, T'], the patches that are not left out (arXiv 2204.07141); None keeps all.
       patches: whether the normed patch tokens are wanted too.
@@ -201,83 +205,112 @@ class ViT(nn.Module):
       train: whether drop path acts; it then draws from the rng collection "drop_path".
 
     Returns:
-      [N, D] float32; with `patches` the pair of it and the patch tokens [N, T or T', D] float32.
+      [N, D] float32; with `patches` the pair of it and the patch tokens [N, T or T', D] float32. Of
+      several sizes a tuple of these.
 
     Raises:
       UserError: the patches do not tile the images.
     """
     del views
-    n, height, width, _ = images.shape
-    x = PatchEmbed(self.patch_size, self.width, self.dtype, self.fsdp, name="patch_embed")(images)
+    several = isinstance(images, tuple)
+    embed = PatchEmbed(self.patch_size, self.width, self.dtype, self.fsdp, name="patch_embed")
+    mask_token = None
     if self.mask_token:
       mask_token = self.param("mask_token", nn.initializers.zeros, (1, 1, self.width))
-      if mask is not None:
-        x = jnp.where(mask[:, :, None], mask_token, x)
     cls_token = self.param("cls_token", blocks.normal, (1, 1, self.width))
-    x = jnp.concatenate([jnp.broadcast_to(cls_token, (n, 1, self.width)), x], axis=1)
-    x += self._position_embedding(grid_size(height, width, self.patch_size))
-    if keep is not None:
-      kept = jnp.take_along_axis(x[:, 1:], keep[:, :, None], axis=1)
-      x = jnp.concatenate([x[:, :1], kept], axis=1)
+    own = grid_size(*sizes.pair(self.image_size), self.patch_size)
+    positions = self.param("pos_embed", blocks.normal, (1, 1 + own[0] * own[1], self.width))
+    positions = kernels.whole(positions) if self.fsdp else positions
+    registers = None
     if self.registers:
       registers = self.param("registers", blocks.normal, (1, self.registers, self.width))
-      registers = jnp.broadcast_to(registers, (n, self.registers, self.width))
-      x = jnp.concatenate([x[:, :1], registers, x[:, 1:]], axis=1)
 
-    tokens = x.shape[1]
-    x = self._through_blocks(x, train)
+    def tokens(images, mask=None, keep=None):
+      n, height, width, _ = images.shape
+      x = embed(images)
+      if mask is not None:
+        x = jnp.where(mask[:, :, None], mask_token, x)
+      x = jnp.concatenate([jnp.broadcast_to(cls_token, (n, 1, self.width)), x], axis=1)
+      grid = grid_size(height, width, self.patch_size)
+      x += resized(positions, own, grid, self.position_offset)
+      if keep is not None:
+        kept = jnp.take_along_axis(x[:, 1:], keep[:, :, None], axis=1)
+        x = jnp.concatenate([x[:, :1], kept], axis=1)
+      if registers is not None:
+        every = jnp.broadcast_to(registers, (n, self.registers, self.width))
+        x = jnp.concatenate([x[:, :1], every, x[:, 1:]], axis=1)
+      return x
+
+    first, *others = images if several else (images,)
+    xs = [tokens(first, mask, keep), *map(tokens, others)]
+    lengths = [x.shape[1] for x in xs]
+    xs = self._through_blocks(xs, train)
     norm = blocks.layer_norm("norm", self.norm_eps, jnp.float32)
-    if not patches:
-      return norm(x[:, 0])
-    x = norm(x[:, :tokens])
-    return x[:, 0], x[:, 1 + self.registers :]
+    if patches:
+      x = norm(xs[0][:, : lengths[0]])
+      found = (x[:, 0], x[:, 1 + self.registers :]), *(norm(x[:, 0]) for x in xs[1:])
+    else:
+      found = tuple(norm(x[:, 0]) for x in xs)
+    return found if several else found[0]
 
-  def _through_blocks(self, x: jax.Array, train: bool) -> jax.Array:
-    """[N, T, D] float32 -> [N, T or more, D] float32; the first T are the tokens'."""
-    n, tokens, _ = x.shape
+  def _through_blocks(self, xs: list[jax.Array], train: bool) -> Sequence[jax.Array]:
+    """Of each size [N, T, D] float32 -> [N, T or more, D] float32; the first T are the tokens'."""
+    tokens = [x.shape[1] for x in xs]
     attention = attentions.choose(self.attention, self.dtype)
     if attention == "pallas":
       # Whole tiles: else most of what follows is copied from one layout to another.
-      x = jnp.pad(x, ((0, 0), (0, -tokens % attentions.TILE), (0, 0)))
+      xs = [jnp.pad(x, ((0, 0), (0, -x.shape[1] % attentions.TILE), (0, 0))) for x in xs]
     options = {
       "num_heads": self.num_heads,
       "layer_scale": self.layer_scale,
       "norm_eps": self.norm_eps,
       "attention": attention,
-      "tokens": tokens,
       "dtype": self.dtype,
       "fsdp": self.fsdp,
     }
     looped = attentions.on_tpu() if self.scan is None else self.scan
     # Parameters are made, and outputs of single blocks seen, one by one.
     looped &= not (self.is_initializing() or self.is_mutable_collection("intermediates"))
-    block = nn.remat(blocks.Block) if self.remat and not looped else blocks.Block
+    block = blocks.Block
+    if self.remat and not looped:
+      block = nn.remat(blocks.Block, static_argnums=(4,))  # how many tokens there are
     each = [block(**options, name=f"blocks_{i}") for i in range(self.depth)]
     keeps = [1.0 - float(rate) for rate in np.linspace(0.0, self.drop_path, self.depth)]
-    kept = None
+    kept = [None] * len(xs)
     if train and self.drop_path:
-      kept = blocks.draw(each, keeps, n)
+      kept = [blocks.draw(each, keeps, len(x)) for x in xs]
     if looped:
       params = [self.get_variable("params", block.name) for block in each]
-      return blocks.loop(
-        blocks.Block(**options, parent=None), params, x, kept, keeps, remat=self.remat
-      )
+      whole = blocks.Block(**options, parent=None)
+      return blocks.loop(whole, params, xs, kept, keeps, tokens, remat=self.remat)
     for i, (block, keep) in enumerate(zip(each, keeps, strict=True)):
-      x = block(x, kept[i] if kept is not None and keep < 1.0 else None, keep)
-    return x
+      dropped = [of_size[i] if of_size is not None and keep < 1.0 else None for of_size in kept]
+      xs = [block(*x, keep, t) for *x, t in zip(xs, dropped, tokens, strict=True)]
+    return xs
 
-  def _position_embedding(self, grid: tuple[int, int]) -> jax.Array:
-    """[1, 1 + rows * columns, D] float32."""
-    own = grid_size(*sizes.pair(self.image_size), self.patch_size)
-    embedding = self.param("pos_embed", blocks.normal, (1, 1 + own[0] * own[1], self.width))
-    embedding = kernels.whole(embedding) if self.fsdp else embedding
-    if grid == own:
-      return embedding
-    rows, columns = (
-      jnp.asarray(position_weights(new, old, self.position_offset), jnp.float32)
-      for new, old in zip(grid, own, strict=True)
-    )
-    patches = embedding[:, 1:].reshape(1, *own, self.width)
-    patches = jnp.einsum("hi,nijd->nhjd", rows, patches, precision="highest")
-    patches = jnp.einsum("wj,nhjd->nhwd", columns, patches, precision="highest")
-    return jnp.concatenate([embedding[:, :1], patches.reshape(1, -1, self.width)], axis=1)
+
+def resized(
+  positions: jax.Array, own: tuple[int, int], grid: tuple[int, int], offset: float
+) -> jax.Array:
+  """The position embedding of another grid of patches.
+
+  Args:
+    positions: [1, 1 + rows * columns, D] float32, of the class token and of patches row by row.
+    own: rows and columns that it is for.
+    grid: rows and columns that are wanted.
+    offset: of `position_weights`.
+
+  Returns:
+    [1, 1 + rows * columns, D] float32.
+  """
+  if grid == own:
+    return positions
+  rows, columns = (
+    jnp.asarray(position_weights(new, old, offset), jnp.float32)
+    for new, old in zip(grid, own, strict=True)
+  )
+  patches = positions[:, 1:].reshape(1, *own, -1)
+  patches = jnp.einsum("hi,nijd->nhjd", rows, patches, precision="highest")
+  patches = jnp.einsum("wj,nhjd->nhwd", columns, patches, precision="highest")
+  patches = patches.reshape(1, grid[0] * grid[1], -1)
+  return jnp.concatenate([positions[:, :1], patches], axis=1)

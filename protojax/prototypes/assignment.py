@@ -48,19 +48,20 @@ def log_sinkhorn(
   else:
     balanced = jnp.log(jnp.maximum(counted.sum(), 1) / num_prototypes)
 
-  def totals(by_sample):
-    if counted is None:
-      return jax.nn.logsumexp(by_sample, axis=0)
-    # Where nothing counts the prototypes get a common offset, which has no effect.
-    return jnp.maximum(jax.nn.logsumexp(by_sample, axis=0, where=counted[:, None]), _NOTHING)
+  where = None if counted is None else counted[:, None]
 
   # Only the prototypes' offsets are carried: to carry [N, K] would be to hold it twice. They are
   # measured from the balanced total, or they would grow with every step.
   def balance(_, offsets):
-    samples = jax.nn.logsumexp(log_scores - offsets[None, :], axis=1)
-    return totals(log_scores - samples[:, None]) - balanced
+    by_prototype = log_scores - offsets[None, :]
+    samples = jax.nn.logsumexp(by_prototype, axis=1)
+    # Rows are distributions here and had equal totals before, so what a prototype gets lies between
+    # 1 / (N K) and N: its logarithm needs no maximum first, on which devices would have to agree.
+    received = jnp.sum(jnp.exp(by_prototype - samples[:, None]), axis=0, where=where)
+    return jnp.maximum(offsets + jnp.log(received), _NOTHING) - balanced
 
-  offsets = totals(log_scores)
+  # Where nothing counts the prototypes get a common offset, which has no effect.
+  offsets = jnp.maximum(jax.nn.logsumexp(log_scores, axis=0, where=where), _NOTHING)
   offsets = jax.lax.fori_loop(1, num_steps, balance, offsets)
   return jax.nn.log_softmax(log_scores - offsets[None, :], axis=1)
 

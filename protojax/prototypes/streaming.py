@@ -14,7 +14,6 @@ each. Each device goes through its own prototypes with its own rows, alone; what
 devices is summed behind the loop. Without a mesh m = n = 1.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -242,22 +241,31 @@ def sinkhorn(
     (offsets [nb, m, k], partition [n, R]), float32.
   """
   rows = log_z.size if counted is None else jnp.maximum(counted.sum(), 1)
-  shape = (jax.tree.leaves(blocks)[0].shape[0], placement.extent()[1], _block(blocks))
-  balanced = jnp.log(rows / math.prod(shape))
+  m = placement.extent()[1]
+  num_prototypes = jax.tree.leaves(blocks)[0].shape[0] * m * _block(blocks)
+  balanced = jnp.log(rows / num_prototypes)
 
-  def one(samples, block):
+  def one(samples, block, before):
+    """A block's offsets and partitions; `before` are its offsets of the step before, if any."""
     own = logits(block)
     left_out = samples if counted is None else jnp.where(counted, samples, LEFT_OUT)
-    totals = jax.nn.logsumexp(own - left_out[None, ..., None], axis=(1, 2))
+    by_row = own - left_out[None, ..., None]
+    if before is None:
+      totals = jax.nn.logsumexp(by_row, axis=(1, 2))
+    else:  # needs no maximum, see `assignment.log_sinkhorn`
+      totals = before + jnp.log(jnp.exp(by_row - before[:, None, None]).sum(axis=(1, 2)))
     offsets = jnp.maximum(totals, -LEFT_OUT) - balanced
     return offsets, jax.nn.logsumexp(own - offsets[:, None, None], axis=-1)
 
   def step(_, carried):
-    _, samples = carried
-    offsets, by_block = each(lambda block: one(samples, block), blocks)
+    before, samples = carried
+    before = before[:, 0] if m == 1 else before  # as the blocks are
+    offsets, by_block = each(lambda both: one(samples, *both), (blocks, before))
     return offsets, jax.nn.logsumexp(by_block, axis=(0, 1))
 
-  return jax.lax.fori_loop(0, num_steps, step, (jnp.zeros(shape), log_z))
+  offsets, by_block = each(lambda block: one(log_z, block, None), blocks)
+  first = offsets, jax.nn.logsumexp(by_block, axis=(0, 1))
+  return jax.lax.fori_loop(1, num_steps, step, first)
 
 
 def _block(blocks: PyTree) -> int:
