@@ -83,8 +83,9 @@ def test_a_lone_matrix_is_not_judged_before_somebody_says_what_it_is(tmp_path, c
   np.save(tmp_path / "maps.npy", np.ones((3, 4, 5)))
   np.save(tmp_path / "codes.npy", np.arange(9))
   # A name that says so, and embeddings to compare with, say enough.
-  np.save(tmp_path / "prototypes.npy", collapsed)
-  assert api.diagnose(tmp_path / "prototypes.npy").verdict.label == "partial prototype collapse"
+  for name in ("prototypes.npy", "my_prototypes.npy"):
+    np.save(tmp_path / name, collapsed)
+    assert api.diagnose(tmp_path / name).verdict.label == "partial prototype collapse"
   assert api.diagnose(tmp_path / "features.npy", embeddings=collapsed[:9]).verdict is not None
   for path, flags, words in (
     ("features.npy", ["--rows=protos"], "rows=protos is unknown"),
@@ -378,8 +379,9 @@ def test_tensors_that_are_not_finite_are_named(foreign, tmp_path, capsys):
   path = tmp_path / "nan.safetensors"
   safetensors.numpy.save_file(arrays | {bad: np.full_like(arrays[bad], np.nan)}, path)
   said = f"1 of {len(arrays)} tensors hold NaN or infinity: {bad}"
-  doctor.main([str(path)])
-  assert said in capsys.readouterr().out
+  with pytest.raises(SystemExit, match="1"):
+    doctor.main([str(path), "--fail"])
+  assert f"non-finite: {said}" in " ".join(capsys.readouterr().out.split())
   with pytest.raises(errors.UserError, match=f"nan.safetensors cannot be run .*: {said}: take an"):
     doctor.main([str(path), "--data=digits"])
   backbone = {k: v for k, v in tensor_files.read(path).items() if ".head." not in k}
@@ -391,10 +393,23 @@ def test_tensors_that_are_not_finite_are_named(foreign, tmp_path, capsys):
   sets = export.read_prototypes(tmp_path / "old", info)
   ours = "params.backbone.blocks_1.norm1.scale"
   export.write(tmp_path / "old", tensors | {ours: np.full(64, np.inf, np.float32)}, info, sets)
-  doctor.main([str(tmp_path / "old")])
-  assert f"tensors hold NaN or infinity: {ours}: export or" in capsys.readouterr().out
+  with pytest.raises(SystemExit, match="1"):
+    doctor.main([str(tmp_path / "old"), "--fail"])
+  shown = " ".join(capsys.readouterr().out.split())
+  assert "non-finite: 1 of" in shown and f"tensors hold NaN or infinity: {ours}: export or" in shown
   with pytest.raises(errors.UserError, match=f"old cannot be run: .* infinity: {ours}: export or"):
     doctor.main([str(tmp_path / "old"), "--data=digits"])
+
+
+def test_a_student_beside_the_teacher_that_is_judged_is_mentioned(foreign, tmp_path):
+  arrays = {k: v for k, v in tensor_files.read(foreign).items() if k.startswith("teacher.")}
+  own = {k.replace("teacher.", "student."): v for k, v in arrays.items()}
+  last = "student.head.last_layer.weight_v"
+  moved = {k: v + 1.0 if k == last else v for k, v in own.items()}
+  for student, said in ((own, "equal to these to the bit"), (moved, "--which=student judges")):
+    safetensors.numpy.save_file(arrays | student, tmp_path / "both.safetensors")
+    shown = cli.with_flags(str(api.diagnose(tmp_path / "both.safetensors")))
+    assert "the student's prototypes are in the file, too, and" in shown and said in shown
 
 
 def test_a_head_without_a_last_layer_of_numbers_is_not_called_a_backbone_alone(

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from protojax import errors, loading, pretrained
-from protojax.metrics import diagnosis, loss_curve, measures, verdicts, wording
+from protojax.metrics import diagnosis, loss_curve, measures, rules, verdicts, wording
 from protojax.prototypes import scoring
 from protojax.reports import record
 from protojax.training import checkpoint, export
@@ -40,9 +40,12 @@ def diagnose(
       + (f"; {not_finite}" if not_finite else "")
     )
   embeddings, features, told = arrays(model, **images)
+  if not_finite:
+    verdict = rules.Verdict("non-finite", not_finite, True)
+  broken = f"non-finite: {not_finite}" if not_finite else ""
   lines += [
     *told,
-    *wording.bullets([s for s in (not_finite, export.initialised(model.initialised)) if s]),
+    *wording.bullets([s for s in (broken, export.initialised(model.initialised)) if s]),
     ("exported weights" if exported else "checkpoint")
     + (f" of step {model.step:,}" if model.step is not None else "")
     + ", no prototypes" * (not model.prototypes),

@@ -31,6 +31,8 @@ def diagnose(
   if rows not in (None, "prototypes", "features"):
     raise errors.UserError(f"rows={rows} is unknown: choose prototypes or features")
   lone = matrices[0][0] if len(arrays) == len(matrices) == 1 else None
+  if lone and not rows and lone == path.stem and "prototype" in lone.lower():
+    rows = "prototypes"  # a .npy is named by its file alone
   if len(arrays) == 1 and not matrices and not prototype_layouts.find(arrays):
     (only,) = arrays.values()
     raise errors.UserError(
@@ -81,9 +83,12 @@ def diagnose(
   if which is None and whose == ["student"]:
     which = "student"  # whose network leads up to them
     doubts = [*_teacher_without(arrays), *doubts]
+  elif which is None and whose == ["teacher"] and not key:
+    doubts = [*_beside_student(arrays, sets, transpose), *doubts]
   lines = [f"file: {len(arrays)} array{'s' * (len(arrays) > 1)}, {layout}"]
   lines[0] += "".join(f"; weights of the {w}" for w in whose)
-  lines += wording.bullets([not_finite] if not_finite else [])
+  broken = wording.tensors_not_finite(not_finite) if not_finite else None
+  lines += wording.bullets([f"{broken.label}: {broken.sentence}"] if broken else [])
   if not key:
     lines += wording.bullets([f"left out: {why}" for why in prototype_layouts.unusable(arrays)])
   lines += wording.bullets(doubts)
@@ -113,7 +118,8 @@ def diagnose(
       else f"{_BY_HAND}, for the file's network leads up to {' and '.join(led_up_to)} alone",
     )
     found[one.name].result["key"] = one.key
-  return diagnosis.joined(found, lines=lines, result={"kind": "file", "layout": layout})
+  result = {"kind": "file", "layout": layout}
+  return diagnosis.joined(found, lines=lines, result=result, verdict=broken)
 
 
 def _doubts(
@@ -166,6 +172,23 @@ def _teacher_without(arrays: Mapping[str, np.ndarray]) -> list[str]:
     return []
   why = prototype_layouts.without(teacher) or "there are none by its name"
   return [f"of the student, not of the teacher that is in the file, too: {why}"]
+
+
+def _beside_student(
+  arrays: Mapping[str, np.ndarray],
+  teachers: Sequence[prototype_layouts.Prototypes],
+  transpose: bool,
+) -> list[str]:
+  """A sentence on the student's prototypes of a file whose teacher's are judged."""
+  own = {name: x for name, x in arrays.items() if prototype_layouts.owner(name) == "student"}
+  students = prototype_layouts.find(own, "student", transpose)
+  if not students:
+    return []
+  pairs = zip(teachers, students, strict=False)
+  same = all(np.array_equal(one.weights(), other.weights()) for one, other in pairs)
+  if same and len(teachers) == len(students):
+    return ["the student's prototypes are in the file, too, and equal to these to the bit"]
+  return ["the student's prototypes are in the file, too, and others: which=student judges those"]
 
 
 def _what_shows_use(

@@ -268,8 +268,10 @@ def diagnose(
         f"the embeddings have {embeddings.shape[-1]} dimensions and {name} {weights.shape[1]}: "
         "give what comes out of the head just before the prototypes, not features of the backbone"
       )
-    if len(embeddings) < 2 or not np.isfinite(embeddings).all():
-      raise errors.UserError("the embeddings must be at least two rows of finite numbers")
+    bad = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
+    if len(embeddings) < 2 or bad.size:
+      which = f", not {bad.size:,} of {len(embeddings):,}, row {bad[0]} first" if bad.size else ""
+      raise errors.UserError(f"the embeddings must be at least two rows of finite numbers{which}")
   if len(weights) > _MANY:
     logging.warning("comparing %s prototypes pair by pair: minutes", f"{len(weights):,}")
   if features is not None:

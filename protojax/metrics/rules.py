@@ -49,6 +49,9 @@ LIMITS = {
   # Share of K in use that is too few whatever random ones get, if the images could use four times
   # as many.
   "used": 0.05,
+  # Embeddings of images from which use and spread are judged: n of them have at most n codes and
+  # span at most n directions, and both limits above are below five.
+  "images": 16,
   # Nats by which a loss is above ln K, where predicting nothing would get ln K, and above that of
   # the first update: no noise, and no entropy of targets that only warms up.
   "rise": 0.1,

@@ -10,11 +10,16 @@ _CHAINED = 0.5  # components over unique prototypes, below which they are no sep
 _CONE = 0.5  # mean cosine of prototypes that point the same way; random ones have 0
 _NORMS = 3.0  # largest norm over the median, of prototypes that win by their norm
 _FLAT = 0.5  # of the rank there could be
+_OF_PROTOTYPES = ("unique", "num_prototypes")  # measures that need no image
 _EXPLAINED = "docs/instruments.md, The numbers"
 
 
 def _rows_are(count: int) -> str:
   return "1 row is" if count == 1 else f"{count:,} rows are"
+
+
+def _times(ratio: float) -> str:
+  return f"{ratio:.1f}" if ratio < 1e6 else f"{ratio:.0e}"
 
 
 def not_finite(count: int, num: int) -> rules.Verdict:
@@ -24,6 +29,13 @@ def not_finite(count: int, num: int) -> rules.Verdict:
     f"{count:,} of {num:,} rows are not finite: nothing made with them means anything, and "
     "training on will spread it; go back to a checkpoint without them",
     True,
+  )
+
+
+def tensors_not_finite(named: str) -> rules.Verdict:
+  """The verdict on a network with tensors that are not finite, `named` by `trees.not_finite`."""
+  return rules.Verdict(
+    "non-finite", f"{named}: nothing made with them means anything; take a copy without them", True
   )
 
 
@@ -48,6 +60,10 @@ def words(
   """
   num = result["num"]
   known = {**result["measures"], **(use or {})}
+  images = result["usage"]["images"] if "usage" in result else None
+  too_few = images is not None and images < rules.LIMITS["images"]
+  if too_few:
+    known = {k: v for k, v in known.items() if k.partition("/")[2].startswith(_OF_PROTOTYPES)}
   lost = result["without_direction"]
   told = {"prototypes": prototypes} | dict(circumstances or {})
   alike = result.get("alike", False)
@@ -116,8 +132,14 @@ def words(
   norm = result["norm"]
   if not cosine and norm["most"] > _NORMS * norm["median"]:
     out.append(
-      f"the largest norm is {norm['most'] / norm['median']:.1f} times the median: such a prototype "
-      "wins images by its norm; keep norms at 1 (norm_last_layer=True) or account for them (vMF)"
+      f"the largest norm is {_times(norm['most'] / norm['median'])} times the median: such a "
+      "prototype wins images by its norm; keep norms at 1 (norm_last_layer=True) or account for "
+      "them (vMF)"
+    )
+  if too_few:
+    out.append(
+      f"use and spread are not judged by {images} embeddings, which have no more codes and "
+      f"directions than that: give {rules.LIMITS['images']} or more"
     )
   if "usage" not in result and not use:
     out.append(

@@ -259,6 +259,18 @@ def test_a_diagnosis_is_printed_as_a_page_and_read_as_fields():
   assert json.loads(json.dumps(found.result, allow_nan=False)) == found.result
 
 
+def test_use_and_spread_are_not_judged_by_a_few_images():
+  """Each of the embeddings lies on a prototype of its own: nothing is wrong with any number."""
+  weights = _rows(256, 16)
+  for num in (2, 3, 4, 15):
+    found = diagnosis.diagnose(weights, embeddings=weights[:num])
+    assert found.verdict.label == "unique, use unknown"
+    assert f"not judged by {num} embeddings" in found.sentences[-1]
+    assert found.result["usage"]["unused"] == 256 - num  # shown nevertheless
+  found = diagnosis.diagnose(weights, embeddings=weights[:16])
+  assert found.verdict.label == "no collapse" and "not judged" not in "".join(found.sentences)
+
+
 def test_tensors_of_torch_are_diagnosed_as_arrays_are():
   torch = pytest.importorskip("torch")
   weights, embeddings = _rows(60, 16), _rows(90, 16)
@@ -272,7 +284,7 @@ def test_tensors_of_torch_are_diagnosed_as_arrays_are():
     (np.ones(4), None, r"shape \[4\]: give \[K, D\]"),
     (np.ones((1, 4)), None, "two rows and columns"),
     (np.eye(4), np.ones((9, 3)), "3 dimensions and prototypes 4"),
-    (np.eye(4), np.full((9, 4), np.nan), "rows of finite numbers"),
+    (np.eye(4), np.diag([0, 0, np.nan, 0]), "finite numbers, not 1 of 4, row 2 first"),
   ],
 )
 def test_arrays_that_cannot_be_diagnosed_are_one_line(weights, embeddings, said):
