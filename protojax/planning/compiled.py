@@ -117,7 +117,11 @@ def compile_step(
 
 
 def measure(compiled: jax.stages.Compiled) -> tuple[Memory, counting.Counts]:
-  """Memory and work of a compiled step on one device."""
+  """Memory and work of a compiled step on one device.
+
+  Raises:
+    UserError: if the compiler is newer than this JAX, which then cannot read what it made.
+  """
   said = compiled.memory_analysis()
   memory = Memory(
     said.argument_size_in_bytes,
@@ -125,7 +129,16 @@ def measure(compiled: jax.stages.Compiled) -> tuple[Memory, counting.Counts]:
     said.alias_size_in_bytes,
     said.temp_size_in_bytes,
   )
-  return memory, counting.count(compiled.as_text())
+  try:
+    text = compiled.as_text()
+  except jax.errors.JaxRuntimeError as error:
+    if "Unknown opcode" not in str(error):
+      raise
+    raise errors.UserError(
+      f"the step was compiled, and jax {jax.__version__} cannot read it ({error}): libtpu is newer "
+      f'than it, take the one that goes with it: pip install "jax[tpu]=={jax.__version__}"'
+    ) from None
+  return memory, counting.count(text)
 
 
 def places(shardings) -> dict[str, str]:

@@ -11,8 +11,6 @@ import jax.numpy as jnp
 
 from protojax import errors
 
-_NOTHING = -1e30  # the logarithm of no probability at all, finite
-
 
 def log_sinkhorn(
   log_scores: jax.Array, *, num_steps: int = 3, counted: jax.Array | None = None
@@ -50,20 +48,25 @@ def log_sinkhorn(
 
   where = None if counted is None else counted[:, None]
 
-  # Only the prototypes' offsets are carried: to carry [N, K] would be to hold it twice. They are
-  # measured from the balanced total, or they would grow with every step.
-  def balance(_, offsets):
-    by_prototype = log_scores - offsets[None, :]
-    samples = jax.nn.logsumexp(by_prototype, axis=1)
-    # Rows are distributions here and had equal totals before, so what a prototype gets lies between
-    # 1 / (N K) and N: its logarithm needs no maximum first, on which devices would have to agree.
-    received = jnp.sum(jnp.exp(by_prototype - samples[:, None]), axis=0, where=where)
-    return jnp.maximum(offsets + jnp.log(received), _NOTHING) - balanced
+  def offset(total):  # none where nothing counts
+    return jnp.where(jnp.isneginf(total), 0.0, total) - balanced
 
-  # Where nothing counts the prototypes get a common offset, which has no effect.
-  offsets = jnp.maximum(jax.nn.logsumexp(log_scores, axis=0, where=where), _NOTHING)
-  offsets = jax.lax.fori_loop(1, num_steps, balance, offsets)
-  return jax.nn.log_softmax(log_scores - offsets[None, :], axis=1)
+  # Offsets of prototypes and of samples are carried: to carry [N, K] would be to hold it twice.
+  # Those of prototypes are measured from the balanced total, or they would grow with every step.
+  # After the first step rows are distributions and prototypes had N / K each, so what prototypes
+  # get next lies between 1 / (N K) and N, what samples get then between 1 / K^2 and N K: logarithms
+  # of these need no maximum first, on which devices would have to agree.
+  def balance(_, offsets):
+    by_prototype, by_sample = offsets
+    q = jnp.exp(log_scores - by_prototype[None, :] - by_sample[:, None])
+    by_prototype = offset(by_prototype + jnp.log(jnp.sum(q, axis=0, where=where)))
+    q = jnp.exp(log_scores - by_prototype[None, :] - by_sample[:, None])
+    return by_prototype, by_sample + jnp.log(q.sum(axis=1))
+
+  by_prototype = offset(jax.nn.logsumexp(log_scores, axis=0, where=where))
+  by_sample = jax.nn.logsumexp(log_scores - by_prototype[None, :], axis=1)
+  offsets = jax.lax.fori_loop(1, num_steps, balance, (by_prototype, by_sample))
+  return log_scores - offsets[0][None, :] - offsets[1][:, None]
 
 
 def sinkhorn(

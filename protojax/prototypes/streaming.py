@@ -245,27 +245,37 @@ def sinkhorn(
   num_prototypes = jax.tree.leaves(blocks)[0].shape[0] * m * _block(blocks)
   balanced = jnp.log(rows / num_prototypes)
 
-  def one(samples, block, before):
-    """A block's offsets and partitions; `before` are its offsets of the step before, if any."""
+  def left_out(samples):
+    return samples if counted is None else jnp.where(counted, samples, LEFT_OUT)
+
+  def offset(totals):  # none where nothing counts
+    return jnp.where(totals > -LEFT_OUT / 2.0, totals, 0.0) - balanced
+
+  def first(block):
     own = logits(block)
-    left_out = samples if counted is None else jnp.where(counted, samples, LEFT_OUT)
-    by_row = own - left_out[None, ..., None]
-    if before is None:
-      totals = jax.nn.logsumexp(by_row, axis=(1, 2))
-    else:  # needs no maximum, see `assignment.log_sinkhorn`
-      totals = before + jnp.log(jnp.exp(by_row - before[:, None, None]).sum(axis=(1, 2)))
-    offsets = jnp.maximum(totals, -LEFT_OUT) - balanced
+    totals = jax.nn.logsumexp(own - left_out(log_z)[None, ..., None], axis=(1, 2))
+    offsets = offset(totals)
     return offsets, jax.nn.logsumexp(own - offsets[:, None, None], axis=-1)
 
   def step(_, carried):
+    """Needs no maximum, see `assignment.log_sinkhorn`."""
     before, samples = carried
-    before = before[:, 0] if m == 1 else before  # as the blocks are
-    offsets, by_block = each(lambda both: one(samples, *both), (blocks, before))
-    return offsets, jax.nn.logsumexp(by_block, axis=(0, 1))
 
-  offsets, by_block = each(lambda block: one(log_z, block, None), blocks)
-  first = offsets, jax.nn.logsumexp(by_block, axis=(0, 1))
-  return jax.lax.fori_loop(1, num_steps, step, first)
+    def one(both):
+      block, known = both
+      own = logits(block) - known[:, None, None]
+      totals = known + jnp.log(jnp.exp(own - left_out(samples)[None, ..., None]).sum(axis=(1, 2)))
+      offsets = offset(totals)
+      own += (known - offsets)[:, None, None] - samples[None, ..., None]
+      return offsets, jnp.exp(own).sum(axis=-1)
+
+    before = before[:, 0] if m == 1 else before  # as the blocks are
+    offsets, by_block = each(one, (blocks, before))
+    return offsets, samples + jnp.log(by_block.sum(axis=(0, 1)))
+
+  offsets, by_block = each(first, blocks)
+  start = offsets, jax.nn.logsumexp(by_block, axis=(0, 1))
+  return jax.lax.fori_loop(1, num_steps, step, start)
 
 
 def _block(blocks: PyTree) -> int:

@@ -154,6 +154,17 @@ def test_a_mixture_moves_by_blocks_as_all_at_once(form, mesh):
     _close(moved(6), dense)
 
 
+def test_blocks_are_as_all_at_once_where_no_sample_counts():
+  rows, prototypes = _random(6, 2, 8), _random(16, 8, seed=1)
+
+  def mean(block):
+    scores = soft.Scores(rows, prototypes, block=block).over(0.2)
+    return soft.mean(soft.balanced(scores, counted=jnp.zeros((6, 2), bool)))
+
+  np.testing.assert_allclose(mean(4), mean(0), rtol=1e-5)
+  np.testing.assert_allclose(mean(0).sum(), 1.0, rtol=1e-5)
+
+
 def test_memory_does_not_grow_with_the_number_of_prototypes():
   """Without the prototypes and their gradient; all at once it would be 64 MiB and 512."""
 
