@@ -144,6 +144,18 @@ def test_what_the_compiler_says_of_too_little_memory_is_read():
   assert compiled._too_much("INTERNAL: 16G of 15G") is None
 
 
+def test_a_compiler_that_is_newer_than_jax_is_a_line():
+  class Newer:
+    def memory_analysis(self):
+      return jax.jit(lambda x: x + 1).lower(1.0).compile().memory_analysis()
+
+    def as_text(self):
+      raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: Unknown opcode: mulhi")
+
+  with pytest.raises(errors.UserError, match="libtpu is newer than it, .* pip install"):
+    compiled.measure(Newer())
+
+
 def test_the_step_of_what_was_typed_is_compiled_and_one_that_does_not_fit_is_a_plan(
   monkeypatch, tmp_path, capsys
 ):
