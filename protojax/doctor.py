@@ -69,10 +69,12 @@ def main(argv: list[str]) -> None:
   with progress.during(f"examining {path}"):
     found = api.diagnose(path, **options)
   print(f"protojax doctor: {path}\n{cli.with_flags(str(found))}")
+  alarm = found.verdict is not None and verdicts.is_alarm(found.verdict)
   if out_path is not None:
     about = {"path": path, "protojax": __version__, "distance": "cosine, 1 - cos"}
+    about |= {"verdict": found.verdict and found.verdict._asdict(), "alarm": alarm}
     files.write(out_path, json.dumps(about | found.result, indent=2, allow_nan=False) + "\n")
-  if fail and found.verdict is not None and verdicts.is_alarm(found.verdict):
+  if fail and alarm:
     sys.exit(1)
 
 

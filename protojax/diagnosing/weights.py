@@ -88,7 +88,6 @@ def diagnose(
   lines = [f"file: {len(arrays)} array{'s' * (len(arrays) > 1)}, {layout}"]
   lines[0] += "".join(f"; weights of the {w}" for w in whose)
   broken = wording.tensors_not_finite(not_finite) if not_finite else None
-  lines += wording.bullets([f"{broken.label}: {broken.sentence}"] if broken else [])
   if not key:
     lines += wording.bullets([f"left out: {why}" for why in prototype_layouts.unusable(arrays)])
   lines += wording.bullets(doubts)
@@ -119,7 +118,10 @@ def diagnose(
     )
     found[one.name].result["key"] = one.key
   result = {"kind": "file", "layout": layout}
-  return diagnosis.joined(found, lines=lines, result=result, verdict=broken)
+  one = diagnosis.joined(found, lines=lines, result=result, verdict=broken)
+  if broken:
+    one.lines.extend(["", *wording.bullets([f"{broken.label}: {broken.sentence}"])])
+  return one
 
 
 def _doubts(
@@ -187,8 +189,8 @@ def _beside_student(
   pairs = zip(teachers, students, strict=False)
   same = all(np.array_equal(one.weights(), other.weights()) for one, other in pairs)
   if same and len(teachers) == len(students):
-    return ["the student's prototypes are in the file, too, and equal to these to the bit"]
-  return ["the student's prototypes are in the file, too, and others: which=student judges those"]
+    return ["the student's prototypes in the file are equal to these to the bit"]
+  return ["the student's prototypes in the file differ from these: which=student judges them"]
 
 
 def _what_shows_use(

@@ -25,7 +25,8 @@ _HEAD = re.compile(
 _ASIDE = (
   (r"(.+\.)?num_batches_tracked", "counters of batch norm"),
   (r"(embeddings\.)?mask_token|masked_embed", "mask token; training with masks starts a fresh one"),
-  (r"(.+_?head\.|head\.)?(last_layer2?|prototypes)\..*", "prototypes, no part of an encoder"),
+  (r"(.+_?head\.|head\.)?last_layer2\..*", "prototypes of patches, not taken over: see the file"),
+  (r"(.+_?head\.|head\.)?(last_layer|prototypes)\..*", "prototypes, no part of an encoder"),
   (r"ibot_head\..*|head\.mlp2\..*", "head of patch tokens"),
   (r"(head|fc|classifier)\.(weight|bias)", "classifier"),
   (r"pooler\..*", "Hugging Face's pooler"),

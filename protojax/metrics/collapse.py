@@ -31,6 +31,7 @@ class Partners(NamedTuple):
     unique: float [T], see `partners`.
     random: float [T], the same of random prototypes with this K and D.
     nearest: float32 [M], cosine distance to the nearest other prototype; inf if K = 1.
+    no_direction: share of the M that are zero or not finite: neither unique nor copies.
   """
 
   num: int
@@ -38,6 +39,7 @@ class Partners(NamedTuple):
   unique: np.ndarray
   random: np.ndarray
   nearest: np.ndarray
+  no_direction: float = 0.0
 
 
 def partners(
@@ -61,9 +63,10 @@ def partners(
   num, dim = prototypes.shape
   if not 0 < looked < num:
     owner, nearest = pairwise.pairs(prototypes, thresholds)
-    unique = np.sum(np.asarray(owner) == np.arange(num), axis=1)
+    owner = np.asarray(owner)
+    unique = np.sum(owner == np.arange(num), axis=1)
     random = chance.random_unique(num, dim, tuple(thresholds))
-    return Partners(num, num, unique, random, np.asarray(nearest))
+    return Partners(num, num, unique, random, np.asarray(nearest), np.mean(owner[0] < 0))
   rows = np.asarray(prototypes)
   chosen = (np.arange(looked) * num // looked).astype(np.int32)
   found = pairwise.by_row(pairwise.one_of_how_many(tuple(thresholds)), rows[chosen], rows, chosen)
@@ -71,7 +74,9 @@ def partners(
   # The expectation of 1 / n, n - 1 of K - 1 being near with this probability each.
   random = -np.expm1(num * np.log1p(-share)) / np.maximum(share, np.finfo(float).tiny)
   random = np.where(num * share < 1e-9, num, random)
-  return Partners(num, looked, num * found[:, 1:].mean(axis=0), random, found[:, 0])
+  lengths = np.linalg.norm(rows[chosen], axis=1)
+  lost = np.mean(~(np.isfinite(lengths) & (lengths > 0.0)))
+  return Partners(num, looked, num * found[:, 1:].mean(axis=0), random, found[:, 0], lost)
 
 
 def relative_uniqueness(

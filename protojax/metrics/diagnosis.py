@@ -114,6 +114,8 @@ def examine(
   headline = found.thresholds.index(rules.HEADLINE)
   groups = uniqueness.largest_groups(found.owner[headline], _GROUPS)
   known = measures.uniqueness(found.unique, null.unique, num)
+  if lost.size:
+    known["no_direction"] = lost.size / num
   result = {
     "num": num,
     "dim": dim,

@@ -78,6 +78,8 @@ def uniqueness(unique: Sequence[int], random: Sequence[int], num: int) -> dict[s
 def _uniqueness(partners) -> dict[str, float]:
   found = partners()
   some = {"unique_of": found.looked} if found.looked < found.num else {}
+  if found.no_direction:
+    some["no_direction"] = found.no_direction
   return uniqueness(found.unique, found.random, found.num) | some
 
 
@@ -133,6 +135,8 @@ MEASURES = (
     meaning="prototypes that stand for all K in the shares of unique ones and in relative spacing: "
     "compared with all, the share is the mean of 1 / (how many are nearer, itself among them)",
   ),
+  # Only where there are some: zero, or not finite; not among the unique ones, and no copies.
+  Measure("no_direction", _PARTNERS, form=".1%", label="without direction"),
   Measure(
     "used",
     _CODES,

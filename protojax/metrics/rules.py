@@ -37,6 +37,8 @@ LIMITS = {
   # Copies beyond those of random prototypes, share of K. Decoupled prototypes have under .001
   # (CAPI, arXiv 2510.20108), joint ones .9; a tenth of all is worth a warning.
   "copies": 0.1,
+  # Zero rows, share of K: none is healthy, a few of many are an empty cluster or two.
+  "no_direction": 0.1,
   # Beyond those of random prototypes, share of K with another nearer than `NEAR`.
   "bunched": 0.1,
   # Prototype spacing over feature spread: copies give 0, equal spacing about 1.
@@ -198,7 +200,9 @@ def _below_pixels(measures, more):
 def _bunched(measures, num_prototypes, prototypes, longer):
   """Prototypes that move onto one another and are not copies yet."""
   unique, null = (measures.get(f"collapse/unique_{NEAR}{end}") for end in ("", "_random"))
-  if _are_copies(measures) or unique is None or null is None or null - unique <= LIMITS["bunched"]:
+  if _are_copies(measures) or unique is None or null is None:
+    return
+  if null - unique - _lost(measures) <= LIMITS["bunched"]:
     return
   advice = {"mixture": longer}.get(
     prototypes, "set method.prototypes=mixture, or lower method.num_prototypes"
@@ -346,19 +350,37 @@ def collapses(
       )
   if _are_copies(measures):
     yield _copies(measures, num_prototypes, prototypes, advise, longer, alike)
+  if (lost := _lost(measures)) > limit["no_direction"]:
+    yield Verdict(
+      "prototypes without direction",
+      f"{lost:.0%} of {num_prototypes:,} prototypes are zero, or not finite, so that no image is "
+      "theirs: see where they are made: rows that were never set, or that weight decay has taken",
+      True,
+    )
+
+
+def _lost(measures) -> float:
+  """Share of K that has no direction."""
+  return measures.get("collapse/no_direction") or 0.0
+
+
+def _copied(measures) -> float | None:
+  """Share of K that is a copy: has a direction and is not among the unique ones."""
+  unique = measures.get(f"collapse/unique_{HEADLINE}")
+  return None if unique is None else 1.0 - unique - _lost(measures)
 
 
 def _are_copies(measures) -> bool:
   """Whether more prototypes are copies than of as many random ones, by `LIMITS`."""
-  unique, null = (measures.get(f"collapse/unique_{HEADLINE}{end}") for end in ("", "_random"))
-  return unique is not None and (1.0 if null is None else null) - unique > LIMITS["copies"]
+  copied, null = _copied(measures), measures.get(f"collapse/unique_{HEADLINE}_random")
+  return copied is not None and copied - (0.0 if null is None else 1.0 - null) > LIMITS["copies"]
 
 
 def _copies(measures, num_prototypes, prototypes, advise, longer, alike) -> Verdict:
-  unique, null = (measures.get(f"collapse/unique_{HEADLINE}{end}") for end in ("", "_random"))
+  null = measures.get(f"collapse/unique_{HEADLINE}_random")
   random = "" if null is None else f"random ones: {1 - null:.0%}; "
   copies = (
-    f"{1 - unique:.0%} of {num_prototypes:,} prototypes are copies "
+    f"{_copied(measures):.0%} of {num_prototypes:,} prototypes are copies "
     f"({random}{prototypes_in_words(measures)})"
   )
   relative = measures.get("collapse/relative_uniqueness")

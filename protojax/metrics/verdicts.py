@@ -37,9 +37,9 @@ def judge(
 
   non-finite, warming up, aliased teacher, dead projector, uniform collapse, one-hot collapse,
   representation collapse, cluster collapse, dimensional collapse, partial prototype collapse (or
-  complete: all are one; or narrow cone: many near prototypes because the features are near); then
-  what is no collapse: worse than at the start, prototypes bunch, unique but unused, nothing learned
-  yet, little learned yet, worse than raw pixels.
+  complete: all are one; or narrow cone: many near prototypes because the features are near),
+  prototypes without direction; then what is no collapse: worse than at the start, prototypes bunch,
+  unique but unused, nothing learned yet, little learned yet, worse than raw pixels.
   Where none holds it is one of `rules.OPEN`, or ok.
 
   An untrained net looks collapsed: its features are bunched, its centred targets uniform, its
@@ -48,7 +48,7 @@ def judge(
   Args:
     measures: {name in metrics.jsonl: value or None}; read are train/{loss, cross_entropy, ln_k,
       target_entropy}, collapse/{unique_0.025 and unique_0.25 (both
-      also _random), drift, used, perplexity (both
+      also _random), no_direction, drift, used, perplexity (both
       also of the sample), used_random, used_most, feature_std, mean_cosine, embedding_cosine,
       rankme, teacher_distance, relative_uniqueness}, probe/{knn, linear_fitted} and floor/{knn,
       knn_pixels, knn_untrained, knn_start, linear_pixels, test_images, loss_start}.

@@ -10,7 +10,7 @@ _CHAINED = 0.5  # components over unique prototypes, below which they are no sep
 _CONE = 0.5  # mean cosine of prototypes that point the same way; random ones have 0
 _NORMS = 3.0  # largest norm over the median, of prototypes that win by their norm
 _FLAT = 0.5  # of the rank there could be
-_OF_PROTOTYPES = ("unique", "num_prototypes")  # measures that need no image
+_OF_PROTOTYPES = ("unique", "num_prototypes", "no_direction")  # measures that need no image
 _EXPLAINED = "docs/instruments.md, The numbers"
 
 

@@ -447,6 +447,25 @@ def test_a_verdict_needs_neither_step_nor_k():
   assert "the teacher equals the student: set" in aliased.sentence
 
 
+def test_rows_without_direction_are_no_copies():
+  rows = np.random.default_rng(0).normal(size=(256, 32))
+  found = {}
+  for zeros in (0, 20, 60):
+    given = np.where(np.arange(256)[:, None] < zeros, 0.0, rows)
+    measures = metrics.summary(prototypes=given, embeddings=rows[zeros:])
+    looked = metrics.summary(prototypes=given, partners=collapse.partners(given, 128))
+    share = looked.get("collapse/no_direction", 0.0)
+    assert share == pytest.approx(zeros / 256, abs=0.01)
+    assert ("collapse/no_direction" in measures) == bool(zeros)
+    found[zeros] = metrics.verdict(measures)
+  assert found[0].label == found[20].label == "no collapse"
+  assert found[60].label == "prototypes without direction" and "23% of 256" in found[60].sentence
+  assert "copies" not in found[60].sentence
+  copied = np.where(np.arange(256)[:, None] < 60, 0.0, np.repeat(rows[:64], 4, axis=0))
+  both = metrics.verdict(metrics.summary(prototypes=copied)).sentence
+  assert both.startswith("57% of 256 prototypes are copies") and "(also: prototypes without" in both
+
+
 def test_a_verdict_on_features_alone_says_nothing_of_prototypes():
   features = np.random.default_rng(0).normal(size=(100, 32))
   verdict = metrics.verdict({**metrics.summary(features=features), "train/loss": 2.0})
