@@ -24,7 +24,7 @@ computes, moves and sends, what bounds it, and how many images a second that all
   protojax plan --config=quickstart --devices=8          virtual ones, of this CPU
 
 Without --topology and --devices: for the devices at hand. A topology needs libtpu (pip install
-"jax[tpu]") and no TPU. No image is read. A full recipe may take twenty minutes to compile on two
+"jax[tpu]") and no TPU. No image is read. A full recipe may take ten minutes to compile on two
 cores; NAME:debug, which takes about one, is the way to try a command."""
 
 # Images and classes of what the recipes name; of anything else those of ImageNet.

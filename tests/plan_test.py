@@ -79,6 +79,9 @@ def test_what_to_change_first_follows_from_the_bound():
   assert "backward: ViT/blocks/mlp/fc1/dot_general" in memory.first
   network = _said(_step(messages=[_all_reduce(2_000_000_000)]))
   assert network.predicted.bound == "network" and "raise config.batch_size" in network.first
+  sums = _all_reduce(10**9)._replace(origins={"update": 10**9})
+  split = _said(_step(messages=[_all_reduce(2_000_000_000), sums]))
+  assert "--mesh=data:4,model:4" in split.first
   over_model = _step(messages=[_all_reduce(10**9, 4)], mesh={"data": 4, "model": 4})
   assert "config.mesh.model: lower it" in _said(over_model).first
   highest = _step()

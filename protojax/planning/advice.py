@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from protojax.planning import chips, compiled, counting, prediction, targets
 
+_MANY_BYTES = 0.25  # of all messages, in that of the M-step's sums
 _HIGH = ("f32 x f32, high", "f32 x f32, highest")
 
 
@@ -120,6 +121,11 @@ def first(
     )
     if 0 < longest.group <= mesh["model"] < len(target.devices):
       return f"messages take {share}, most within the groups of config.mesh.model: lower it"
+    if side := _side(step, target):
+      return (
+        f"messages take {share}, many of their bytes the M-step's sums for all prototypes: split "
+        f"these along a side of the slice, --mesh=data:{len(target.devices) // side},model:{side}"
+      )
     return (
       f"messages take {share}, the longest of them the {longest.kind} of "
       f"{next(iter(longest.origins), 'other')}, and take as long for more images: raise "
@@ -138,6 +144,20 @@ def first(
       "highest precision: lower config.method.num_prototypes or raise config.mesh.model"
     )
   return f"products bound it, {most}: that is as it should be"
+
+
+def _side(step: compiled.Step, target: targets.Target) -> int:
+  """A side of the slice to split prototypes along, where that makes messages smaller; else 0."""
+  sums = [
+    one.bytes
+    for one in step.counts.collectives
+    if any(origin.startswith("update") for origin in one.origins)
+  ]
+  whole = sum(one.times * one.bytes for one in step.counts.collectives)
+  if step.mesh["model"] > 1 or not sums or max(sums) < _MANY_BYTES * whole:
+    return 0
+  num = step.config.method.num_prototypes
+  return max((s for s in target.sides if s < len(target.devices) and num % s == 0), default=0)
 
 
 def _to_fit(step: compiled.Step) -> str:
