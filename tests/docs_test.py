@@ -29,7 +29,7 @@ import safetensors.numpy
 import torch_format
 from PIL import Image
 
-from benchmarks import cifar10, collapse_zoo, quickstart, scaling, storage
+from benchmarks import cifar10, collapse_zoo, quickstart, results, scaling, storage
 from benchmarks.accelerator import collect
 from protojax import __main__, main, plan
 from protojax.metrics import verdicts
@@ -320,3 +320,11 @@ def test_the_page_of_faults_is_what_the_tests_say():
   rows = list(survives["rows"]())
   assert len(rows) > 40 and all(all(row[:4]) for row in rows)
   assert survives["PAGE"].read_text() == survives["page"](), "run python docs/survives.py"
+
+
+def test_the_page_of_claims_is_what_the_results_say():
+  assert results.PAGE.read_text() == results.page(), "run python -m benchmarks.results"
+  value = results.Value
+  assert results._above(value(3.0, 0.5, 3), value(1.9, 0.5, 3))
+  assert not results._above(value(3.0, 0.5, 3), value(2.1, 0.5, 3))
+  assert not results._above(value(3.0, 0.0, 1), value(1.0, 0.0, 1))  # one seed

@@ -267,11 +267,11 @@ def sinkhorn(
       totals = known + jnp.log(jnp.exp(own - left_out(samples)[None, ..., None]).sum(axis=(1, 2)))
       offsets = offset(totals)
       own += (known - offsets)[:, None, None] - samples[None, ..., None]
-      return offsets, jnp.exp(own).sum(axis=-1)
+      return jnp.exp(own).sum(axis=-1), offsets
 
     before = before[:, 0] if m == 1 else before  # as the blocks are
-    offsets, by_block = each(one, (blocks, before))
-    return offsets, samples + jnp.log(by_block.sum(axis=(0, 1)))
+    received, offsets = _sum_over(one, (blocks, before))
+    return offsets, samples + jnp.log(received.sum(axis=0))
 
   offsets, by_block = each(first, blocks)
   start = offsets, jax.nn.logsumexp(by_block, axis=(0, 1))

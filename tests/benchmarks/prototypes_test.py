@@ -11,7 +11,7 @@ def test_a_million_prototypes_need_the_memory_of_a_block():
   """256 images, ten views: beside prototypes and statistics less than 512 MB, all at once 40 GB."""
   at_once, by_blocks = prototypes.measure("mixture", 2**20, (0, None), 256, 10, 256, runs=0)
   assert by_blocks["block"] == 128 and "milliseconds" not in by_blocks
-  assert by_blocks["temporary_bytes"] < 200e6
+  assert by_blocks["temporary_bytes"] < 240e6
   assert at_once["temporary_bytes"] > 4 * (2.2e9 + 512e6)
 
 

@@ -1,0 +1,225 @@
+"""The papers' claims beside what was measured here: python -m benchmarks.results
+
+Writes docs/results.md from docs/results/, trains nothing. A row of `CLAIMS` says what a paper says,
+where it would show here, and what would have to hold for "seen"; numbers and verdicts come from the
+JSON. What has not been tried stands there too.
+"""
+
+import json
+import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from benchmarks import cifar10
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "results.md"
+QUICKSTART = ROOT / "docs" / "results" / "quickstart.json"
+
+_BEFORE = """\
+# The papers' claims, and ours beside them
+
+Claims of the two papers that this library is about, what was measured here for each, and whether it
+was seen. `python -m benchmarks.results` writes this page from `docs/results/`; how each number was
+made is said there and under [Protocols](#protocols). Nothing here is of the papers' size: two CPU
+cores, thousands of steps, images of 8 and 32 pixels. "Not seen" is what these runs say, and no
+more; "not tested" is said as loudly as the rest. Numbers are percent, n how many seeds.
+
+"""
+
+_PROTOCOLS = """\
+## Protocols
+
+- **digits**: scikit-learn's handwritten digits, 8 x 8 pixels, 1,442 train and 355 test images; the
+  quickstart's recipe, 512 prototypes of 32 dimensions, balanced targets, three seeds:
+  `python benchmarks/quickstart.py`, versions and commits in `docs/results/quickstart.json`.
+- **CIFAR-10**: CIFAR-10 (JPEG copy), ViT of .45 M parameters, K = 1,024, D = 128 (4,096 codes for
+  FALCON), 2,000 steps of 128 images: `python benchmarks/cifar10.py`, versions, commits and configs
+  in `docs/results/cifar10/`.
+- **unique**: share of K kept by the greedy cover at a cosine distance; **used**: share of K that is
+  nearest to some train image; **k-NN**: weighted, cosine, k = 20, temperature .07, all train images
+  as bank, held-out test images; **linear**: logistic regression on frozen features, its strength
+  chosen on a tenth of the bank. Features of the teacher's backbone, last layer.
+- Mean and standard deviation where there are several seeds. One value is called higher where means
+  differ by more than both standard deviations together; of one seed nothing is called seen.
+"""
+
+
+class Value(NamedTuple):
+  """Of one row, in percent."""
+
+  mean: float
+  deviation: float
+  seeds: int
+
+  def __str__(self) -> str:
+    spread = f" ± {self.deviation:.1f}" if self.seeds > 1 else ""
+    return f"{self.mean:.1f}{spread} (n = {self.seeds})"
+
+
+class Claim(NamedTuple):
+  """Attributes:
+  paper: arXiv id, and where in it.
+  says: the claim with its numbers.
+  ours: what was measured, in words and numbers; "" where nothing was.
+  seen: whether it was seen; None where it was not tested.
+  """
+
+  paper: str
+  says: str
+  ours: str
+  seen: bool | None
+
+
+def measured(measure: str) -> Callable[[str], Value]:
+  """A function of "SET: row" to the row's value of a measure, of digits or CIFAR-10."""
+  digits = json.loads(QUICKSTART.read_text())["rows"]
+  several, single = cifar10.by_seed(), cifar10.published()
+
+  def of(name: str) -> Value:
+    where, _, row = name.partition(": ")
+    runs = digits[row] if where == "digits" else several.get(row) or [single[row]]
+    values = [100.0 * run[measure] for run in runs]
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return Value(float(np.mean(values)), deviation, len(values))
+
+  return of
+
+
+def _above(one: Value, other: Value) -> bool:
+  """Whether one is above another by more than both deviations, of several seeds each."""
+  several = min(one.seeds, other.seeds) > 1
+  return several and one.mean - other.mean > one.deviation + other.deviation
+
+
+def claims() -> list[Claim]:
+  """In the order of the papers; questions that neither asks come after its claims."""
+  copies, bunched, near = (measured(f"collapse/unique_{t}") for t in ("0.025", "0.25", "0.5"))
+  random = measured("collapse/unique_0.5_random")
+  used, knn, linear = map(measured, ("collapse/used", "probe/knn", "probe/linear_fitted"))
+  joint, apart = "digits: joint", "digits: decoupled"
+  dino, balanced, paper = (
+    f"CIFAR-10: dino {kind}" for kind in ("joint", "mixture, balanced", "mixture, paper")
+  )
+  carp, carp_apart = "CIFAR-10: carp joint", "CIFAR-10: carp mixture"
+  falcon, *others = (
+    f"CIFAR-10: {row}" for row in ("falcon", "barlow twins", "swav", "self-classifier", "gedi")
+  )
+  decoupled = (apart, balanced, paper)
+  return [
+    Claim(
+      "2510.20108, table 1",
+      "Prototypes learned jointly become copies: of DINO's 60,000, 908 are unique at .025 (1.5 %), "
+      "of CARP's 65,536, 7,052 (10.8 %)",
+      f"unique at .025: digits {copies(joint)}, CIFAR-10 dino {copies(dino)}, carp {copies(carp)}: "
+      "no copies in runs as short as ours",
+      min(copies(joint).mean, copies(dino).mean) < 90.0,
+    ),
+    Claim(
+      "2510.20108",
+      "They draw together early in training",
+      f"unique at .25: digits joint {bunched(joint)}, decoupled {bunched(apart)}; on CIFAR-10 not "
+      f"yet: at .5 dino {near(dino)}, carp {near(carp)}",
+      _above(bunched(apart), bunched(joint)),
+    ),
+    Claim(
+      "2510.20108, table 1 and figure 3",
+      "Decoupled prototypes stay unique: 100 % at .025 to .25",
+      "at .25: "
+      f"digits {bunched(apart)}, CIFAR-10 {bunched(balanced)} and as in the paper {bunched(paper)}",
+      min(f(x).mean for f in (copies, bunched) for x in decoupled) > 99.0,
+    ),
+    Claim(
+      "2510.20108, figure 3",
+      "... and 100 % at .5",
+      f"digits {near(apart)}, where random ones are {random(apart)}; CIFAR-10 {near(balanced)}, as "
+      f"in the paper {near(paper)}",
+      min(near(x).mean for x in decoupled) > 99.0,
+    ),
+    Claim(
+      "2510.20108, figure 3",
+      "k-NN on ImageNet rises from 67.7 to 69.5 (CARP)",
+      f"CIFAR-10: carp {knn(carp)}, decoupled {knn(carp_apart)}",
+      None if knn(carp).seeds < 2 else _above(knn(carp_apart), knn(carp)),
+    ),
+    Claim(
+      "2510.20108, table 3",
+      "k-NN and linear accuracy on ImageNet are above DINO's",
+      f"CIFAR-10: k-NN joint {knn(dino)}, decoupled {knn(balanced)}, as in the paper {knn(paper)}; "
+      f"linear {linear(dino)}, {linear(balanced)}, {linear(paper)}",
+      _above(knn(balanced), knn(dino)) and _above(linear(balanced), linear(dino)),
+    ),
+    Claim(
+      "2510.20108, table 2",
+      "Rare classes gain on long-tailed images (iNaturalist-2018)",
+      "",
+      None,
+    ),
+    Claim(
+      "asked here",
+      "Are decoupled prototypes better used?",
+      f"used: digits joint {used(joint)}, decoupled {used(apart)}; CIFAR-10 joint {used(dino)}, "
+      f"decoupled {used(balanced)}, as in the paper {used(paper)}",
+      _above(used(apart), used(joint)) and _above(used(balanced), used(dino)),
+    ),
+    Claim(
+      "asked here",
+      "Are features of digits better?",
+      f"k-NN joint {knn(joint)}, decoupled {knn(apart)}; linear {linear(joint)}, {linear(apart)}: "
+      "raw pixels are above all",
+      _above(knn(apart), knn(joint)),
+    ),
+    Claim(
+      "2410.04959",
+      "A fixed dictionary and its loss avoid collapses of representation, dimensions and clusters",
+      f"CIFAR-10: {used(falcon)} of 4,096 codes used: few, after 2,000 steps",
+      None,
+    ),
+    Claim(
+      "2410.04959, table 1",
+      "Accuracy above Barlow Twins, SwAV, Self-Classifier and GEDI (ResNet-8, CIFAR-10: 68)",
+      f"k-NN of a small ViT: {', '.join(f'{x[10:]} {knn(x)}' for x in (falcon, *others))}: "
+      "another net and measure",
+      None,
+    ),
+    Claim(
+      "2410.04959, table 2",
+      "Linear accuracy on ImageNet-100 grows with the number of codes, 64.9 to 74.0",
+      "",
+      None,
+    ),
+  ]
+
+
+def floors() -> str:
+  """Accuracies without training, a Markdown table."""
+  digits = json.loads(QUICKSTART.read_text())["rows"]["joint"]
+  cifar = cifar10.published()
+  lines = ["| floor | digits: k-NN | linear | CIFAR-10: k-NN | linear |", "|---|---|---|---|---|"]
+  for name, keys, row in (
+    ("raw pixels", ("floor/knn_pixels", "floor/linear_pixels"), "raw pixels"),
+    ("untrained net", ("floor/knn_untrained", None), "untrained encoder"),
+  ):
+    cells = [f"{100 * np.mean([r[k] for r in digits]):.1f}" if k else "–" for k in keys]
+    cells += [f"{100 * cifar[row][k]:.1f}" for k in ("probe/knn", "probe/linear_fitted")]
+    lines.append(f"| {name} | " + " | ".join(cells) + " |")
+  knn, linear = measured("probe/knn"), measured("probe/linear_fitted")
+  still = "digits: frozen random", "CIFAR-10: dino frozen"
+  cells = [str(value(row)) for row in still for value in (knn, linear)]
+  return "\n".join([*lines, "| prototypes that never move | " + " | ".join(cells) + " |"])
+
+
+def page() -> str:
+  """docs/results.md."""
+  said = {True: "**seen**", False: "**not seen**", None: "**not tested**"}
+  lines = ["| paper | it says | measured here | |", "|---|---|---|---|"]
+  for one in claims():
+    lines.append(f"| {one.paper} | {one.says} | {one.ours or '–'} | {said[one.seen]} |")
+  table = "\n".join(lines)
+  return f"{_BEFORE}{table}\n\n## Floors\n\n{floors()}\n\n{_PROTOCOLS}"
+
+
+if __name__ == "__main__":
+  PAGE.write_text(page(), encoding="utf-8")
