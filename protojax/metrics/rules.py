@@ -282,6 +282,13 @@ def collapses(
         + advise("set head.norm=batch", "set head.activation=gelu", "lower optim.lr"),
         True,
       )
+    elif std is None:  # nobody measured the backbone
+      yield Verdict(
+        "representation collapse",
+        f"all images have the same embedding (mean cosine {embedded:.4f}): see whether the "
+        "backbone's features differ; " + advise("lower optim.lr", "raise batch_size"),
+        True,
+      )
   if chance is not None and cross_entropy is not None:
     alone = entropy is None
     near = limit["loss_at_chance_alone" if alone else "loss_at_chance"]

@@ -217,9 +217,9 @@ class Checkpoints:
     there = len(steps(self._folder.parent))
     if of_first(lambda: "full" if free < size else None):
       raise errors.UserError(
-        f"a checkpoint takes up to {size / 1e9:.3g} GB and {free / 1e9:.3g} GB of the disk of "
-        f"{self._folder.parent} are free: free some space or choose another workdir; "
-        f"{intact(self._folder.parent)}"
+        f"a checkpoint takes up to {size / 1e6:,.3g} MB and {free / 1e6:,.3g} MB of the disk of "
+        f"{self._folder.parent} are free: free some space, or copy the workdir to another disk and "
+        f"name it there; {intact(self._folder.parent)}"
       )
     return max(1, self._keep + 1 - there) * size, free
 
@@ -323,7 +323,9 @@ class Checkpoints:
       reasons[step] = f"{step} ({reason})"
     if reasons:
       raise errors.UserError(
-        f"no checkpoint in {self._folder} can be read: {', '.join(reasons.values())}: {_START_ANEW}"
+        f"no checkpoint in {self._folder} can be read: {', '.join(reasons.values())}: bring these "
+        "files back from a backup, or train again in another workdir, with the same numbers; "
+        "config.overwrite=True deletes the whole run, its log and exported/, too"
       )
     return None
 

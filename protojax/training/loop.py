@@ -152,6 +152,9 @@ def _run(config, workdir, report, heard) -> dict[str, float]:
         logging.info("%s at step %d; measured on %s from here on", changed, start, bank.name)
     stack.enter_context(workdirs.reporting(folder))
     stack.enter_context(contextlib.closing(checkpoints))
+    room = None
+    if start < config.num_steps:  # refused before the log is cut back to the checkpoint
+      room = checkpoints.room(program.abstract)
     extended = continuation.extend(folder, config, start)
     log = console.RunLog(folder, config, start=start, describe=train_source.describe)
     log = stack.enter_context(log)
@@ -166,8 +169,8 @@ def _run(config, workdir, report, heard) -> dict[str, float]:
       log.summary(result, bank=bank)
       return result
     log.lines(opening.lines(program, train=train_source, bank=bank, test=test, folder=folder))
-    if start < config.num_steps:
-      log.lines(opening.disk(*checkpoints.room(program.abstract)))
+    if room is not None:
+      log.lines(opening.disk(*room, keep=config.keep_checkpoints))
     cached = {data: program.load(data) for data in to_cache}
     view = evaluation.Snapshot(program, bank=bank, test=test, cached=cached)
     if start == 0:

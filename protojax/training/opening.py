@@ -126,11 +126,12 @@ def memory(step: jax.stages.Compiled, mesh: jax.sharding.Mesh) -> list[str]:
   return _wrapped("memory", text)
 
 
-def disk(needed: int, free: int) -> list[str]:
-  """How much the checkpoints will take, of what is free; see `checkpoint.Checkpoints.room`."""
+def disk(needed: int, free: int, keep: int) -> list[str]:
+  """How much `keep` checkpoints will take, of what is free; see `checkpoint.Checkpoints.room`."""
   text = f"up to {_size(needed)} more for checkpoints, of {_size(free)} that are free"
   if needed > free:
-    text += ": the run will stop when it is full; free some space or lower config.keep_checkpoints"
+    text += ": the run will stop when it is full, and a stop may not be saved then; free some space"
+    text += " or lower config.keep_checkpoints" * (keep > 2)  # fewer are refused
   return _wrapped("disk", text)
 
 

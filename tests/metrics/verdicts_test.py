@@ -447,6 +447,14 @@ def test_a_verdict_needs_neither_step_nor_k():
   assert "the teacher equals the student: set" in aliased.sentence
 
 
+def test_equal_embeddings_are_a_collapse_of_what_makes_them():
+  """Not of the prototypes, of which equal embeddings can use but one."""
+  rows = np.random.default_rng(0).normal(size=(256, 32))
+  measures = metrics.summary(prototypes=rows, embeddings=np.tile(rows[:1], (400, 1)))
+  verdict = metrics.verdict(measures)
+  assert verdict.label == "representation collapse" and "(also: cluster" in verdict.sentence
+
+
 def test_rows_without_direction_are_no_copies():
   rows = np.random.default_rng(0).normal(size=(256, 32))
   found = {}

@@ -449,5 +449,5 @@ def test_room_counts_what_is_kept_and_what_is_being_written(tmp_path, monkeypatc
     (tmp_path / "run" / "checkpoints" / step).mkdir(parents=True)
   assert saved.room(state) == (1_000_000, 2_000_000)
   monkeypatch.setattr(shutil, "disk_usage", lambda path: disk._replace(free=900_000))
-  with pytest.raises(errors.UserError, match="0.001 GB and 0.0009 GB of the disk .* are free"):
+  with pytest.raises(errors.UserError, match="1 MB and 0.9 MB of the disk .* are free"):
     saved.room(state)
