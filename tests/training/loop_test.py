@@ -685,7 +685,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_refused_before_the_first_step(
 ):
   room = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
   monkeypatch.setattr(shutil, "disk_usage", lambda path: room)
-  said = r"a checkpoint takes up to \d.\d+ MB and 1 MB of the disk of .*run are free: free some space, or"
+  said = r"a checkpoint takes up to \d.\d+ MB and 1 MB of the disk of .*run are free: free some"
   with pytest.raises(errors.UserError, match=said):
     loop.run(tiny.run_config(), str(tmp_path / "run"))
   left = {path.name for path in (tmp_path / "run").iterdir()}
