@@ -5,6 +5,7 @@ where it would show here, and what would have to hold for "seen"; numbers and ve
 JSON. What has not been tried stands there too.
 """
 
+import argparse
 import json
 import pathlib
 from collections.abc import Callable
@@ -221,5 +222,13 @@ def page() -> str:
   return f"{_BEFORE}{table}\n\n## Floors\n\n{floors()}\n\n{_PROTOCOLS}"
 
 
-if __name__ == "__main__":
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
+  parser.parse_args()
   PAGE.write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+  main()
