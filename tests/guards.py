@@ -4,7 +4,7 @@ After a change that is meant to change them, one command writes them anew:
 
     PROTOJAX_WRITE_GUARDS=1 PROTOJAX_TEST_ALL=1 python -m pytest -n 0 tests -k as_stored
 
-where libtpu is installed (pip install libtpu), those of the TPU too; without it they stay.
+where libtpu is installed (pip install -e ".[plan]"), those of the TPU too; without it they stay.
 """
 
 import importlib.metadata
