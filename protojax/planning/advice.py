@@ -154,9 +154,9 @@ def _side(step: compiled.Step, target: targets.Target) -> int:
     if any(origin.startswith("update") for origin in one.origins)
   ]
   whole = sum(one.times * one.bytes for one in step.counts.collectives)
-  if step.mesh["model"] > 1 or not sums or max(sums) < _MANY_BYTES * whole:
-    return 0
   num = step.config.method.num_prototypes
+  if not num or step.mesh["model"] > 1 or not sums or max(sums) < _MANY_BYTES * whole:
+    return 0
   return max((s for s in target.sides if s < len(target.devices) and num % s == 0), default=0)
 
 
