@@ -6,6 +6,7 @@ driver, launcher and all take part.
 """
 
 import argparse
+import collections
 import contextlib
 import hashlib
 import json
@@ -13,6 +14,7 @@ import math
 import os
 import pathlib
 import random
+import re
 import shlex
 import signal
 import subprocess
@@ -36,7 +38,8 @@ every array of the state, every number of metrics.jsonl but times, and the expor
     --config.data.data_dir=IMAGES --config.num_steps=60
 
 --then also lets a run be stopped half-way and go on under another command, with other devices or
-processes. That ends in the same numbers up to rounding, so the largest difference is said.
+processes. That ends in the same numbers up to rounding, so the largest difference of a part of the
+state (an encoder's parameters, their moments, the prototypes ...) or of the loss is said.
 
   ... --then='env JAX_NUM_CPU_DEVICES=2 python -m protojax.main'
 
@@ -47,6 +50,7 @@ _USUAL = {"num_steps": 24, "save_every": 4, "monitor.every": 6, "eval_every": 12
 _TRAINING = [sys.executable, "-m", "protojax.main"]
 _SEAL, _TEMPORARY = "seal.json", ".orbax-checkpoint-tmp"
 _POLL = 0.001  # seconds
+_ENCODER = re.compile("/(?:backbone|head)/")  # what the name of an encoder's array goes on with
 MOMENTS = ("step", "save", "before the seal", "sealed, not yet named", "look", "start")
 
 
@@ -59,7 +63,12 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument("--seed", type=int, default=0, help="of the moments, default 0")
   parser.add_argument("--launcher", help="what starts a training; default: python -m protojax.main")
   parser.add_argument("--then", metavar="LAUNCHER", help="another, which goes on half-way")
-  parser.add_argument("--tolerance", type=float, default=1e-3, help="with --then; default 1e-3")
+  parser.add_argument(
+    "--tolerance",
+    type=float,
+    default=1e-3,
+    help="what --then may be apart; default 1e-3 of a part's length",
+  )
   parser.add_argument("--config.KEY", metavar="VALUE", help="changes a setting of the recipe")
   return parser
 
@@ -299,13 +308,30 @@ def differences(whole: pathlib.Path, other: pathlib.Path) -> tuple[list[str], st
 
 
 def largest(whole: pathlib.Path, other: pathlib.Path) -> tuple[float, str]:
-  """(difference, leaf) where two states are furthest apart: |a - b| / |a| in the 2-norm."""
-  one, two = state_of(whole), state_of(other)
+  """(difference, of what) where two runs that ought to be equal up to rounding are furthest apart.
+
+  Compared as vectors, |a - b| / |a| in the 2-norm, are the parts of the state: all parameters of an
+  encoder together, and so its moments and statistics; each other array by itself; and the loss of
+  all steps. Not an encoder's arrays one by one: a bias before a batch norm has a gradient that is
+  nothing but rounding, of which Adam makes whole steps, and no output of the network shows it.
+  """
+  sides = []
+  for run in (whole, other):
+    parts = collections.defaultdict(list)
+    for name, x in sorted(state_of(run).items()):
+      if np.issubdtype(x.dtype, np.floating):
+        parts[_ENCODER.split(name)[0]].append(x.astype(np.float64).ravel())
+    for (_, name), value in sorted(records_of(run).items()):
+      if name == "train/loss":
+        parts["the loss in metrics.jsonl"].append(np.array([value], np.float64))
+    sides.append({name: np.concatenate(found) for name, found in parts.items()})
+  one, two = sides
   found = [(0.0, "none")]
-  for name, a in one.items():
-    if np.issubdtype(a.dtype, np.floating) and name in two:
-      a, b = a.astype(np.float64), two[name].astype(np.float64)
-      found.append((float(np.linalg.norm(a - b) / max(np.linalg.norm(a), 1e-12)), name))
+  for name in one.keys() | two.keys():
+    if name not in one or name not in two or one[name].shape != two[name].shape:
+      return math.inf, f"{name}, which is of another shape or in one run alone"
+    length = max(float(np.linalg.norm(one[name])), 1e-12)
+    found.append((float(np.linalg.norm(one[name] - two[name])) / length, name))
   return max(found)
 
 

@@ -1,6 +1,7 @@
 """verify-resume: what it waits for, what it compares, and a real run that is killed (--all)."""
 
 import json
+import math
 import os
 import pathlib
 import re
@@ -98,6 +99,36 @@ def test_arrays_that_differ_in_one_bit_or_in_their_type_alone_differ(tmp_path):
   assert verify_resume.differences(tmp_path / "one", tmp_path / "type")[0] == ["state b"]
   apart, leaf = verify_resume.largest(tmp_path / "one", tmp_path / "bit")
   assert leaf == "a" and 0.0 < apart < 1e-6
+
+
+def _left(folder, state, losses):
+  """A run's folder with this state and these losses, as `largest` reads it."""
+  checkpoints = checkpoint.Checkpoints(folder)
+  checkpoints.save(3, state, {})
+  checkpoints.close()
+  lines = [json.dumps({"step": i, "train/loss": value}) for i, value in enumerate(losses)]
+  (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+  return folder
+
+
+def test_rounding_that_adam_makes_steps_of_is_not_a_difference_and_what_matters_is(tmp_path):
+  def state(kernel=1.0, bias=1e-9, means=1.0):
+    head = {"kernel": jnp.full((8, 4), kernel), "bias": jnp.full(4, bias)}
+    encoder = {"encoder": {"head": {"fc1": head}}}
+    return encoder | {"prototypes": {"means": jnp.full((2, 3), means)}}
+
+  whole = _left(tmp_path / "whole", state(), [2.0, 1.0])
+  for name, changed, losses, apart, what in (
+    ("rounding", state(bias=-3e-9), [2.0, 1.0], 1e-6, "encoder"),
+    ("kernel", state(kernel=1.01), [2.0, 1.0], 2e-2, "encoder"),
+    ("means", state(means=1.05), [2.0, 1.0], 6e-2, "prototypes/means"),
+    ("loss", state(), [2.0, 1.1], 6e-2, "the loss in metrics.jsonl"),
+  ):
+    found, where = verify_resume.largest(whole, _left(tmp_path / name, changed, losses))
+    assert where == what and found < apart, (name, found, where)
+    assert name == "rounding" or found > apart / 3, (name, found)
+  short = _left(tmp_path / "short", state(), [2.0])
+  assert verify_resume.largest(whole, short)[0] == math.inf
 
 
 def test_mistakes_are_one_line(tmp_path):

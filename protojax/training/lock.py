@@ -154,7 +154,7 @@ class _Lock:
     if said.get("machine") == self._mine["machine"] and isinstance(pid, int) and pid > 0:
       if _begun(pid) in ("", said.get("began")):
         return f"{use}: {advice}"
-      logging.info("%s had this workdir and is gone: going on in its place", who)
+      logging.info("%s had this workdir and is gone: its lock is taken over", who)
       return None
     if self._seen is None or self._seen[0].get("token") != said.get("token"):
       self._seen, self._changed = other, now
@@ -165,7 +165,7 @@ class _Lock:
         f"wait {who}, has {self.path} and may be gone: waiting up to {STALE:.0f} s for a sign of "
         "life, then going on in its place; if you know that it is gone, delete that file"
       )
-    logging.info("no sign of life of %s, for %.0f s: going on in its place", who, STALE)
+    logging.info("no sign of life of %s, for %.0f s: its lock is taken over", who, STALE)
     return None
 
   def _remove(self, other: tuple[dict[str, Any], int]) -> None:

@@ -112,6 +112,13 @@ def _run(config, workdir, report, heard) -> dict[str, float]:
       save(step, state, unseen=unseen)
       raise errors.Interrupted(step, stop.number) from None
 
+  def taken(step, stream):
+    """The stream's next batch; what keeps it from coming is said with what there is to go on from."""
+    try:
+      return next(stream)
+    except errors.UserError as error:
+      raise errors.UserError(f"step {step}: {error}; {checkpoint.intact(folder)}") from None
+
   def look(done, state):
     """Measures a state, if it is one that is looked at."""
     watch, evaluate = done % config.monitor.every == 0, done % config.eval_every == 0
@@ -220,8 +227,8 @@ def _run(config, workdir, report, heard) -> dict[str, float]:
           with progress.during("clustering the embeddings"):
             state = jax.block_until_ready(program.refresh(state, *embeddings))
       with jax.transfer_guard("disallow"):
-        batch, skipped, waited = next(batches)
-        probe_batch, _, waited_too = next(probe_batches)
+        batch, skipped, waited = taken(step, batches)
+        probe_batch, _, waited_too = taken(step, probe_batches)
         if plan and step == start + 2:  # the first ones may still be preparing something
           state, metrics, alone = _timed(step_fn, state, batch, probe_batch)
           log.lines([plan.beside(config.batch_size / alone)])

@@ -99,7 +99,7 @@ def test_a_second_run_is_refused_and_a_killed_one_is_followed_at_once(tmp_path, 
   with caplog.at_level("INFO"), lock.held(folder):
     pass
   assert "waiting" not in caplog.text
-  assert re.search(rf"{_stated(first.pid)} had this workdir and is gone: going on", caplog.text)
+  assert re.search(rf"{_stated(first.pid)} had this workdir and is gone: its lock", caplog.text)
   assert not list(folder.glob(f"{lock.NAME}*"))
 
 

@@ -619,6 +619,11 @@ def _read_only(path, *unused):
   raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
 
+def _fed_by_a_dead_process(*unused, **options):
+  raise errors.UserError("a process that decodes images has died")
+  yield
+
+
 _LAST = r"run the same command again; checkpoint 4 is intact"
 
 
@@ -638,10 +643,16 @@ _LAST = r"run the same command again; checkpoint 4 is intact"
     ),
     (metric_writer, "_until", _read_only, rf"Read-only file system .*metrics.jsonl: .*{_LAST}"),
     (workdir, "write_result", _full, r"no space left .*again; checkpoint 6 is intact"),
+    (
+      programs.Program,
+      "batches",
+      _fed_by_a_dead_process,
+      "step 4: a process that decodes images has died; checkpoint 4 is intact",
+    ),
   ],
-  ids=["metrics", "opened", "result"],
+  ids=["metrics", "opened", "result", "images"],
 )
-def test_a_disk_that_refuses_is_one_line_with_what_is_intact(
+def test_a_disk_or_a_worker_that_fails_is_one_line_with_what_is_intact(
   whole, tmp_path, monkeypatch, owner, name, broken, line
 ):
   folder = tmp_path / "run"
