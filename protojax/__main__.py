@@ -1,9 +1,12 @@
 """`protojax VERB ...` and `python -m protojax VERB ...`: the programs under one name."""
 
 import difflib
+import importlib.metadata
 import os
 import runpy
 import sys
+
+import protojax
 
 VERBS = {
   "train": "train a run, or go on with one",
@@ -35,6 +38,9 @@ def run() -> None:
   lines = "\n".join(f"  {name:<14} {what}" for name, what in VERBS.items())
   if verb in ("--help", "-h"):
     print(f"protojax VERB ..., each with --help\n\n{lines}")
+    return
+  if verb == "--version":
+    print(f"protojax {protojax.__version__}, jax {importlib.metadata.version('jax')}")
     return
   near = difflib.get_close_matches(verb, VERBS, 1)
   hint = f"did you mean {near[0]}?" if near else f"choose {', '.join(VERBS)}"

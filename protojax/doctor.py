@@ -50,7 +50,9 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument("--heads", type=int, help="attention heads of a ViT; default: width / 64")
   parser.add_argument("--step", type=int, help="checkpoint of a run; default: the newest")
   parser.add_argument(
-    "--fail", action="store_true", help="end with status 1 where the verdict is an alarm; else 0"
+    "--fail",
+    action="store_true",
+    help="end with status 1 where the verdict is an alarm; else 0, also where nothing was judged",
   )
   parser.add_argument("--json", help="file to write everything to")
   return parser

@@ -10,8 +10,10 @@ import subprocess
 import sys
 import zipfile
 
+import jax
 import pytest
 
+import protojax
 from protojax import __main__, cli, errors, loading, progress
 from protojax.interop import tensor_files
 from protojax.reports import record
@@ -303,6 +305,8 @@ def test_one_command_holds_every_program(monkeypatch, capsys, tmp_path):
   _together(monkeypatch)
   described = capsys.readouterr().out
   assert described.splitlines()[2:] == [f"  {v:<14} {what}" for v, what in __main__.VERBS.items()]
+  _together(monkeypatch, "--version")
+  assert capsys.readouterr().out == f"protojax {protojax.__version__}, jax {jax.__version__}\n"
   for module in __main__.MODULES.values():
     assert importlib.util.find_spec(f"protojax.{module}")
   monkeypatch.setattr(sys, "path", list(sys.path))

@@ -340,9 +340,10 @@ def collapses(
   if not one_hot and codes is not None and codes < min(limit["codes_clusters"], num_prototypes / 8):
     balance = "mixture.balanced=True" if prototypes == "mixture" else "method.targets=sinkhorn"
     advice = advise(f"set {balance}", "lower optim.lr", "raise batch_size")
+    few = "one" if codes < 1.5 else f"about {codes:.0f}"
     yield Verdict(
       "cluster collapse",
-      f"{codes:.1f} of {num_prototypes:,} prototypes take nearly all images"
+      f"{few} of {num_prototypes:,} prototypes take{'s' * (few == 'one')} nearly all images"
       f"{f' ({sets})' if (sets := prototypes_in_words(measures)) else ''}: {advice}",
       True,
     )

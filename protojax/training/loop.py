@@ -113,7 +113,7 @@ def _run(config, workdir, report, heard) -> dict[str, float]:
       raise errors.Interrupted(step, stop.number) from None
 
   def taken(step, stream):
-    """The stream's next batch; what keeps it from coming is said with what there is to go on from."""
+    """The next batch; an error that keeps it from coming, with what there is to go on from."""
     try:
       return next(stream)
     except errors.UserError as error:

@@ -71,12 +71,12 @@ def test_a_run_that_is_well_is_ok():
       "representation collapse",
       ("std 0.004", "teacher.momentum"),
     ),
-    ({"collapse/perplexity": 2.5}, "cluster collapse", ("2.5 of 4,096", "sinkhorn")),
-    ({"collapse/used_sample": 2 / 4096}, "cluster collapse", ("2.0 of 4,096",)),
+    ({"collapse/perplexity": 2.5}, "cluster collapse", ("about 2 of 4,096", "sinkhorn")),
+    ({"collapse/used_sample": 2 / 4096}, "cluster collapse", ("about 2 of 4,096",)),
     (
       {"collapse/perplexity": None, "collapse/perplexity_sample": 1.8},
       "cluster collapse",
-      ("1.8 of 4,096",),
+      ("about 2 of 4,096",),
     ),
     (
       {"collapse/embedding_cosine": 1.0, "collapse/feature_std": 0.14},
@@ -212,7 +212,9 @@ def test_what_was_not_measured_is_left_out_of_a_sentence():
     "84% of 1,000 prototypes are copies (random ones: 0%; unique 16% (random ones 100%)): "
   )
   few = verdicts.judge({"collapse/perplexity": 1.2}, num_prototypes=1000).sentence
-  assert few.startswith("1.2 of 1,000 prototypes take nearly all images (perplexity 1): ")
+  assert few.startswith("one of 1,000 prototypes takes nearly all images (perplexity 1): ")
+  few = verdicts.judge({"collapse/perplexity": 2.7}, num_prototypes=1000).sentence
+  assert few.startswith("about 3 of 1,000 prototypes take nearly all images (perplexity 3): ")
   sample = {"collapse/perplexity_sample": 1.2}
   assert " nearly all images: " in verdicts.judge(sample, num_prototypes=1000).sentence
   unused = judge({"collapse/used": 0.01, "collapse/unique_0.025": None}).sentence
@@ -442,7 +444,7 @@ def test_a_verdict_needs_neither_step_nor_k():
   assert verdict.label == "partial prototype collapse" and "75% of 64" in verdict.sentence
   assert verdict == verdicts.judge(measures, num_prototypes=64, step=10**6)
   one = {"collapse/perplexity_sample": 1.2, "train/ln_k": math.log(512), "collapse/drift": None}
-  assert metrics.verdict(one).sentence.startswith("1.2 of 512 prototypes")
+  assert metrics.verdict(one).sentence.startswith("one of 512 prototypes")
   aliased = metrics.verdict({**measures, "collapse/teacher_distance": 0.0})
   assert "the teacher equals the student: set" in aliased.sentence
 
