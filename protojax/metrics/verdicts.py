@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from protojax import errors, trees
+from protojax.metrics import collapses, idleness, rules
 from protojax.metrics import measures as table
-from protojax.metrics import rules
 
 _SETTING = re.compile(r"\b(set|raise|lower) \w+\.\w")  # advice that a setting of ours follows
 
@@ -86,8 +86,8 @@ def judge(
   ended = step is not None and step == num_steps
   longer = _longer_horizon(settings)
   found = list(already)
-  found += rules.collapses(measures, num_prototypes, step, late, prototypes, advise, longer, alike)
-  found += rules.idleness(measures, num_prototypes, late or ended, prototypes, advise, longer)
+  found += collapses.found(measures, num_prototypes, step, late, prototypes, advise, longer, alike)
+  found += idleness.found(measures, num_prototypes, late or ended, prototypes, advise, longer)
   if not found:
     label, why = _unseen(measures, num_prototypes)
     well = _well(measures, num_prototypes, prototypes)
