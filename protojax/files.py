@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -63,14 +64,22 @@ def write_json(path: str | os.PathLike, content: object) -> None:
 _DEEPEST = 100  # lists within lists of JSON; Python's own limit depends on who reads it
 
 
+def _integer(digits: str) -> int:
+  value = int(digits)
+  if abs(value) > sys.float_info.max:
+    raise ValueError("an integer that is larger than any float")
+  return value
+
+
 def parse_json(text: str | bytes) -> Any:
   """What JSON says, of a file that anybody may have written.
 
   Raises:
-    ValueError: if it is none, lists hold one another without end, or a string is no text.
+    ValueError: if it is none, lists hold one another without end, a string is no text, or an
+      integer is larger than any float.
   """
   try:
-    value = json.loads(text)
+    value = json.loads(text, parse_int=_integer)
   except RecursionError:
     raise ValueError("lists without end") from None
   text = text if isinstance(text, str) else text.decode(json.detect_encoding(text))

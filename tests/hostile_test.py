@@ -280,7 +280,8 @@ def test_what_a_run_calls_itself_is_no_part_of_its_page(tmp_path):
 
 
 def test_json_without_end_and_half_a_character_are_no_json(tmp_path):
-  for text in ("[" * 100_000, "[" * 200 + "]" * 200, '{"a":' * 200 + "1" + "}" * 200, '"\\ud800"'):
+  deep = '{"a":' * 200 + "1" + "}" * 200
+  for text in ("[" * 100_000, "[" * 200 + "]" * 200, deep, '"\\ud800"', f"[-1{'0' * 309}]"):
     with pytest.raises(ValueError):
       files.parse_json(text)
   deep = "[" * 50 + "]" * 50
