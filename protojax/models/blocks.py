@@ -119,10 +119,6 @@ class Block(nn.Module):
     y = Mlp(self.dtype, self.fsdp, name="mlp")(y)
     return x + self._finish_branch(y, "ls2", kept[1], keep)
 
-  def keys(self) -> jax.Array:
-    """One for each branch, of the rng "drop_path"."""
-    return jnp.stack([self.make_rng("drop_path") for _ in range(2)])
-
   def _finish_branch(self, y: jax.Array, scale_name: str, kept, keep) -> jax.Array:
     """LayerScale and drop path: [N, T, D] -> [N, T, D] float32."""
     # The residual stream stays float32: twelve bfloat16 sums would lose what a branch adds.
@@ -135,17 +131,16 @@ class Block(nn.Module):
     return y
 
 
-def draw(each: Sequence[Block], keeps: Sequence[float], n: int) -> jax.Array:
-  """Which of n images keep a branch, of every block: bool [blocks, 2, n].
+def draw(key: jax.Array, keeps: Sequence[float], n: int) -> jax.Array:
+  """Which of n images keep a branch, of every block: bool [blocks, 2, n], in one draw.
 
   Args:
-    each: the blocks, bound.
-    keeps: of each, the probability.
+    key: of the draw.
+    keeps: of each block, the probability.
     n: images.
   """
-  keys = jnp.stack([block.keys() for block in each])
-  of_branch = jax.vmap(lambda key, keep: jax.random.bernoulli(key, keep, (n,)), (0, None))
-  return jax.vmap(of_branch)(keys, jnp.asarray(keeps, jnp.float32))
+  share = jnp.asarray(keeps, jnp.float32)[:, None, None]
+  return jax.random.bernoulli(key, share, (len(keeps), 2, n))
 
 
 def loop(

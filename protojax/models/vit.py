@@ -278,7 +278,7 @@ class ViT(nn.Module):
     keeps = [1.0 - float(rate) for rate in np.linspace(0.0, self.drop_path, self.depth)]
     kept = [None] * len(xs)
     if train and self.drop_path:
-      kept = [blocks.draw(each, keeps, len(x)) for x in xs]
+      kept = [blocks.draw(self.make_rng("drop_path"), keeps, len(x)) for x in xs]
     if looped:
       params = [self.get_variable("params", block.name) for block in each]
       whole = blocks.Block(**options, parent=None)

@@ -118,8 +118,17 @@ def _read(folder: pathlib.Path, name: str) -> Record:
       notes.append(f"{path.relative_to(folder).as_posix()} was left out: it has no measures.")
     elif content:
       results[path.relative_to(folder).as_posix()] = content
-  config = ml_collections.ConfigDict(_json(folder / "config.json", folder, notes))
+  config = _config(folder, notes)
   return Record(name, folder, config, curves, results, _arrays(folder, notes), tuple(notes))
+
+
+def _config(folder: pathlib.Path, notes: list[str]) -> ml_collections.ConfigDict:
+  content = _json(folder / "config.json", folder, notes)
+  try:
+    return ml_collections.ConfigDict(content)
+  except ValueError:  # a name with a dot in it
+    notes.append("config.json was left out: it holds a name that no setting has.")
+    return ml_collections.ConfigDict()
 
 
 def _json(path: pathlib.Path, folder: pathlib.Path, notes: list[str]) -> dict:
