@@ -20,13 +20,12 @@ import argparse
 import json
 import os
 import pathlib
-import subprocess
-import sys
 
 import matplotlib.figure
 import numpy as np
 
 import protojax
+from benchmarks import runs
 from protojax import pretrained
 from protojax.reports import record
 
@@ -79,23 +78,6 @@ COLUMNS = {
 ANGLES = ("unused to minus mean", "used to minus mean", "among unused", "among used")
 
 
-def name(row: str) -> str:
-  """A folder's name for a row."""
-  return "".join(c if c.isalnum() else "_" for c in row)
-
-
-def train(row: str, folder: pathlib.Path) -> None:
-  """Runs one to its end, or does nothing where it has ended."""
-  settings = dict(ROWS[row])
-  mode = settings.pop("mode", "joint")
-  recipe = f"{RECIPE}:{mode}" if mode else RECIPE
-  command = [sys.executable, "-m", "protojax.main", f"--config={recipe}", f"--workdir={folder}"]
-  flags = [f"--config.{key}={value}" for key, value in settings.items()]
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  with open(f"{folder}.log", "w", encoding="utf-8") as log:
-    subprocess.run([*command, *flags], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=True)
-
-
 def directions(folder: pathlib.Path) -> dict[str, float]:
   """Where used and unused prototypes point, by the training images; see the module.
 
@@ -126,7 +108,6 @@ def directions(folder: pathlib.Path) -> dict[str, float]:
 def measured(row: str, folder: pathlib.Path, commit: str) -> dict:
   """What a finished run left: settings, commit, curves {key: [[step, value]]}, measures."""
   run = record.read([folder])[0]
-  result = json.loads((folder / "eval" / "final" / "result.json").read_text())
   curves = {}
   for key in WATCHED:
     steps, values = run.curve(key)
@@ -135,11 +116,8 @@ def measured(row: str, folder: pathlib.Path, commit: str) -> dict:
     "settings": ROWS[row],
     "commit": commit,
     "curves": curves,
-    "measures": result["measures"],
     "directions": directions(folder),
-    "protocol": result["protocol"],
-    "environment": {k: v for k, v in result["environment"].items() if k != "command"},
-  }
+  } | runs.result(folder)
 
 
 def table(rows: dict[str, dict]) -> str:
@@ -187,10 +165,12 @@ def main() -> None:
     print(table(rows))
     return
   os.environ["JAX_PLATFORMS"] = "cpu"
-  commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip()
+  commit = runs.commit()
   for row in args.rows:
-    folder = args.workdir.absolute() / name(row)
-    train(row, folder)
+    folder = args.workdir.absolute() / runs.name(row)
+    settings = dict(ROWS[row])
+    mode = settings.pop("mode", "joint")
+    runs.train(f"{RECIPE}:{mode}" if mode else RECIPE, folder, settings)
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     rows[row] = measured(row, folder, commit)
     RESULTS.write_text(json.dumps({r: rows[r] for r in ROWS if r in rows}, indent=1) + "\n")
