@@ -16,6 +16,7 @@ import pathlib
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -246,14 +247,29 @@ def killed(
 
 
 def stop_half_way(runs: Runs, run: pathlib.Path, steps: int) -> None:
-  """Trains half of the steps and is asked to stop, as a scheduler does (SIGTERM)."""
-  with runs.started(run) as process:
-    while process.poll() is None and step_of(run) < steps // 2:
-      time.sleep(_POLL)
-    with contextlib.suppress(ProcessLookupError):
-      os.killpg(process.pid, signal.SIGTERM)
-    status = process.wait()
-  runs.require(run, status, 128 + signal.SIGTERM)
+  """Trains half of the steps and is asked to stop, as a scheduler does (SIGTERM).
+
+  A run that has done all its steps before it is stopped is made again, and asked earlier.
+
+  Raises:
+    UserError: if it ends in another way, or cannot be stopped in time.
+  """
+  from protojax.training import checkpoint
+
+  for ask in (steps // 2, steps // 4, 0):
+    with runs.started(run) as process:
+      while process.poll() is None and step_of(run) < ask:
+        time.sleep(_POLL)
+      with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+      status = process.wait()
+    if steps not in checkpoint.steps(run):
+      runs.require(run, status, 128 + signal.SIGTERM)
+      return
+    shutil.rmtree(run)  # all was done, whatever the signal made of its end
+  raise errors.UserError(
+    "the run ended before it could be stopped half-way: give it more steps, config.num_steps"
+  )
 
 
 def state_of(run: pathlib.Path) -> dict[str, np.ndarray]:

@@ -163,6 +163,40 @@ def test_a_run_that_ends_before_all_kills_is_followed_by_another(tmp_path, monke
   assert "equal to the bit after 3 kills (step: 2, save: 1): all of it" in capsys.readouterr().out
 
 
+_TRAINS = """
+import pathlib, signal, sys, time
+run = pathlib.Path(sys.argv[-1].removeprefix("--workdir="))
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+late = run.with_name("late")
+def save(step, status):
+  (run / "checkpoints" / str(step)).mkdir(parents=True)
+  (run / "checkpoints" / str(step) / "seal.json").touch()
+  raise SystemExit(status)
+run.mkdir()
+(run / "metrics.jsonl").write_text('{"step": 12}\\n')
+if not late.exists():
+  late.touch()
+  save(24, 0)
+while not asked:
+  time.sleep(.01)
+save(12, 143)
+"""
+
+
+def test_a_run_that_was_too_fast_to_be_stopped_is_made_again(tmp_path):
+  run = tmp_path / "moved"
+  runs = verify_resume.Runs([], [sys.executable, "-c", _TRAINS], tmp_path)
+  verify_resume.stop_half_way(runs, run, 24)
+  assert (tmp_path / "late").exists() and checkpoint.steps(run) == [12]
+  fast = verify_resume.Runs(
+    [], [sys.executable, "-c", _TRAINS.replace("late.touch()", "")], tmp_path
+  )
+  (tmp_path / "late").unlink()
+  with pytest.raises(errors.UserError, match="give it more steps"):
+    verify_resume.stop_half_way(fast, tmp_path / "never", 24)
+
+
 @pytest.mark.survives(
   "kill -9 at six kinds of moments",
   "start, step, look, save, before the seal, before the name",
@@ -184,6 +218,6 @@ def test_a_run_that_is_killed_at_each_moment_and_moved_ends_as_a_whole_one(tmp_p
     text=True,
     check=False,
   )
-  assert done.returncode == 0, done.stderr[-2000:]
+  assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
   assert "equal to the bit after 6 kills" in done.stdout
   assert re.search(r"stopped half-way, gone on with .*: \d\.\de-\d+ of its length", done.stdout)
