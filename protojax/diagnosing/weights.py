@@ -100,6 +100,11 @@ def diagnose(
   for_usage, led_up_to = _BY_HAND, list(of_layers)
   if not images and embeddings is None and not key:
     for_usage, led_up_to = _what_shows_use(path, which, transpose)
+  if embeddings is not None and len(sets) > 1:
+    lines.append(
+      f"all {len(sets)} sets are compared with the same embeddings, which come out of one head: "
+      "of the sets of other heads, what is said of use means nothing; key=NAME takes one set"
+    )
   found = {}
   for one in sets:
     of_set = of_layers.get(one.name, embeddings)

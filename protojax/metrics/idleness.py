@@ -94,7 +94,8 @@ def _unused(measures, num_prototypes, advise):
   # Random ones are measured on the sample in training; there both are of the sample.
   pairs = [(get(f"{k}"), get(f"{k}_random")) for k in ("collapse/used", "collapse/used_sample")]
   ratio, random = min(((a / b, b) for a, b in pairs if a is not None and b), default=(None, None))
-  few = used < rules.LIMITS["used"] and used < (1.0 if most is None else most) / 4.0
+  enough = most is None or most >= rules.LIMITS["used_enough"]
+  few = enough and used < rules.LIMITS["used"]
   if few or (ratio is not None and ratio < rules.LIMITS["used_of_random"]):
     beside = "" if random is None else f"; random ones on the same embeddings: {random:.1%}"
     of = f"{num_prototypes:,} prototypes"

@@ -47,9 +47,10 @@ LIMITS = {
   "narrow": 0.8,
   # Used, over what random prototypes would be of the same embeddings (docs/collapse.md has both).
   "used_of_random": 0.5,
-  # Share of K in use that is too few whatever random ones get, if the images could use four times
-  # as many.
+  # Share of K in use that is too few whatever random ones get, if the images are enough for this
+  # many.
   "used": 0.05,
+  "used_enough": 0.2,
   # Embeddings of images from which use and spread are judged: n of them have at most n codes and
   # span at most n directions, and both limits above are below five.
   "images": 16,

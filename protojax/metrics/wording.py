@@ -80,6 +80,12 @@ def words(
       f"{verdict.label}: {early}{count:,} of {num:,} prototypes are unique, random ones "
       f"{random[headline]:,}" + ("" if used is None else f"; {used:.1%} are used")
     ]
+    copies = random[headline] - count - lost["zero"] - lost["not_finite"]
+    if copies > 0:
+      out.append(
+        f"{_rows_are(copies)} {'a copy' if copies == 1 else 'copies'}: more than "
+        f"{rules.LIMITS['copies']:.0%} of all would be called a collapse"
+      )
   else:
     out = [f"{verdict.label}: {verdict.sentence}"]
   kinds = ((lost["zero"], "zero"), (lost["not_finite"], "not finite"))
