@@ -579,6 +579,9 @@ def test_a_run_is_converted_from_its_exported_encoder(tmp_path, capsys):
   os.rename(exported, tmp_path / "run" / "exported")
   convert.main([str(tmp_path / "run"), str(tmp_path / "timm"), "--format=timm"])
   assert "matched 30 of 30 tensors of the backbone" in capsys.readouterr().out
+  config = json.loads((tmp_path / "timm" / "config.json").read_text())
+  assert config["architecture"] == "vit_base_patch16_224"  # timm knows no "vit_patch16_224"
+  assert config["model_args"]["embed_dim"] == 64
 
 
 def test_the_program_says_what_it_did_and_a_mistake_is_status_2(tmp_path, capfd):

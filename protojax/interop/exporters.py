@@ -147,7 +147,7 @@ def timm(tensors: dict[str, np.ndarray], info: dict) -> tuple[dict, dict, list[s
   return (
     out,
     {
-      "architecture": f"{info['model']['name']}_patch16_224",
+      "architecture": "vit_base_patch16_224",  # a name that timm has; `model_args` says all sizes
       "num_classes": 0,
       "num_features": shape["width"],
       "global_pool": "token",
