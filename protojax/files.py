@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import pathlib
 import sys
@@ -64,22 +65,26 @@ def write_json(path: str | os.PathLike, content: object) -> None:
 _DEEPEST = 100  # lists within lists of JSON; Python's own limit depends on who reads it
 
 
-def _integer(digits: str) -> int:
+def _number(digits: str) -> int | float:
+  """An integer; infinite, as 1e999 is, where no float is as large."""
   value = int(digits)
-  if abs(value) > sys.float_info.max:
-    raise ValueError("an integer that is larger than any float")
-  return value
+  if abs(value) <= sys.float_info.max:
+    return value
+  return math.inf if value > 0 else -math.inf
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, parse_int: Callable[[str], Any] = int) -> Any:
   """What JSON says, of a file that anybody may have written.
 
+  Args:
+    text: of the file.
+    parse_int: what becomes of the digits of an integer.
+
   Raises:
-    ValueError: if it is none, lists hold one another without end, a string is no text, or an
-      integer is larger than any float.
+    ValueError: if it is none, lists hold one another without end, or a string is no text.
   """
   try:
-    value = json.loads(text, parse_int=_integer)
+    value = json.loads(text, parse_int=parse_int)
   except RecursionError:
     raise ValueError("lists without end") from None
   text = text if isinstance(text, str) else text.decode(json.detect_encoding(text))
@@ -98,7 +103,8 @@ def parse_json(text: str | bytes) -> Any:
 def json_lines(path: str | os.PathLike) -> tuple[list[dict], list[str]]:
   """The lines of a file that are JSON objects, in their order, and the others as they are.
 
-  Bytes that are no UTF-8 are replaced, so that a torn line is one of the others.
+  Bytes that are no UTF-8 are replaced, so that a torn line is one of the others. Integers that are
+  larger than any float are infinite.
 
   Raises:
     OSError: if the file cannot be read.
@@ -107,7 +113,7 @@ def json_lines(path: str | os.PathLike) -> tuple[list[dict], list[str]]:
   text = pathlib.Path(path).read_text(encoding="utf-8", errors="replace")
   for line in text.splitlines():
     try:
-      record = parse_json(line)
+      record = parse_json(line, _number)
     except ValueError:
       record = None
     if isinstance(record, dict):
