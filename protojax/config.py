@@ -284,7 +284,7 @@ def _require_kinds(plain: dict[str, Any], known: Any, section: str = "") -> None
       if not isinstance(value, dict):
         raise TypeError(f"{name}={value!r} is no section")
       _require_kinds(value, there, f"{name}.")
-    elif value is not None and isinstance(there, int | float) and isinstance(value, str | dict):
+    elif key in plain and isinstance(there, int | float) and isinstance(value, str | dict | None):
       raise TypeError(f"{name}={value!r} is no number")
     elif isinstance(there, int | float) and isinstance(value, list) and "size" not in key:
       raise TypeError(f"{name}={value!r} is no number")
