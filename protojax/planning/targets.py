@@ -68,9 +68,12 @@ def of_topology(topology: str) -> Target:
     )
   from jax.experimental import topologies
 
+  # A host has 2 x 2 chips, of a narrower slice fewer, which not every libtpu finds by itself.
+  width, height = (min(side, 2) for side in sides[:2])
+  hosts = {"chips_per_host_bounds": [width, height, 1]} if 1 in (width, height) else {}
   try:
     with environment(here=False):
-      found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+      found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **hosts)
   except jax.errors.JaxRuntimeError as error:
     said = str(error).partition("\n")[0].partition(": ")[2]
     raise errors.UserError(f"topology={topology}: {said}: give {_TOPOLOGIES}") from None

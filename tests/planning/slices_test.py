@@ -11,7 +11,7 @@ import guards
 import pytest
 
 from protojax import plan
-from protojax.planning import report
+from protojax.planning import report, targets
 
 pytestmark = [
   pytest.mark.skipif("PROTOJAX_TEST_ALL" not in os.environ, reason="not without --all"),
@@ -42,3 +42,8 @@ def test_work_memory_messages_and_placement_on_a_slice_are_as_stored(recipe, sli
   if not guards.is_stored(key) and "PROTOJAX_WRITE_GUARDS" not in os.environ:
     pytest.skip("it compiles and is predicted; numbers to compare with were never stored")
   guards.check(key, found, "jax", "libtpu")
+
+
+@pytest.mark.parametrize(("slice_", "chips"), [("v5e:1x1", 1), ("v5e:2x2", 4), ("v5p:2x2x1", 4)])
+def test_the_narrowest_slices_are_found(slice_, chips):
+  assert len(targets.of_topology(slice_).devices) == chips
