@@ -300,3 +300,12 @@ def test_of_several_sets_the_first_that_is_ill_has_the_verdict():
   assert found.measures == sets["b"].measures and found.sets is sets
   assert str(found) == f"file\n\n{sets['a']}\n\n{sets['b']}"
   assert list(found.result["sets"]) == ["a", "b"] and found.result["kind"] == "file"
+
+
+def test_copies_below_the_limit_are_said():
+  rows = np.random.default_rng(0).normal(size=(256, 64)).astype(np.float32)
+  rows[5:15] = rows[3]
+  said = str(diagnosis.diagnose(rows))
+  assert "10 rows are copies: more than 10% of all would be called a collapse" in " ".join(
+    said.split()
+  )

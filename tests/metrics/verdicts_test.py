@@ -529,3 +529,11 @@ def test_where_the_untrained_net_is_right_nobody_is_told_to_train_on(start, knn,
   found = judge({**floors, "probe/knn": knn}, step=1000)
   assert found.label == label
   assert ("more of them, or harder ones" in found.sentence) == (label == "no collapse")
+
+
+def test_few_images_do_not_make_prototypes_unused_that_random_ones_do_not_use_either():
+  seen = {"collapse/used": 0.016, "collapse/used_random": 0.018, "collapse/unique_0.025": 1.0}
+  few = seen | {"collapse/used_most": 0.078}
+  assert verdicts.judge(few, num_prototypes=512).label != "unique but unused"
+  many = seen | {"collapse/used_most": 0.2}
+  assert verdicts.judge(many, num_prototypes=512).label == "unique but unused"
