@@ -1,14 +1,15 @@
-"""What makes prototypes copies of each other: a table and a figure. Not run to its end yet.
+"""What makes prototypes copies of each other: tables and a figure.
 
   python -m benchmarks.collapse_causes --workdir=runs/causes [--rows ...]
   python -m benchmarks.collapse_causes --draw
 
 Trains the quickstart's net on scikit-learn's digits with joint prototypes, and again with one
 setting changed at a time; then the mixture in each of its forms under the settings that it shares.
-One process a run, one after another, seed 0; a run that is done is not trained again. Each row goes
+One process a run, one after another, seed 0 unless a row says another; a run that is done is not
+trained again. Each row goes
 to docs/results/collapse_causes.json as soon as it is there: what the run watched while it trained,
 its final measures, and where its unused prototypes point. --draw makes the figure of what is there,
-docs/collapse_causes.png, and prints the table.
+docs/collapse_causes.png, and prints the tables.
 
 "Unused prototypes are pushed into one direction" is an explanation that is offered for the
 collapse. Tested on the training images: an unused prototype is the argmax of none of them; its
@@ -54,6 +55,8 @@ MIXTURE = {
 LONG = {
   "joint, four times as long": {"num_steps": 10_000},
   "mixture, four times as long": {"mode": "", "num_steps": 10_000},
+  "joint, four times as long, seed 1": {"num_steps": 10_000, "seed": 1},
+  "joint, four times as long, seed 2": {"num_steps": 10_000, "seed": 2},
 }
 ROWS = JOINT | MIXTURE | LONG
 WATCHED = (
@@ -66,14 +69,16 @@ WATCHED = (
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results" / "collapse_causes.json"
 FIGURE = ROOT / "docs" / "collapse_causes.png"
-COLUMNS = {
-  "unique .025": "collapse/unique_0.025",
-  ".25": "collapse/unique_0.25",
-  ".5": "collapse/unique_0.5",
-  "random, .5": "collapse/unique_0.5_random",
-  "used": "collapse/used",
-  "k-NN": "probe/knn",
-  "linear": "probe/linear_fitted",
+COLUMNS = {  # of measures: format, factor
+  "unique .025": ("collapse/unique_0.025", ".1f", 100),
+  ".1": ("collapse/unique_0.1", ".1f", 100),
+  ".25": ("collapse/unique_0.25", ".1f", 100),
+  ".5": ("collapse/unique_0.5", ".1f", 100),
+  "random, .5": ("collapse/unique_0.5_random", ".1f", 100),
+  "relative spacing": ("collapse/relative_uniqueness", ".2f", 1),
+  "used": ("collapse/used", ".1f", 100),
+  "k-NN": ("probe/knn", ".1f", 100),
+  "linear": ("probe/linear_fitted", ".1f", 100),
 }
 ANGLES = ("unused to minus mean", "used to minus mean", "among unused", "among used")
 
@@ -120,34 +125,39 @@ def measured(row: str, folder: pathlib.Path, commit: str) -> dict:
   } | runs.result(folder)
 
 
-def table(rows: dict[str, dict]) -> str:
-  """Markdown: percent at the end of each run, then the cosines of `directions`."""
-  head = ["run", *COLUMNS, "unused", *ANGLES]
-  lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-  for row, found in rows.items():
-    shares = (100 * found["measures"][key] for key in COLUMNS.values())
+def tables(rows: dict[str, dict]) -> str:
+  """Markdown: the measures at the end of each run, in percent but for spacing; `directions`."""
+
+  def lines(head, cells):
+    start = ["| " + " | ".join(["run", *head]) + " |", "|---" * (len(head) + 1) + "|"]
+    return [*start, *(f"| {row} | " + " | ".join(cells(rows[row])) + " |" for row in rows)]
+
+  def measures(found):
+    return [f"{k * found['measures'][key]:{form}}" for key, form, k in COLUMNS.values()]
+
+  def cosines(found):
     where = found["directions"]
-    cosines = (f"{where[key]:.2f}" if key in where else "–" for key in ANGLES)
-    cells = [row, *(f"{share:.1f}" for share in shares), str(where["unused"]), *cosines]
-    lines.append("| " + " | ".join(cells) + " |")
-  return "\n".join(lines)
+    of_kinds = (f"{where[key]:.2f}" if key in where else "–" for key in ANGLES)
+    return [str(where["unused"]), *of_kinds]
+
+  return "\n".join([*lines(COLUMNS, measures), "", *lines(["unused", *ANGLES], cosines)])
 
 
 def draw(rows: dict[str, dict], path: pathlib.Path) -> None:
-  """Unique prototypes at .5 while training, of joint prototypes and of mixtures: one PNG."""
+  """Unique prototypes at .25 while training, of joint prototypes and of mixtures: one PNG."""
   figure = matplotlib.figure.Figure(figsize=(11, 5.6), layout="constrained")
   panels = figure.subplots(1, 2, sharey=True)
   for panel, kind in zip(panels, ("joint", "mixture"), strict=True):
     for row in (r for r in rows if r.startswith(kind)):
-      points = np.array(rows[row]["curves"]["collapse/unique_0.5"])
+      points = np.array(rows[row]["curves"]["collapse/unique_0.25"])
       base = row in ("joint", "mixture, balanced")
       label = row.removeprefix(f"{kind}, ")
       panel.plot(
         points[:, 0], 100 * points[:, 1], label=label, color="black" if base else None, lw=1.5
       )
     panel.set(title=kind, xlabel="step", xscale="log", ylim=(0, 102))
-    panel.legend(fontsize=8, loc="lower left")
-  panels[0].set_ylabel("unique prototypes at cosine distance .5, %")
+    panel.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
+  panels[0].set_ylabel("unique prototypes at cosine distance .25, %")
   figure.savefig(path, dpi=100, format="png")
 
 
@@ -162,7 +172,7 @@ def main() -> None:
   if args.draw:
     rows = json.loads(RESULTS.read_text())
     draw(rows, FIGURE)
-    print(table(rows))
+    print(tables(rows))
     return
   os.environ["JAX_PLATFORMS"] = "cpu"
   commit = runs.commit()
