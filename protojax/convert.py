@@ -164,6 +164,11 @@ def bring_in(
       f"{name} {one.rows.shape[0]:,} of {one.rows.shape[1]} dimensions, from {done.layers[name]}"
       for name, one in done.prototypes.items()
     ),
+    *(
+      ["prototypes none: doctor has none to judge in what is written, embed no embeddings or codes"]
+      if not done.prototypes
+      else []
+    ),
     f"matched {len(done.tensors)} of {len(done.tensors) + len(done.missing)} tensors",
     _list(len(done.missing), "missing", importers.missing(done)),
     _list(len(done.unexpected), "unexpected", done.unexpected),

@@ -31,7 +31,7 @@ The status is 0 whatever the verdict is, and with --fail 1 where something is wr
 def _parser() -> argparse.ArgumentParser:
   parser = cli.parser("doctor", _DESCRIPTION)
   parser.add_argument("path", help="workdir of a run, a checkpoint, or a log")
-  parser.add_argument("--key", help="array that holds the prototypes, where its name says nothing")
+  parser.add_argument("--key", help="array or layer of the prototypes, where its name says nothing")
   parser.add_argument("--transpose", action="store_true", help="the prototypes are stored [D, K]")
   parser.add_argument("--rows", help="of a file of one matrix: prototypes, or features of images")
   parser.add_argument(
