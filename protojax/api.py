@@ -70,13 +70,13 @@ def diagnose(
       losses).
     embeddings: [N, D], what comes out of the head just before the prototypes, or a file of it, to
       see which prototypes are used.
-    key: of a file: the array that holds the prototypes, where its name says nothing, or their layer,
-      as it is called above its numbers.
+    key: of a file: the array that holds the prototypes, where its name says nothing; or their layer
+      by the name that a diagnosis gives it.
     transpose: of a file: the prototypes in it are stored [D, K].
     which: of a file: "teacher" or "student"; None takes the teacher's where there is one.
     data: encodes images for the embeddings, of a run its own ("run") or "digits", "folder", the
       name of a TFDS data set. Of a file of another library, too, if its backbone, head and
-      prototypes are of a known layout: those of DINO, iBOT (class tokens) and SwAV.
+      prototypes are of a known layout: those of DINO, iBOT, DINOv2 (class tokens of both) and SwAV.
     data_dir, split: of the images; None takes the run's own and "train", which is all of a folder
       that is not divided.
     limit: images at most, evenly spread; 0 takes all.

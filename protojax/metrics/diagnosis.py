@@ -280,11 +280,10 @@ def diagnose(
     if len(embeddings) < 2:
       raise errors.UserError(f"too few embeddings, {len(embeddings)}: give two rows or more")
     if bad.size:
-      one = bad.size == 1
+      are, first, them = ("is", "", "it") if bad.size == 1 else ("are", "first ", "them")
       raise errors.UserError(
-        f"{bad.size:,} of {len(embeddings):,} embeddings {'is' if one else 'are'} not finite, row "
-        f"{bad[0]}{'' if one else ' first'}: leave {'it' if one else 'them'} out, or see what makes "
-        f"{'it' if one else 'them'}"
+        f"{bad.size:,} of {len(embeddings):,} embeddings {are} not finite, {first}row {bad[0]}: see "
+        f"what makes {them}, or leave {them} out"
       )
   if len(weights) > _MANY:
     logging.warning("comparing %s prototypes pair by pair: minutes", f"{len(weights):,}")
