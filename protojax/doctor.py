@@ -21,8 +21,8 @@ Examines prototypes, or a loss.
 
 A run is judged by its metrics, too; --data=run also looks at its images and says which prototypes
 they use. So does --data=NAME for a full checkpoint of DINO, iBOT, DINOv2 or SwAV: its backbone and
-head are run here. For other checkpoints give embeddings, [N, D] as .npy: what comes out of the head just
-before the prototypes. A file with one matrix that nothing names is described only, until
+head are run here. For other checkpoints give embeddings, [N, D] as .npy: what comes out of the
+head just before the prototypes. A file with one matrix that nothing names is described only, until
 --rows=prototypes says what it is. PyTorch is not needed, and no code inside a file is run.
 Distances are cosine distances, 1 - cos. docs/instruments.md, "The numbers", explains each number.
 The status is 0 whatever the verdict is, and with --fail 1 where something is wrong."""

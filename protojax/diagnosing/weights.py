@@ -242,7 +242,8 @@ def _network_of_file(
   if done.unexpected:
     return done, f"{done.unexpected[0]} does not fit the layout"
   if not done.prototypes:
-    none = "it holds no projection head of DINO, iBOT, DINOv2 or SwAV that ends where its prototypes begin"
+    kinds = "DINO, iBOT, DINOv2 or SwAV"
+    none = f"it holds no projection head of {kinds} that ends where its prototypes begin"
     return done, done.without or none
   return done, ""
 

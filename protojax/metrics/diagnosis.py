@@ -282,8 +282,8 @@ def diagnose(
     if bad.size:
       are, first, them = ("is", "", "it") if bad.size == 1 else ("are", "first ", "them")
       raise errors.UserError(
-        f"{bad.size:,} of {len(embeddings):,} embeddings {are} not finite, {first}row {bad[0]}: see "
-        f"what makes {them}, or leave {them} out"
+        f"{bad.size:,} of {len(embeddings):,} embeddings {are} not finite, {first}row {bad[0]}: "
+        f"see what makes {them}, or leave {them} out"
       )
   if len(weights) > _MANY:
     logging.warning("comparing %s prototypes pair by pair: minutes", f"{len(weights):,}")
