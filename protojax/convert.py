@@ -165,9 +165,9 @@ def bring_in(
       for name, one in done.prototypes.items()
     ),
     *(
-      ["prototypes none: doctor has none to judge in what is written, embed no embeddings or codes"]
-      if not done.prototypes
-      else []
+      []
+      if done.prototypes
+      else ["prototypes none: the doctor has nothing to judge, embed neither embeddings nor codes"]
     ),
     f"matched {len(done.tensors)} of {len(done.tensors) + len(done.missing)} tensors",
     _list(len(done.missing), "missing", importers.missing(done)),
