@@ -161,14 +161,23 @@ def test_prototypes_found_by_name_are_transposed_too(tmp_path, collapsed, capsys
   assert "give transpose=True: the verdict is on the wrong rows then" in asked
 
 
-@pytest.mark.parametrize("part", [".weight_v", ".parametrizations.weight.original1", ".weight"])
-def test_the_heading_that_is_printed_is_taken_as_key(tmp_path, part):
+@pytest.mark.parametrize(
+  "part, gain",
+  [
+    (".weight_v", ".weight_g"),
+    (".parametrizations.weight.original1", ".parametrizations.weight.original0"),
+    (".weight", ".bias"),
+  ],
+)
+def test_the_heading_that_is_printed_is_taken_as_key(tmp_path, part, gain):
   path = tmp_path / "x.safetensors"
   rows = _RNG.normal(size=(40, 16)).astype(np.float32)
-  safetensors.numpy.save_file({f"a.last_layer{part}": rows, "b.last_layer.weight": rows[:9]}, path)
-  (heading,) = [name for name in api.diagnose(path).sets if name.startswith("a.")]
-  printed = str(api.diagnose(path, key=heading.removesuffix(".parametrizations.weight.original1")))
-  assert f"prototypes taken from a.last_layer{part}" in printed and "40 prototypes" in printed
+  layer = {f"a.last_layer{part}": rows, f"a.last_layer{gain}": np.ones((40, 1), np.float32)}
+  safetensors.numpy.save_file(layer | {"b.last_layer.weight": rows[:9]}, path)
+  heading = next(iter(api.diagnose(path).sets))
+  found = api.diagnose(path, key=heading)
+  assert heading == "a.last_layer" and list(found.sets) == [heading]
+  assert f"prototypes taken from a.last_layer{part}\n\n{heading}: 40 prototypes" in str(found)
 
 
 def test_embeddings_compared_with_several_sets_are_said_to_come_out_of_one_head(full, tmp_path):
