@@ -161,6 +161,9 @@ def default(method: str = "dino") -> ml_collections.ConfigDict:
       # Prototypes that a device compares at a time: a divisor of those it has; 0: all of them;
       # None: all where their scores need no more than half a GiB (prototypes/streaming.py).
       "block": config_dict.placeholder(int),
+      # Of products with prototypes, those of a mixture's EM too: highest; high: half as many
+      # passes of a TPU's matrix unit; default: one (docs/scale.md has what they cost in errors).
+      "precision": "highest",
       **methods.load(method).OPTIONS,
     }
   )

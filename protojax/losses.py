@@ -273,7 +273,12 @@ def info_nce(
 
 
 def proto_nce(
-  queries: jax.Array, centroids: jax.Array, phi: jax.Array, clusters: jax.Array
+  queries: jax.Array,
+  centroids: jax.Array,
+  phi: jax.Array,
+  clusters: jax.Array,
+  *,
+  precision: str = "highest",
 ) -> jax.Array:
   """Cross entropy of finding a query's cluster among all of a set (arXiv 2005.04966).
 
@@ -282,10 +287,11 @@ def proto_nce(
     centroids: [K, D].
     phi: [K], temperature of every cluster.
     clusters: int32 [B], the cluster of each query.
+    precision: of the products, one of `streaming.PRECISIONS`.
 
   Returns:
     [] float32, the mean over the queries.
   """
-  inner = jnp.einsum("bd,kd->bk", full(queries), full(centroids), precision=_HIGHEST)
+  inner = jnp.einsum("bd,kd->bk", full(queries), full(centroids), precision=precision)
   log_p = jax.nn.log_softmax(inner / as_array(phi)[None, :])
   return -jnp.take_along_axis(log_p, as_array(clusters)[:, None], axis=1).mean()

@@ -24,7 +24,7 @@ _ROOMS = (
   *("program_log", "progress", "schedules", "losses", "hosts", "local_devices", "placement"),
   *("prototypes", "models", "data", "metrics", "evals", "methods", "config", "recipes"),
   *("typed", "resolving", "training", "planning", "pretrained", "loading", "interop"),
-  *("reports", "diagnosing", "evaluating", "api", "cli"),
+  *("reports", "diagnosing", "evaluating", "verifying", "api", "cli"),
 )
 _VERBS = (*__main__.MODULES.values(), "__main__")
 # Only checkpoint.py knows orbax, only these know flax, so that either can be exchanged.

@@ -14,7 +14,7 @@ import time
 import pytest
 import tiny
 
-from protojax import verify_resume
+from protojax.verifying import comparing, killing
 
 ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = [
@@ -87,7 +87,7 @@ def inside(folder: pathlib.Path) -> None:
     ],
     1,
   ):
-    _until(lambda step=step: verify_resume.step_of(folder / "stopped") >= step, f"step {step}")
+    _until(lambda step=step: killing.step_of(folder / "stopped") >= step, f"step {step}")
     subprocess.run(command, check=True)
     _until(lambda n=restarts: _job(stopped)["Restarts"] == str(n), f"restart {restarts}")
   _until(lambda: _ended(stopped), "the stopped run")
@@ -95,10 +95,10 @@ def inside(folder: pathlib.Path) -> None:
   assert _job(stopped)["ExitCode"] == "0:0", log
   assert log.count("slurm.sh: status 143, queued again") == 2, log
   assert log.count("resumed at step") == 2 and log.count("protojax: stopped at step") == 4, log
-  assert verify_resume.differences(folder / "whole", folder / "stopped")[0] == []
+  assert comparing.differences(folder / "whole", folder / "stopped")[0] == []
 
   cancelled = _sbatch(folder, "cancelled")
-  _until(lambda: verify_resume.step_of(folder / "cancelled") >= 10, "a job to cancel")
+  _until(lambda: killing.step_of(folder / "cancelled") >= 10, "a job to cancel")
   subprocess.run(["scancel", cancelled], check=True)
   _until(lambda: _ended(cancelled), "the cancelled job")
   log = (folder / "cancelled.log").read_text()

@@ -16,6 +16,7 @@ import tiny
 
 from protojax import errors, verify_resume
 from protojax.training import checkpoint
+from protojax.verifying import comparing, killing
 
 pytestmark = pytest.mark.xdist_group("train")  # one worker trains `finished_run`
 ROOT = pathlib.Path(__file__).parents[1]
@@ -50,7 +51,7 @@ def test_a_training_is_killed_when_its_files_say_that_the_moment_has_come(
   with subprocess.Popen(
     [sys.executable, "-c", _STANDS_STILL, tmp_path / file, text], start_new_session=True
   ) as process:
-    assert verify_resume.kill_at(process, moment, tmp_path, step=7, looks=6, delay=0.0)
+    assert killing.kill_at(process, moment, tmp_path, step=7, looks=6, delay=0.0)
     assert process.returncode == -signal.SIGKILL
   if moment != "start":
     assert [path for path in tmp_path.rglob("*") if path.name != "state"]  # not before
@@ -60,16 +61,16 @@ def test_what_ends_before_its_moment_is_not_said_to_have_been_killed(tmp_path):
   with subprocess.Popen(
     [sys.executable, "-c", "raise SystemExit(3)"], start_new_session=True
   ) as process:
-    assert not verify_resume.kill_at(process, "save", tmp_path, step=1, looks=6, delay=0.0)
+    assert not killing.kill_at(process, "save", tmp_path, step=1, looks=6, delay=0.0)
     assert process.returncode == 3
 
 
 def test_a_copy_is_equal_and_each_kind_of_difference_is_named(finished_run, tmp_path):
   copy = tmp_path / "copy"
   shutil.copytree(finished_run, copy)
-  wrong, compared = verify_resume.differences(finished_run, copy)
+  wrong, compared = comparing.differences(finished_run, copy)
   assert wrong == [] and re.match(r"\d+ arrays of the state, \d+ numbers of the log, 3 ", compared)
-  assert verify_resume.largest(finished_run, copy)[0] == 0.0
+  assert comparing.largest(finished_run, copy)[0] == 0.0
 
   lines = (copy / "metrics.jsonl").read_text().splitlines()
   changed = json.loads(lines[2])
@@ -79,7 +80,7 @@ def test_a_copy_is_equal_and_each_kind_of_difference_is_named(finished_run, tmp_
   )
   (copy / "exported" / "config.json").write_text("{}")
   step = changed["step"]
-  wrong, _ = verify_resume.differences(finished_run, copy)
+  wrong, _ = comparing.differences(finished_run, copy)
   assert wrong == [f"train/loss of step {step}", "exported/config.json"]
 
 
@@ -95,9 +96,9 @@ def test_arrays_that_differ_in_one_bit_or_in_their_type_alone_differ(tmp_path):
     checkpoints.save(3, state, {})
     checkpoints.close()
     (tmp_path / name / "metrics.jsonl").write_text("")
-  assert verify_resume.differences(tmp_path / "one", tmp_path / "bit")[0] == ["state a"]
-  assert verify_resume.differences(tmp_path / "one", tmp_path / "type")[0] == ["state b"]
-  apart, leaf = verify_resume.largest(tmp_path / "one", tmp_path / "bit")
+  assert comparing.differences(tmp_path / "one", tmp_path / "bit")[0] == ["state a"]
+  assert comparing.differences(tmp_path / "one", tmp_path / "type")[0] == ["state b"]
+  apart, leaf = comparing.largest(tmp_path / "one", tmp_path / "bit")
   assert leaf == "a" and 0.0 < apart < 1e-6
 
 
@@ -124,11 +125,11 @@ def test_rounding_that_adam_makes_steps_of_is_not_a_difference_and_what_matters_
     ("means", state(means=1.05), [2.0, 1.0], 6e-2, "prototypes/means"),
     ("loss", state(), [2.0, 1.1], 6e-2, "the loss in metrics.jsonl"),
   ):
-    found, where = verify_resume.largest(whole, _left(tmp_path / name, changed, losses))
+    found, where = comparing.largest(whole, _left(tmp_path / name, changed, losses))
     assert where == what and found < apart, (name, found, where)
     assert name == "rounding" or found > apart / 3, (name, found)
   short = _left(tmp_path / "short", state(), [2.0])
-  assert verify_resume.largest(whole, short)[0] == math.inf
+  assert comparing.largest(whole, short)[0] == math.inf
 
 
 def test_mistakes_are_one_line(tmp_path):
@@ -154,9 +155,9 @@ def test_a_run_that_ends_before_all_kills_is_followed_by_another(tmp_path, monke
     given.append((run.name, kills, said))
     return ["step", "save"][:kills]
 
-  monkeypatch.setattr(verify_resume, "killed", killed)
-  monkeypatch.setattr(verify_resume.Runs, "to_the_end", lambda *args: None)
-  monkeypatch.setattr(verify_resume, "differences", lambda *runs: ([], "all of it"))
+  monkeypatch.setattr(killing, "killed", killed)
+  monkeypatch.setattr(killing.Runs, "to_the_end", lambda *args: None)
+  monkeypatch.setattr(comparing, "differences", lambda *runs: ([], "all of it"))
   recipe = f"--config={ROOT / 'configs' / 'quickstart.py'}:debug"
   verify_resume.main([recipe, f"--workdir={tmp_path / 'runs'}", "--kills=3"])
   assert given == [("killed", 3, 0), ("killed_from_3", 1, 2)]
@@ -186,15 +187,13 @@ save(12, 143)
 
 def test_a_run_that_was_too_fast_to_be_stopped_is_made_again(tmp_path):
   run = tmp_path / "moved"
-  runs = verify_resume.Runs([], [sys.executable, "-c", _TRAINS], tmp_path)
-  verify_resume.stop_half_way(runs, run, 24)
+  runs = killing.Runs([], [sys.executable, "-c", _TRAINS], tmp_path)
+  killing.stop_half_way(runs, run, 24)
   assert (tmp_path / "late").exists() and checkpoint.steps(run) == [12]
-  fast = verify_resume.Runs(
-    [], [sys.executable, "-c", _TRAINS.replace("late.touch()", "")], tmp_path
-  )
+  fast = killing.Runs([], [sys.executable, "-c", _TRAINS.replace("late.touch()", "")], tmp_path)
   (tmp_path / "late").unlink()
   with pytest.raises(errors.UserError, match="give it more steps"):
-    verify_resume.stop_half_way(fast, tmp_path / "never", 24)
+    killing.stop_half_way(fast, tmp_path / "never", 24)
 
 
 @pytest.mark.survives(

@@ -74,7 +74,7 @@ def make(config) -> base.Method:
   scale = dictionary.inverse_temperature(num, options.eps)
   if options.assign == "tanh":
     scale *= math.sqrt(options.tau_batch)
-  net = student.build(config)
+  net, precision = student.build(config), prototype_set.precision(config)
 
   def place(z):
     return jnp.tanh(z) if options.assign == "tanh" else math.sqrt(dim) * losses.l2_normalize(z)
@@ -90,7 +90,7 @@ def make(config) -> base.Method:
     codes = frozen.prototypes["dictionary"]
     x = placement.beside_prototypes(place(z))
     block = prototype_set.block_size(config, x.size // dim)
-    out = dictionary.compare(codes, x, scale=scale, block=block)
+    out = dictionary.compare(codes, x, scale=scale, block=block, precision=precision)
     consistency = losses.mean_over_other_views(out.cross_entropy)
     mean_entropy = out.mean_entropy.mean()
     reverse = options.prior == "reverse"

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from protojax import errors, losses, placement
 from protojax.methods import base
 from protojax.methods.networks import student_teacher
-from protojax.prototypes import kmeans, soft, streaming, weight_norm
+from protojax.prototypes import kmeans, prototype_set, soft, streaming, weight_norm
 from protojax.prototypes import scoring as scorings
 
 OPTIONS = {
@@ -40,6 +40,7 @@ def _check(config, sizes) -> None:
     "pcl compares the directions of two global views and finds its own prototypes",
   )
   errors.require_positive(options, "temperature", "kmeans_steps", "kmeans_restarts")
+  prototype_set.precision(config)
   if options.queue_size < 1 or options.queue_size % config.batch_size:
     raise errors.UserError(
       f"method.queue_size={options.queue_size} must be a multiple of batch_size={config.batch_size}"
@@ -51,12 +52,13 @@ def _check(config, sizes) -> None:
     )
 
 
-def _proto_nce(rows, centroids, phi, clusters, asked) -> jax.Array:
+def _proto_nce(rows, centroids, phi, clusters, options) -> jax.Array:
   """`losses.proto_nce`, by blocks of clusters where they are many."""
-  block = streaming.block_size(asked, len(rows), len(centroids))
+  block = streaming.block_size(options.block, len(rows), len(centroids))
   if not block:
-    return losses.proto_nce(rows, centroids, phi, clusters)
-  p = soft.softmax(soft.Scores(rows, centroids / phi[:, None], block=block))
+    return losses.proto_nce(rows, centroids, phi, clusters, precision=options.precision)
+  scores = soft.Scores(rows, centroids / phi[:, None], block=block, precision=options.precision)
+  p = soft.softmax(scores)
   own = jnp.sum(rows * (centroids / phi[:, None])[clusters], axis=-1)
   return jnp.mean(p.log_partition.reshape(-1) - own)
 
@@ -102,9 +104,7 @@ def make(config) -> base.Method:
     rows, index = placement.beside_prototypes((q, views["index"]))
     clusters = frozen.carry["clusters"][:, index]  # [sets, B]
     sets = zip((frozen.prototypes[name] for name in sizes), clusters, strict=True)
-    proto = sum(_proto_nce(rows, **p, clusters=c, asked=options.block) for p, c in sets) / len(
-      sizes
-    )
+    proto = sum(_proto_nce(rows, **p, clusters=c, options=options) for p, c in sets) / len(sizes)
     proto = jnp.where(step >= start, proto, 0.0)  # until then the clusters are stand-ins
     value = info + proto
     metrics = {"loss": value, "info_nce": info, "proto_nce": proto}

@@ -198,6 +198,7 @@ def gaussian_scores(
   kappa: float | jax.Array = 1.0,
   variances: jax.Array | None = None,
   unit_rows: bool = False,
+  precision: str = "highest",
 ) -> jax.Array:
   """log N(h_i; mu_k, Sigma_k), less what no component changes: softmax gives the posterior.
 
@@ -208,18 +209,21 @@ def gaussian_scores(
     variances: [K, D] float32, diagonal covariances.
     unit_rows: rows and means have length one. The isotropic quadratic form is then exactly
       kappa cos(h_i, mu_k).
+    precision: of the products, one of `streaming.PRECISIONS`. With `variances` they are always
+      "highest": terms of size 1 / variance cancel.
 
   Returns:
     [N, K] float32.
   """
 
-  def product(a, b):  # at full precision: terms of size 1 / variance cancel
-    return jnp.einsum("nd,kd->nk", a, b, precision=jax.lax.Precision.HIGHEST)
+  def product(a, b, precision):
+    return jnp.einsum("nd,kd->nk", a, b, precision=precision)
 
   if variances is not None:
-    precision = 1.0 / variances
-    offset = jnp.sum(means**2 * precision + jnp.log(variances), axis=1)
-    quadratic = product(rows**2, precision) - 2.0 * product(rows, means * precision)
+    inverse = 1.0 / variances
+    offset = jnp.sum(means**2 * inverse + jnp.log(variances), axis=1)
+    quadratic = product(rows**2, inverse, "highest")
+    quadratic -= 2.0 * product(rows, means * inverse, "highest")
     return -0.5 * (quadratic + offset[None, :])
-  inner = product(rows, means)
+  inner = product(rows, means, precision)
   return kappa * (inner if unit_rows else inner - 0.5 * jnp.sum(means**2, axis=1)[None, :])

@@ -68,7 +68,9 @@ class Comparison(NamedTuple):
   uniform: jax.Array
 
 
-def compare(codes: jax.Array, x: jax.Array, *, scale: float, block: int = 0) -> Comparison:
+def compare(
+  codes: jax.Array, x: jax.Array, *, scale: float, block: int = 0, precision: str = "highest"
+) -> Comparison:
   """Softmax assignments of views to codes, beside one another and beside uniform ones.
 
   All in the log domain: at scale 147 probabilities underflow, and so would their mean over a batch,
@@ -80,8 +82,10 @@ def compare(codes: jax.Array, x: jax.Array, *, scale: float, block: int = 0) -> 
     x: [B, V, D] embeddings of norm sqrt(D) or less, views 0 and 1 the global ones; any float dtype.
     scale: the score of x = code, an inverse temperature.
     block: codes that a device compares at a time, see `streaming.block_size`; 0 takes all.
+    precision: of the products, one of `streaming.PRECISIONS`; codes are exact in all of them.
   """
-  every = soft.Scores(x, codes.T, temperature=codes.shape[0] / scale, block=block)
+  temperature = codes.shape[0] / scale
+  every = soft.Scores(x, codes.T, temperature=temperature, block=block, precision=precision)
   cross_entropy, log_mean = soft.agreement(soft.softmax(every))
   # Not `losses.entropy`: these probabilities underflow, their logarithms do not.
   mean_entropy = -jnp.sum(jnp.exp(log_mean) * log_mean, axis=-1)

@@ -44,6 +44,7 @@ class Rules(NamedTuple):
   age: Callable[[jax.Array], jax.Array]  # n_k [k] -> n_k over the window, [k]
   variance_floor: float
   momentum: float
+  precision: str  # of the products, one of `streaming.PRECISIONS`
 
 
 class Batch(NamedTuple):
@@ -56,10 +57,17 @@ class Batch(NamedTuple):
   max_cos: jax.Array  # [], mean over rows of the cosine to the nearest old mean
 
 
-def log_joint(components: Components, rows: jax.Array, *, kappa, beta, use_pi, unit) -> jax.Array:
+def log_joint(
+  components: Components, rows: jax.Array, *, kappa, beta, use_pi, unit, precision="highest"
+) -> jax.Array:
   """beta (log pi_k + log N(h; mu_k, Sigma_k)) less a constant: rows [N, D] -> [N, k]."""
   scores = assignment.gaussian_scores(
-    rows, components.means, kappa=kappa, variances=components.variances, unit_rows=unit
+    rows,
+    components.means,
+    kappa=kappa,
+    variances=components.variances,
+    unit_rows=unit,
+    precision=precision,
   )
   if use_pi:
     scores += jnp.log(components.mass)[None, :]
@@ -154,13 +162,14 @@ def _joint(rules, components, rows):
     beta=rules.beta,
     use_pi=rules.use_pi,
     unit=rules.normalize,
+    precision=rules.precision,
   )
 
 
 def _cosines(rules, rows, means):
   if not rules.normalize:
     rows, means = losses.l2_normalize(rows), losses.l2_normalize(means)
-  return assignment.gaussian_scores(rows, means, unit_rows=True)
+  return assignment.gaussian_scores(rows, means, unit_rows=True, precision=rules.precision)
 
 
 def _move(rules, old, rows, log_q) -> tuple[Components, Batch]:
@@ -170,9 +179,11 @@ def _move(rules, old, rows, log_q) -> tuple[Components, Batch]:
   share = count / rules.num_rows
   load = share * rules.num_components  # 1 when balanced
   received = count[:, None] > 0.0
+  # A variance is a difference of two sums.
+  precision = rules.precision if old.variances is None else "highest"
 
   def average(x):
-    total = jnp.einsum("nk,nd->kd", q, x, precision=jax.lax.Precision.HIGHEST)
+    total = jnp.einsum("nk,nd->kd", q, x, precision=precision)
     return total / jnp.maximum(count, TINY)[:, None]
 
   # Most components receive next to nothing in a step: 1 - exp would be 0 for them, expm1 is not.

@@ -94,6 +94,8 @@ class Options(NamedTuple):
     momentum: of the running usage and the running mean of the features.
     block: components that a device compares at a time, a divisor of those it has, so that an
       update needs the memory of one block; 0: all at once; None: see `streaming.block_size`.
+    precision: of the products of features with components, one of `streaming.PRECISIONS`; those
+      that variances are made of are always "highest".
   """
 
   mass: str = "ca"
@@ -107,6 +109,7 @@ class Options(NamedTuple):
   variance_floor: float | None = None
   momentum: float = 0.99
   block: int | None = None
+  precision: str = "highest"
 
 
 def _components(state: MixtureState) -> em_step.Components:
@@ -226,6 +229,10 @@ def online_em(
     (learn_kappa and diagonal, "learn_kappa needs covariance='isotropic'"),
     (learn_kappa and callable(kappa), "learn_kappa starts from a number, not from a schedule"),
     (balance_steps < 1, f"{balance_steps=}: must be at least 1"),
+    (
+      options.precision not in streaming.PRECISIONS,
+      f"precision={options.precision!r}: choose {', '.join(streaming.PRECISIONS)}",
+    ),
     (not 0.0 <= momentum < 1.0, f"{momentum=}: must be in [0, 1)"),
     *(
       (not (value is None or callable(value) or value > 0.0), f"{name}={value}: must be positive")
@@ -281,6 +288,7 @@ def online_em(
       age=age,
       variance_floor=floor,
       momentum=momentum,
+      precision=options.precision,
     )
     block = streaming.block_size(options.block, rows.shape[0], num_components)
     components, batch = em_step.update(rules, _components(old), rows, block)

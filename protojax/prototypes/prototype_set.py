@@ -168,7 +168,7 @@ def _frozen(num: int, dim: int) -> PrototypeSet:
   )
 
 
-def _mixture(num: int, dim: int, config, block: int | None) -> PrototypeSet:
+def _mixture(num: int, dim: int, config, **products) -> PrototypeSet:
   if not config.anneal_steps and (config.horizon_final, config.beta_final) != (
     config.horizon_steps,
     config.beta,
@@ -201,7 +201,7 @@ def _mixture(num: int, dim: int, config, block: int | None) -> PrototypeSet:
       reseed=config.reseed,
       variance_floor=config.variance_floor,
       momentum=config.momentum,
-      block=block,
+      **products,
     ),
   )
 
@@ -230,18 +230,34 @@ def block_size(config, num_rows: int = 0) -> int:
   return streaming.block_size(options.block, max(views, num_rows), options.num_prototypes)
 
 
+def precision(config) -> str:
+  """`method.precision`: of products of embeddings and features with prototypes.
+
+  Raises:
+    UserError: if it is none of `streaming.PRECISIONS`.
+  """
+  asked = config.method.precision
+  if asked not in streaming.PRECISIONS:
+    *others, last = streaming.PRECISIONS
+    raise errors.UserError(
+      f"method.precision={asked!r} is unknown: choose {', '.join(others)} or {last}"
+    )
+  return asked
+
+
 def build(config) -> PrototypeSet:
   """The prototype set that `config.method.prototypes` names.
 
   Args:
-    config: reads `method.{prototypes, num_prototypes, train_prototype_norm, em_order, block}`,
-      `head.bottleneck` (D) and `mixture.*`.
+    config: reads `method.{prototypes, num_prototypes, train_prototype_norm, em_order, block,
+      precision}`, `head.bottleneck` (D) and `mixture.*`.
 
   Raises:
-    UserError: for an unknown kind or `method.em_order`, fewer than two prototypes or mixture
-      options out of range.
+    UserError: for an unknown kind, `method.em_order` or `method.precision`, fewer than two
+      prototypes or mixture options out of range.
   """
   num, dim, kind = config.method.num_prototypes, config.head.bottleneck, config.method.prototypes
+  products = precision(config)
   if config.method.em_order not in ("after_step", "before_loss"):
     raise errors.UserError(
       f"method.em_order={config.method.em_order!r} is unknown: choose after_step or before_loss"
@@ -254,7 +270,7 @@ def build(config) -> PrototypeSet:
     return _learned(num, dim, config.method.train_prototype_norm)
   if kind == "mixture":
     try:
-      moving = _mixture(num, dim, config.mixture, config.method.block)
+      moving = _mixture(num, dim, config.mixture, block=config.method.block, precision=products)
     except ValueError as error:
       raise errors.UserError(f"mixture: {error}; see config.mixture") from None
     return moving._replace(before_loss=config.method.em_order == "before_loss")

@@ -22,13 +22,12 @@ from protojax import errors, losses
 from protojax.prototypes import assignment, streaming
 
 PyTree = Any
-_HIGHEST = jax.lax.Precision.HIGHEST
 
 
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=["rows", "prototypes", "bias", "temperature"],
-  meta_fields=["block"],
+  meta_fields=["block", "precision"],
 )
 @dataclasses.dataclass(frozen=True)
 class Scores:
@@ -40,6 +39,7 @@ class Scores:
     bias: [K], added to the products; or None.
     temperature: positive.
     block: prototypes compared at a time, see `streaming.block_size`; 0: all.
+    precision: of the products, one of `streaming.PRECISIONS`.
   """
 
   rows: jax.Array
@@ -47,6 +47,7 @@ class Scores:
   bias: jax.Array | None = None
   temperature: float | jax.Array = 1.0
   block: int = 0
+  precision: str = "highest"
 
   def over(self, temperature: float | jax.Array) -> "Scores":
     """Divided by a temperature more."""
@@ -60,7 +61,7 @@ class Scores:
   def dense(self) -> jax.Array:
     """[B, ..., K] float32; float64 stays float64."""
     rows, prototypes = losses.full(self.rows), losses.full(self.prototypes)
-    products = jnp.einsum("...d,kd->...k", rows, prototypes, precision=_HIGHEST)
+    products = jnp.einsum("...d,kd->...k", rows, prototypes, precision=self.precision)
     if self.bias is not None:
       products += jnp.expand_dims(self.bias, range(products.ndim - 1))
     return products / self.temperature
@@ -99,7 +100,7 @@ def by_block(scores: Scores) -> tuple[Callable, PyTree]:
 
   def logits(block):
     rows, offset = block
-    products = jnp.einsum("mnrd,mkd->mnrk", own, losses.full(rows), precision=_HIGHEST)
+    products = jnp.einsum("mnrd,mkd->mnrk", own, losses.full(rows), precision=scores.precision)
     return products if offset is None else products + offset[:, None, None]
 
   return logits, blocks
@@ -241,12 +242,13 @@ def compare_views(p: Assignments, q: Assignments) -> Comparison:
     `Comparison` whose cross entropy is float32 [V, T], by pair the mean over images.
   """
   q = jax.lax.stop_gradient(q)
+  product = functools.partial(jnp.einsum, precision=p.scores.precision)
   if q.log_p is not None:
     targets = jnp.exp(q.log_p)
-    by_pair = -jnp.einsum("bvk,btk->bvt", p.log_p, targets, precision=_HIGHEST).mean(axis=0)
+    by_pair = -product("bvk,btk->bvt", p.log_p, targets).mean(axis=0)
     return Comparison(by_pair, losses.entropy(targets), mean(q))
   rows, bias, entropy, average = _moments(q, p.scores)
-  products = jnp.einsum("bvd,btd->bvt", p.scores.rows, rows, precision=_HIGHEST)
+  products = product("bvd,btd->bvt", p.scores.rows, rows)
   log_z = _as_rows(p.scores, p.log_partition)[..., None]
   by_pair = (log_z - (products + bias[:, None]) / p.scores.temperature).mean(axis=0)
   return Comparison(by_pair, entropy, average)
@@ -331,7 +333,7 @@ def _moments(q: Assignments, of: Scores, counted: jax.Array | None = None):
   bias = None if of.bias is None else of.bias[:, None]
   values = streaming.cut((of.prototypes, bias), q.scores.block)
   laid = None if counted is None else counted.reshape(q.log_partition.shape)
-  found = streaming.moments(logits, blocks, q.log_partition, values, laid)
+  found = streaming.moments(logits, blocks, q.log_partition, values, laid, of.precision)
   rows, bias = jax.tree.map(lambda x: _as_rows(q.scores, x), found.values)
   entropy = _as_rows(q.scores, found.entropy)
   bias = jnp.zeros(entropy.shape) if bias is None else bias[..., 0]

@@ -14,6 +14,7 @@ each. Each device goes through its own prototypes with its own rows, alone; what
 devices is summed behind the loop. Without a mesh m = n = 1.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,6 +28,8 @@ from protojax import errors, placement
 PyTree = Any
 Logits = Callable[[PyTree], jax.Array]  # a block, leaves [m, k, ...] -> float32 [m, n, R, k]
 
+# Of products, as JAX names them; `method.precision` of a run.
+PRECISIONS = ("highest", "high", "default")
 DENSE = 2**27  # logits of a device, 512 MiB of float32, up to which all prototypes are one block
 _AT_ONCE = 2**24  # logits of a block above that
 _AT_ONCE_ON_CPU = 2**19  # what its caches hold: blocks four times as large took 1.6 times as long
@@ -192,6 +195,7 @@ def moments(
   log_z: jax.Array,
   values: PyTree,
   counted: jax.Array | None = None,
+  precision: str = "highest",
 ) -> Moments:
   """Means under the assignments exp(logits - log_z): attention without its weights.
 
@@ -200,15 +204,17 @@ def moments(
     log_z: [n, R], what `log_partition` gives.
     values: leaves [nb, m, k, d], cut like the prototypes.
     counted: bool [n, R], rows that `Moments.counts` is of; None: all.
+    precision: of the products with values, one of PRECISIONS.
   """
 
   where = None if counted is None else counted[None, ..., None]
+  product = functools.partial(jnp.einsum, "mnrk,mkd->mnrd", precision=precision)
 
   def one(both):
     block, own = both
     log_q = logits(block) - log_z[None, ..., None]
     q = jnp.exp(log_q)
-    means = jax.tree.map(lambda v: _product("mnrk,mkd->mnrd", q, v), own)
+    means = jax.tree.map(lambda v: product(q, v.astype(q.dtype)), own)
     fixed_log_q, fixed_q = jax.lax.stop_gradient((log_q, q))
     entropy = -jnp.sum(fixed_q * fixed_log_q, axis=-1)
     return (means, entropy), jnp.sum(fixed_q, axis=2, where=where)
@@ -306,7 +312,3 @@ def _sum_over(one: Callable, blocks: PyTree) -> tuple[PyTree, PyTree]:
 def each(one: Callable, blocks: PyTree) -> PyTree:
   """What `one`, a function of a block, gives of each, stacked; blocks are from `cut`."""
   return _sum_over(lambda block: (None, one(block)), blocks)[1]
-
-
-def _product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
-  return jnp.einsum(subscripts, a, b.astype(a.dtype), precision=jax.lax.Precision.HIGHEST)

@@ -25,6 +25,7 @@ _FREE = (
   "model.remat",
   "model.scan",
   "method.block",
+  "method.precision",
   "mesh.",
   "data.data_dir",
   "data.num_workers",

@@ -125,6 +125,7 @@ def test_shapes_that_do_not_fit_are_refused(shape):
   [
     ("method.prototypes", "mixture"),
     ("method.block", 4),
+    ("method.precision", "high"),
     ("augment.num_local", 2),
     ("head.l2", True),
   ],

@@ -156,5 +156,10 @@ def test_what_is_no_method_is_refused_in_one_line(package, name, text, words):
 def test_another_method_than_the_recipe_s_brings_its_own_settings_and_flags(package, flags, method):
   package("lab_flags", {"agree": METHOD})
   config, _ = main.parse(["--config=quickstart:debug", "--workdir=w", *flags])  # of dino
-  common = {"train_prototype_norm": False, "em_order": "after_step", "block": None}
+  common = {
+    "train_prototype_norm": False,
+    "em_order": "after_step",
+    "block": None,
+    "precision": "highest",
+  }
   assert config.method.to_dict() == {**common, **method}

@@ -89,6 +89,7 @@ def test_settings_that_do_not_change_the_numbers_may_change():
     probe__train_split="validation",
     model__remat=True,
     method__block=4,
+    method__precision="high",
     optim__skip_nonfinite=3,
     wandb="project",
   )

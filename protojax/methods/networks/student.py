@@ -108,6 +108,7 @@ def two_views(config, objective: Callable) -> base.Method:
     {
       "method.prototypes": "none",
       "method.block": None,
+      "method.precision": "highest",
       "augment.num_local": 0,
       "head.l2": False,
     },
@@ -169,7 +170,9 @@ def build_with_prototypes(config) -> PrototypeStudent:
   def scores(state, z):
     rows = prototypes.rows(state)
     block = prototype_set.block_size(config, z.size // z.shape[-1])
-    return soft.Scores(prototypes.align(state, z), rows, block=block)
+    return soft.Scores(
+      prototypes.align(state, z), rows, block=block, precision=config.method.precision
+    )
 
   def update(variables, stats, step):
     state = prototype_set.after_step(prototypes, variables.prototypes, stats["prototypes"], step)

@@ -197,6 +197,8 @@ def build_with_prototypes(
   averaged = prototypes.learned and average  # the prototypes
   net = build(config, patches=patches)
 
+  precision = config.method.precision
+
   def by_kind(embedded):
     """{kind of token: [B, V, ..., D]}, where the prototypes are"""
     z = {"prototypes": embedded.z, "patch": embedded.patches}
@@ -220,13 +222,13 @@ def build_with_prototypes(
     patch_mean = None
     if patches:
       z = z_teacher["patch"]
-      patch_mean = soft.Scores(z, rows["patch"]).mean()
+      patch_mean = soft.Scores(z, rows["patch"], precision=precision).mean()
       z_teacher["patch"] = jnp.take_along_axis(z, views["hidden"][..., None], axis=2)
 
     def of(kind, z, rows):
       compared = z_student[kind].size // z_student[kind].shape[-1]  # no side has more
       block = prototype_set.block_size(config, compared)
-      return soft.Scores(z[kind], rows[kind], block=block)
+      return soft.Scores(z[kind], rows[kind], block=block, precision=precision)
 
     student = {kind: of(kind, z_student, student_rows) for kind in kinds}
     teacher = {kind: of(kind, z_teacher, rows) for kind in kinds}

@@ -1,0 +1,1 @@
+"""The parts of verify-resume: runs that are killed, and what they leave."""
