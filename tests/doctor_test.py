@@ -80,6 +80,9 @@ def test_a_lone_matrix_is_not_judged_before_somebody_says_what_it_is(tmp_path, c
     assert said in " ".join(shown.split()) and "collapse:" not in shown and "unique" not in shown
   described = api.diagnose(tmp_path / "features.npy")
   assert described.verdict is None and ": give rows=prototypes to have" in described.sentences[0]
+  np.save(tmp_path / "zeros.npy", np.zeros((9, 4)))
+  zeros = api.diagnose(tmp_path / "zeros.npy")
+  assert zeros.sentences[0].startswith("all rows are zero") and "mean_cosine" not in str(zeros)
   np.save(tmp_path / "maps.npy", np.ones((3, 4, 5)))
   np.save(tmp_path / "codes.npy", np.arange(9))
   # A name that says so, and embeddings to compare with, say enough.
