@@ -1,0 +1,102 @@
+"""A long tail of CIFAR-10, joint against decoupled: python -m benchmarks.long_tail --data_dir=DATA
+
+Trains DINO's joint prototypes and a mixture in both of its forms on CIFAR-10 with
+`data.imbalance=100`, 5,000 images of the first class down to 50 of the last, and evaluates each with
+`--protocol=long_tail`: accuracies of the classes with many images (over 100, eight of them) and of
+those with 20 to 100 (two), bank the images that were trained on, test CIFAR-10's; and which classes
+the prototypes serve. Floors: raw pixels, and the net after a step at learning rate 0. Writes
+docs/results/long_tail.json and prints the table. Runs that are done are not run again.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+
+from benchmarks import runs
+from protojax import recipes, resolving
+from protojax.data import pipeline
+from protojax.evals import long_tail
+from protojax.training import datasets
+
+JOINT = "configs/dino_cifar10.py"
+TRAINED = {
+  "untrained encoder": (JOINT, {"num_steps": 1}),
+  "joint": (JOINT, {}),
+  "mixture, as in the paper": ("configs/gmm_cifar10.py:paper", {}),
+  "mixture, balanced": ("configs/gmm_cifar10.py", {}),
+}
+TAIL = {"data.imbalance": 100.0}
+RESULTS = runs.ROOT / "docs" / "results" / "long_tail.json"
+COLUMNS = {
+  "k-NN, balanced": "knn_balanced",
+  "many": "knn_many",
+  "medium": "knn_medium",
+  "linear, balanced": "linear_balanced",
+  "many ": "linear_many",
+  "medium ": "linear_medium",
+  "used": "used",
+  "of them of medium": "prototypes_used_medium",
+}
+
+
+def raw_pixels(data_dir: str) -> dict[str, float]:
+  """`long_tail.evaluate` of the images themselves."""
+  config = recipes.load(JOINT)
+  config.data.update({"data_dir": data_dir, "imbalance": TAIL["data.imbalance"]})
+  tail, _, test = datasets.of_run(config)
+  config = resolving.resolve(config, len(tail))
+
+  def pixels(data):
+    batches = pipeline.sequential(data, batch_size=1000, image_size=32)
+    rows = [(b["image"][b["mask"]], b["label"][b["mask"]]) for b in batches]
+    images = np.concatenate([r[0] for r in rows]).reshape(len(data), -1)
+    return images.astype(np.float32) / 255.0, np.concatenate([r[1] for r in rows])
+
+  return long_tail.evaluate(*pixels(tail), *pixels(test), num_classes=10, k=20, temperature=0.07)
+
+
+def evaluated(folder: pathlib.Path, data_dir: str) -> dict:
+  """What evaluate says of a run, without the paths of the machine; and what was used at its end."""
+  command = [sys.executable, "-m", "protojax.evaluate", "--protocol=long_tail", "--overwrite"]
+  where = [f"--workdir={folder}", f"--data_dir={data_dir}"]
+  subprocess.run([*command, *where], cwd=runs.ROOT, check=True)
+  out = runs.result(folder, "long_tail")
+  out["measures"]["used"] = runs.result(folder)["measures"].get("collapse/used")
+  return out
+
+
+def table(rows: dict[str, dict]) -> str:
+  """Markdown, in percent."""
+  lines = ["| row | " + " | ".join(map(str.strip, COLUMNS)) + " |"]
+  lines.append("|---" * (len(COLUMNS) + 1) + "|")
+  for row, found in rows.items():
+    values = (found["measures"].get(key) for key in COLUMNS.values())
+    cells = ("–" if value is None else f"{100 * value:.1f}" for value in values)
+    lines.append(f"| {row} | " + " | ".join(cells) + " |")
+  return "\n".join(lines)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
+  parser.add_argument("--data_dir", required=True, help="where CIFAR-10 is")
+  parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/long_tail"))
+  args = parser.parse_args()
+  commit = runs.commit()
+  rows = {"raw pixels": {"commit": commit, "measures": raw_pixels(args.data_dir)}}
+  for row, (recipe, changes) in TRAINED.items():
+    folder = args.workdir.absolute() / runs.name(row)
+    runs.train(recipe, folder, TAIL | {"data.data_dir": args.data_dir} | changes)
+    rows[row] = {"recipe": recipe, "settings": TAIL | changes, "commit": commit}
+    rows[row] |= evaluated(folder, args.data_dir)
+    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+  print(table(rows))
+
+
+if __name__ == "__main__":
+  main()
