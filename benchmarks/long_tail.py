@@ -1,11 +1,11 @@
 """A long tail of CIFAR-10, joint against decoupled: python -m benchmarks.long_tail --data_dir=DATA
 
 Trains DINO's joint prototypes and a mixture in both of its forms on CIFAR-10 with
-`data.imbalance=100`, 5,000 images of the first class down to 50 of the last, and evaluates each with
-`--protocol=long_tail`: accuracies of the classes with many images (over 100, eight of them) and of
-those with 20 to 100 (two), bank the images that were trained on, test CIFAR-10's; and which classes
-the prototypes serve. Floors: raw pixels, and the net after a step at learning rate 0. Writes
-docs/results/long_tail.json and prints the table. Runs that are done are not run again.
+`data.imbalance=100`, 5,000 images of the first class down to 50 of the last, and evaluates each
+with `--protocol=long_tail`: accuracies of the classes with many images (over 100, eight of them)
+and of those with 20 to 100 (two), bank the images that were trained on, test CIFAR-10's; and which
+classes the prototypes serve. Floors: raw pixels, and the net after a step at learning rate 0.
+Writes docs/results/long_tail.json and prints the table. Runs that are done are not run again.
 """
 
 import argparse

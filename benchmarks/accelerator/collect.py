@@ -131,6 +131,8 @@ def page(found: dict[str, dict], failed: dict[str, dict]) -> str:
       parts += [f"## {_TITLES.get(group, group)}\n", _ROWS, row_table(lines)]
       if any("clustering" in line["result"] for line in lines.values()):
         parts.append(clustering_table(lines))
+      if any("long_tail" in line["result"] for line in lines.values()):
+        parts.append(long_tail_table(lines))
   if several := seed_table(found):
     parts += ["## Mean and standard deviation over seeds\n", several]
   if any("curves" in line["result"] for line in found.values()):
@@ -162,6 +164,8 @@ _TITLES = {
   "patch4": "The same with patches of 4 pixels",
   "resnet18": "ResNet-18 with the CIFAR stem, 512 images a step, 200 epochs (its k 200, T .1)",
   "table1": "FALCON's Table 1: ResNet-8, 200 epochs",
+  "adapt": "A head for the backbone that VICReg left (patch8/vicreg), 2,000 steps",
+  "long_tail": "CIFAR-10 (JPEG copy) with 5,000 images of one class down to 50 of another",
 }
 
 
@@ -335,6 +339,27 @@ def clustering_table(lines: dict[str, dict]) -> str:
       ]
     )
   return _table(["row", *_CLUSTERING.values(), "published NMI", "published accuracy"], rows)
+
+
+_LONG_TAIL = {
+  "knn_balanced": "k-NN %, balanced",
+  "knn_many": "many",
+  "knn_medium": "medium",
+  "linear_balanced": "linear %, balanced",
+  "linear_many": "many",
+  "linear_medium": "medium",
+  "prototypes_used_medium": "used prototypes of medium",
+}
+
+
+def long_tail_table(lines: dict[str, dict]) -> str:
+  """Accuracies of frequent and rare classes, and how many of the used prototypes the rare have."""
+  rows = []
+  for name, line in lines.items():
+    found = line["result"].get("long_tail", {})
+    cells = (_show(100 * found[key] if key in found else None, ".1f") for key in _LONG_TAIL)
+    rows.append([name.partition("/")[2], *cells])
+  return _table(["row", *_LONG_TAIL.values()], rows)
 
 
 def seed_table(found: dict[str, dict]) -> str:

@@ -113,8 +113,29 @@ _SPEED = [
   _speed(
     "gmm, K 1,048,576", _GMM, 90, ("prototypes",), (128, 64, 32), method__num_prototypes=1_048_576
   ),
+  # Beside it products of fewer passes (docs/scale.md has their errors).
+  *[
+    _speed(
+      f"gmm, K 1,048,576, {precision}",
+      _GMM,
+      80,
+      ("prototypes",),
+      (128, 64, 32),
+      method__num_prototypes=1_048_576,
+      method__precision=precision,
+    )
+    for precision in ("high", "default")
+  ],
   _speed(
     "ibot, K 65,536", "configs/ibot_vit_s.py", batches=(64, 32, 16), method__num_prototypes=65_536
+  ),
+  _speed(
+    "carp, ResNet-50, mixture",
+    "configs/carp_resnet50.py:gmm",
+    120,
+    _MOVING,
+    augment__num_local=6,
+    augment__global_scale=(0.2, 1.0),
   ),
 ]
 
@@ -289,6 +310,28 @@ def _table1(name):
   return Item(f"table1/{name}", "row", options, 300)
 
 
+# Frequent and rare classes: 12,406 images in as many steps as the 100 epochs have.
+_TAIL = _BUDGET | {
+  "num_steps": 9700,
+  "num_epochs": 0.0,
+  "optim.warmup_steps": 970,
+  "data.imbalance": 100.0,
+}
+
+
+def _long_tail(name):
+  path, changes = _ROWS[name]
+  options = {"config": path, "changes": _TAIL | changes, "long_tail": True}
+  return Item(f"long_tail/{name}", "row", options, 200)
+
+
+# A head for the backbone that VICReg has trained above, which has none.
+def _adapted(name, mode):
+  changes = {"batch_size": 512, "num_steps": 2000, "eval_every": 500}
+  options = {"config": f"configs/adapt_cifar10.py{mode}", "changes": changes}
+  return Item(f"adapt/{name}", "row", options | {"init_from": "patch8/vicreg"}, 60)
+
+
 ITEMS = [
   *_PARITY,
   *_SPEED,
@@ -299,6 +342,9 @@ ITEMS = [
   _resnet18("swav joint", "configs/swav_cifar10.py", _RESNET18_SWAV, 0.842),
   _resnet18("swav mixture", "configs/swav_cifar10.py:gmm", _RESNET18_SWAV),
   *[_table1(name) for name in _TABLE1],
+  _adapted("mixture", ""),
+  _adapted("joint", ":joint"),
+  *[_long_tail(name) for name in ("dino joint", "dino mixture", "dino paper")],
   *_rows("patch8, seed 1", 150, seed=1),
   *_rows("patch8, seed 2", 150, seed=2),
 ]

@@ -11,7 +11,7 @@ from benchmarks.accelerator import records, speed
 from protojax import config as configs
 from protojax import evaluate, recipes
 from protojax.metrics import verdicts
-from protojax.training import loop
+from protojax.training import loop, origin
 
 _IMAGES = 50_000
 _LOSSES = ("train/loss", "train/target_entropy")
@@ -55,6 +55,8 @@ def _rehearsal(config):
     }
   )
   config.monitor.images = 32
+  if config.data.imbalance:
+    config.data.imbalance = 2.0  # no class is left without images
   return config
 
 
@@ -72,6 +74,11 @@ def run(options: dict, *, folder: pathlib.Path, data_dir: str | None, rehearse: 
     importlib.import_module("tensorboardX")
     del sys.modules["torch"]
   config = recipe(options, data_dir, rehearse)
+  if "init_from" in options:
+    config.init_from = str(folder.parents[1] / options["init_from"] / "run")
+    if not pathlib.Path(config.init_from, "exported").is_dir():
+      return {"skipped": f"{options['init_from']}, whose weights it takes, is not done"}
+    origin.take_over(config, options["changes"])
   loop.run(config, str(folder / "run"))
   result = records.read_json(folder / "run" / "eval" / "final" / "result.json")
   ks = "5,20" if rehearse else "20,200"
@@ -86,6 +93,8 @@ def run(options: dict, *, folder: pathlib.Path, data_dir: str | None, rehearse: 
   }
   if options.get("clusters"):
     out["clustering"] = _evaluate(folder, "clustering")
+  if options.get("long_tail"):
+    out["long_tail"] = _evaluate(folder, "long_tail")
   resolved = configs.restored(records.read_json(folder / "run" / "config.json"))
   verdict = verdicts.of_run(result["measures"], config=resolved, step=result["measures"]["step"])
   stats = jax.devices()[0].memory_stats() or {}

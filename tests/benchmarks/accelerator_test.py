@@ -234,8 +234,9 @@ def test_speed_is_of_real_sizes(item):
     return
   config = resolving.resolve(speed.recipe(item.options, 256, rehearse=False), _IMAGES)
   methods.load(config.method.name).make(config)
-  assert (config.model.name, config.precision, config.batch_size) == ("vit_small", "bfloat16", 256)
-  wanted = 0 if "barlow" in item.name else 8
+  encoder = "resnet50" if "carp" in item.name else "vit_small"
+  assert (config.model.name, config.precision, config.batch_size) == (encoder, "bfloat16", 256)
+  wanted = {"barlow_twins": 0, "carp": 6}.get(config.method.name, 8)
   assert (config.augment.global_size, config.augment.num_local) == (224, wanted)
 
 
