@@ -9,7 +9,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from protojax import errors
+from protojax import errors, files
 from protojax.diagnosing import runs, weights
 from protojax.interop import tensor_files
 from protojax.metrics import diagnosis
@@ -70,12 +70,13 @@ def diagnose(
       losses).
     embeddings: [N, D], what comes out of the head just before the prototypes, or a file of it, to
       see which prototypes are used.
-    key: of a file: the array that holds the prototypes, where its name says nothing.
+    key: of a file: the array that holds the prototypes, where its name says nothing; or their layer
+      by the name that a diagnosis gives it.
     transpose: of a file: the prototypes in it are stored [D, K].
     which: of a file: "teacher" or "student"; None takes the teacher's where there is one.
     data: encodes images for the embeddings, of a run its own ("run") or "digits", "folder", the
       name of a TFDS data set. Of a file of another library, too, if its backbone, head and
-      prototypes are of a known layout: those of DINO, iBOT (class tokens) and SwAV.
+      prototypes are of a known layout: those of DINO, iBOT, DINOv2 (class tokens of both) and SwAV.
     data_dir, split: of the images; None takes the run's own and "train", which is all of a folder
       that is not divided.
     limit: images at most, evenly spread; 0 takes all.
@@ -134,6 +135,8 @@ def diagnose(
 def _is_text(path: pathlib.Path) -> bool:
   with open(path, "rb") as file:
     head = file.read(4096)
+  if files.pointer(head):
+    return False  # whatever it stands for is more likely an array
   try:
     head.decode()
   except UnicodeDecodeError as error:

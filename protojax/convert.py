@@ -30,9 +30,9 @@ Converts weights, tensor by tensor, and says what became of each.
 
 In: DINO, iBOT, DINOv2 and timm transformers, Hugging Face's ViT and Dinov2, torchvision ResNet-18
 and -50 (SwAV's and DINO's too), as .pth, .pt, .safetensors, .npz or a folder. The folder OUT then
-holds encoder.safetensors and config.json, and of a full checkpoint of DINO, iBOT or SwAV
-prototypes.safetensors. evaluate, embed and doctor take it as it is, and a run starts from it, of
-whatever width and depth:
+holds encoder.safetensors and config.json, and of a full checkpoint of DINO, iBOT, DINOv2 or SwAV
+prototypes.safetensors. evaluate, embed and doctor take it as it is (the doctor with prototypes
+alone), and a run starts from it, of whatever width and depth:
 
   protojax train --config=gmm_photos --workdir=runs/own --config.init_from=OUT
 
@@ -163,6 +163,11 @@ def bring_in(
     *(
       f"{name} {one.rows.shape[0]:,} of {one.rows.shape[1]} dimensions, from {done.layers[name]}"
       for name, one in done.prototypes.items()
+    ),
+    *(
+      []
+      if done.prototypes
+      else ["prototypes none: the doctor has nothing to judge, embed neither embeddings nor codes"]
     ),
     f"matched {len(done.tensors)} of {len(done.tensors) + len(done.missing)} tensors",
     _list(len(done.missing), "missing", importers.missing(done)),

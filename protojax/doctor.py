@@ -20,9 +20,9 @@ Examines prototypes, or a loss.
   protojax doctor log.txt                      a log: metrics.jsonl, DINO's, DINOv2's
 
 A run is judged by its metrics, too; --data=run also looks at its images and says which prototypes
-they use. So does --data=NAME for a full checkpoint of DINO, iBOT or SwAV: its backbone and head are
-run here. For other checkpoints give embeddings, [N, D] as .npy: what comes out of the head just
-before the prototypes. A file with one matrix that nothing names is described only, until
+they use. So does --data=NAME for a full checkpoint of DINO, iBOT, DINOv2 or SwAV: its backbone and
+head are run here. For other checkpoints give embeddings, [N, D] as .npy: what comes out of the
+head just before the prototypes. A file with one matrix that nothing names is described only, until
 --rows=prototypes says what it is. PyTorch is not needed, and no code inside a file is run.
 Distances are cosine distances, 1 - cos. docs/instruments.md, "The numbers", explains each number.
 The status is 0 whatever the verdict is, and with --fail 1 where something is wrong."""
@@ -31,7 +31,7 @@ The status is 0 whatever the verdict is, and with --fail 1 where something is wr
 def _parser() -> argparse.ArgumentParser:
   parser = cli.parser("doctor", _DESCRIPTION)
   parser.add_argument("path", help="workdir of a run, a checkpoint, or a log")
-  parser.add_argument("--key", help="array that holds the prototypes, where its name says nothing")
+  parser.add_argument("--key", help="array or layer of the prototypes, where its name says nothing")
   parser.add_argument("--transpose", action="store_true", help="the prototypes are stored [D, K]")
   parser.add_argument("--rows", help="of a file of one matrix: prototypes, or features of images")
   parser.add_argument(

@@ -62,6 +62,16 @@ def write_json(path: str | os.PathLike, content: object) -> None:
   write(path, json.dumps(content, indent=2, sort_keys=True, default=str) + "\n")
 
 
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def pointer(start: bytes) -> str:
+  """Says of a file that begins so that it only points at another, and what to do; "" of others."""
+  if not start.startswith(_POINTER):
+    return ""
+  return "a pointer of Git LFS, not the file it stands for: run git lfs pull where it was cloned"
+
+
 _DEEPEST = 100  # lists within lists of JSON; Python's own limit depends on who reads it
 
 

@@ -10,6 +10,8 @@ from typing import IO
 
 import numpy as np
 
+from protojax import files
+
 
 class Objects(ValueError):
   """An array of Python objects, which only running code would read."""
@@ -21,6 +23,7 @@ def header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
   Raises:
     ValueError: if it is damaged, or the dtype is one of records.
   """
+  begin = file.tell()
   try:
     version = np.lib.format.read_magic(file)
     if version == (1, 0):
@@ -30,6 +33,9 @@ def header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     else:
       raise ValueError(f"version {version}")
   except Exception as error:  # it is parsed as Python, which fails in many ways
+    file.seek(begin)
+    if said := files.pointer(file.read(64)):
+      raise ValueError(f"it is {said}") from None
     text = " ".join(str(error).split())[:100]
     raise ValueError(f"its header cannot be read: {type(error).__name__}: {text}") from None
   if dtype.hasobject:

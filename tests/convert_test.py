@@ -105,6 +105,9 @@ def test_what_is_set_aside_is_said_with_its_reason(tmp_path):
   assert "\nprototypes 8 of 16 dimensions, from student.module.head.last_layer" in account
   lines = convert.bring_in(tmp_path / "in.safetensors", tmp_path / "bare", with_head=False)
   assert "(prototypes, no part of an encoder) 2: teacher.head.last_layer" in "\n".join(lines)
+  nothing = "prototypes none: the doctor has nothing to judge, embed neither embeddings nor codes"
+  assert nothing in lines and "prototypes none" not in account
+  assert nothing in convert.bring_in(_save(tmp_path, layouts.vit()), tmp_path / "backbone")
   assert "training with masks starts a fresh one) 1: student.module.backbone.masked" in account
   assert "set aside (other parts of the file (teacher)) 38: teacher.backbone." in account
 

@@ -80,6 +80,9 @@ def test_a_lone_matrix_is_not_judged_before_somebody_says_what_it_is(tmp_path, c
     assert said in " ".join(shown.split()) and "collapse:" not in shown and "unique" not in shown
   described = api.diagnose(tmp_path / "features.npy")
   assert described.verdict is None and ": give rows=prototypes to have" in described.sentences[0]
+  np.save(tmp_path / "zeros.npy", np.zeros((9, 4)))
+  zeros = api.diagnose(tmp_path / "zeros.npy")
+  assert zeros.sentences[0].startswith("all rows are zero") and "mean_cosine" not in str(zeros)
   np.save(tmp_path / "maps.npy", np.ones((3, 4, 5)))
   np.save(tmp_path / "codes.npy", np.arange(9))
   # A name that says so, and embeddings to compare with, say enough.
@@ -157,7 +160,68 @@ def test_prototypes_found_by_name_are_transposed_too(tmp_path, collapsed, capsys
   doctor.main([str(path)])
   said = " ".join(capsys.readouterr().out.split())
   assert "fewer rows than columns, 32 and 300: if they are stored [D, K], give --transpose" in said
-  assert "transpose=True" in str(api.diagnose(path))
+  asked = api.diagnose(path).sentences[-1]
+  assert "give transpose=True: the verdict is on the wrong rows then" in asked
+
+
+@pytest.mark.parametrize(
+  "part, gain",
+  [
+    (".weight_v", ".weight_g"),
+    (".parametrizations.weight.original1", ".parametrizations.weight.original0"),
+    (".weight", ".bias"),
+  ],
+)
+def test_the_heading_that_is_printed_is_taken_as_key(tmp_path, part, gain):
+  path = tmp_path / "x.safetensors"
+  rows = _RNG.normal(size=(40, 16)).astype(np.float32)
+  layer = {f"a.last_layer{part}": rows, f"a.last_layer{gain}": np.ones((40, 1), np.float32)}
+  safetensors.numpy.save_file(layer | {"b.last_layer.weight": rows[:9]}, path)
+  heading = next(iter(api.diagnose(path).sets))
+  found = api.diagnose(path, key=heading)
+  assert heading == "a.last_layer" and list(found.sets) == [heading]
+  assert f"prototypes taken from a.last_layer{part}\n\n{heading}: 40 prototypes" in str(found)
+
+
+def test_embeddings_compared_with_several_sets_are_said_to_come_out_of_one_head(full, tmp_path):
+  """Unless one of the sets was chosen."""
+  v = _RNG.normal(size=(30, 16)).astype(np.float32)
+  path = tmp_path / "two.safetensors"
+  safetensors.numpy.save_file({"prototypes0.weight": v, "prototypes1.weight": v[::-1].copy()}, path)
+  words = "all 2 sets are compared with the same embeddings, which come out of one head"
+  rows = _RNG.normal(size=(50, 16))
+  assert words in str(api.diagnose(path, embeddings=rows))
+  assert words not in str(api.diagnose(path, embeddings=rows, key="prototypes0"))
+  assert words not in str(api.diagnose(path))
+
+
+def test_embeddings_that_fit_either_way_are_asked_about(tmp_path):
+  """The prototypes [D, K] and embeddings [N, D], or [K, D] and [D, N]."""
+  path = tmp_path / "x.safetensors"
+  safetensors.numpy.save_file({"prototypes.weight": np.ones((64, 32), np.float32)}, path)
+  with pytest.raises(errors.UserError, match="give transpose=True, or transpose the embeddings"):
+    api.diagnose(path, embeddings=np.ones((32, 64)))
+  with pytest.raises(errors.UserError, match="they seem to be columns, 32 x 90"):
+    api.diagnose(path, embeddings=np.ones((32, 90)))
+
+
+def test_images_are_run_through_a_checkpoint_of_dinov2(tmp_path):
+  """Registers, LayerScale, and a head for patches beside the one for class tokens."""
+  parts = {"backbone": foreign_layouts.vit(registers=3, scaled=True)}
+  parts |= {f"{kind}_head": foreign_layouts.head(seed=i) for i, kind in enumerate(("dino", "ibot"))}
+  arrays = {f"teacher.{part}.{k}": v for part, one in parts.items() for k, v in one.items()}
+  safetensors.numpy.save_file(arrays, tmp_path / "full.safetensors")
+  found = api.diagnose(tmp_path / "full.safetensors", data="digits", limit=40).sets
+  assert found["teacher.dino_head.last_layer"].result["usage"]["images"] == 40
+  assert "usage" not in found["teacher.ibot_head.last_layer"].result
+
+
+def test_a_pointer_of_git_lfs_is_called_that(tmp_path):
+  """Whatever it is called: it is text, and no log."""
+  for name in ("x.pth", "pytorch_model.bin", "metrics.jsonl"):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
+    with pytest.raises(errors.UserError, match=f"{name} is a pointer of Git LFS, .* git lfs pull"):
+      doctor.main([str(tmp_path / name)])
 
 
 def test_the_status_tells_a_collapse_only_if_asked(full, tmp_path):
@@ -384,7 +448,9 @@ def test_tensors_that_are_not_finite_are_named(foreign, tmp_path, capsys):
   assert f"non-finite: {said}" in " ".join(capsys.readouterr().out.split())
   found = json.loads((tmp_path / "found.json").read_text())
   assert found["alarm"] and found["verdict"]["sentence"].startswith(said)
-  with pytest.raises(errors.UserError, match=f"nan.safetensors cannot be run .*: {said}: take an"):
+  alone = "; without data the prototypes alone are judged$"
+  words = f"nan.safetensors cannot be run .*: {said}: take an .* copy{alone}"
+  with pytest.raises(errors.UserError, match=words):
     doctor.main([str(path), "--data=digits"])
   backbone = {k: v for k, v in tensor_files.read(path).items() if ".head." not in k}
   safetensors.numpy.save_file(backbone, tmp_path / "backbone.safetensors")
@@ -399,7 +465,8 @@ def test_tensors_that_are_not_finite_are_named(foreign, tmp_path, capsys):
     doctor.main([str(tmp_path / "old"), "--fail"])
   shown = " ".join(capsys.readouterr().out.split())
   assert "non-finite: 1 of" in shown and f"tensors hold NaN or infinity: {ours}: export or" in shown
-  with pytest.raises(errors.UserError, match=f"old cannot be run: .* infinity: {ours}: export or"):
+  words = f"old cannot be run: .* infinity: {ours}: export or .*{alone}"
+  with pytest.raises(errors.UserError, match=words):
     doctor.main([str(tmp_path / "old"), "--data=digits"])
 
 

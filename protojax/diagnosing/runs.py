@@ -119,7 +119,10 @@ def arrays(
   if data is None or not model.prototypes:
     return {}, None, []
   if wrong := pretrained.not_finite(model):
-    raise errors.UserError(f"data={data}: {model.path} cannot be run: {wrong}")
+    raise errors.UserError(
+      f"data={data}: {model.path} cannot be run: {wrong}; without data the prototypes alone are "
+      "judged"
+    )
   name = None if data == "run" else data
   source = pretrained.source(model, split or "train", name=name, data_dir=data_dir)
   found = pretrained.encoded(model, source, parts=("features", "embeddings"), limit=limit)

@@ -9,7 +9,7 @@ import numpy as np
 from protojax import errors, loading, metrics, trees
 from protojax.diagnosing import runs
 from protojax.interop import importers, network, prototype_layouts, tensor_files
-from protojax.metrics import diagnosis, measures, wording
+from protojax.metrics import diagnosis, measures, rules, wording
 
 _BY_HAND = "embeddings=FILE.npy, [N, D], what comes out of the head just before the prototypes"
 _LISTED = 10  # matrices of a file whose prototypes were not found
@@ -64,7 +64,7 @@ def diagnose(
     )
   if key:
     sets = [prototype_layouts.at(arrays, key, transpose)]
-    layout = f"prototypes taken from {key}"
+    layout = f"prototypes taken from {sets[0].key}"
   else:
     sets = prototype_layouts.find(arrays, which, transpose)
     layout = f"names as in {prototype_layouts.kind(arrays, sets)}"
@@ -79,7 +79,7 @@ def diagnose(
       + (f"; {not_finite}" if not_finite else "")
     )
   whose = sorted({prototype_layouts.owner(s.name) for s in sets} - {""})
-  doubts = _doubts(path, arrays, sets, transpose=transpose, embeddings=embeddings)
+  doubts, turned = _doubts(path, arrays, sets, transpose=transpose, embeddings=embeddings)
   if which is None and whose == ["student"]:
     which = "student"  # whose network leads up to them
     doubts = [*_teacher_without(arrays), *doubts]
@@ -122,6 +122,9 @@ def diagnose(
       else f"{_BY_HAND}, for the file's network leads up to {' and '.join(led_up_to)} alone",
     )
     found[one.name].result["key"] = one.key
+    if one.name in turned:
+      found[one.name].sentences.append(turned[one.name])  # part of the result, too
+      found[one.name].lines.extend(wording.bullets([turned[one.name]]))
   result = {"kind": "file", "layout": layout}
   one = diagnosis.joined(found, lines=lines, result=result, verdict=broken)
   if broken:
@@ -136,20 +139,22 @@ def _doubts(
   *,
   transpose: bool,
   embeddings: Any,
-) -> list[str]:
-  """Sentences about matrices that may lie the other way round, [D, K].
+) -> tuple[list[str], dict[str, str]]:
+  """(sentences about rows of zeros, {set: advice where it may lie the other way round, [D, K]}).
 
   Raises:
     UserError: if one certainly does: the head before it, its gains or the embeddings say so.
   """
-  shape = None if embeddings is None else np.shape(measures.as_array(embeddings))
-  sentences = []
+  shape = () if embeddings is None else np.shape(measures.as_array(embeddings))
+  sentences, maybe = [], {}
   for one in sets:
     rows, columns = one.matrix.shape
     why = prototype_layouts.turned(arrays, one)
-    if shape and len(shape) == 2 and shape[1] == rows != columns:
-      why = f"the embeddings have {rows:,} dimensions"
     to_do = "leave transpose=True out" if transpose else "give transpose=True"
+    if not why and len(shape) == 2 and shape[1] == rows != columns:
+      why = f"the embeddings have {rows:,} dimensions"
+      if shape[0] == columns:
+        to_do += ", or transpose the embeddings where those are columns, [D, N]"
     so = "[K, D]" if transpose else "[D, K]"
     if why:
       turned = " transposed" if transpose else ""
@@ -163,13 +168,15 @@ def _doubts(
     elif rows < columns != before:
       why = f"fewer rows than columns, {rows:,} and {columns:,}"
     if why:
-      sentences.append(f"{one.name}: {why}: if they are stored {so}, {to_do}")
+      maybe[one.name] = (
+        f"{why}: if they are stored {so}, {to_do}: the verdict is on the wrong rows then"
+      )
     if one.gain is not None and (zeros := int(np.sum(~np.any(one.matrix, axis=1)))):
       sentences.append(
         f"{one.name}: {_rows(zeros)} of zeros in the file; weight normalisation makes 0 / 0 of "
         "them: not finite, below"
       )
-  return sentences
+  return sentences, maybe
 
 
 def _teacher_without(arrays: Mapping[str, np.ndarray]) -> list[str]:
@@ -235,7 +242,8 @@ def _network_of_file(
   if done.unexpected:
     return done, f"{done.unexpected[0]} does not fit the layout"
   if not done.prototypes:
-    none = "it holds no projection head of DINO, iBOT or SwAV that ends where its prototypes begin"
+    kinds = "DINO, iBOT, DINOv2 or SwAV"
+    none = f"it holds no projection head of {kinds} that ends where its prototypes begin"
     return done, done.without or none
   return done, ""
 
@@ -255,9 +263,11 @@ def _describe(matrix: np.ndarray, *, said: bool) -> diagnosis.Diagnosis:
   verdict = None
   sentences: list[str] = []
   if result["not_finite"]:
-    verdict = wording.not_finite(result["not_finite"], len(rows))
+    verdict = rules.not_finite(result["not_finite"], len(rows))
     sentences = [f"{verdict.label}: {verdict.sentence}"]
     lines[0] = f"file: one matrix, {_rows(len(rows))} of {rows.shape[1]} numbers"
+  elif not rows.any():
+    sentences = ["all rows are zero: whatever made them gives nothing"]
   else:
     measured = metrics.summary(features=rows)
     result |= {"norm": [float(norms.min()), float(norms.max())], "measures": measured}
@@ -293,7 +303,10 @@ def _arrays_of_file(
     to_do = "; save what comes out of the head as .npy and pass it as embeddings=FILE"
     if done is not None and done.not_finite:
       to_do = ": take an earlier or an undamaged copy"
-    raise errors.UserError(f"data={data}: {path} cannot be run up to its prototypes: {why}{to_do}")
+    raise errors.UserError(
+      f"data={data}: {path} cannot be run up to its prototypes: {why}{to_do}; without data the "
+      "prototypes alone are judged"
+    )
   model = loading.of_export(path, done.tensors, done.info, done.prototypes)
   found, features, told = runs.arrays(model, data=data, data_dir=data_dir, split=split, limit=limit)
   by_layer = {done.layers[name]: rows for name, rows in found.items()}

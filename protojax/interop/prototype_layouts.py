@@ -145,12 +145,15 @@ def at(arrays: Mapping[str, np.ndarray], key: str, transpose: bool = False) -> P
 
   Args:
     arrays: of a file, by name.
-    key: of a matrix [K, D], weight-normalised if its gain is beside it.
+    key: of a matrix [K, D], weight-normalised if its gain is beside it; or the name of its layer,
+      as the doctor prints it.
     transpose: of a matrix [D, K].
 
   Raises:
     UserError: if there is no such matrix of floating point numbers.
   """
+  layer_of = (key + part for part in (*_GAINS, ".weight"))
+  key = next((name for name in (key, *layer_of) if name in arrays), key)
   if key not in arrays:
     # Of one letter any other letter is as near.
     near = difflib.get_close_matches(key, [name for name in arrays if len(name) > 1], 1, 0)

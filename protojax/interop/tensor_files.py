@@ -112,6 +112,8 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
     if path.stat().st_size == 0:
       raise ValueError("it is empty")
     raw = np.memmap(path, np.uint8, "r").view(np.ndarray)
+    if said := files.pointer(raw[:64].tobytes()):
+      raise errors.UserError(f"{path} is {said}")
     if raw[:6].tobytes() == b"\x93NUMPY":
       return {path.stem: _read_npy(path)}
     if raw[8:9].tobytes() == b"{":

@@ -105,7 +105,8 @@ def examine(
 
   Returns:
     What can be written as JSON: "measures" by the names of metrics.jsonl; and, beside them, counts
-    of `uniqueness.measure`, cosine distances, norms.
+    of `uniqueness.measure`, cosine distances, norms; "usage" where there are embeddings, or their
+    number as "zero_embeddings" where all are zero.
   """
   num, dim = weights.shape
   found, null = uniqueness.measure(weights), uniqueness.null(num, dim)
@@ -153,6 +154,9 @@ def examine(
     result["gain"] = _range(np.asarray(gain, np.float64))
   if embeddings is None:
     return result | {"measures": _measures(known, prototypes=unit)}
+  if not embeddings.any():  # no cosine of theirs means anything
+    found_of_features = _measures(known, prototypes=unit, features=features)
+    return result | {"zero_embeddings": len(embeddings), "measures": found_of_features}
   directions_only = cosine or (directed.all() and np.ptp(norms) < 1e-6)
   compared = unit if directions_only else np.where(directed[:, None], weights, 0.0)
   codes, distances = _nearest_prototypes(compared, unit, embeddings)
@@ -265,15 +269,22 @@ def diagnose(
     )
   if embeddings is not None:
     embeddings = np.asarray(measures.as_array(embeddings), np.float32)
-    if embeddings.ndim != 2 or embeddings.shape[1] != weights.shape[1]:
+    if embeddings.ndim != 2:
+      raise errors.UserError(f"the embeddings have shape {list(embeddings.shape)}: give [N, D]")
+    if embeddings.shape[1] != weights.shape[1]:
       raise errors.UserError(
-        f"the embeddings have {embeddings.shape[-1]} dimensions and {name} {weights.shape[1]}: "
-        "give what comes out of the head just before the prototypes, not features of the backbone"
+        f"the embeddings have {embeddings.shape[1]} dimensions and {name} {weights.shape[1]}: "
+        + measures.not_compared(embeddings.shape, weights.shape[1])
       )
     bad = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
-    if len(embeddings) < 2 or bad.size:
-      which = f", not {bad.size:,} of {len(embeddings):,}, row {bad[0]} first" if bad.size else ""
-      raise errors.UserError(f"the embeddings must be at least two rows of finite numbers{which}")
+    if len(embeddings) < 2:
+      raise errors.UserError(f"too few embeddings, {len(embeddings)}: give two rows or more")
+    if bad.size:
+      are, first, them = ("is", "", "it") if bad.size == 1 else ("are", "first ", "them")
+      raise errors.UserError(
+        f"{bad.size:,} of {len(embeddings):,} embeddings {are} not finite, {first}row {bad[0]}: "
+        f"see what makes {them}, or leave {them} out"
+      )
   if len(weights) > _MANY:
     logging.warning("comparing %s prototypes pair by pair: minutes", f"{len(weights):,}")
   if features is not None:

@@ -83,6 +83,12 @@ def _uniqueness(partners) -> dict[str, float]:
   return uniqueness(found.unique, found.random, found.num) | some
 
 
+def _not_finite(prototypes) -> dict[str, float]:
+  rows = np.asarray(prototypes)
+  share = np.mean(~np.isfinite(rows.max(axis=1)) | ~np.isfinite(rows.min(axis=1)))
+  return {"not_finite": share} if share else {}
+
+
 def _relative_uniqueness(prototypes, embeddings, partners) -> jax.Array:
   return collapse.relative_uniqueness(prototypes, embeddings, partners().nearest)
 
@@ -137,6 +143,8 @@ MEASURES = (
   ),
   # Only where there are some: zero, or not finite; not among the unique ones, and no copies.
   Measure("no_direction", _PARTNERS, form=".1%", label="without direction"),
+  # Those of them that are not finite, where there are some.
+  Measure("not_finite", ("prototypes",), _not_finite, form=".1%", label="not finite"),
   Measure(
     "used",
     _CODES,
@@ -230,6 +238,13 @@ def _sets(given) -> dict[str, Any]:
   return {name: as_array(x) for name, x in given.items()}
 
 
+def not_compared(shape: Sequence[int], dim: int) -> str:
+  """What to give instead of embeddings [N, other than `dim`], in words."""
+  if shape[0] == dim:
+    return f"they seem to be columns, {shape[0]} x {shape[1]}: transpose them, a row is an image's"
+  return "give what comes out of the head just before the prototypes, not features of the backbone"
+
+
 def _check(name: str, arrays: Mapping[str, Any]) -> None:
   """Refuses shapes that do not fit together, of one set of prototypes."""
   shapes = {key: np.shape(x) for key, x in arrays.items()}
@@ -250,7 +265,7 @@ def _check(name: str, arrays: Mapping[str, Any]) -> None:
   if matrix and shapes.get("embeddings", matrix)[1] != matrix[1]:
     raise errors.UserError(
       f"embeddings of {name!r} have {shapes['embeddings'][1]} dimensions and prototypes "
-      f"{matrix[1]}: give what is compared with the prototypes, not features of the backbone"
+      f"{matrix[1]}: {not_compared(shapes['embeddings'], matrix[1])}"
     )
   if {"codes", "embeddings"} <= shapes.keys() and shapes["codes"] != shapes["embeddings"][:1]:
     raise errors.UserError(

@@ -80,6 +80,16 @@ class Verdict(NamedTuple):
   collapsed: bool
 
 
+def not_finite(count: int, num: int, what: str = "rows") -> Verdict:
+  """The verdict on a matrix of `num` rows, `what` they are, `count` of which are not finite."""
+  return Verdict(
+    "non-finite",
+    f"{count:,} of {num:,} {what} are not finite: nothing made with them means anything, and "
+    "training on will spread it; go back to a checkpoint without them",
+    True,
+  )
+
+
 def known(*parts: tuple[str, float | None, str], within: str = "{}") -> str:
   """ "used 61%, perplexity 1,200", what was measured of (words, value, form); else ""."""
   said = [f"{words} {value:{form}}" for words, value, form in parts if value is not None]

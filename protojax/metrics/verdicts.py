@@ -48,7 +48,7 @@ def judge(
   Args:
     measures: {name in metrics.jsonl: value or None}; read are train/{loss, cross_entropy, ln_k,
       target_entropy}, collapse/{unique_0.025 and unique_0.25 (both
-      also _random), no_direction, drift, used, perplexity (both
+      also _random), no_direction, not_finite, drift, used, perplexity (both
       also of the sample), used_random, used_most, feature_std, mean_cosine, embedding_cosine,
       rankme, teacher_distance, relative_uniqueness}, probe/{knn, linear_fitted} and floor/{knn,
       knn_pixels, knn_untrained, knn_start, linear_pixels, test_images, loss_start}.
@@ -64,6 +64,7 @@ def judge(
     alike: whether all prototypes are one and the same, which no measure tells.
     already: what was found by other means, which comes first.
   """
+  already = [*already, *_rows_not_finite(measures)]
   if already:
     measures = {k: v for k, v in measures.items() if v is not None and math.isfinite(v)}
   bad = [k for k, v in measures.items() if v is not None and not math.isfinite(v)]
@@ -96,6 +97,17 @@ def judge(
   if settings is None and _SETTING.search(found[0].sentence):  # maybe of another program
     also = f", by protojax's names of settings{also}"
   return rules.Verdict(found[0].label, found[0].sentence + also, any(v.collapsed for v in found))
+
+
+def _rows_not_finite(measures) -> list[rules.Verdict]:
+  """The verdict on sets of prototypes with rows that are not finite, whatever these have made."""
+  for name, share in measures.items():
+    if share and name.startswith("collapse/") and name.endswith("not_finite"):
+      of_set = name.removeprefix("collapse/").removesuffix("not_finite")
+      num = measures.get(f"collapse/{of_set}num_prototypes") or 0
+      what = f"{of_set.replace('_', ' ')}prototypes"
+      return [rules.not_finite(round(share * num), int(num), what)]
+  return []
 
 
 def _can(change: str, settings: Mapping[str, object]) -> bool:
@@ -173,7 +185,7 @@ def verdict(measures: Mapping[str, float | None], *, step: int | None = None) ->
     step: updates done; None where nobody knows: then all counts.
 
   Raises:
-    UserError: if nothing in it says how many prototypes there are.
+    UserError: if nothing in it says how many prototypes there are, and all of it is finite.
   """
   known = {name: float(value) for name, value in measures.items() if value is not None}
   num = _num_prototypes(known)
@@ -182,10 +194,13 @@ def verdict(measures: Mapping[str, float | None], *, step: int | None = None) ->
 
 def _num_prototypes(measures: Mapping[str, float]) -> int:
   """K; 0 where features or a teacher were measured and no prototypes."""
-  if "collapse/num_prototypes" in measures:
-    return int(measures["collapse/num_prototypes"])
-  if "train/ln_k" in measures:
-    return round(math.exp(measures["train/ln_k"]))
+  finite = {name: value for name, value in measures.items() if math.isfinite(value)}
+  if "collapse/num_prototypes" in finite:
+    return int(finite["collapse/num_prototypes"])
+  if "train/ln_k" in finite:
+    return round(math.exp(finite["train/ln_k"]))
+  if len(finite) < len(measures):
+    return 0  # it does not matter: that is the verdict
   of_sets = {f"collapse/{row.name}": row.of_sets for row in table.MEASURES}
   if False in map(of_sets.get, measures) and True not in map(of_sets.get, measures):
     return 0

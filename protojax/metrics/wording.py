@@ -22,14 +22,16 @@ def _times(ratio: float) -> str:
   return f"{ratio:.1f}" if ratio < 1e6 else f"{ratio:.0e}"
 
 
-def not_finite(count: int, num: int) -> rules.Verdict:
-  """The verdict on a matrix of `num` rows, `count` of which are not finite."""
-  return rules.Verdict(
-    "non-finite",
-    f"{count:,} of {num:,} rows are not finite: nothing made with them means anything, and "
-    "training on will spread it; go back to a checkpoint without them",
-    True,
-  )
+def zero_embeddings(count: int, std: float | None) -> rules.Verdict:
+  """The verdict on embeddings that are all zero; `std` of the backbone's features, if measured."""
+  said = f"all {count:,} embeddings are zero, so that no prototype is nearer to one than any other"
+  if std is not None and std >= rules.LIMITS["feature_std"]:
+    return rules.Verdict(
+      "dead projector",
+      f"{said}: the backbone tells images apart (std {std:.3f} of 1), the head does not",
+      True,
+    )
+  return rules.Verdict("representation collapse", f"{said}: see where they are made", True)
 
 
 def tensors_not_finite(named: str) -> rules.Verdict:
@@ -67,7 +69,10 @@ def words(
   lost = result["without_direction"]
   told = {"prototypes": prototypes} | dict(circumstances or {})
   alike = result.get("alike", False)
-  bad = [not_finite(lost["not_finite"], num)] if lost["not_finite"] else []
+  bad = [rules.not_finite(lost["not_finite"], num)] if lost["not_finite"] else []
+  zero = result.get("zero_embeddings", 0)
+  if zero:
+    bad.append(zero_embeddings(zero, known.get("collapse/feature_std")))
   verdict = verdicts.judge(known, num_prototypes=num, alike=alike, already=bad, **told)
   unique, random = result["unique"]["unique"], result["random"]["unique"]
   headline = result["thresholds"].index(rules.HEADLINE)
@@ -147,7 +152,7 @@ def words(
       f"use and spread are not judged by {images} embeddings, which have no more codes and "
       f"directions than that: give {rules.LIMITS['images']} or more"
     )
-  if "usage" not in result and not use:
+  if "usage" not in result and not use and not zero:
     out.append(
       f"whether they are used cannot be seen from weights: give {for_usage}; random prototypes "
       "that never moved look as unique as the best"

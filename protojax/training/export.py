@@ -144,14 +144,32 @@ def describe(path: str | os.PathLike) -> dict:
     return info
 
 
+def of_other_library(folder: pathlib.Path) -> str:
+  """What a folder holds that `protojax convert` has written for others, and what to do; else ""."""
+  if (folder / "model.safetensors").is_file():
+    return (
+      f"{folder} holds model.safetensors, weights for timm or Hugging Face: give the run they are "
+      f"of, or bring them in first, protojax convert {folder} OUT, and give OUT"
+    )
+  for name in ("features.jax", "encoder.onnx"):
+    if (folder / name).is_file():
+      return f"{folder} holds {name}, a compiled function without weights: give the run it is of"
+  return ""
+
+
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike) -> Iterator[tuple[Any, dict]]:
   path = pathlib.Path(path)
   file = path / _WEIGHTS if path.is_dir() else path
   if not file.is_file():
+    if other := of_other_library(path):
+      raise errors.UserError(other)
     raise errors.UserError(
       f"there is no {_WEIGHTS} at {path}: give the folder exported/ of a finished run"
     )
+  with open(file, "rb") as start:
+    if said := files.pointer(start.read(64)):
+      raise errors.UserError(f"{file} is {said}")
   try:
     with safetensors.safe_open(file, framework="numpy") as opened:
       yield opened, files.parse_json(opened.metadata()["info"])

@@ -40,6 +40,8 @@ def describe(config: ml_collections.ConfigDict) -> dict:
   if not path.exists():
     raise errors.UserError(f"{given}: there is no {path.absolute()}: {to_do}")
   if path.is_dir() and not (path / "encoder.safetensors").is_file():
+    if other := export.of_other_library(path):
+      raise errors.UserError(f"{given}: {other}")
     if (path / "env.json").is_file():
       to_do = "this run has saved nothing yet: wait for its first checkpoint, or give another"
     raise errors.UserError(

@@ -331,6 +331,15 @@ def test_colour_of_16_bits_is_warned_of_and_a_strange_tiff_names_what_reads_it(
     source[2]
 
 
+@pytest.mark.parametrize("name", ["a.jpg", "a.tif", "a.npy"])
+def test_a_pointer_of_git_lfs_is_no_image(tmp_path, name):
+  pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+  (tmp_path / name).write_text(pointer)
+  source = sources.build("folder", split=None, data_dir=tmp_path)
+  with pytest.raises(sources.CorruptImage, match=f"{name} .*a pointer of Git LFS.*git lfs pull"):
+    source[0]
+
+
 @pytest.mark.parametrize(
   "wrong",
   [{"channels": 0}, {"value_range": (3, 3)}, {"value_range": 5}, {"value_range": ((1, 2), 3)}],

@@ -268,6 +268,9 @@ def test_wrong_shards_are_refused_in_one_line(kind, tmp_path, shards, images):
   refuse("/nowhere", "not a folder", split="train", folder="/nowhere")
   refuse(str(tmp_path), f"no .{kind} files", split="train")
   refuse("'val'", "test, train", split="val", folder=shards)
+  pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+  (tmp_path / f"a.{kind}").write_text(pointer)
+  refuse(f"a.{kind} is a pointer of Git LFS", "git lfs pull", split="train")
   if kind == "parquet":
     (tmp_path / "a.parquet").write_text("not one")
     refuse("a.parquet", "no parquet file", split="train")

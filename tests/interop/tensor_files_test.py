@@ -96,6 +96,13 @@ def test_what_cannot_be_read_is_one_line(tmp_path):
   assert "it is empty" in _refused(path)
   path.write_text("epoch 3: loss 7.1")
   assert ".safetensors" in _refused(path)
+  for name in ("x.npy", "x.pth", "x.safetensors"):
+    (tmp_path / name).write_text(
+      "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    )
+    assert "is a pointer of Git LFS, not the file it stands for: run git lfs pull" in (
+      _refused(tmp_path / name)
+    )
   np.save(tmp_path / "object.npy", np.array([{}], dtype=object))
   assert "object holds Python objects (dtype object), not num" in _refused(tmp_path / "object.npy")
   np.savez(tmp_path / "escape.npz", **{"a\x1b[2J": np.ones(2)})

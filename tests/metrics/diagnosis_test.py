@@ -271,6 +271,17 @@ def test_use_and_spread_are_not_judged_by_a_few_images():
   assert found.verdict.label == "no collapse" and "not judged" not in "".join(found.sentences)
 
 
+def test_embeddings_that_are_all_zero_are_called_that_and_not_measured():
+  weights, zeros = _rows(64, 32), np.zeros((500, 32))
+  for features, label in ((None, "representation collapse"), (_rows(500, 48), "dead projector")):
+    found = diagnosis.diagnose(weights, embeddings=zeros, features=features)
+    assert found.verdict.label == label and found.verdict.collapsed
+    assert "all 500 embeddings are zero, so that no prototype is nearer" in found.sentences[0]
+    assert "embedding cosine" not in str(found) and "usage" not in found.result
+    assert ("collapse/mean_cosine" in found.measures) == (features is not None)
+    assert not any("give embeddings" in s for s in found.sentences)
+
+
 def test_tensors_of_torch_are_diagnosed_as_arrays_are():
   torch = pytest.importorskip("torch")
   weights, embeddings = _rows(60, 16), _rows(90, 16)
@@ -284,7 +295,23 @@ def test_tensors_of_torch_are_diagnosed_as_arrays_are():
     (np.ones(4), None, r"shape \[4\]: give \[K, D\]"),
     (np.ones((1, 4)), None, "two rows and columns"),
     (np.eye(4), np.ones((9, 3)), "3 dimensions and prototypes 4"),
-    (np.eye(4), np.diag([0, 0, np.nan, 0]), "finite numbers, not 1 of 4, row 2 first"),
+    (np.eye(4), np.ones(4), r"embeddings have shape \[4\]: give \[N, D\]"),
+    (
+      np.ones((6, 4)),
+      np.ones((4, 9)),
+      "prototypes 4: they seem to be columns, 4 x 9: transpose",
+    ),
+    (np.eye(4), np.ones((1, 4)), "too few embeddings, 1: give two rows or more"),
+    (
+      np.eye(4),
+      np.diag([0, 0, np.nan, 0]),
+      "1 of 4 embeddings is not finite, row 2: see wh.* it out",
+    ),
+    (
+      np.eye(4),
+      np.diag([0, np.inf, np.nan, 0]),
+      "2 of 4 embeddings are not finite, first row 1: see",
+    ),
   ],
 )
 def test_arrays_that_cannot_be_diagnosed_are_one_line(weights, embeddings, said):

@@ -154,6 +154,10 @@ def test_what_is_known_is_not_computed_again(monkeypatch):
   [
     ({"prototypes": np.ones(3)}, r"prototypes of 'prototypes' has shape \[3\]: give \[K, D\]"),
     ({"prototypes": np.ones((3, 2)), "embeddings": np.ones((5, 4))}, "4 dimensions and prototypes"),
+    (
+      {"prototypes": np.ones((3, 2)), "embeddings": np.ones((2, 5))},
+      "to be columns, 2 x 5: tra",
+    ),
     ({"prototypes": np.ones((3, 2)), "initial_prototypes": np.ones((4, 2))}, "of step 0"),
     ({"codes": np.zeros(4, int)}, "give num_prototypes"),
     ({"features": np.ones(4)}, r"give \[N, F\]"),

@@ -483,6 +483,27 @@ def test_a_verdict_on_features_alone_says_nothing_of_prototypes():
   assert metrics.verdict(metrics.summary(features=np.ones((9, 4)))).collapsed
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_rows_that_are_not_finite_are_the_verdict_and_not_what_they_make(value):
+  rows = np.random.default_rng(0).normal(size=(64, 32))
+  bad = np.where(np.arange(64)[:, None] < 2, value, rows)
+  found = metrics.verdict(metrics.summary(prototypes=bad, embeddings=rows), step=1)
+  assert found.label == "non-finite" and found.collapsed
+  assert found.sentence.startswith(
+    "2 of 64 prototypes are not finite: nothing made with them means"
+  )
+  sets = {"prototypes": rows, "patch": bad}
+  assert metrics.verdict(metrics.summary(prototypes=sets)).sentence.startswith(
+    "2 of 64 patch proto"
+  )
+
+
+@pytest.mark.parametrize("ln_k", [{}, {"train/ln_k": math.nan}, {"collapse/num_prototypes": 64}])
+def test_a_loss_that_is_not_finite_needs_no_k(ln_k):
+  found = metrics.verdict({"train/loss": math.nan, **ln_k})
+  assert found.label == "non-finite" and found.sentence.startswith("train/loss")
+
+
 @pytest.mark.parametrize("measures", [{}, {"train/loss": 3.0}, {"collapse/used": 0.5}])
 def test_measures_without_k_are_refused_in_one_line(measures):
   with pytest.raises(ValueError, match="how many prototypes.*collapse/num_prototypes") as caught:

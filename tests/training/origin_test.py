@@ -113,6 +113,29 @@ def test_where_no_weights_are_is_said_with_what_was_looked_for(tmp_path, monkeyp
     assert f"neither encoder.safetensors nor exported/ is in {tmp_path}: " in said and words in said
 
 
+def test_what_convert_wrote_for_others_is_called_that(converted, tmp_path):
+  """Weights of timm come back by the command in the message; a compiled function has none."""
+  convert.take_out(converted / "full", tmp_path / "timm", "timm")
+  said = _fits(tiny.config(init_from=str(tmp_path / "timm")))
+  assert said.startswith(
+    f"config.init_from={tmp_path / 'timm'}: {tmp_path / 'timm'} holds model.saf"
+  )
+  assert f"protojax convert {tmp_path / 'timm'} OUT, and give OUT" in said
+  with pytest.raises(
+    errors.UserError, match="timm holds model.safetensors, weights for timm or Hug"
+  ):
+    export.read(tmp_path / "timm")
+  convert.bring_in(tmp_path / "timm", tmp_path / "back")
+  assert export.describe(tmp_path / "back")["model"] == export.describe(converted / "full")["model"]
+  (tmp_path / "encoder.onnx").write_bytes(b"")
+  said = _fits(tiny.config(init_from=str(tmp_path)))
+  assert "holds encoder.onnx, a compiled function without weights: give the run it is of" in said
+  (tmp_path / "back" / "encoder.safetensors").write_text(
+    "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+  )
+  assert "a pointer of Git LFS" in _fits(tiny.config(init_from=str(tmp_path / "back")))
+
+
 def test_a_workdir_stands_for_what_it_has_exported(tmp_path):
   config = tiny.config(init_from=str(tmp_path))
   assert origin.path_of(config) == tmp_path

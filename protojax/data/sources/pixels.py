@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from protojax import npy
+from protojax import files, npy
 
 File = str | os.PathLike[str] | bytes
 # (low, high), numbers or one for each channel: what becomes black and what becomes white.
@@ -192,8 +192,10 @@ def _channels_last(x: np.ndarray, channels: int) -> np.ndarray:
 def _by_tifffile(file: File) -> np.ndarray:
   """What Pillow cannot open, where it is a TIFF and tifffile is installed."""
   with _opened(file) as content:
-    if content.read(4) not in _TIFF:
-      raise ValueError("Pillow cannot identify it")
+    start = content.read(64)
+    if start[:4] not in _TIFF:
+      said = files.pointer(start)
+      raise ValueError(f"it is {said}" if said else "Pillow cannot identify it")
     try:
       import tifffile
     except ImportError:

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from protojax import errors
+from protojax import errors, files
 from protojax.data.sources import source
 
 SPLITS = ("train", "val", "valid", "validation", "dev", "test")  # what names of splits look like
+_POINTER = 1024  # bytes, more than a pointer to a file has
 
 
 def found(data_dir: str | os.PathLike | None, ending: str) -> dict[str, list[pathlib.Path]]:
@@ -52,17 +53,23 @@ def of_split(splits: dict[str, list[pathlib.Path]], split: str | None) -> list[p
 
   Raises:
     UserError: if there is no such split; a test split that is silently the training set would
-      flatter.
+      flatter. Or if one of them is a pointer of Git LFS.
   """
   if split in splits:
-    return splits[split]
+    return [_whole(path) for path in splits[split]]
   if split is None or (split == "train" and not set(SPLITS) & set(splits)):
-    return sorted(path for paths in splits.values() for path in paths)
+    return sorted(_whole(path) for paths in splits.values() for path in paths)
   first = next(iter(splits.values()))[0]
   raise errors.UserError(
     f"no shards of the split {split!r} beside {first}: their names say "
     f"{source.listed(sorted(splits), 10)}"
   )
+
+
+def _whole(path: pathlib.Path) -> pathlib.Path:
+  if path.stat().st_size < _POINTER and (said := files.pointer(path.read_bytes())):
+    raise errors.UserError(f"{path} is {said}")
+  return path
 
 
 def classes(labels: Sequence) -> list[str]:
