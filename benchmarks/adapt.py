@@ -1,9 +1,10 @@
 """Prototypes for a backbone that has none: python -m benchmarks.adapt --data_dir=DATA
 
-Trains VICReg on CIFAR-10, which has no prototypes, and takes its backbone: `adapt_cifar10` fits a
-new head with a mixture to it, `adapt_cifar10:joint` with learned prototypes, both beginning at
-random; the backbone stands still for 300 of 1,000 steps. Writes docs/results/adapt.json and prints
-the table: the backbone before and after each. Runs that are done are not run again.
+Trains VICReg on CIFAR-10, which has no prototypes, and takes its backbone without the head:
+`adapt_cifar10` fits a new one with a mixture, `adapt_cifar10:joint` with learned prototypes, both
+beginning at random; the backbone stands still for 300 of 1,000 steps. Writes
+docs/results/adapt.json and prints the table: the backbone before and after each. Runs that are done
+are not run again.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import json
 import pathlib
 
 from benchmarks import runs
+from protojax import convert
 
 BACKBONE = "configs/vicreg_cifar10.py"
 ADAPTED = {
@@ -48,9 +50,11 @@ def main() -> None:
   backbone, data = workdir / "vicreg", {"data.data_dir": args.data_dir}
   runs.train(BACKBONE, backbone, data)
   rows = {"before": {"recipe": BACKBONE, "commit": runs.commit()} | runs.result(backbone)}
+  alone = workdir / "backbone"
+  convert.main([str(backbone), str(alone), "--no_head", "--overwrite"])
   for row, recipe in ADAPTED.items():
     folder = workdir / runs.name(row)
-    runs.train(recipe, folder, data | {"init_from": backbone})
+    runs.train(recipe, folder, data | {"init_from": alone})
     rows[row] = {"recipe": recipe, "commit": runs.commit()} | runs.result(folder)
     RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
   print(table(rows))

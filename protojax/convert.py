@@ -27,6 +27,7 @@ Converts weights, tensor by tensor, and says what became of each.
   protojax convert dino_vitsmall16_pretrain.pth converted      from another library
   protojax convert checkpoint.pth converted --which=student
   protojax convert runs/own own_timm --format=timm             from a run of protojax
+  protojax convert runs/own backbone --no_head                 for a run with a head of its own
 
 In: DINO, iBOT, DINOv2 and timm transformers, Hugging Face's ViT and Dinov2, torchvision ResNet-18
 and -50 (SwAV's and DINO's too), as .pth, .pt, .safetensors, .npz or a folder. The folder OUT then
@@ -194,6 +195,34 @@ def bring_in(
   return [*lines, _wrote(out)]
 
 
+def leave_out_head(path: pathlib.Path, out: pathlib.Path, *, overwrite: bool = False) -> list[str]:
+  """Writes the backbone of our own weights alone, for a run that is to have a new head.
+
+  Args:
+    path: folder or file that `export.read` takes.
+    out: the new folder.
+    overwrite: replace a folder that an earlier conversion wrote.
+
+  Returns:
+    The account, lines.
+
+  Raises:
+    UserError: for anything that cannot be read or written.
+  """
+  tensors, info = export.read(path)
+  kept = {name: x for name, x in tensors.items() if name.split(".")[1] != "head"}
+  info = {k: v for k, v in info.items() if k not in ("head", "method", "prototypes")}
+  info["lacks"] = sorted({*info.get("lacks", ()), "head"})
+  with _atomic_folder(out, overwrite) as folder:
+    export.write(folder, kept, info)
+  return [
+    f"model {_shape(info['model'])}",
+    f"kept {len(kept)} tensors of the backbone, left out {len(tensors) - len(kept)} of the head; "
+    "a run that starts from this begins with a fresh one",
+    _wrote(out),
+  ]
+
+
 def take_out(
   path: pathlib.Path, out: pathlib.Path, format: str, *, overwrite: bool = False
 ) -> list[str]:
@@ -268,13 +297,13 @@ def main(argv: list[str]) -> None:
   parser.add_argument("path", metavar="IN", help="file of weights, folder, or workdir of a run")
   parser.add_argument("out", metavar="OUT", help="folder to write")
   parser.add_argument("--format", choices=FORMATS, help="default: protojax, from others")
+  parser.add_argument("--no_head", action="store_true", help="leave the projection head out")
   parser.add_argument("--overwrite", action="store_true", help="replace an earlier conversion")
   theirs = parser.add_argument_group("of weights from other libraries")
   theirs.add_argument("--which", help="teacher (default), student or a prefix, of several networks")
   theirs.add_argument("--heads", type=int, help="attention heads; default: config.json, width / 64")
   theirs.add_argument("--stem", choices=resnet.STEMS, help="of a ResNet whose first layer is 3 x 3")
   theirs.add_argument("--image_size", type=int, help="pixels to resample the position embedding to")
-  theirs.add_argument("--no_head", action="store_true", help="leave the projection head out")
   theirs.add_argument("--transpose", action="store_true", help="prototypes are stored [D, K]")
   theirs.add_argument("--allow_partial", action="store_true", help="convert what fits")
   args = parser.parse_args(argv)
@@ -302,17 +331,23 @@ def main(argv: list[str]) -> None:
         transpose=args.transpose,
       )
   else:
-    if to_ours:
+    if to_ours and not args.no_head:
       raise errors.UserError(
-        f"{args.path} is protojax's already: --format={', '.join(FORMATS[1:])} converts it"
+        f"{args.path} is protojax's already: --format={', '.join(FORMATS[1:])} converts it, "
+        "--no_head writes its backbone alone"
       )
-    for name in ("which", "heads", "stem", "image_size", "no_head", "transpose", "allow_partial"):
+    for name in ("which", "heads", "stem", "image_size", "transpose", "allow_partial"):
       if getattr(args, name):
         raise errors.UserError(
           f"--{name} is for weights of other libraries; {args.path} is protojax's"
         )
+    if args.no_head and not to_ours:
+      raise errors.UserError(f"--no_head: format {args.format} holds the backbone alone anyway")
     with progress.during(f"converting {args.path}"):
-      lines = take_out(ours, out, args.format, overwrite=args.overwrite)
+      if to_ours:
+        lines = leave_out_head(ours, out, overwrite=args.overwrite)
+      else:
+        lines = take_out(ours, out, args.format, overwrite=args.overwrite)
   print(cli.with_flags("\n".join(lines)))
 
 

@@ -556,7 +556,7 @@ def test_a_failure_while_writing_leaves_the_old_folder_whole(tmp_path, monkeypat
   [
     (["missing.pth", "new"], "there is no"),
     (["in.safetensors", "new", "--format=timm"], "bring it in first"),
-    (["out", "new"], "is protojax's already"),
+    (["out", "new"], "is protojax's already: .* --no_head writes its backbone alone"),
     (["out", "new", "--format=timm", "--heads=3"], "--heads is for weights of other libraries"),
     (["in.safetensors", "new", "--image_size=17"], "no multiple of the patch size 8"),
     (["in.safetensors", "new", "--heads=5"], "does not divide"),

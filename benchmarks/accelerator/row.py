@@ -9,7 +9,7 @@ import jax
 
 from benchmarks.accelerator import records, speed
 from protojax import config as configs
-from protojax import evaluate, recipes
+from protojax import convert, evaluate, recipes
 from protojax.metrics import verdicts
 from protojax.training import loop, origin
 
@@ -75,9 +75,11 @@ def run(options: dict, *, folder: pathlib.Path, data_dir: str | None, rehearse: 
     del sys.modules["torch"]
   config = recipe(options, data_dir, rehearse)
   if "init_from" in options:
-    config.init_from = str(folder.parents[1] / options["init_from"] / "run")
-    if not pathlib.Path(config.init_from, "exported").is_dir():
+    trained = folder.parents[1] / options["init_from"] / "run" / "exported"
+    if not trained.is_dir():
       return {"skipped": f"{options['init_from']}, whose weights it takes, is not done"}
+    config.init_from = str(folder / "backbone")
+    convert.leave_out_head(trained, folder / "backbone", overwrite=True)
     origin.take_over(config, options["changes"])
   loop.run(config, str(folder / "run"))
   result = records.read_json(folder / "run" / "eval" / "final" / "result.json")

@@ -3,13 +3,15 @@
 import re
 
 import foreign_layouts as layouts
+import jax
+import numpy as np
 import pytest
 import safetensors.numpy
 import tiny
 
 from protojax import convert, errors, main, plan, resolving, typed
 from protojax.models import encoder as encoders
-from protojax.training import export, origin
+from protojax.training import export, origin, programs
 
 _BACKBONE = {"width": 96, "patch": 14, "registers": 4, "scaled": True}
 _NEEDED = {
@@ -89,6 +91,25 @@ def test_weights_that_fit_but_are_read_by_other_heads_are_refused(converted):
     "(protojax convert --no_head leaves the head out, so that a run has its own); give config.hea"
     in _fits(config)
   )
+
+
+def test_our_own_weights_lose_their_head_for_a_run_with_another(converted, tmp_path, capsys):
+  whole, backbone = converted / "full", tmp_path / "backbone"
+  convert.main([str(whole), str(backbone), "--no_head"])
+  assert "a run that starts from this begins with a fresh one" in capsys.readouterr().out
+  (kept, info), (every, _) = export.read(backbone), export.read(whole)
+  gone = every.keys() - kept.keys()
+  assert gone and gone == {name for name in every if ".head." in name}
+  for name, tensor in kept.items():
+    np.testing.assert_array_equal(tensor, every[name])
+  changes = origin.differences(tiny.config(init_from=str(backbone)), info)
+  own = {key.replace(".", "__"): value for key, value in changes.items()}
+  config = tiny.config(init_from=str(backbone), **own)
+  assert _fits(config) is None and config.head.hidden == tiny.config().head.hidden
+  loaded = export.load(backbone, programs.Program(config).abstract.encoder)
+  assert not jax.tree.leaves(loaded["head"]) and jax.tree.leaves(loaded["backbone"])
+  with pytest.raises(errors.UserError, match="--no_head: format timm holds the backbone alone any"):
+    convert.main([str(whole), str(tmp_path / "timm"), "--format=timm", "--no_head"])
 
 
 def test_a_transformer_of_no_known_size_has_no_known_name(converted):
