@@ -402,7 +402,10 @@ def _swiglu():
       r"missing 1: blocks.1.norm2.bias \(backbone.blocks_1.norm2.bias in protojax\); unexpected 0",
     ),
     (lambda: layouts.vit() | {"fc_norm.weight": np.ones(64, "f")}, "unexpected 1: fc_norm.weight"),
-    (lambda: _without(layouts.vit(), "cls_token"), "there is no cls_token"),
+    (
+      lambda: _without(layouts.vit(), "cls_token"),
+      "there is no cls_token among its 29 tensors .blocks.0.",
+    ),
     (
       lambda: (
         layouts.vit()

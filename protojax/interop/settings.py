@@ -32,7 +32,9 @@ def of_vit(
   for name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"):
     if name not in tensors:
       gated = any(re.search(r"\.mlp\.(w12|w1|weights_in|fc1_g)\.", k) for k in tensors)
-      why = "its MLP is gated (SwiGLU)" if gated and ".mlp." in name else f"there is no {name}"
+      names = ", ".join(sorted(tensors)[:3])
+      why = f"there is no {name} among its {len(tensors)} tensors ({names}, ...)"
+      why = "its MLP is gated (SwiGLU)" if gated and ".mlp." in name else why
       raise errors.UserError(f"{why}: {_ADVICE}")
   kernel, position = tensors["patch_embed.proj.weight"], tensors["pos_embed"]
   hidden = tensors["blocks.0.mlp.fc1.weight"].shape[0]

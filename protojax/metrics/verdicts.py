@@ -206,7 +206,8 @@ def _num_prototypes(measures: Mapping[str, float]) -> int:
     return 0
   raise errors.UserError(
     'these measures do not say how many prototypes there are: add "collapse/num_prototypes", as '
-    'metrics.summary(prototypes=...) does, or "train/ln_k"'
+    'metrics.summary(prototypes=...) does, or "train/ln_k"; of a loss without prototypes '
+    "metrics.summary(features=...) is judged"
   )
 
 

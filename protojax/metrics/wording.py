@@ -124,10 +124,11 @@ def words(
         "bunch, without being copies"
       )
       break
-  if result["unique"]["components"][headline] < _CHAINED * count:
+  chains = result["unique"]["components"][headline]
+  if chains < _CHAINED * count:
     out.append(
-      f"they form {result['unique']['components'][headline]:,} chains of near neighbours, not "
-      f"{count:,} separate groups: the greedy count depends on their order"
+      f"they form {chains:,} chain{'s' * (chains > 1)} of near neighbours, not {count:,} separate "
+      "groups: the greedy count depends on their order"
     )
   spectrum = result["spectrum"]
   if spectrum["mean_cosine"] > _CONE and "usage" not in result and not alike:
@@ -141,12 +142,18 @@ def words(
       "(RankMe)"
     )
   norm = result["norm"]
-  if not cosine and norm["most"] > _NORMS * norm["median"]:
-    out.append(
-      f"the largest norm is {_times(norm['most'] / norm['median'])} times the median: such a "
-      "prototype wins images by its norm; keep norms at 1 (norm_last_layer=True) or account for "
-      "them (vMF)"
-    )
+  if norm["most"] > _NORMS * norm["median"]:
+    larger = f"the largest norm is {_times(norm['most'] / norm['median'])} times the median"
+    if cosine:
+      out.append(
+        f"{larger}: compared by cosine, as here, it does not matter; by inner product such a "
+        "prototype wins images by its norm"
+      )
+    else:
+      out.append(
+        f"{larger}: such a prototype wins images by its norm; keep norms at 1 "
+        "(norm_last_layer=True) or account for them (vMF)"
+      )
   if too_few:
     out.append(
       f"use and spread are not judged by {images} embeddings, which have no more codes and "
