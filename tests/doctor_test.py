@@ -617,6 +617,16 @@ def test_embeddings_show_what_is_used(full, collapsed, tmp_path, capsys):
     doctor.main([str(full), f"--embeddings={tmp_path / 'z.npy'}"])
 
 
+def test_embeddings_in_the_file_of_the_prototypes_are_pointed_at(collapsed, tmp_path, capsys):
+  path = tmp_path / "both.npz"
+  np.savez(path, prototypes=collapsed, embedding=collapsed[:50])
+  doctor.main([str(path)])
+  shown = " ".join(capsys.readouterr().out.split())
+  assert f"give --embeddings={path}, which holds an array embedding [50, 32]" in shown
+  doctor.main([str(path), f"--embeddings={path}"])
+  assert "usage by 50 embeddings" in capsys.readouterr().out
+
+
 def test_a_file_of_embed_gives_its_embeddings_and_never_its_features(full, collapsed, tmp_path):
   rows = _unit(collapsed)[:4].repeat(50, axis=0) + 0.01 * _RNG.normal(size=(200, 32))
   alike = np.ones((200, 32)) + 1e-3 * _RNG.normal(size=(200, 32))

@@ -98,7 +98,10 @@ def diagnose(
     of_layers, features, told = _arrays_of_file(path, which, transpose, **images)
     lines += told
   for_usage, led_up_to = _BY_HAND, list(of_layers)
-  if not images and embeddings is None and not key:
+  if not images and embeddings is None and "embedding" in arrays:  # as `embed` names them
+    shape = list(arrays["embedding"].shape)
+    for_usage = f"embeddings={path}, which holds an array embedding {shape}"
+  elif not images and embeddings is None and not key:
     for_usage, led_up_to = _what_shows_use(path, which, transpose)
   if embeddings is not None and len(sets) > 1:
     lines.append(
