@@ -8,7 +8,10 @@ docs/results/beside_pytorch.json and prints the table, some minutes.
 """
 
 import argparse
+import importlib.metadata
+import importlib.util
 import json
+import os
 import pathlib
 import statistics
 import time
@@ -16,9 +19,8 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-import torch
 
-from benchmarks import peers, runs, step
+from benchmarks import runs, step
 from protojax import recipes, resolving
 from protojax.training import programs
 
@@ -55,6 +57,10 @@ def _times(call: Callable[[], object], repeats: int) -> list[float]:
 
 def measured(recipe: str, changes: dict, repeats: int = 7) -> dict:
   """Seconds of both in turn: {"ours": [median, median], "pytorch": ..., "ratio"}."""
+  import torch
+
+  from benchmarks import peers
+
   config = recipes.load(str(runs.ROOT / recipe))
   with config.unlocked():
     config.update_from_flattened_dict(_DINO | changes)
@@ -98,9 +104,11 @@ def main() -> None:
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
   parser.parse_args()
+  if importlib.util.find_spec("torch") is None:
+    parser.error('PyTorch is not installed: pip install -e ".[peers]"')
   rows = {name: measured(*case) for name, case in CASES.items()}
-  about = {"jax": jax.__version__, "torch": torch.__version__, "commit": runs.commit()}
-  about["threads"] = torch.get_num_threads()
+  versions = {name: importlib.metadata.version(name) for name in ("jax", "torch")}
+  about = versions | {"commit": runs.commit(), "processors": os.cpu_count()}
   RESULTS.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
   print(table(rows))
 

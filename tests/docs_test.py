@@ -29,7 +29,16 @@ import safetensors.numpy
 import torch_format
 from PIL import Image
 
-from benchmarks import cifar10, collapse_zoo, quickstart, results, scaling, storage
+from benchmarks import (
+  cifar10,
+  collapse_causes,
+  collapse_zoo,
+  precision,
+  quickstart,
+  results,
+  scaling,
+  storage,
+)
 from benchmarks.accelerator import collect
 from protojax import __main__, main, plan
 from protojax.metrics import verdicts
@@ -37,7 +46,8 @@ from protojax.metrics import verdicts
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+_FIRST = ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")
+PAGES = [*(ROOT / name for name in _FIRST), *sorted((ROOT / "docs").glob("*.md"))]
 _DATA = pathlib.Path(os.environ.get("PROTOJAX_DATA_DIR", ROOT.parent / "shared" / "data"))
 _ALL = bool(os.environ.get("PROTOJAX_TEST_ALL"))
 _SHORT = (
@@ -216,7 +226,7 @@ def folder(tmp_path):
   return tmp_path
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_every_command_of_the_page_runs(page, folder, capsys):
   found = commands(page)
   assert found
@@ -259,6 +269,13 @@ def test_table_of_storage_sizes_is_that_of_its_results():
   assert storage.table(rows) in page
   (at_512,) = (row["cap"] for row in rows if row["size"] == 512)
   assert all(kept == [1.0, 0.0] for kept in at_512.values())  # photos of 500 pixels: nothing lost
+
+
+def test_tables_of_causes_and_of_precision_are_those_of_their_results():
+  causes = json.loads(collapse_causes.RESULTS.read_text())
+  assert collapse_causes.tables(causes) in (ROOT / "docs" / "collapse.md").read_text()
+  errors_of = json.loads(precision.RESULTS.read_text())["errors"]
+  assert precision.table(errors_of) in (ROOT / "docs" / "scale.md").read_text()
 
 
 def test_table_of_slices_is_that_of_its_results():
