@@ -82,11 +82,16 @@ def test_what_to_change_first_follows_from_the_bound():
   sums = _all_reduce(10**9)._replace(origins={"update": 10**9})
   split = _said(_step(messages=[_all_reduce(2_000_000_000), sums]))
   assert "--mesh=data:4,model:4" in split.first
+  half = {"data": 8, "model": 2}
+  split = _said(_step(messages=[_all_reduce(2_000_000_000), sums], mesh=half))
+  assert "--mesh=data:4,model:4" in split.first
   over_model = _step(messages=[_all_reduce(10**9, 4)], mesh={"data": 4, "model": 4})
   assert "config.mesh.model: lower it" in _said(over_model).first
   highest = _step()
   highest.counts.items[0].flops["f32 x f32, highest"] = 1e12
-  assert "highest precision" in _said(highest).first
+  assert "config.method.precision=high (" in _said(highest).first
+  highest.config.method.precision = "high"  # what is left is none of the prototypes'
+  assert "that is as it should be" in _said(highest).first
   assert "remat=True" in _said(_step(40 * _GIB)).first
   large = {"encoder": 9 * _GIB, "prototypes": 0, "batch": 0}
   assert "the state is most of it" in _said(_step(16 * _GIB, parts=large)).first

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from protojax.planning import chips, compiled, counting, prediction, targets
 
 _MANY_BYTES = 0.25  # of all messages, in that of the M-step's sums
-_HIGH = ("f32 x f32, high", "f32 x f32, highest")
+_HIGHEST = "f32 x f32, highest"
 
 
 class Largest(NamedTuple):
@@ -137,11 +137,12 @@ def first(
     if config.precision == "float32":
       return f"memory bounds it, {most}: set config.precision=bfloat16"
     return f"memory bounds it, {most}: that is the operation to fuse or to make smaller"
-  high = sum(step.counts.flops.get(name, 0.0) / chip.rate(name) for name in _HIGH)
-  if high > 0.3 * predicted.matrix:
+  highest = step.counts.flops.get(_HIGHEST, 0.0) / chip.rate(_HIGHEST)
+  if highest > 0.3 * predicted.matrix and config.method.precision == "highest":
     return (
-      f"products bound it, and {100 * high / predicted.matrix:.0f} % of their time is float32 at "
-      "highest precision: lower config.method.num_prototypes or raise config.mesh.model"
+      f"products bound it, and {100 * highest / predicted.matrix:.0f} % of their time is float32 "
+      "at highest precision: set config.method.precision=high (docs/scale.md has its errors), or "
+      "lower config.method.num_prototypes"
     )
   return f"products bound it, {most}: that is as it should be"
 
@@ -155,9 +156,10 @@ def _side(step: compiled.Step, target: targets.Target) -> int:
   ]
   whole = sum(one.times * one.bytes for one in step.counts.collectives)
   num = step.config.method.num_prototypes
-  if not num or step.mesh["model"] > 1 or not sums or max(sums) < _MANY_BYTES * whole:
+  if not num or not sums or max(sums) < _MANY_BYTES * whole:
     return 0
-  return max((s for s in target.sides if s < len(target.devices) and num % s == 0), default=0)
+  sides = (s for s in target.sides if step.mesh["model"] < s < len(target.devices))
+  return max((s for s in sides if num % s == 0), default=0)
 
 
 def _to_fit(step: compiled.Step) -> str:
