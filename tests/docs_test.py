@@ -34,6 +34,7 @@ from benchmarks import (
   cifar10,
   collapse_causes,
   collapse_zoo,
+  long_tail,
   precision,
   quickstart,
   results,
@@ -272,11 +273,12 @@ def test_table_of_storage_sizes_is_that_of_its_results():
   assert all(kept == [1.0, 0.0] for kept in at_512.values())  # photos of 500 pixels: nothing lost
 
 
-def test_tables_of_causes_adapt_and_precision_are_those_of_their_results():
+def test_tables_of_causes_weights_tails_and_precision_are_those_of_their_results():
   causes = json.loads(collapse_causes.RESULTS.read_text())
   assert collapse_causes.tables(causes) in (ROOT / "docs" / "collapse.md").read_text()
-  adapted = json.loads(adapt.RESULTS.read_text())
-  assert adapt.table(adapted) in (ROOT / "docs" / "instruments.md").read_text()
+  instruments = (ROOT / "docs" / "instruments.md").read_text()
+  for module in (adapt, long_tail):
+    assert module.table(json.loads(module.RESULTS.read_text())) in instruments
   errors_of = json.loads(precision.RESULTS.read_text())["errors"]
   assert precision.table(errors_of) in (ROOT / "docs" / "scale.md").read_text()
 
