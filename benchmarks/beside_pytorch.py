@@ -106,7 +106,10 @@ def main() -> None:
   parser.parse_args()
   if importlib.util.find_spec("torch") is None:
     parser.error('PyTorch is not installed: pip install -e ".[peers]"')
-  rows = {name: measured(*case) for name, case in CASES.items()}
+  rows = {}
+  for name, case in CASES.items():
+    rows[name] = measured(*case)
+    print(f"{name}: {rows[name]['ratio']:.2f}", flush=True)
   versions = {name: importlib.metadata.version(name) for name in ("jax", "torch")}
   about = versions | {"commit": runs.commit(), "processors": os.cpu_count()}
   RESULTS.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")

@@ -12,15 +12,10 @@ from protojax.training import programs
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 _DIM = 23  # of embeddings, and of nothing else
-# Of each method a row with prototypes by blocks and one with all at once, where it has them.
-_ROWS = {
-  (row.name, "method__block" in dict(row.changes)): row
-  for row in METHODS
-  if row.prototypes not in ("none", "frozen")
-}
-# Products that are no scores: of DINO's prototypes with one another (KoLeo), of PCL's queries with
-# the queue of keys, both ways.
-_OTHERS = {("dino", "learned"): 1, ("pcl", "kmeans"): 2}
+# Of each method the last row, some by blocks of prototypes and some with all at once.
+_ROWS = {row.name: row for row in METHODS if row.prototypes not in ("none", "frozen")}
+# Products that are no scores: of PCL's queries with the queue of keys, both ways.
+_OTHERS = {"pcl": 2}
 
 
 def _products(jaxpr):
@@ -44,7 +39,7 @@ def test_every_product_with_prototypes_has_the_precision_that_was_asked_for(row)
     if any(_DIM in shape for shape in shapes)
   ]
   assert of_embeddings.count(jax.lax.Precision.HIGH) >= 2  # forward and backward
-  assert of_embeddings.count(_HIGHEST) == _OTHERS.get((row.name, row.prototypes), 0)
+  assert of_embeddings.count(_HIGHEST) == _OTHERS.get(row.name, 0)
 
 
 @pytest.mark.parametrize(("covariance", "kept"), [("isotropic", 0), ("diagonal", 4)])
