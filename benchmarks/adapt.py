@@ -31,12 +31,7 @@ COLUMNS = {
 
 def table(rows: dict[str, dict]) -> str:
   """Markdown, in percent."""
-  lines = ["| backbone | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-  for row, found in rows.items():
-    values = (found["measures"].get(key) for key in COLUMNS.values())
-    cells = ("–" if value is None else f"{100 * value:.1f}" for value in values)
-    lines.append(f"| {row} | " + " | ".join(cells) + " |")
-  return "\n".join(lines)
+  return runs.percentages("backbone", COLUMNS, rows)
 
 
 def main() -> None:

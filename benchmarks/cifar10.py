@@ -103,18 +103,20 @@ SEED_COLUMNS = {
 }
 
 
+def pixels(data) -> tuple[np.ndarray, np.ndarray]:
+  """Images of 32 pixels, float32 [N, 32 * 32 * 3] in 0 to 1, and labels [N] of a source."""
+  batches = pipeline.sequential(data, batch_size=1000, image_size=32)
+  rows = [(b["image"][b["mask"]], b["label"][b["mask"]]) for b in batches]
+  images = np.concatenate([r[0] for r in rows]).reshape(len(data), -1)
+  return images.astype(np.float32) / 255.0, np.concatenate([r[1] for r in rows])
+
+
 def floors(data_dir: str) -> dict[str, dict]:
   """{floor: {"measures", "protocol", "environment"}}, the protocol of the rows."""
   config = recipes.load("configs/frozen_cifar10.py")
   config.data.data_dir = data_dir
   train_source, bank, test = datasets.of_run(config)
   config = resolving.resolve(config, len(train_source))
-
-  def pixels(data):
-    batches = pipeline.sequential(data, batch_size=1000, image_size=32)
-    rows = [(b["image"][b["mask"]], b["label"][b["mask"]]) for b in batches]
-    images = np.concatenate([r[0] for r in rows]).reshape(len(data), -1)
-    return images.astype(np.float32) / 255.0, np.concatenate([r[1] for r in rows])
 
   a, b = pixels(bank), pixels(test)
   raw = {

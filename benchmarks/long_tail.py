@@ -14,11 +14,8 @@ import pathlib
 import subprocess
 import sys
 
-import numpy as np
-
-from benchmarks import runs
-from protojax import recipes, resolving
-from protojax.data import pipeline
+from benchmarks import cifar10, runs
+from protojax import recipes
 from protojax.evals import long_tail
 from protojax.training import datasets
 
@@ -48,15 +45,9 @@ def raw_pixels(data_dir: str) -> dict[str, float]:
   config = recipes.load(JOINT)
   config.data.update({"data_dir": data_dir, "imbalance": TAIL["data.imbalance"]})
   tail, _, test = datasets.of_run(config)
-  config = resolving.resolve(config, len(tail))
-
-  def pixels(data):
-    batches = pipeline.sequential(data, batch_size=1000, image_size=32)
-    rows = [(b["image"][b["mask"]], b["label"][b["mask"]]) for b in batches]
-    images = np.concatenate([r[0] for r in rows]).reshape(len(data), -1)
-    return images.astype(np.float32) / 255.0, np.concatenate([r[1] for r in rows])
-
-  return long_tail.evaluate(*pixels(tail), *pixels(test), num_classes=10, k=20, temperature=0.07)
+  return long_tail.evaluate(
+    *cifar10.pixels(tail), *cifar10.pixels(test), num_classes=10, k=20, temperature=0.07
+  )
 
 
 def evaluated(folder: pathlib.Path, data_dir: str) -> dict:
@@ -71,13 +62,7 @@ def evaluated(folder: pathlib.Path, data_dir: str) -> dict:
 
 def table(rows: dict[str, dict]) -> str:
   """Markdown, in percent."""
-  lines = ["| row | " + " | ".join(map(str.strip, COLUMNS)) + " |"]
-  lines.append("|---" * (len(COLUMNS) + 1) + "|")
-  for row, found in rows.items():
-    values = (found["measures"].get(key) for key in COLUMNS.values())
-    cells = ("–" if value is None else f"{100 * value:.1f}" for value in values)
-    lines.append(f"| {row} | " + " | ".join(cells) + " |")
-  return "\n".join(lines)
+  return runs.percentages("row", COLUMNS, rows)
 
 
 def main() -> None:

@@ -28,7 +28,25 @@ def result(folder: pathlib.Path, evaluation: str = "final") -> dict[str, Any]:
   """An evaluation's {"measures", "protocol", "environment"}, without the paths of the machine."""
   found = json.loads((folder / "eval" / evaluation / "result.json").read_text())
   kept = {k: found[k] for k in ("measures", "protocol")}
+  kept["protocol"].get("model", {}).pop("path", None)  # of an evaluation, not of a run's end
   return kept | {"environment": {k: v for k, v in found["environment"].items() if k != "command"}}
+
+
+def percentages(first: str, columns: Mapping[str, str], rows: Mapping[str, dict]) -> str:
+  """Markdown of {row: {"measures"}}, in percent; "–" where a measure is not there.
+
+  Args:
+    first: head of the rows' names.
+    columns: {head: measure}; spaces tell equal heads apart.
+    rows: in order.
+  """
+  head = " | ".join([first, *map(str.strip, columns)])
+  lines = [f"| {head} |", "|---" * (len(columns) + 1) + "|"]
+  for row, found in rows.items():
+    values = (found["measures"].get(key) for key in columns.values())
+    cells = ("–" if value is None else f"{100 * value:.1f}" for value in values)
+    lines.append(f"| {row} | " + " | ".join(cells) + " |")
+  return "\n".join(lines)
 
 
 def commit() -> str:
