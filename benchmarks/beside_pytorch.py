@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from benchmarks import runs, step
-from protojax import recipes, resolving
+from protojax import environment, recipes, resolving
 from protojax.training import programs
 
 RESULTS = pathlib.Path(__file__).parents[1] / "docs" / "results" / "beside_pytorch.json"
@@ -106,6 +106,7 @@ def main() -> None:
   parser.parse_args()
   if importlib.util.find_spec("torch") is None:
     parser.error('PyTorch is not installed: pip install -e ".[peers]"')
+  environment.keep_memory()
   rows = {}
   for name, case in CASES.items():
     rows[name] = measured(*case)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import flops
-from protojax import losses, recipes, resolving, trees
+from protojax import environment, losses, recipes, resolving, trees
 from protojax.data import augment
 from protojax.prototypes import prototype_set
 from protojax.training import programs, sharding, train_step
@@ -200,6 +200,7 @@ if __name__ == "__main__":
     "--matrix", type=int, help="side of the large product; default: 8192, of a CPU 1024"
   )
   arguments = parser.parse_args()
+  environment.keep_memory()
   recipe = recipes.load(arguments.config)
   for assignment in arguments.set:
     change(recipe, assignment)

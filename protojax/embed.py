@@ -247,6 +247,7 @@ def main(argv: list[str]) -> None:
     raise errors.UserError(f"--limit={args.limit} must not be negative (0: all images)")
   if unknown := [what for what in args.what or () if what not in WHAT]:
     raise errors.UserError(f"--what={unknown[0]} is unknown: choose of {', '.join(WHAT)}")
+  environment.keep_memory()
   environment.keep_compiled()
   model = loading.load(args.path, step=args.step)
   split = args.split or (None if args.data in ("folder", "parquet", "tar") else "train")

@@ -236,6 +236,7 @@ def main(argv: list[str]) -> None:
     raise errors.UserError(f"--epochs={args.epochs} must be at least 1")
   if not min(args.temperature) > 0:
     raise errors.UserError(f"--temperature={min(args.temperature):g} must be positive")
+  environment.keep_memory()
   environment.keep_compiled()
   evaluate(args)
 

@@ -228,6 +228,13 @@ def _connect(args: argparse.Namespace) -> hosts.Hosts | None:
     # JAX takes SIGTERM for itself, and does nothing: back to what it was.
     if (handler := signal.getsignal(signal.SIGTERM)) is not None:
       signal.signal(signal.SIGTERM, handler)
+  return others
+
+
+def _log_place() -> None:
+  """Which of several processes this is, and its devices."""
+  import jax
+
   if jax.process_count() > 1:
     logging.info(
       "process %d of %d, %d local of %d devices (%s)",
@@ -237,7 +244,6 @@ def _connect(args: argparse.Namespace) -> hosts.Hosts | None:
       jax.device_count(),
       jax.devices()[0].device_kind,
     )
-  return others
 
 
 def _intact(workdir: str) -> str:
@@ -254,7 +260,9 @@ def main(argv: Sequence[str]) -> None:
   with hosts.told(_connect(args)):
     from protojax import api, environment
 
+    environment.keep_memory()
     environment.keep_compiled()
+    _log_place()
     api.train(config, args.workdir)
 
 

@@ -1,4 +1,8 @@
-"""Where compiled programs are kept."""
+"""What is kept between steps and runs: memory, compiled programs."""
+
+import platform
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -40,3 +44,30 @@ def test_nothing_is_kept_where_it_is_not_wanted_or_cannot_be(unset, monkeypatch,
   environment.keep_compiled()
   assert jax.config.jax_compilation_cache_dir == expected
   assert not (unset / "protojax").exists()
+
+
+_FAULTS = """
+import resource
+from protojax import environment
+environment.keep_memory()
+import jax, jax.numpy as jnp
+x = jnp.ones((4096, 64))
+step = jax.jit(lambda x: (x @ x.T) @ x)  # 64 MiB between the two products
+faults = []
+for _ in range(4):
+  step(x).block_until_ready()
+  faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(faults[-1] - faults[-2])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_a_step_on_a_cpu_finds_the_memory_of_the_one_before_it():
+  done = subprocess.run([sys.executable, "-c", _FAULTS], capture_output=True, text=True, check=True)
+  assert int(done.stdout) < 1_000  # pages of 4 KiB; 64 MiB are 16,384
+
+
+def test_memory_is_left_as_it_is_beside_an_accelerator(monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(environment.ctypes, "CDLL", lambda *_: pytest.fail("asked glibc"))
+  environment.keep_memory()

@@ -384,3 +384,15 @@ def test_a_workdir_in_the_folder_of_images_is_refused(tmp_path):
     with pytest.raises(errors.UserError, match="lies in the folder of images"):
       workdirs.claim(str(workdir), config)
   assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_memory_is_kept_before_anybody_asks_for_devices(monkeypatch, tmp_path):
+  """Behind that, JAX has chosen the thread of its steps, and nothing is kept."""
+  asked = []
+  monkeypatch.setattr("jax.distributed.initialize", lambda *_: None)
+  monkeypatch.setattr("protojax.environment.keep_memory", lambda: asked.append("memory"))
+  monkeypatch.setattr("jax.process_count", lambda: asked.append("devices") or 1)
+  monkeypatch.setattr("jax.default_backend", lambda: asked.append("devices") or "cpu")
+  monkeypatch.setattr("protojax.api.train", lambda *_: asked.append("train"))
+  main.main([f"--workdir={tmp_path}", "--config=configs/quickstart.py"])
+  assert asked[0] == "memory" and asked[-1] == "train"

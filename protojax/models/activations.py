@@ -13,8 +13,11 @@ def gelu(x: jax.Array) -> jax.Array:
   Args:
     x: of any shape and float dtype.
   """
-  # In float32 there is nothing to gain, and a step on a CPU would take a tenth longer.
-  return jax.nn.gelu(x, approximate=False) if x.dtype == jnp.float32 else _narrow(x)
+  if x.dtype != jnp.float32:
+    return _narrow(x)
+  # In float32 a derivative kept has nothing to gain. `jax.nn.gelu` goes through erfc, which keeps
+  # the digits of what is next to zero, far below it, and takes a CPU twice as long.
+  return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
 
 
 @jax.custom_jvp
