@@ -1,4 +1,5 @@
-"""The README's tables: every row at one equal budget, then its floors; four rows by seeds.
+"""The README's tables: every row at one equal budget, then its floors; the kinds of
+prototypes by seeds.
 
   python benchmarks/cifar10.py --data_dir=$PROTOJAX_DATA_DIR --workdir=runs/cifar10 [--rows ...]
     [--seed 0]
@@ -54,7 +55,7 @@ METHODS = {
   "vicreg": "configs/vicreg_cifar10.py",
 }
 ROWS = PROTOTYPES | METHODS
-SEEDS = ("dino joint", "dino frozen", "dino mixture, paper", "dino mixture, balanced")
+SEEDS = tuple(PROTOTYPES)
 FLOORS = ("raw pixels", "untrained encoder")
 RESULTS = pathlib.Path(__file__).parents[1] / "docs" / "results" / "cifar10"
 # {measure: (head, factor, format)}

@@ -31,6 +31,7 @@ The status is 0 whatever the verdict is, and with --fail 1 where something is wr
 def _parser() -> argparse.ArgumentParser:
   parser = cli.parser("doctor", _DESCRIPTION)
   parser.add_argument("path", help="workdir of a run, a checkpoint, or a log")
+  parser.add_argument("others", nargs="*", help=argparse.SUPPRESS)  # refused with a line of its own
   parser.add_argument("--key", help="array or layer of the prototypes, where its name says nothing")
   parser.add_argument("--transpose", action="store_true", help="the prototypes are stored [D, K]")
   parser.add_argument("--rows", help="of a file of one matrix: prototypes, or features of images")
@@ -61,7 +62,12 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> None:
   """The program; see --help."""
   args = _parser().parse_args(argv)
+  if args.others:
+    raise errors.UserError(
+      f"{args.path} and {args.others[0]}: the doctor examines one a call, so call it for each"
+    )
   options = vars(args)
+  del options["others"]
   path, out_path, fail = (options.pop(name) for name in ("path", "json", "fail"))
   if out_path is not None:
     out_path = pathlib.Path(out_path).expanduser()

@@ -783,3 +783,8 @@ def test_the_program_ends_with_one_line_and_status_2(tmp_path, capfd):
   done = capfd.readouterr()
   assert ended.value.code == 2 and done.out == ""
   assert done.err.startswith("protojax: ") and len(done.err.splitlines()) == 1
+
+
+def test_of_two_files_the_second_is_refused():
+  with pytest.raises(errors.UserError, match="a.pth and b.pth: the doctor examines one a call"):
+    doctor.main(["a.pth", "b.pth", "c.pth"])
