@@ -5,10 +5,10 @@
 
 Trains the quickstart's net on scikit-learn's digits with joint prototypes, and again with one
 setting changed at a time; then the mixture in each of its forms under the settings that it shares.
+Longer runs of a mixture are there with the recipe's horizon and with one that grows with the steps.
 One process a run, one after another, seed 0 unless a row says another; a run that is done is not
-trained again. Each row goes
-to docs/results/collapse_causes.json as soon as it is there: what the run watched while it trained,
-its final measures, and where its unused prototypes point. --draw makes the figure of what is there,
+trained again. Each row goes to docs/results/collapse_causes.json as soon as it is there: what the
+run watched while it trained, its final measures, and where its unused prototypes point. --draw makes the figure of what is there,
 docs/collapse_causes.png, and prints the tables.
 
 "Unused prototypes are pushed into one direction" is an explanation that is offered for the
@@ -45,18 +45,22 @@ JOINT = {
 }
 MIXTURE = {
   "mixture, balanced": {"mode": ""},
-  "mixture, as in the paper": {"mode": "", "mixture.balanced": False},
+  "mixture, unbalanced": {"mode": "", "mixture.balanced": False},
   "mixture, centred targets": {"mode": "centred"},
   "mixture, D = 8": {"mode": "", "head.bottleneck": 8},
   "mixture, D = 128": {"mode": "", "head.bottleneck": 128},
   "mixture, K = 2048": {"mode": "", "method.num_prototypes": 2048},
   "mixture, student twice as sharp": {"mode": "", "method.student_temp": 0.05},
 }
+# The recipe's horizon is 2.8 times its steps.
+_STRETCHED = {"mode": "", "num_steps": 10_000, "mixture.horizon_steps": 28_000}
 LONG = {
   "joint, four times as long": {"num_steps": 10_000},
   "mixture, four times as long": {"mode": "", "num_steps": 10_000},
   "joint, four times as long, seed 1": {"num_steps": 10_000, "seed": 1},
   "joint, four times as long, seed 2": {"num_steps": 10_000, "seed": 2},
+  "mixture, four times as long, horizon too": _STRETCHED,
+  "mixture, four times as long, horizon too, seed 1": _STRETCHED | {"seed": 1},
 }
 ROWS = JOINT | MIXTURE | LONG
 WATCHED = (
