@@ -8,8 +8,8 @@ setting changed at a time; then the mixture in each of its forms under the setti
 Longer runs of a mixture are there with the recipe's horizon and with one that grows with the steps.
 One process a run, one after another, seed 0 unless a row says another; a run that is done is not
 trained again. Each row goes to docs/results/collapse_causes.json as soon as it is there: what the
-run watched while it trained, its final measures, and where its unused prototypes point. --draw makes the figure of what is there,
-docs/collapse_causes.png, and prints the tables.
+run watched while it trained, its final measures, and where its unused prototypes point. --draw
+makes the figure of what is there, docs/collapse_causes.png, and prints the tables.
 
 "Unused prototypes are pushed into one direction" is an explanation that is offered for the
 collapse. Tested on the training images: an unused prototype is the argmax of none of them; its

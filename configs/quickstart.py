@@ -39,6 +39,7 @@ def get_config(mode: str = ""):
   config.method.update(
     {"num_prototypes": 512, "teacher_temp_start": 0.03, "teacher_temp": 0.03},
   )
+  # 2.8 runs. For a longer one more: prototypes of a mixture that forgets soon draw together.
   config.mixture.horizon_steps = 7000.0
   config.optim.update({"lr": 4e-3, "warmup_steps": 200})
   if mode in ("joint", "dino"):
