@@ -31,6 +31,7 @@ from PIL import Image
 
 from benchmarks import (
   adapt,
+  beside_pytorch,
   cifar10,
   collapse_causes,
   collapse_zoo,
@@ -281,6 +282,8 @@ def test_tables_of_causes_weights_tails_and_precision_are_those_of_their_results
     assert module.table(json.loads(module.RESULTS.read_text())) in instruments
   errors_of = json.loads(precision.RESULTS.read_text())["errors"]
   assert precision.table(errors_of) in (ROOT / "docs" / "scale.md").read_text()
+  beside = json.loads(beside_pytorch.RESULTS.read_text())["rows"]
+  assert beside_pytorch.table(beside) in (ROOT / "benchmarks" / "README.md").read_text()
 
 
 def test_table_of_slices_is_that_of_its_results():
