@@ -1,5 +1,4 @@
-"""The README's tables: every row at one equal budget, then its floors; the kinds of
-prototypes by seeds.
+"""The README's tables: every row at one equal budget, floors, the kinds of prototypes by seeds.
 
   python benchmarks/cifar10.py --data_dir=$PROTOJAX_DATA_DIR --workdir=runs/cifar10 [--rows ...]
     [--seed 0]

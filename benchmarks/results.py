@@ -197,7 +197,7 @@ def claims() -> list[Claim]:
       "2510.20108, table 1 and figure 3",
       "... and 100 % at .25",
       f"digits {bunched(apart)}, CIFAR-10 {bunched(balanced)}, as in the paper {bunched(paper)}; "
-      f"in four times as many steps on digits {bunched(long_apart)}, with the horizon of before "
+      f"in four times as many steps on digits {bunched(long_apart)}, with a horizon of 7,000 steps "
       f"{bunched(recipes_horizon)}, where joint ones are {bunched(long)}",
       min(bunched(x).mean for x in (*decoupled, long_apart)) > 99.0,
     ),

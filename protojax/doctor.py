@@ -62,12 +62,11 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> None:
   """The program; see --help."""
   args = _parser().parse_args(argv)
-  if args.others:
-    raise errors.UserError(
-      f"{args.path} and {args.others[0]}: the doctor examines one a call, so call it for each"
-    )
   options = vars(args)
-  del options["others"]
+  if others := options.pop("others"):
+    raise errors.UserError(
+      f"{args.path} and {others[0]}: the doctor examines one a call, so call it for each"
+    )
   path, out_path, fail = (options.pop(name) for name in ("path", "json", "fail"))
   if out_path is not None:
     out_path = pathlib.Path(out_path).expanduser()
