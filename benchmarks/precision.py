@@ -18,6 +18,10 @@ import scipy.special
 
 NUM, DIM, ROWS = 16_384, 256, 256
 TEACHER, STUDENT, KAPPA = 0.04, 0.1, 100.0
+BALANCED, SINKHORN_STEPS = (
+  0.05,
+  3,
+)  # temperature of gmm_vit_s's targets; steps there and in its mixture
 RESULTS = pathlib.Path(__file__).parents[1] / "docs" / "results" / "precision.json"
 
 
@@ -50,9 +54,11 @@ COLUMNS = {
   "scores / .04, rms": "score_rms",
   "largest": "score_max",
   "targets": "targets",
+  "targets, balanced": "balanced_targets",
   "loss": "loss",
   "gradient": "gradient",
   "responsibilities, kappa 100": "responsibilities",
+  "the same, balanced": "balanced_responsibilities",
   "step of the means": "means",
 }
 
@@ -75,19 +81,33 @@ def draw(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   return near(), near(), prototypes.astype(np.float32)
 
 
+def balanced(logits: np.ndarray) -> np.ndarray:
+  """Sinkhorn-Knopp over the rows: prototypes get equal totals, then rows sum to one, in turn."""
+  for _ in range(SINKHORN_STEPS):
+    logits = logits - scipy.special.logsumexp(logits, axis=0, keepdims=True)
+    logits = logits - scipy.special.logsumexp(logits, axis=1, keepdims=True)
+  return np.exp(logits)
+
+
 def step(product: Callable, student, teacher, prototypes) -> dict[str, np.ndarray]:
-  """A teacher's targets, the student's loss and its gradient, and one M-step of a mixture."""
+  """A teacher's targets, the student's loss and its gradient, and a mixture's E-step and M-step.
+
+  Targets by softmax, as the loss has them, and balanced; responsibilities by softmax and balanced,
+  as the M-step has them.
+  """
   scores = product(teacher, prototypes).astype(np.float64)
   targets = scipy.special.softmax(scores / TEACHER, axis=1)
   log_p = scipy.special.log_softmax(product(student, prototypes) / STUDENT, axis=1)
   pull = ((np.exp(log_p) - targets) / STUDENT).astype(student.dtype)
-  q = scipy.special.softmax(KAPPA * scores, axis=1)
+  q = balanced(KAPPA * scores)
   return {
     "scores": scores,
     "targets": targets,
+    "balanced_targets": balanced(scores / BALANCED),
     "loss": -(targets * log_p).sum(axis=1),
     "gradient": product(pull, prototypes.T),
-    "responsibilities": q,
+    "responsibilities": scipy.special.softmax(KAPPA * scores, axis=1),
+    "balanced_responsibilities": q,
     "means": product(q.T.astype(student.dtype), teacher.T),  # sums of what each is given
   }
 
@@ -101,7 +121,9 @@ def compared(found: dict[str, np.ndarray], exact: dict[str, np.ndarray]) -> dict
     for key in ("loss", "gradient", "means")
   }
   moved = {
-    key: float(np.abs(apart[key]).sum(axis=1).mean() / 2) for key in ("targets", "responsibilities")
+    key: float(np.abs(apart[key]).sum(axis=1).mean() / 2)
+    for which in ("targets", "responsibilities")
+    for key in (which, f"balanced_{which}")
   }
   scores = apart["scores"] / TEACHER
   return {
