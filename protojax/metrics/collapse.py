@@ -17,6 +17,7 @@ from protojax.metrics import chance, pairwise
 PyTree = Any
 
 _TINY = 1e-12
+_PIECE = 65_536  # rows
 
 
 # Partial prototype collapse.
@@ -194,16 +195,36 @@ def mean_pairwise_cosine(features: jax.Array) -> jax.Array:
   return (num * jnp.sum(pairwise.unit_rows(features).mean(axis=0) ** 2) - 1.0) / (num - 1)
 
 
-@jax.jit
-def spectrum(features: jax.Array) -> jax.Array:
+def spectrum(features: jax.Array | np.ndarray) -> jax.Array:
   """Variance along every principal direction, largest first: [N, D] -> float32 [D].
 
-  The eigenvalues of the covariance.
+  The eigenvalues of the covariance. Of a numpy array one piece of `_PIECE` rows at a time is on the
+  device, so that N may be the images of ImageNet.
   """
-  features = jnp.asarray(features, jnp.float32)
+  pieces = [features[i : i + _PIECE] for i in range(0, len(features), _PIECE)]
+  mean = sum(len(piece) / len(features) * _mean(piece) for piece in pieces)
+  triangle = _centred(pieces[0], mean)
+  for piece in pieces[1:]:
+    triangle = _fold(triangle, _centred(piece, mean))
   # Singular values instead of eigenvalues: the squared matrix would lose half the digits.
-  s = jnp.linalg.svd(features - features.mean(axis=0, keepdims=True), compute_uv=False)
-  return jnp.pad(s**2 / features.shape[0], (0, features.shape[1] - s.size))
+  s = jnp.linalg.svd(triangle, compute_uv=False, full_matrices=False)
+  return jnp.pad(s**2 / len(features), (0, features.shape[1] - s.size))
+
+
+@jax.jit
+def _mean(rows):
+  return jnp.asarray(rows, jnp.float32).mean(axis=0, keepdims=True)
+
+
+@jax.jit
+def _centred(rows, mean):
+  return jnp.asarray(rows, jnp.float32) - mean
+
+
+@jax.jit
+def _fold(above, below):
+  """[D, D] with the singular values that both have on top of each other."""
+  return jnp.linalg.qr(jnp.concatenate([above, below]), mode="r")
 
 
 @jax.jit
@@ -213,7 +234,7 @@ def rankme(features: jax.Array) -> jax.Array:
   exp of the entropy of the singular values of [N, D] over their sum (RankMe, arXiv 2210.02885,
   equation 1). Not centred: a common offset lowers it.
   """
-  s = jnp.linalg.svd(jnp.asarray(features, jnp.float32), compute_uv=False)
+  s = jnp.linalg.svd(jnp.asarray(features, jnp.float32), compute_uv=False, full_matrices=False)
   share = s / jnp.maximum(s.sum(), _TINY) + 1e-7
   # Not `losses.entropy`: compiled, its last digits are others than those of earlier runs.
   return jnp.exp(jax.scipy.special.entr(share).sum())

@@ -136,8 +136,9 @@ def test_mean_pairwise_cosine_is_the_mean_over_pairs():
   np.testing.assert_allclose(collapse.mean_pairwise_cosine(np.ones((9, 4))), 1.0, rtol=1e-6)
 
 
-@pytest.mark.parametrize("num", [12, 500])
-def test_spectrum_is_the_sorted_eigenvalues_of_the_covariance(num):
+@pytest.mark.parametrize(("num", "piece"), [(12, 64), (500, 500), (500, 64), (500, 499)])
+def test_spectrum_is_the_sorted_eigenvalues_of_the_covariance(num, piece, monkeypatch):
+  monkeypatch.setattr(collapse, "_PIECE", piece)
   z = np.random.default_rng(0).normal(size=(num, 20)) * np.linspace(0.1, 2, 20) + 5
   expected = np.sort(np.linalg.eigvalsh(np.cov(z.T, bias=True)))[::-1]
   got = collapse.spectrum(z)
@@ -158,6 +159,14 @@ def test_rankme_counts_directions():
   np.testing.assert_allclose(collapse.rankme(np.ones((300, 64))), 1.0, atol=1e-3)
   flat = rng.normal(size=(2000, 3)) @ np.linalg.qr(rng.normal(size=(64, 3)))[0].T
   np.testing.assert_allclose(collapse.rankme(flat), 3.0, atol=0.05)
+
+
+@pytest.mark.parametrize("measure", [collapse.spectrum, collapse.rankme])
+def test_directions_of_many_rows_need_memory_as_the_rows_do(measure):
+  """The singular vectors of N rows, which nobody asks for, would be [N, N]."""
+  rows = jax.ShapeDtypeStruct((100_000, 64), jnp.float32)
+  needed = jax.jit(measure).lower(rows).compile().memory_analysis().temp_size_in_bytes
+  assert needed < 4 * rows.size * rows.dtype.itemsize
 
 
 def test_teacher_distance_is_relative_and_exactly_zero_for_a_copy():
