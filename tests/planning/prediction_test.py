@@ -42,6 +42,7 @@ def test_float32_takes_the_passes_that_its_precision_asks_for():
   assert found.matrix == pytest.approx(6e-3)
   assert _V5E.rate("bf16 x f32, highest") == pytest.approx(197e12 / 3)
   assert _H100.rate("bf16 x bf16") == 989e12 and _H100.rate("f32 x f32, highest") == 67e12
+  assert _H100.rate("f32 x f32, high") == _H100.rate("f32 x f32") == 494e12  # TF32, both
 
 
 @pytest.mark.parametrize(
