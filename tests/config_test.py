@@ -76,7 +76,6 @@ def test_a_mode_of_a_recipe_traces_at_its_real_size(name):
   assert programs.Program(config, 10).trace().out_info[1]["train/loss"].shape == ()
 
 
-@pytest.mark.usefixtures("compile_fast")
 @pytest.mark.parametrize("name", RUN)
 def test_debug_run_of_a_method_ends_with_measures_and_files(name, tmp_path, monkeypatch):
   """Twenty steps cannot do better than pixels, but a broken feature is at chance, a tenth."""

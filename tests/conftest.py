@@ -1,6 +1,5 @@
 """Eight CPU devices, strict promotion, warnings as errors: set before JAX starts."""
 
-import contextlib
 import functools
 import gc
 import importlib.metadata
@@ -13,6 +12,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
 # Programs that tests start say one line each; XLA would add remarks on reading its own cache.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Programs of tests compile for seconds and run for milliseconds: XLA leaves most optimisations out,
+# here and in the programs that tests start.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # XLA's older code generator compiles a training step three times as fast, for here and for the
 # programs that tests start. At the floor alone: XLA ends a process whose flag it does not know, as
 # that of jax 0.11 does.
@@ -55,26 +57,6 @@ def pytest_sessionfinish():
   gc.freeze()
 
 
-@contextlib.contextmanager
-def _compiling_fast():
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
-@pytest.fixture(scope="module")
-def compile_fast():
-  """For a module whose time goes into compiling: its programs, which then run for milliseconds.
-
-  Holds for the processes it starts, too.
-  """
-  with _compiling_fast():
-    yield
-
-
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
   """The workdir of `tiny.run_config()`, trained to its end; to be copied, not changed.
@@ -82,8 +64,7 @@ def finished_run(tmp_path_factory):
   For tests of the xdist_group "train", which one worker runs: it is trained once.
   """
   folder = tmp_path_factory.mktemp("finished") / "run"
-  with _compiling_fast():
-    api.train(tiny.run_config(), str(folder))
+  api.train(tiny.run_config(), str(folder))
   return folder
 
 

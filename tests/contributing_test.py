@@ -15,8 +15,6 @@ from protojax import errors, methods, recipes, resolving
 from protojax.methods.networks import student, student_teacher
 from protojax.training import programs
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 ROOT = pathlib.Path(__file__).parents[1]
 
 

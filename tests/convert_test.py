@@ -21,7 +21,6 @@ from protojax.models import encoder as encoders
 from protojax.training import export, programs, workdir
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.usefixtures("compile_fast")
 
 REGISTERS = {"registers": 3, "scaled": True}
 

@@ -46,8 +46,6 @@ from benchmarks.accelerator import collect
 from protojax import __main__, main, plan
 from protojax.metrics import verdicts
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 ROOT = pathlib.Path(__file__).parents[1]
 _FIRST = ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")
 PAGES = [*(ROOT / name for name in _FIRST), *sorted((ROOT / "docs").glob("*.md"))]

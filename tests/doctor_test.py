@@ -16,10 +16,7 @@ from protojax.interop import tensor_files
 from protojax.metrics import collapse
 from protojax.training import checkpoint, export, programs, workdir
 
-pytestmark = [
-  pytest.mark.xdist_group("doctor"),  # one worker: its tests share a fixture that is costly
-  pytest.mark.usefixtures("compile_fast"),
-]
+pytestmark = pytest.mark.xdist_group("doctor")  # one worker: its tests share a costly fixture
 
 _RNG = np.random.default_rng(0)
 _NO_NETWORK = "data=digits: .* holds one array and no network to encode images with: give embedd"
@@ -665,7 +662,7 @@ def test_a_log_is_read_for_what_it_is(tmp_path, capsys):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, compile_fast):
+def run(tmp_path_factory):
   """A run that has saved its first state and written one line."""
   folder = tmp_path_factory.mktemp("doctor") / "run"
   config = tiny.config(prototypes="frozen")

@@ -13,10 +13,7 @@ from pyarrow import parquet
 from protojax import embed, errors, loading, pretrained
 from protojax.data import pipeline
 
-pytestmark = [
-  pytest.mark.xdist_group("train"),  # one worker: they share `finished_run`
-  pytest.mark.usefixtures("compile_fast"),
-]
+pytestmark = pytest.mark.xdist_group("train")  # one worker: they share `finished_run`
 
 
 @pytest.fixture(scope="module")

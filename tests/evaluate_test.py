@@ -18,10 +18,7 @@ from protojax.evals import clustering, knn, long_tail, protocols, result_files
 from protojax.evaluating import floors, judged
 from protojax.training import checkpoint, datasets, export, programs, workdir
 
-pytestmark = [
-  pytest.mark.xdist_group("evaluate"),  # one worker: its tests share a fixture that is costly
-  pytest.mark.usefixtures("compile_fast"),
-]
+pytestmark = pytest.mark.xdist_group("evaluate")  # one worker: its tests share a costly fixture
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -16,8 +16,6 @@ from protojax import errors, main, recipes, resolving, trees
 from protojax.training import loop
 from protojax.training import workdir as workdirs
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 ROOT = pathlib.Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "configs" / "quickstart.py:debug")
 

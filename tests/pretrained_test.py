@@ -24,10 +24,7 @@ from protojax.models import encoder as encoders
 from protojax.models import features as backbone_layers
 from protojax.training import export, loop, programs, sharding
 
-pytestmark = [
-  pytest.mark.xdist_group("pretrained"),  # one worker: its tests share a fixture that is costly
-  pytest.mark.usefixtures("compile_fast"),
-]
+pytestmark = pytest.mark.xdist_group("pretrained")  # one worker: its tests share a costly fixture
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,7 @@ from protojax import errors, replay
 from protojax.data import pipeline
 from protojax.training import console, programs, sharding
 
-pytestmark = [
-  pytest.mark.xdist_group("train"),  # one worker trains `finished_run`
-  pytest.mark.usefixtures("compile_fast"),
-]
+pytestmark = pytest.mark.xdist_group("train")  # one worker trains `finished_run`
 
 
 @pytest.fixture(scope="module")

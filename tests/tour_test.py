@@ -5,9 +5,6 @@ import pathlib
 import re
 
 import matplotlib.pyplot as plt
-import pytest
-
-pytestmark = pytest.mark.usefixtures("compile_fast")
 
 _NOTEBOOK = pathlib.Path(__file__).parents[1] / "docs" / "tour.ipynb"
 

@@ -15,10 +15,7 @@ from protojax import recipes, resolving, schedules
 from protojax.data import augment
 from protojax.training import optim, programs, train_step
 
-pytestmark = [
-  pytest.mark.xdist_group("peers"),  # one worker: its tests share a fixture that is costly
-  pytest.mark.usefixtures("compile_fast"),
-]
+pytestmark = pytest.mark.xdist_group("peers")  # one worker: its tests share a costly fixture
 
 _CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 _STEP = 3  # of six, in the second epoch: schedules have left their start

@@ -9,8 +9,6 @@ import pytest
 from protojax import errors
 from protojax.data import masking
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 
 def reference_block_mask(uniform, target, rows, columns):
   """The published loop: rectangles until the target is met or ten attempts in a row fail."""

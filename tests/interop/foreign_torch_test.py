@@ -16,7 +16,6 @@ from protojax.models import encoder as encoders
 from protojax.training import export
 
 torch = pytest.importorskip("torch")
-pytestmark = pytest.mark.usefixtures("compile_fast")
 
 import torch_models  # noqa: E402
 

@@ -13,7 +13,6 @@ from protojax.methods.networks import student_teacher
 from protojax.prototypes import assignment
 from protojax.training import train_step
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
 _HEAD = {"head__l2": False, "head__norm": "batch"}
 
 

@@ -12,8 +12,6 @@ from protojax.methods import base
 from protojax.methods.networks import student_teacher
 from protojax.training import train_step
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 
 def _sin(rows, columns, a=0.7, b=1.3):
   return np.sin(a * np.arange(rows)[:, None] + b * np.arange(columns)[None, :])

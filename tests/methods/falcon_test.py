@@ -12,8 +12,6 @@ from protojax.methods.networks import student
 from protojax.prototypes import dictionary
 from protojax.training import programs
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 _HEAD = {
   "head__layers": 1,
   "head__norm_output": True,

@@ -13,8 +13,6 @@ from protojax.methods import gedi
 from protojax.prototypes import soft
 from protojax.training import programs, train_step
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 _FULL = {
   "method__generative": True,
   "method__buffer_size": 55,

@@ -18,9 +18,6 @@ from protojax.models import encoder as encoders
 from protojax.prototypes import assignment, prototype_set
 from protojax.training import evaluation, export, programs, train_step
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
-
 _MASKS = np.array([[1, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 0], [0, 0, 1, 0]], bool)
 
 

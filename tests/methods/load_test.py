@@ -14,8 +14,6 @@ from protojax import errors, loading, main, methods, pretrained, recipes, resolv
 from protojax.methods import base, swav
 from protojax.training import loop
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 _ROOT = pathlib.Path(__file__).parents[2]
 
 # Two views agree; a name of its own for each test, since Python imports a module once.

@@ -15,7 +15,6 @@ from protojax.models import vit
 from protojax.prototypes import soft
 from protojax.training import train_step
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
 _HEAD = {"head__norm": "batch"}
 
 

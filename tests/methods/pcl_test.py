@@ -11,10 +11,7 @@ from protojax import errors, losses, methods
 from protojax.models import encoder as encoders
 from protojax.training import train_step
 
-pytestmark = [
-  pytest.mark.xdist_group("pcl"),  # one worker: its tests share a fixture that is costly
-  pytest.mark.usefixtures("compile_fast"),
-]
+pytestmark = pytest.mark.xdist_group("pcl")  # one worker: its tests share a fixture that is costly
 
 PCL = {
   "augment__num_local": 0,

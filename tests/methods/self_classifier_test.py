@@ -10,8 +10,6 @@ from protojax import errors
 from protojax.methods import self_classifier
 from protojax.methods.networks import student
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 
 def _random(seed, *shape):
   return np.random.default_rng(seed).normal(size=shape)

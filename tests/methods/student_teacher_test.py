@@ -11,8 +11,6 @@ from protojax.methods.networks import student_teacher
 from protojax.models import encoder as encoders
 from protojax.training import train_step
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 
 def _other(tree, seed):
   """A tree like `tree` of random leaves."""

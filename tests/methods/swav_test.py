@@ -15,8 +15,6 @@ from protojax.models import encoder as encoders
 from protojax.prototypes import mixture
 from protojax.training import programs, train_step
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 _QUEUE = {"method__queue_length": 40, "method__queue_start_epoch": 0.0}  # two batches of 16
 
 

@@ -13,8 +13,6 @@ from protojax import errors
 from protojax.models import encoder as encoder_lib
 from protojax.models import heads, resnet
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 VIT = {"name": "vit_tiny", "patch_size": 4, "image_size": 16, "width": 24, "depth": 2, "heads": 3}
 
 

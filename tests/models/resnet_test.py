@@ -10,8 +10,6 @@ import pytest
 from protojax.models import batch_norm, resnet
 from protojax.training import sharding
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 
 def random(*shape, seed=0):
   return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)

@@ -13,8 +13,6 @@ from protojax import errors, placement
 from protojax.models import blocks, vit
 from protojax.training import sharding
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 GOLDEN_ROWS = (  # first column, non-zero weights of 14 -> 6
   (0, (0.33562, 0.77522, -0.11084)),
   (1, (-0.00233, 0.04773, 0.99283, -0.03824)),

@@ -16,8 +16,6 @@ from protojax import placement
 from protojax.prototypes import dictionary
 from protojax.training import sharding
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 _EPS = 1e-8
 compare = jax.jit(dictionary.compare, static_argnames="block")
 

@@ -12,8 +12,6 @@ from protojax.methods import self_classifier
 from protojax.prototypes import dictionary, mixture, scoring, soft, streaming
 from protojax.training import sharding
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 _K, _DIM = 48, 8
 
 

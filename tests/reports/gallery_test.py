@@ -19,10 +19,7 @@ from protojax.reports import gallery, of_run
 from protojax.reports import record as records
 from protojax.training import loop, workdir
 
-pytestmark = [
-  pytest.mark.xdist_group("train"),  # one worker: they share `finished_run`
-  pytest.mark.usefixtures("compile_fast"),
-]
+pytestmark = pytest.mark.xdist_group("train")  # one worker: they share `finished_run`
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -14,10 +14,7 @@ from protojax.data import sources
 from protojax.reports import gallery
 from protojax.training import data_settings, datasets, loop
 
-pytestmark = [
-  pytest.mark.xdist_group("data_settings"),  # one worker: they share the run
-  pytest.mark.usefixtures("compile_fast"),
-]
+pytestmark = pytest.mark.xdist_group("data_settings")  # one worker: they share the run
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +45,7 @@ def _config(cells, **changes):
 
 
 @pytest.fixture(scope="module")
-def run(cells, tmp_path_factory, compile_fast):
+def run(cells, tmp_path_factory):
   folder = tmp_path_factory.mktemp("cells_run") / "run"
   loop.run(_config(cells), str(folder))
   return folder

@@ -8,8 +8,6 @@ from protojax import progress
 from protojax.data import pipeline, sources
 from protojax.training import encode, evaluation, opening, programs, train_step
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 
 @pytest.fixture(scope="module")
 def setting():

@@ -14,8 +14,6 @@ from protojax import errors, placement
 from protojax.models import encoder as encoders
 from protojax.training import checkpoint, programs
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 
 @pytest.fixture
 def split_small(monkeypatch):

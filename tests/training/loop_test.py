@@ -34,10 +34,7 @@ from protojax.training import (
   workdir,
 )
 
-pytestmark = [
-  pytest.mark.xdist_group("train"),  # one worker: they share the run `whole`
-  pytest.mark.usefixtures("compile_fast"),
-]
+pytestmark = pytest.mark.xdist_group("train")  # one worker: they share the run `whole`
 
 ROOT = pathlib.Path(__file__).parents[2]
 # Takes a minute: bash launch/test.sh --all.

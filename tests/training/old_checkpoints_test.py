@@ -19,10 +19,7 @@ import pytest
 from protojax import config as configs
 from protojax.training import checkpoint, loop
 
-pytestmark = [
-  pytest.mark.xdist_group("old_checkpoints"),
-  pytest.mark.usefixtures("compile_fast"),
-]
+pytestmark = pytest.mark.xdist_group("old_checkpoints")
 
 DATA = pathlib.Path(__file__).parent / "checkpoints_4216e27"
 EXPECTED = json.loads((DATA / "expected.json").read_text())

@@ -23,9 +23,6 @@ from protojax.models import encoder as encoders
 from protojax.planning import compiled
 from protojax.training import checkpoint, programs, sharding, train_step
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
-
 every_method = pytest.mark.parametrize(
   "row",
   # One worker a row: its tests share what `_three_steps` keeps.
