@@ -50,29 +50,42 @@ done
 commit=$(git rev-parse --short HEAD) || die "this is no git clone with a commit to copy"
 [ -z "$(git status --porcelain)" ] || echo "Uncommitted changes stay here; $commit runs." >&2
 tarball=${TMPDIR:-/tmp}/protojax-$commit.tar.gz
+answer=${TMPDIR:-/tmp}/protojax-$commit.answer
 slice=(--project="$PROJECT" --zone="$ZONE")
 where=("${slice[@]}" --worker=all)
 tpu=(${run[@]+"${run[@]}"} gcloud compute tpus tpu-vm)
 
 prepare='rm -rf protojax-launch && mkdir protojax-launch && tar xzf protojax.tar.gz -C protojax-launch
 cd protojax-launch && source launch/venv.sh &&
-make_venv "$HOME/protojax-venv" "$(require_python 3.12 3.13 3.11)" -e ".[tpu]"'
+python=$(find_python 3.12 3.13 3.11 || fetch_python 3.12) &&
+make_venv "$HOME/protojax-venv" "$python" -e ".[tpu]"'
 train="cd protojax-launch && exec ~/protojax-venv/bin/python -m protojax.main$(printf ' %q' "$@")"
 # What a lost connection may have left running.
 clear='pkill -TERM -f protojax[.]main; for i in $(seq 120); do
 pgrep -f protojax[.]main >/dev/null || exit 0; sleep 1; done; pkill -KILL -f protojax[.]main'
 
-# state: of the slice; nothing where there is none, and in a dry run.
+# state: of the slice; nothing where there is none, and in a dry run. Without an answer, as when this
+# machine is off the network, it is asked again for an hour.
 state() {
+  local said tries=0
   [ ${#run[@]} = 0 ] || return 0
-  "${tpu[@]}" describe "$NAME" "${slice[@]}" --format="value(state)" 2>/dev/null || true
+  until said=$("${tpu[@]}" describe "$NAME" "${slice[@]}" --format="value(state)" 2>"$answer"); do
+    ! grep -qi "not.found" "$answer" || return 0
+    tries=$((tries + 1))
+    [ "$tries" -lt 120 ] || die "nothing could be learned of $NAME for an hour: $(tail -n 1 "$answer")"
+    echo "tpu_pod.sh: nothing learned of $NAME, asked again: $(tail -n 1 "$answer")" >&2
+    sleep 30
+  done
+  echo "$said"
 }
 
 # make_slice: returns when the slice is there; a zone without room is asked again and again.
 make_slice() {
   local is
-  until is=$(state) && [ "$is" = READY ]; do
+  while :; do
+    is=$(state) || exit
     case $is in
+      READY) return ;;
       "")
         "${tpu[@]}" create "$NAME" "${slice[@]}" --accelerator-type="$TYPE" \
           --version="${VERSION:?is the runtime, such as v2-alpha-tpuv5-lite}" \
@@ -87,13 +100,14 @@ make_slice() {
 
 install() {
   # The first connection makes keys; done alone, the later ones do not race for it.
-  "${tpu[@]}" ssh "$NAME" "${where[@]}" --command=true &&
-    "${tpu[@]}" scp "$tarball" "$NAME:protojax.tar.gz" "${where[@]}" &&
+  "${tpu[@]}" ssh "$NAME" "${where[@]}" --command=true || return
+  [ -z "$again" ] || "${tpu[@]}" ssh "$NAME" "${where[@]}" --command="$clear" || true
+  "${tpu[@]}" scp "$tarball" "$NAME:protojax.tar.gz" "${where[@]}" &&
     "${tpu[@]}" ssh "$NAME" "${where[@]}" --command="bash -c $(printf %q "$prepare")"
 }
 
 ${run[@]+"${run[@]}"} git archive --format=tar.gz --output="$tarball" HEAD
-short=0
+short=0 again=
 while :; do
   [ -z "${TYPE:-}" ] || make_slice
   SECONDS=0 status=0
@@ -106,9 +120,11 @@ while :; do
   [ "$status" != 0 ] && [ ${#run[@]} = 0 ] || exit "$status"
 
   # A slice that is preempted stops its programs first and is called so later.
-  is=$(state)
+  again=yes
+  is=$(state) || exit
   for ((i = 0; i < 12; i++)); do
-    case $status-$is in 143-READY | 255-READY) sleep 10 && is=$(state) ;; *) break ;; esac
+    case $status-$is in 143-READY | 255-READY) sleep 10 ;; *) break ;; esac
+    is=$(state) || exit
   done
   if [ "$is" != READY ]; then
     [ -n "${TYPE:-}" ] || die "the slice is ${is:-gone}, the run ended with $status: TYPE=... and \
@@ -120,5 +136,4 @@ VERSION=... let this script make it again and go on"
   short=$((SECONDS < 600 ? short + 1 : 0))
   [ "$short" -lt 5 ] || exit "$status"
   echo "tpu_pod.sh: status $status, started again" >&2
-  "${tpu[@]}" ssh "$NAME" "${where[@]}" --command="$clear" || true
 done

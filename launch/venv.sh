@@ -36,6 +36,15 @@ require_python() {
 Ubuntu with its venv package (apt install python3.12-venv), or name one: PROTOJAX_PYTHON=/path/to/python"
 }
 
+# fetch_python VERSION: downloads one with uv into the user's own folder, where the machine's is too
+# old, as Ubuntu 22.04's, and prints it.
+fetch_python() {
+  local uv=$HOME/.local/bin/uv
+  [ -x "$uv" ] || python3 -m pip install -qq --user uv >&2 ||
+    curl -LsSf https://astral.sh/uv/install.sh | sh >&2
+  "$uv" python install --quiet "$1" >&2 && "$uv" python find "$1"
+}
+
 # install_packages PYTHON PIP_ARGUMENT...: into the environment of PYTHON. With uv, which takes seconds where
 # pip takes a minute; with pip where uv cannot be had or fails, as behind an index that only pip knows.
 install_packages() {

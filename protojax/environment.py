@@ -56,10 +56,15 @@ def keep_compiled() -> None:
   In protojax/xla of the user's cache folder, which is made for the user alone: what lies there is
   run without a look. Nothing happens where the user has said where to keep it
   (JAX_COMPILATION_CACHE_DIR; empty: nowhere), where the folder cannot be made, and on CPUs, where
-  compiling is short and XLA complains about each program that it reads back.
+  compiling is short and XLA complains about each program that it reads back. Nor for several
+  processes on GPUs: JAX writes on the first alone, in its user's folder, which the others may not
+  see. It then finds a program that they compile, and XLA, whose processes measure their shares of
+  a program's kernels and exchange them, would wait for its share.
   """
   said = jax.config.jax_compilation_cache_dir is not None
   if said or "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.default_backend() == "cpu":
+    return
+  if jax.default_backend() == "gpu" and jax.process_count() > 1:
     return
   try:
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")

@@ -29,7 +29,7 @@ def test_programs_for_accelerators_are_kept_in_a_folder_of_the_users_own(unset):
   assert folder.stat().st_mode & 0o777 == 0o700
 
 
-@pytest.mark.parametrize("case", ["cpu", "variable", "config", "read only"])
+@pytest.mark.parametrize("case", ["cpu", "variable", "config", "read only", "GPUs of several"])
 def test_nothing_is_kept_where_it_is_not_wanted_or_cannot_be(unset, monkeypatch, case):
   expected = None
   if case == "cpu":
@@ -39,6 +39,9 @@ def test_nothing_is_kept_where_it_is_not_wanted_or_cannot_be(unset, monkeypatch,
   elif case == "config":
     expected = str(unset / "mine")
     jax.config.update("jax_compilation_cache_dir", expected)
+  elif case == "GPUs of several":
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
   else:
     unset.write_text("a file")
   environment.keep_compiled()

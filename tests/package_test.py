@@ -278,6 +278,14 @@ def test_a_missing_python_is_one_line(tmp_path):
   assert len(done.stderr.strip().splitlines()) == 1 and "3.98 3.99" in done.stderr
 
 
+def test_a_python_is_downloaded_where_the_machine_s_is_too_old(tmp_path):
+  uv = 'echo "$@" >>"$HOME/log"; [ "$2" != find ] || echo /there/python3.12'
+  _command(tmp_path / ".local" / "bin" / "uv", uv)
+  done = _bash("find_python 3.99 || fetch_python 3.12", HOME=str(tmp_path))
+  assert done.stdout.strip() == "/there/python3.12", done.stderr
+  assert (tmp_path / "log").read_text() == "python install --quiet 3.12\npython find 3.12\n"
+
+
 def test_an_environment_is_not_made_over_other_files(tmp_path):
   (tmp_path / "thesis.tex").write_text("x")
   done = _bash(f"cd '{_ROOT}' && make_venv '{tmp_path}' '{sys.executable}' -e .", HOME="/")
@@ -323,17 +331,26 @@ def test_tpu_dry_run_prints_every_command_and_needs_no_gcloud(clone, workdir):
   assert all(x in gcloud[3] for x in ("protojax.main", "--config=configs/x.py", "/mnt/shared/run"))
 
 
-# A slice whose state is a file, and whose runs end as the lines of another say: STATUS STATE.
+# A slice whose state is a file, and whose runs end as the lines of another say: STATUS STATE, and
+# how often nothing is to be learned of the slice behind it.
 _GCLOUD = """
 echo "$4 $*" | cut -c1-600 | tr '\\n' ' ' >>{log}; echo >>{log}
 case "$4" in
-  describe) cat {state} 2>/dev/null ;;
+  describe)
+    read -r down <{down}
+    if [ "$down" -gt 0 ]; then
+      echo $((down - 1)) >{down}
+      echo "ERROR: Network is unreachable" >&2
+      exit 1
+    fi
+    cat {state} 2>/dev/null || {{ echo "NOT_FOUND: nodes/pod was not found" >&2; exit 1; }} ;;
   create) echo READY >{state} ;;
   delete) rm {state} ;;
   ssh)
     case "$*" in *"-m protojax.main"*)
-      read -r status after <{ends}
+      read -r status after down <{ends}
       sed -i 1d {ends}
+      echo ${{down:-0}} >{down}
       echo $after >{state}
       exit $status ;;
     esac ;;
@@ -349,23 +366,29 @@ esac
       ["143 PREEMPTED", "255 PREEMPTED", "0 READY"],
       "x",
       0,
-      "create run" + " delete create run" * 2,
+      "create run" + " delete create clear run" * 2,
     ),
     (["75 READY", "137 READY", "0 READY"], "x", 0, "create run clear run clear run"),
     (["75 READY"] * 9, "x", 75, "create run clear run clear run clear run clear run"),
     (["143 READY"], "x", 143, "create run"),  # somebody has asked it to stop
     (["2 READY"], "x", 2, "create run"),
     (["143 PREEMPTED"], "", 1, "run"),  # nobody has said what to make
+    (["255 READY 2", "0 READY"], "", 0, "run clear run"),  # this machine was off the network
+    (["255 READY 9", "0 READY"], "x", 0, "create run clear run"),
+    (["255 READY 999"], "x", 1, "create run"),
   ],
 )
 def test_tpu_launch_makes_a_preempted_slice_again_and_goes_on(
   clone, tmp_path, ends, kind, status, did
 ):
-  log, state, script = (tmp_path / name for name in ("log", "state", "ends"))
+  log, state, script, down = (tmp_path / name for name in ("log", "state", "ends", "down"))
+  down.write_text("0\n")
   script.write_text("".join(f"{line}\n" for line in ends))
   if not kind:
     state.write_text("READY\n")
-  _command(tmp_path / "bin" / "gcloud", _GCLOUD.format(log=log, state=state, ends=script))
+  _command(
+    tmp_path / "bin" / "gcloud", _GCLOUD.format(log=log, state=state, ends=script, down=down)
+  )
   _command(tmp_path / "bin" / "sleep", "exit 0")
   names = {
     "NAME": "pod",
@@ -383,7 +406,10 @@ def test_tpu_launch_makes_a_preempted_slice_again_and_goes_on(
     elif line.split()[0] in ("create", "delete"):
       calls.append(line.split()[0])
   assert " ".join(calls) == did
-  assert kind or "TYPE=... and" in done.stderr
+  assert kind or status == 0 or "TYPE=... and" in done.stderr
+  if status == 1 and kind:
+    said = "tpu_pod.sh: nothing could be learned of pod for an hour: ERROR: Network is unreachable"
+    assert done.stderr.splitlines()[-1] == said
 
 
 @pytest.mark.parametrize("missing", ["NAME", "ZONE", "PROJECT"])

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from protojax import errors, files, progress
 from protojax.data import pipeline, sources
@@ -186,7 +187,7 @@ class RunLog:
     if self._timed > 1 and self._since is not None:
       seconds = now - self._since
       means["time/img_per_s"] = self._timed * self._config.batch_size / seconds
-      means["time/data_wait"] = min(1.0, self._waited / seconds)
+      means["time/data_wait"] = min(1.0, self._longest_wait() / seconds)
       self._trained = self._trained[0] + self._timed, self._trained[1] + seconds
     if self._skipped.count:
       means["data/skipped"] = self._skipped.count
@@ -202,6 +203,13 @@ class RunLog:
     self._say(done, means, None if looked_at else self.verdict(done))
     self._sums, self._count = {}, 0
     self._since, self._timed, self._waited = time.perf_counter(), 0, 0.0
+
+  def _longest_wait(self) -> float:
+    """Seconds that the process which waited most has waited for images: the others wait for it."""
+    if jax.process_count() == 1:
+      return self._waited
+    with jax.transfer_guard("allow"):
+      return float(multihost_utils.process_allgather(np.asarray(self._waited)).max())
 
   @property
   def _pace(self) -> float | None:

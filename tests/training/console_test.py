@@ -39,6 +39,17 @@ def test_a_line_has_the_learning_rate_of_its_update(tmp_path):
   np.testing.assert_allclose([line["train/learning_rate"] for line in lines], expected, atol=1e-8)
 
 
+def test_of_several_processes_the_wait_is_that_of_the_one_which_waited_most(tmp_path, monkeypatch):
+  def everyone(waited):
+    return np.stack([waited, np.float64(1e9)])  # this one has its images at once
+
+  monkeypatch.setattr(console.jax, "process_count", lambda: 2)
+  monkeypatch.setattr(console.multihost_utils, "process_allgather", everyone)
+  _log(tmp_path, [1.0] * 4, log_every=2)
+  lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  assert lines[-1]["time/data_wait"] == 1.0
+
+
 class _Terminal(io.StringIO):
   def isatty(self):
     return True
