@@ -52,7 +52,7 @@ def found(measures, num_prototypes, late, prototypes, advise, longer) -> Iterato
 
 def _below_pixels(measures, more):
   """A linear classifier of the features that is worse than one of the images, by two deviations."""
-  fitted, pixels = measures.get("probe/linear_fitted"), measures.get("floor/linear_pixels")
+  fitted, pixels = rules.linear_here(measures), measures.get("floor/linear_pixels")
   if fitted is None or pixels is None:
     return
   images = measures.get("floor/test_images") or 10_000

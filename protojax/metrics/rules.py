@@ -149,6 +149,12 @@ def knn_here(measures) -> float | None:
   return measures.get("probe/knn") if same is None else same
 
 
+def linear_here(measures) -> float | None:
+  """Accuracy of a linear classifier of the features, on the images of the floors."""
+  same = measures.get("floor/linear")
+  return measures.get("probe/linear_fitted") if same is None else same
+
+
 def most_entropy(measures, num_prototypes) -> float:
   """The largest entropy that a target can have, nats."""
   return measures.get("train/ln_k") or math.log(max(num_prototypes, 2))

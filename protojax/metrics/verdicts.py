@@ -51,7 +51,7 @@ def judge(
       also _random), no_direction, not_finite, drift, used, perplexity (both
       also of the sample), used_random, used_most, feature_std, mean_cosine, embedding_cosine,
       rankme, teacher_distance, relative_uniqueness}, probe/{knn, linear_fitted} and floor/{knn,
-      knn_pixels, knn_untrained, knn_start, linear_pixels, test_images, loss_start}.
+      knn_pixels, knn_untrained, knn_start, linear, linear_pixels, test_images, loss_start}.
       train/ln_k is both the loss of uniform predictions (the cross entropy, where that is one term
       of several) and the largest entropy of a target; without it uniform collapse is not seen.
     num_prototypes: K; 0 where a method has none.

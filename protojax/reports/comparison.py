@@ -27,9 +27,11 @@ def table(runs: Sequence[record.Record]) -> list[str]:
   """Says in lines of at most 80 columns what the runs ended with.
 
   A row a run: prototypes that are unique at cosine distance .25 and .5 and those that are used, as
-  shares of K; k-NN and linear accuracy on the test images. Then what random prototypes, raw pixels
-  and the untrained net have, once where the runs agree on it; and the verdict on each run. Runs
-  that see images of different sizes come in parts, since their accuracies are not alike.
+  shares of K; k-NN and linear accuracy on the test images, and where they are on more images than
+  the floors, below them those that the floors are to be compared with. Then what random
+  prototypes, raw pixels and the untrained net have, once where the runs agree on it; and the
+  verdict on each run. Runs that see images of different sizes come in parts, since their accuracies
+  are not alike.
 
   Args:
     runs: from `record.read`, finished or not.
@@ -40,7 +42,7 @@ def table(runs: Sequence[record.Record]) -> list[str]:
     some = [run for run in runs if run.pixels == size]
     heading = f"at {size or 'unknown'} px" * (len(sizes) > 1)
     lines += ["", f"{heading:<{_NAME}}" + "".join(f"{column:>11}" for column in _COLUMNS)]
-    for row in [*map(_of_run, some), *_random(some), *_floors(some)]:
+    for row in [*(row for run in some for row in _of_run(run)), *_random(some), *_floors(some)]:
       cells = "".join(f"{_percent(value):>11}" for value in row.values)
       lines.append(f"{_short(row.name):<{_NAME}}{cells}")
   lines.append("")
@@ -60,12 +62,16 @@ def _said(run: record.Record) -> str:
   return f"{_short(run.name)}: {label}" + f". {sentence}" * (label != "ok")
 
 
-def _of_run(run: record.Record) -> _Row:
+def _of_run(run: record.Record) -> list[_Row]:
+  """A row, and one of the accuracies on the images of its floors where these are fewer."""
   found, tag = _latest(run), _tag(run)
   linear = found.get("probe/linear_fitted", found.get("probe/linear"))
   keys = (f"{tag}unique_0.25", f"{tag}unique_0.5", f"{tag}used")
   shares = [found.get(f"collapse/{key}", found.get(f"collapse/{key}_sample")) for key in keys]
-  return _Row(run.name, (*shares, found.get("probe/knn"), linear))
+  rows = [_Row(run.name, (*shares, found.get("probe/knn"), linear))]
+  if (knn := found.get("floor/knn")) is not None:
+    rows.append(_Row("  on the floors' images", (None,) * 3 + (knn, found.get("floor/linear"))))
+  return rows
 
 
 def _latest(run: record.Record) -> dict[str, float]:

@@ -44,6 +44,12 @@ _SMALL = "at most 16 px a side"
 _LOGISTIC = "logistic regression, the best of three strengths"
 _FLOORS = (
   ("floor/knn", "k-NN accuracy, on the images of the floors", "%", f"{_OF}, k-NN as above"),
+  (
+    "floor/linear",
+    "Linear accuracy, on the images of the floors",
+    "%",
+    f"{_OF}, frozen features, {_LOGISTIC}",
+  ),
   ("floor/knn_pixels", "k-NN accuracy, raw pixels", "%", f"{_OF}, k-NN as above; {_SMALL}"),
   ("floor/linear_pixels", "Linear accuracy, raw pixels", "%", f"{_OF}, {_LOGISTIC}; {_SMALL}"),
   ("floor/knn_untrained", "k-NN accuracy, untrained net", "%", f"{_OF}, k-NN as above"),

@@ -268,6 +268,13 @@ class RunLog:
     ):
       self._writer.line(line)
 
+  def _on_floors(self, name: str) -> None:
+    """Says an accuracy on the images that the floors beside it are of, where these are fewer."""
+    if (value := self.result.get(name)) is not None:
+      bank, test = (self.result[f"floor/{of}_images"] for of in ("bank", "test"))
+      images = f"{bank:.0f} bank and {test:.0f} test images"
+      self._paragraph("          ", f"of the {images} of the floors: {value:.1%}")
+
   def summary(self, result: dict[str, float], *, bank: sources.Source) -> None:
     """The last words: verdict, accuracies and floors, where the report lies or how to write it.
 
@@ -276,7 +283,6 @@ class RunLog:
       bank: what k-NN searched.
     """
     self.result |= result
-    get = self.result.get
     verdict = self.verdict(int(result["step"]))
     self._paragraph("verdict   ", f"{verdict.label}: {verdict.sentence}")
     if "probe/knn" in result:
@@ -290,12 +296,7 @@ class RunLog:
         + (f"bank {size}, " if " of " in size else "")
         + f"{probe.train_split} -> {probe.test_split}",
       )
-    if get("floor/knn") is not None:
-      self._paragraph(
-        "          ",
-        f"of the {get('floor/bank_images'):.0f} bank and {get('floor/test_images'):.0f} test "
-        f"images of the floors: {get('floor/knn'):.1%}",
-      )
+      self._on_floors("floor/knn")
     if "probe/linear_fitted" in result:
       beside = _beside(self.result, "", "linear")
       self._paragraph(
@@ -304,6 +305,7 @@ class RunLog:
         + (f" ({beside})" if beside else "")
         + "; fitted on frozen features",
       )
+      self._on_floors("floor/linear")
     lacking = [
       f"{n:,.0f} of the {of} images"
       for of in ("bank", "test")

@@ -168,17 +168,18 @@ class Snapshot:
     if self._test is None:
       return {}
     bank, test = (self._rows(self._pixels, *of) for of in self._floor_images())
-    rows = bank["pixels"], bank["label"], test["pixels"], test["label"]
-    out = {"floor/knn_pixels": self._knn(*rows)}
-    num = self._bank.num_classes
-    if len(rows[0]) >= 10 and rows[0].size * num <= _FLOOR_PRODUCTS:
-      few = len(rows[0]) < _FLOOR_FEW * rows[0].shape[1]
-      strengths = (*_FLOOR_STRONG, *_FLOOR_STRENGTHS) if few else _FLOOR_STRENGTHS
-      out["floor/linear_pixels"] = linear.evaluate(
-        *rows, num_classes=num, strengths=strengths, max_steps=_FLOOR_STEPS
-      )["linear"]
+    rows = *_labelled(bank, "pixels"), *_labelled(test, "pixels")
+    for name, found, used in ("bank", bank, rows[1]), ("test", test, rows[3]):
+      if lacking := len(found["label"]) - len(used):
+        logging.info(
+          "%d of %d %s images have no label: accuracies leave them out",
+          lacking,
+          len(found["label"]),
+          name,
+        )
+    out = {"floor/knn_pixels": self._knn(*rows)} | self._linear_floor("linear_pixels", *rows)
     bank, test = (self._run(state, *of, ("features", "label")) for of in self._floor_images())
-    rows = bank["features"], bank["label"], test["features"], test["label"]
+    rows = *_labelled(bank, "features"), *_labelled(test, "features")
     which = "start" if self._config.init_from else "untrained"
     out[f"floor/knn_{which}"] = self._knn(*rows)
     if out["floor/knn_pixels"] < out[f"floor/knn_{which}"]:
@@ -187,6 +188,21 @@ class Snapshot:
         "raw pixels are worse than the %s here: the verdict compares k-NN with that net alone", name
       )
     return out | {"floor/bank_images": len(rows[1]), "floor/test_images": len(rows[3])}
+
+  def _linear_floor(self, name, bank, bank_labels, test, labels) -> dict[str, float]:
+    """{"floor/NAME": accuracy of a linear classifier}, fitted as the floors are, if it is cheap."""
+    num = self._bank.num_classes
+    if len(bank) < 10 or bank.size * num > _FLOOR_PRODUCTS:
+      return {}
+    few = len(bank) < _FLOOR_FEW * bank.shape[1]
+    strengths = (*_FLOOR_STRONG, *_FLOOR_STRENGTHS) if few else _FLOOR_STRENGTHS
+    found = linear.evaluate(
+      *(bank, bank_labels, test, labels),
+      num_classes=num,
+      strengths=strengths,
+      max_steps=_FLOOR_STEPS,
+    )
+    return {f"floor/{name}": found["linear"]}
 
   def _floor_images(self):
     """(source, how many of its images) of bank and test."""
@@ -244,8 +260,9 @@ class Snapshot:
 
     Returns:
       Measures: those of `monitor` and `evaluate`; with labels "probe/linear_fitted", the accuracy
-      of a linear classifier fitted to frozen features; "data/unreadable_bank" and "_test", how many
-      images could not be read, where some could not; and the arrays that the report
+      of a linear classifier fitted to frozen features, and "floor/linear", the same on the images
+      of the floors and fitted as theirs, where there are more; "data/unreadable_bank" and "_test",
+      how many images could not be read, where some could not; and the arrays that the report
       draws: "usage" [K], "nearest" and "nearest_random" [M] (cosine distance of every prototype
       that was looked at to its nearest neighbour, and quantiles of that of random ones), "spectrum"
       [D], and with labels "majority" and "purity" [K], the most frequent class of each prototype's
@@ -263,21 +280,18 @@ class Snapshot:
       arrays["usage"] = np.bincount(bank["codes"][name], minlength=num)
       if self._bank.num_classes:
         arrays["majority"], arrays["purity"] = purity.majority(
-          bank["codes"][name], bank["label"], num
+          *_labelled(bank["codes"] | {"label": bank["label"]}, name), num
         )
       arrays["nearest"] = near = partners[name].nearest
       arrays["nearest_random"] = uniqueness.null_nearest(
         num, dim, (np.arange(len(near)) + 0.5) / len(near)
       ).astype(np.float32)
     if test is not None:
-      fitted = linear.evaluate(
-        bank["features"],
-        bank["label"],
-        test["features"],
-        test["label"],
-        num_classes=self._bank.num_classes,
-      )
+      rows = *_labelled(bank, "features"), *_labelled(test, "features")
+      fitted = linear.evaluate(*rows, num_classes=self._bank.num_classes)
       measures["probe/linear_fitted"] = fitted["linear"]
+      if (few := self._of_floors(*rows)) is not None:
+        measures |= self._linear_floor("linear", *few)
     return measures, arrays
 
   def _encode(self, state):
@@ -297,13 +311,28 @@ class Snapshot:
     sizes = {name: len(matrix) for name, matrix in self._start().items()}
     out = metrics.summary(codes=bank["codes"], num_prototypes=sizes)
     if test is not None:
-      rows = bank["features"], bank["label"], test["features"], test["label"]
+      rows = *_labelled(bank, "features"), *_labelled(test, "features")
       out["probe/knn"] = self._knn(*rows)
-      (_, few), (_, fewer) = self._floor_images()
-      if few < len(rows[1]) or fewer < len(rows[3]):  # what the floors are compared with
-        few, fewer = (pipeline.spread(len(rows[i]), n) for i, n in ((1, few), (3, fewer)))
-        out["floor/knn"] = self._knn(rows[0][few], rows[1][few], rows[2][fewer], rows[3][fewer])
+      if (few := self._of_floors(*rows)) is not None:
+        out["floor/knn"] = self._knn(*few)
       if self._probe is not None:
-        predicted = self._probe.predict(state.carry["probe"], test["features"])
-        out["probe/linear"] = float(np.mean(np.asarray(predicted) == test["label"]))
+        _, _, features, labels = rows
+        predicted = self._probe.predict(state.carry["probe"], features)
+        out["probe/linear"] = float(np.mean(np.asarray(predicted) == labels))
     return out
+
+  def _of_floors(self, bank, bank_labels, test, labels):
+    """These rows on the images of the floors, which they are compared with; None if on them all."""
+    (_, few), (_, fewer) = self._floor_images()
+    if few >= len(bank) and fewer >= len(test):
+      return None
+    some, others = pipeline.spread(len(bank), few), pipeline.spread(len(test), fewer)
+    return bank[some], bank_labels[some], test[others], labels[others]
+
+
+def _labelled(rows: dict[str, np.ndarray], part: str) -> tuple[np.ndarray, np.ndarray]:
+  """`part` [n, ...] and labels [n] of the images that have a label."""
+  known = rows["label"] >= 0
+  if known.all():  # no copy of what may be gigabytes
+    return rows[part], rows["label"]
+  return rows[part][known], rows["label"][known]

@@ -317,6 +317,10 @@ LEARNS = {
     ({"train/loss": 8.61, "floor/loss_start": None}, "ok"),
     ({"probe/linear_fitted": 0.3863, "floor/linear_pixels": 0.40}, "ok"),  # deviations of .0069
     ({"probe/linear_fitted": 0.3860, "floor/linear_pixels": 0.40}, "worse than raw pixels"),
+    (  # of more images than the floors
+      {"probe/linear_fitted": 0.41, "floor/linear": 0.38, "floor/linear_pixels": 0.40},
+      "worse than raw pixels",
+    ),
     ({"probe/linear_fitted": 0.3860}, "ok"),
     ({"probe/linear_fitted": 0.3, "floor/linear_pixels": 0.4, "floor/test_images": 60.0}, "ok"),
     ({"collapse/unique_0.25": 0.89, "collapse/unique_0.25_random": 1.0}, "prototypes bunch"),

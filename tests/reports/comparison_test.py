@@ -61,6 +61,14 @@ def test_a_row_has_the_final_measures_and_floors_are_said_once(tmp_path):
   ]
 
 
+def test_accuracies_on_more_images_than_the_floors_have_those_on_their_images_below(tmp_path):
+  lines = _lines(_run(tmp_path / "joint", _FINAL | {"floor/knn": 0.7, "floor/linear": 0.5}))
+  assert lines[2:4] == [
+    "joint 87.5 % 25.0 % 12.5 % 75.0 % 62.5 %",
+    "on the floors' images - - - 70.0 % 50.0 %",
+  ]
+
+
 def test_the_verdict_on_each_run_stands_below(tmp_path):
   one = _run(tmp_path / "joint", _FINAL)
   better = {"collapse/unique_0.25": 0.95, "probe/linear_fitted": 0.96}

@@ -166,7 +166,8 @@ _FLOORS = {
 
 
 def test_summary_sets_accuracies_beside_what_there_is_without_training(tmp_path):
-  result = {"step": 6, "probe/knn": 0.62, "probe/linear_fitted": 0.924, "floor/knn": 0.61}
+  result = {"step": 6, "probe/knn": 0.62, "probe/linear_fitted": 0.924}
+  result |= {"floor/knn": 0.61, "floor/linear": 0.9}
   with console.RunLog(tmp_path, tiny.config(), start=0, describe=str) as log:
     log.floors(_FLOORS)
     log.summary(result, bank=range(64))
@@ -176,6 +177,7 @@ def test_summary_sets_accuracies_beside_what_there_is_without_training(tmp_path)
   assert "\nk-NN      62.0% (raw pixels 97.7%, untrained 43.4%); k=20" in text
   assert "of the 1442 bank and 355 test images of the floors: 61.0%" in text
   assert "\nlinear    92.4% (raw pixels 97.5%); fitted" in text
+  assert "of the 1442 bank and 355 test images of the floors: 90.0%" in text
   warm = console._beside({"floor/knn_start": 0.5}, "", "knn")
   assert warm == "at the start 50.0%"
 

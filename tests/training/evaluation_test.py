@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -6,6 +8,7 @@ from sklearn import neighbors
 
 from protojax import progress
 from protojax.data import pipeline, sources
+from protojax.data.sources import source
 from protojax.training import encode, evaluation, opening, programs, train_step
 
 
@@ -119,6 +122,30 @@ def test_floors_are_what_there_is_without_training(setting, monkeypatch):
   few = view.floors(state)
   assert few["floor/bank_images"] == few["floor/test_images"] == 100
   assert few["floor/knn_untrained"] == view.evaluate(state)["floor/knn"]
+  fewer, _ = view.final(state)
+  assert 0.1 < fewer["floor/linear"] < fewer["probe/linear_fitted"]
+
+
+def test_images_without_a_label_are_left_out_of_accuracies_and_counted(setting, caplog):
+  program, state, view, _ = setting
+  some, rest = [], []
+  for whole in view._bank, view._test:
+    images, labels = whole._read.args
+    labels = np.where(np.arange(len(whole)) % 2, -1, labels).astype(np.int32)
+    read = functools.partial(source.read_items, images, labels)
+    every = np.arange(len(whole))
+    some.append(source.Source(whole.name, every, read, labels, class_names=whole.class_names))
+    rest.append(whole.subset(every[::2], whole.name, None))
+  partly, half = (evaluation.Snapshot(program, bank=b, test=t) for b, t in (some, rest))
+  with caplog.at_level("INFO"):
+    found = partly.floors(state)
+  assert found == half.floors(state)
+  assert "721 of 1442 bank images have no label: accuracies leave them out" in caplog.text
+  measures, arrays = partly.final(state)
+  expected, _ = half.final(state)
+  accuracies = [name for name in expected if name.startswith("probe/")]
+  assert accuracies and all(measures[name] == expected[name] for name in accuracies)
+  assert arrays["usage"].sum() == len(some[0])
 
 
 @pytest.mark.parametrize(("pixels", "told"), [(0.2, True), (0.4, False)])
