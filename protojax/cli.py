@@ -121,7 +121,7 @@ def listed(kind: Callable[[str], Any]) -> Callable[[str], tuple]:
 
 # Arguments of the library for which there is a flag of the same name, as messages have them.
 _NAMED = (
-  r"(coordinator_address|data|devices|embeddings|format|heads|image_size|key|limit|num_processes|rows|stem|step|topology|which"
+  r"(coordinator_address|crop|data|devices|embeddings|format|heads|image_size|key|limit|num_processes|rows|stem|step|topology|which"
   r"|workdir)="
 )
 _KEY = r"config\.(?!json\b|py\b)[a-z]"  # config.json and protojax/config.py are files

@@ -304,6 +304,9 @@ def main(argv: list[str]) -> None:
   theirs.add_argument("--heads", type=int, help="attention heads; default: config.json, width / 64")
   theirs.add_argument("--stem", choices=resnet.STEMS, help="of a ResNet whose first layer is 3 x 3")
   theirs.add_argument("--image_size", type=int, help="pixels to resample the position embedding to")
+  theirs.add_argument(
+    "--crop", type=float, help="of evaluation, .875 for 256 -> 224; default: what lies beside"
+  )
   theirs.add_argument("--transpose", action="store_true", help="prototypes are stored [D, K]")
   theirs.add_argument("--allow_partial", action="store_true", help="convert what fits")
   args = parser.parse_args(argv)
@@ -327,6 +330,7 @@ def main(argv: list[str]) -> None:
         heads=args.heads,
         stem=args.stem,
         image_size=args.image_size,
+        crop=args.crop,
         with_head=not args.no_head,
         transpose=args.transpose,
       )
@@ -336,7 +340,7 @@ def main(argv: list[str]) -> None:
         f"{args.path} is protojax's already: --format={', '.join(FORMATS[1:])} converts it, "
         "--no_head writes its backbone alone"
       )
-    for name in ("which", "heads", "stem", "image_size", "transpose", "allow_partial"):
+    for name in ("which", "heads", "stem", "image_size", "crop", "transpose", "allow_partial"):
       if getattr(args, name):
         raise errors.UserError(
           f"--{name} is for weights of other libraries; {args.path} is protojax's"

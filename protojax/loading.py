@@ -170,7 +170,7 @@ def of_export(
         "augment": {k: image[k] for k in ("global_size", "mean", "std")},
         "probe": {"crop": image.get("crop", 1.0)},
         "data": {
-          "image_size": image.get("image_size", max(sizes.pair(image["global_size"]))),
+          "image_size": image.get("image_size", _stored(image["global_size"])),
           **{k: image[k] for k in ("channels", "value_range") if k in image},
         },
       }
@@ -209,6 +209,14 @@ def of_export(
     mesh=mesh,
     initialised=export.lacked(info),
   )
+
+
+def _stored(size: int | tuple[int, int]) -> int:
+  """Pixels that images are stored at where nothing says: as for the ImageNet recipes 512 of 224.
+
+  At the size of the views a wide photo would be squashed before its square is cut.
+  """
+  return round(max(sizes.pair(size)) * 512 / 224)
 
 
 def _require_fit(

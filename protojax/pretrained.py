@@ -80,8 +80,9 @@ class Trained(NamedTuple):
       images: uint8 [B, H, W, 3], 0 to 255.
 
     Returns:
-      float32 [B, S, S, 3] normalised, what `encoder` and its parameters take. `features` stores
-      images in the size of the run's first, so theirs may differ from these in the last digits.
+      float32 [B, S, S, 3] normalised, what `encoder` and its parameters take. `features` first
+      shrinks images that are larger than config.data.image_size a side, so of those its own differ
+      from what `encoder` makes of these.
     """
     size = jnp.array(images.shape[1:3], jnp.int32)
     return _transform(self.config)(images, jnp.broadcast_to(size, (images.shape[0], 2)))

@@ -480,6 +480,35 @@ def test_what_lies_beside_a_file_and_says_nothing_of_use_changes_nothing(tmp_pat
   assert info["image"]["mean"] == [0.5, 0.5, 1.0]
 
 
+@pytest.mark.parametrize(
+  ("file", "said", "crop"),
+  [
+    (
+      "preprocessor_config.json",
+      {"do_center_crop": True, "size": {"shortest_edge": 256}, "crop_size": {"height": 224}},
+      0.875,
+    ),
+    ("preprocessor_config.json", {"do_center_crop": True, "size": 256, "crop_size": 224}, 0.875),
+    ("preprocessor_config.json", {"size": {"height": 224}, "crop_size": {"height": 112}}, 1.0),
+    ("config.json", {"pretrained_cfg": {"crop_pct": 0.9}}, 0.9),
+    ("config.json", {"pretrained_cfg": {"crop_pct": "x"}}, None),
+  ],
+)
+def test_the_crop_of_evaluation_is_the_one_beside_the_file_or_the_one_asked_for(
+  tmp_path, file, said, crop
+):
+  (tmp_path / file).write_text(json.dumps(said))
+  path = _save(tmp_path, layouts.vit())
+  account = "\n".join(convert.bring_in(path, tmp_path / "out"))
+  assert ("crop=0.875 is the usual" in account) == (crop is None)
+  config = loading.load(tmp_path / "out").config
+  assert config.probe.crop == (crop or 1.0)
+  # Photos are stored larger than the views, as the recipes do: their square is cut from that.
+  assert config.data.image_size == round(config.augment.global_size * 512 / 224)
+  convert.bring_in(path, tmp_path / "out", crop=0.5, overwrite=True)
+  assert loading.load(tmp_path / "out").config.probe.crop == 0.5
+
+
 def test_an_account_says_what_it_took_from_beside_a_file_and_what_from_nowhere(tmp_path, capsys):
   file, config, images = (
     tmp_path / name for name in ("in.safetensors", "config.json", "preprocessor_config.json")
@@ -561,6 +590,7 @@ def test_a_failure_while_writing_leaves_the_old_folder_whole(tmp_path, monkeypat
     (["out", "new"], "is protojax's already: .* --no_head writes its backbone alone"),
     (["out", "new", "--format=timm", "--heads=3"], "--heads is for weights of other libraries"),
     (["in.safetensors", "new", "--image_size=17"], "no multiple of the patch size 8"),
+    (["in.safetensors", "new", "--crop=87.5"], "crop=87.5 must be above 0 and at most 1"),
     (["in.safetensors", "new", "--heads=5"], "does not divide"),
     (["in.safetensors", "new", "--stem=cifar"], "stem=cifar is for ResNets"),
     (["in.safetensors", "new", "--which=student"], "which=student is not one of them"),

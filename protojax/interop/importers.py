@@ -106,6 +106,7 @@ def convert(
   heads: int | None = None,
   stem: str | None = None,
   image_size: int | None = None,
+  crop: float | None = None,
   with_head: bool = True,
   transpose: bool = False,
 ) -> Converted:
@@ -118,6 +119,8 @@ def convert(
     heads: attention heads; None takes what config.json says, else width / 64.
     stem: key of `resnet.STEMS`, for a first convolution of 3 x 3.
     image_size: pixels that the position embedding is resampled to; None keeps the file's.
+    crop: side of the centre crop of evaluation over the image's shorter side, at most 1; None takes
+      what lies beside the file, else 1.
     with_head: whether the projection head is converted too.
     transpose: of prototypes that the file stores [D, K].
 
@@ -125,6 +128,8 @@ def convert(
     UserError: for a network that no model here is, a tensor of a wrong shape, or a mistake in the
       arguments.
   """
+  if crop is not None and not 0 < crop <= 1:
+    raise errors.UserError(f"crop={crop:g} must be above 0 and at most 1, .875 for 256 -> 224")
   net = network.read(network.file_of(path), which=which, with_head=with_head, transpose=transpose)
   model, tensors, size, notes = _model(net, heads, stem, image_size)
   head, sources = settings.of_head(net.head, net.activation) if net.head else (None, {})
@@ -159,6 +164,12 @@ def convert(
       f"{' and '.join(lacking)} of the images: ImageNet's, since neither preprocessor_config.json "
       "nor config.json beside the file says another"
     )
+  crop = crop or net.crop
+  if crop is None:
+    notes.append(
+      "evaluated is the whole centre square of an image: nothing beside the file names a crop, "
+      "crop=0.875 is the usual 256 -> 224"
+    )
   if net.without:
     notes.append(f"no prototypes: {net.without}")
   info = {
@@ -170,6 +181,7 @@ def convert(
       "global_size": size,
       "mean": net.mean or configs.IMAGENET["mean"],
       "std": net.std or configs.IMAGENET["std"],
+      "crop": crop or 1.0,
     },
     "source": {"file": net.path.name, "prefix": net.prefix, "layout": _layout(net)},
     # What a run that starts from these weights initialises itself.

@@ -55,6 +55,7 @@ class Network(NamedTuple):
     not_finite: which of the others hold NaN or infinity, in words; "" if none does.
     heads, norm_eps: of a transformer; None where nothing says.
     mean, std: of the images' channels; None where nothing says.
+    crop: side of the centre crop of evaluation over the image's shorter side; None likewise.
   """
 
   path: pathlib.Path
@@ -74,6 +75,7 @@ class Network(NamedTuple):
   norm_eps: float | None
   mean: tuple[float, ...] | None
   std: tuple[float, ...] | None
+  crop: float | None
 
 
 def name_in_file(net: Network, plain: str) -> str:
@@ -275,7 +277,24 @@ def _described(path, hugging_face: bool, scaled: bool) -> dict:
     "norm_eps": eps if isinstance(eps, float) else None,
     "mean": _channels(images.get("image_mean", timm.get("mean"))),
     "std": _channels(images.get("image_std", timm.get("std"))),
+    "crop": _crop(images, timm.get("crop_pct")),
   }
+
+
+def _crop(images: dict, timm: object) -> float | None:
+  """Of preprocessor_config.json, which resizes first, or of timm's crop_pct."""
+  resized, cropped = (_side(images.get(name)) for name in ("size", "crop_size"))
+  if not images.get("do_center_crop"):
+    cropped = resized
+  crop = cropped / resized if cropped and resized else timm
+  return float(crop) if isinstance(crop, int | float) and 0 < crop <= 1 else None
+
+
+def _side(value: object) -> int | None:
+  """Pixels: 224, {"shortest_edge": 224} or {"height": 224, "width": 224}."""
+  if isinstance(value, dict):
+    value = value.get("shortest_edge", value.get("height"))
+  return value if isinstance(value, int) and value > 0 else None
 
 
 def _section(content: dict, name: str) -> dict:

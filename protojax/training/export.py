@@ -236,3 +236,22 @@ def load(path: str | os.PathLike, template: PyTree) -> PyTree:
     )
   leaves = [None if k in fresh else tensors[k].astype(v.dtype) for k, v in wanted.items()]
   return jax.tree.unflatten(jax.tree.structure(template), leaves)
+
+
+def load_stats(path: str | os.PathLike, template: PyTree) -> PyTree:
+  """The exported running statistics of batch norm, as `load` gives parameters.
+
+  Args:
+    path: the folder, or the weights file itself.
+    template: pytree of anything with shape and dtype, like the "batch_stats" that were written.
+
+  Returns:
+    Pytree of NumPy arrays with the dtypes of `template`; None in the place of what the file lacks.
+
+  Raises:
+    UserError: if the file cannot be read.
+  """
+  tensors, _ = read(path)
+  wanted = trees.flat({"batch_stats": template})
+  leaves = [tensors[k].astype(v.dtype) if k in tensors else None for k, v in wanted.items()]
+  return jax.tree.unflatten(jax.tree.structure(template), leaves)

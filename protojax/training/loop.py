@@ -93,7 +93,9 @@ def _run(config, workdir, report, heard) -> dict[str, float]:
   )
   start_from = None
   if config.init_from:
-    start_from = export.load(origin.path_of(config), program.abstract.encoder)
+    stats = program.abstract.carry.get("batch_stats", {}).get("student", {})
+    path = origin.path_of(config)
+    start_from = export.load(path, program.abstract.encoder), export.load_stats(path, stats)
 
   def seconds():
     return before + time.time() - started
@@ -150,7 +152,7 @@ def _run(config, workdir, report, heard) -> dict[str, float]:
     if restored is None:
       start, state, before = 0, program.init(config.seed), 0.0
       if start_from is not None:
-        state = workdirs.warm_start(state, start_from)
+        state = workdirs.warm_start(state, *start_from)
     else:
       start, state, metadata = restored
       before = metadata.get("seconds", 0.0)

@@ -307,26 +307,30 @@ def read_arrays(folder: pathlib.Path) -> dict[str, np.ndarray]:
     return dict(arrays)
 
 
-def warm_start(state: Any, params: Any) -> Any:
+def warm_start(state: Any, params: Any, stats: Any = None) -> Any:
   """State 0 with the encoder, student and teacher, of an exported one.
 
   Args:
     state: fresh `train_step.TrainState`.
     params: from `export.load`, host arrays; where it has None the state's own stay.
+    stats: from `export.load_stats`, likewise; None of a network without batch norm.
   """
   fresh = [name for name, leaf in trees.flat(params).items() if leaf is None]
   if fresh:
     logging.info("init_from has none of these, they start fresh: %s", ", ".join(fresh))
 
-  def placed(old):  # once each: student and teacher must not share buffers
+  def placed(found, old):  # once each: student and teacher must not share buffers
     return jax.tree.map(
       lambda new, old: old if new is None else jax.device_put(new, old.sharding),
-      params,
+      found,
       old,
       is_leaf=lambda x: x is None,
     )
 
+  if stats:
+    own = {net: placed(stats, old) for net, old in state.carry["batch_stats"].items()}
+    state = state.replace(carry={**state.carry, "batch_stats": own})
   if state.teacher == ():
-    return state.replace(encoder=placed(state.encoder))
-  teacher = {**state.teacher, "encoder": placed(state.teacher["encoder"])}
-  return state.replace(encoder=placed(state.encoder), teacher=teacher)
+    return state.replace(encoder=placed(params, state.encoder))
+  teacher = {**state.teacher, "encoder": placed(params, state.teacher["encoder"])}
+  return state.replace(encoder=placed(params, state.encoder), teacher=teacher)

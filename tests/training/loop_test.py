@@ -351,8 +351,15 @@ def test_exported_encoder_is_the_teacher_and_starts_another_run(whole):
   with pytest.raises(errors.UserError, match="encoder.safetensors"):
     export.load(whole / "exported", program.abstract.encoder)
   fresh = programs.Program(loop.resolving.resolve(tiny.run_config(), 1000)).init(7)
-  started = workdir.warm_start(fresh, export.load(whole / "exported", fresh.encoder))
-  chex.assert_trees_all_equal(jax.device_get(started.encoder), state.teacher["encoder"])
+  exported = whole / "exported"
+  stats = export.load_stats(exported, fresh.carry["batch_stats"]["student"])
+  started = workdir.warm_start(fresh, export.load(exported, fresh.encoder), stats)
+  started, measured = jax.device_get(started), state.carry["batch_stats"]["teacher"]
+  assert jax.tree.leaves(measured)
+  for found in started.encoder, started.teacher["encoder"]:
+    chex.assert_trees_all_equal(found, state.teacher["encoder"])
+  for net in "student", "teacher":
+    chex.assert_trees_all_equal(started.carry["batch_stats"][net], measured)
 
 
 def _command(folder, recipe="quickstart", changes=tiny.RUN):
