@@ -31,6 +31,7 @@ from protojax.training import datasets, evaluation, programs, workdir
 PROTOTYPES = {
   "dino joint": "configs/dino_cifar10.py",
   "dino frozen": "configs/frozen_cifar10.py",
+  "dino frozen, centred": "configs/frozen_cifar10.py:centred",
   "dino mixture, paper": "configs/gmm_cifar10.py:paper",
   "dino mixture, balanced": "configs/gmm_cifar10.py",
   "carp joint": "configs/carp_cifar10.py",

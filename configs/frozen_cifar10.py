@@ -12,6 +12,14 @@ from protojax.recipes import common
 
 
 def get_config(mode: str = ""):
+  """Modes: "" as they are, "centred" beside a mixture, "debug" a minute's run.
+
+  A mixture compares features without their running mean. The control of that alone is one whose
+  means have so long a horizon that they stay where they are.
+  """
   config = common.dino_cifar10()
   config.method.prototypes = "frozen"
-  return common.finish(config, mode)
+  if mode == "centred":
+    config.method.prototypes = "mixture"
+    config.mixture.horizon_steps = 1e9
+  return common.finish(config, mode, "centred")
