@@ -46,6 +46,7 @@ def _data(model: pretrained.Trained, images: judged.Images, args) -> dict[str, A
     "images": labels.size,
     "unreadable": len(images.source) - labels.size,
     "classes": images.source.num_classes,
+    "names": result_files.names(images.source),
     "content": result_files.content(images.rows["index"], labels),
   }
 

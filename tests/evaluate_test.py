@@ -103,6 +103,7 @@ def test_a_result_says_everything_that_made_it(run, rows):
     "images": 1442,
     "unreadable": 0,
     "classes": 10,
+    "names": result_files.names(sources.build("digits", split="train")),
     "content": result_files.content(bank["index"], bank["label"]),
   }
   assert protocol["test"]["images"] == 355
@@ -198,6 +199,25 @@ def test_content_changes_with_an_image_a_label_or_the_order():
   ]
   assert len(set(prints)) == 4
   assert prints[0] == result_files.content(index.astype(np.int32), label.astype(np.int32))
+
+
+def test_data_sets_of_as_many_images_and_classes_are_told_apart_wherever_they_lie(tmp_path):
+  def made(root, classes, height=32, file="{}.png"):
+    for name in classes:
+      (root / "train" / name).mkdir(parents=True)
+      for i in range(3):
+        image = Image.fromarray(np.zeros((height, 32, 3), np.uint8))
+        image.save(root / "train" / name / file.format(i))
+    return result_files.names(sources.build("folder", split="train", data_dir=root))
+
+  one = made(tmp_path / "one", "ab")
+  assert made(tmp_path / "moved", "ab") == one
+  others = [
+    made(tmp_path / "classes", "ac"),
+    made(tmp_path / "sizes", "ab", height=31),
+    made(tmp_path / "names", "ab", file="x{}.png"),
+  ]
+  assert len({one, *others}) == 4
 
 
 def test_long_tail_takes_the_images_the_run_was_trained_on(run):

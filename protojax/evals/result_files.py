@@ -11,10 +11,12 @@ import jax
 import numpy as np
 
 from protojax import __version__, environment, errors, files, trees
+from protojax.data import pipeline, sources
 
 # Two results are alike if their protocols are, but for these parts: which model was judged (path,
 # step, weights, method, prototypes, seed of the run) and by which versions on which devices.
 MAY_DIFFER = ("model", "software")
+_NAMED = 32  # images of a data set that are looked at to tell it from others
 
 
 def content(index: np.ndarray, labels: np.ndarray) -> str:
@@ -23,8 +25,27 @@ def content(index: np.ndarray, labels: np.ndarray) -> str:
   Images are known by their number in the data set, so equal fingerprints of two data sets with
   different names say nothing.
   """
-  both = np.stack([index, labels]).astype("<i8").tobytes()
-  return f"sha256:{hashlib.sha256(both).hexdigest()[:16]}"
+  return _fingerprint(np.stack([index, labels]).astype("<i8").tobytes())
+
+
+def names(source: sources.Source) -> str:
+  """A fingerprint of a data set: its classes, and the names and sizes of some of its images.
+
+  Wherever it lies. Copies of it in another compression have the same.
+  """
+  some = pipeline.spread(len(source), _NAMED).tolist()
+  known = [
+    (
+      source.describe(i).rpartition("/")[2],
+      None if isinstance(x, sources.CorruptImage) else x["size"],
+    )
+    for i, x in zip(some, source.read(some), strict=True)
+  ]
+  return _fingerprint(json.dumps([source.class_names, known]).encode())
+
+
+def _fingerprint(content: bytes) -> str:
+  return f"sha256:{hashlib.sha256(content).hexdigest()[:16]}"
 
 
 def software() -> dict[str, Any]:
