@@ -111,7 +111,13 @@ def evaluate(args: argparse.Namespace) -> dict[str, dict]:
   """
   names = PROTOCOLS if args.protocol == "all" else (args.protocol,)
   model = loading.load(args.workdir, step=args.step)
-  images = judged.find(model, args.data, args.data_dir, names)
+  splits = {"train_split": args.train_split, "test_split": args.test_split}
+  for flag, split in splits.items():
+    if split and not args.data:
+      raise errors.UserError(
+        f"--{flag}={split} is of data that --data names; the run's own is config.probe.{flag}"
+      )
+  images = judged.find(model, args.data, args.data_dir, names, **splits)
   for k in (args.k or (10,)) if "knn" in names else ():
     num = len(images["bank"].source)
     if not 1 <= k <= num:
@@ -217,6 +223,8 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--step", type=int, help="checkpoint; default: the newest")
   parser.add_argument("--data", help="digits, folder or a TFDS data set; default: the run's own")
   parser.add_argument("--data_dir", help="where the data is")
+  parser.add_argument("--train_split", help="of --data, what k-NN searches; default: train")
+  parser.add_argument("--test_split", help="of --data; default: test, or what is held out there")
   parser.add_argument(
     "--k", type=cli.listed(int), help="of knn; default: those of 10,20,100,200 the bank allows"
   )

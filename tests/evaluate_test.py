@@ -135,15 +135,18 @@ def test_what_was_missing_when_weights_were_converted_stands_with_their_numbers(
   fresh = {"params.backbone.norm.scale": "norm.weight"}
   export.write(tmp_path / "theirs", tensors, info | {"initialised": fresh})
   _draw(tmp_path / "images")
+  (tmp_path / "images" / "test").rename(tmp_path / "images" / "third")
   flags = ["--protocol=knn", "--k=5", "--data=folder", f"--data_dir={tmp_path / 'images'}"]
-  _evaluate(f"--workdir={tmp_path / 'theirs'}", *flags)
+  _evaluate(f"--workdir={tmp_path / 'theirs'}", *flags, "--test_split=third")
   said = (
     "NOTE: 1 tensor is freshly initialised, missing in the file that was converted: norm.weight"
   )
   shown = capsys.readouterr().out
   assert shown.count(said) == 1
   assert re.search(r"floors on these images, k = 12: k-NN raw pixels \S+%, untrained \S+%", shown)
-  assert _result(tmp_path / "theirs", "knn")["protocol"]["model"]["initialised"] == ["norm.weight"]
+  protocol = _result(tmp_path / "theirs", "knn")["protocol"]
+  assert protocol["model"]["initialised"] == ["norm.weight"]
+  assert protocol["test"]["split"] == "third"
 
 
 def test_images_that_cannot_be_read_are_told_beside_the_numbers(run, tmp_path, capsys):
@@ -426,6 +429,7 @@ def _images(root, names):
   [
     (["train/0.png", "test/0.png"], "needs labels and .*train has none"),
     (["train/a/0.png", "train/b/1.png", "test/a/0.png", "test/c/0.png"], "different classes"),
+    (["train/a/0.png", "train/b/1.png", "test/0.png"], "needs labels and .*test has none"),
     (
       ["train/a/0.png", "train/b/1.png", "test/a/0.png", "test/b/0.png"],
       "--k=10 neighbours of a bank of 2 images",
@@ -451,6 +455,10 @@ def test_unusable_images_are_one_line(run, tmp_path, names, words):
     (["--protocol=linear", "--epochs=0"], "--epochs=0 must be at least 1"),
     (["--protocol=fast"], "invalid choice: 'fast'"),
     (["--data=nothing", "--data_dir=."], "no data set 'nothing'"),
+    (
+      ["--test_split=val"],
+      "--test_split=val is of data that --data names; the run's own is config",
+    ),
   ],
 )
 def test_mistakes_are_one_line(run, arguments, words):

@@ -18,7 +18,13 @@ class Images(NamedTuple):
 
 
 def find(
-  model: pretrained.Trained, name: str | None, data_dir: str | None, protocols: Sequence[str]
+  model: pretrained.Trained,
+  name: str | None,
+  data_dir: str | None,
+  protocols: Sequence[str],
+  *,
+  train_split: str | None = None,
+  test_split: str | None = None,
 ) -> dict[str, Images]:
   """{"bank", "test", and "tail": the long-tailed images that the run was trained on, if it was}.
 
@@ -26,6 +32,8 @@ def find(
     model: what is judged.
     name, data_dir: of other data than the run's own; None takes those.
     protocols: that are asked for.
+    train_split, test_split: of that other data; None takes "train" and the held-out one, which
+      `sources.find_split` finds.
 
   Raises:
     UserError: if there is no such data, it has no labels or one class, or classes differ.
@@ -34,7 +42,8 @@ def find(
   data, probe = config.data, config.probe
   roles, splits = ("train", "test"), (probe.train_split, probe.test_split)
   if name:
-    roles = splits = ("train", sources.find_split(name, "test", data_dir))
+    held_out = test_split or sources.find_split(name, "test", data_dir)
+    roles = splits = (train_split or "train", held_out)
   where = {"name": name, "data_dir": data_dir}
   try:
     bank = pretrained.source(model, roles[0], **where)
@@ -63,8 +72,9 @@ def find(
     found["tail"] = Images(source, split)
     if len(protocols) == 1:
       del found["bank"]
-  for images in found.values():
+  for images in (*found.values(), test):
     sources.require_labels(images.source, "--protocol")
+  for images in found.values():
     if images.source.class_names != test.source.class_names:
       raise errors.UserError(
         f"{images.source.name} and {test.source.name} have different classes "
@@ -89,7 +99,7 @@ def encode(model: pretrained.Trained, images: Images, layers: Sequence[str]) -> 
   if missing := int(np.sum(rows["label"] < 0)):
     raise errors.UserError(
       f"{missing} of {rows['label'].size} images of {name} have no label: choose other data with "
-      "--data and --data_dir"
+      "--data and --data_dir, or other splits of it with --train_split and --test_split"
     )
   for layer, x in rows["features"].items():
     if bad := int(np.sum(~np.isfinite(x).all(axis=1))):
