@@ -109,6 +109,16 @@ def of_run(config) -> tuple[sources.Source, sources.Source, sources.Source | Non
         f"{probe.train_split} too, where each would be its own nearest neighbour: take parts that "
         "share none, such as train[:80%] and train[80%:]"
       )
+  if name == "folder" and probe.test_split == _TEST:
+    held_out = sources.find_split(name, "val", data_dir)
+    if held_out != test_split:
+      logging.info(
+        "training looks at the images of %s/%s: to keep them for the end set "
+        "config.probe.test_split=%s",
+        data_dir,
+        test_split,
+        held_out,
+      )
   if own and name == "folder" and not test.num_classes:
     logging.info(
       "k-NN and linear probe are off: %s has no class folders as %s has", test.name, bank.name

@@ -145,7 +145,12 @@ def test_the_probe_is_off_where_held_out_images_have_no_classes(cells, tmp_path,
     shutil.copytree(cells / "train", tmp_path / split)
   config = _config(tmp_path)
   assert datasets.of_run(config)[2].class_names == ("healthy", "ill")
-  shutil.rmtree(tmp_path / "val")
+  assert "to keep them" not in caplog.text
+  shutil.copytree(tmp_path / "val", tmp_path / "test")
+  assert datasets.of_run(config)[2].name.endswith("test")
+  assert "to keep them for the end set config.probe.test_split=val" in caplog.text
+  for held_out in "test", "val":
+    shutil.rmtree(tmp_path / held_out)
   assert datasets.of_run(config)[2] is None and "has no folder 'test', nor another" in caplog.text
   there = config.data.data_dir
   assert f"move labelled images into {there}/train/CLASS/ and {there}/val/CLASS/" in caplog.text
