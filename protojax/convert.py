@@ -252,6 +252,7 @@ def take_out(
   with _atomic_folder(out, overwrite) as folder:
     if format in ("timm", "hf"):
       plain, rest = exporters.plain(tensors, info)
+      plain, info, resampled = exporters.at_size_of_views(plain, info)
       if format == "timm":
         theirs, config, notes = exporters.timm(plain, info)
       else:
@@ -260,7 +261,7 @@ def take_out(
       lines += [
         f"matched {len(plain)} of {len(plain)} tensors of the backbone, {len(theirs)} of {format}",
         *([_list(len(rest), "left out (projection head)", rest)] if rest else []),
-        *(f"note: {note}" for note in notes),
+        *(f"note: {note}" for note in (*resampled, *notes)),
       ]
       content = safetensors.numpy.save(theirs, metadata={"format": "pt"})
       (folder / "model.safetensors").write_bytes(content)

@@ -529,6 +529,25 @@ def test_an_account_says_what_it_took_from_beside_a_file_and_what_from_nowhere(t
   assert export.read(tmp_path / "out")[1]["image"]["mean"] == [0.5] * 3
 
 
+@pytest.mark.parametrize("format", ["timm", "hf"])
+def test_positions_for_another_size_leave_as_those_of_the_views(tmp_path, format):
+  config = tiny.config(model__image_size=32, augment__global_size=16)
+  encoder = encoders.build(config)
+  params, _ = jax.jit(lambda key: encoders.init(encoder, key, 16))(jax.random.key(0))
+  tree = {"params": jax.device_get(params)}
+  image = {"global_size": 16, "mean": [0.5] * 3, "std": [0.5] * 3}
+  model = config.model.to_dict()
+  info = {"weights": "encoder", "step": 1, "model": model, "image": image}
+  export.write(tmp_path / "ours", tree, info)
+  account = "\n".join(convert.take_out(tmp_path / "ours", tmp_path / "out", format))
+  assert "position embedding resampled from 32 to 16 px" in account
+  convert.bring_in(tmp_path / "out", tmp_path / "back")
+  ours, back = (loading.load(tmp_path / name) for name in ("ours", "back"))
+  assert back.config.model.image_size == back.config.augment.global_size == 16
+  images = np.random.default_rng(0).integers(0, 255, (2, 16, 16, 3), np.uint8)
+  np.testing.assert_allclose(back.features(images), ours.features(images), rtol=1e-4, atol=1e-5)
+
+
 def test_encoders_that_a_format_cannot_hold_are_refused(tmp_path):
   folder = _brought_in(tmp_path, layouts.resnet())
   with pytest.raises(errors.UserError, match="hf is for transformers"):

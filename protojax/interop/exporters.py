@@ -46,6 +46,34 @@ def plain(tensors: dict[str, np.ndarray], info: dict) -> tuple[dict[str, np.ndar
   return out, sorted(tensors.keys() - mine.keys())
 
 
+def at_size_of_views(
+  tensors: dict[str, np.ndarray], info: dict
+) -> tuple[dict[str, np.ndarray], dict, list[str]]:
+  """A transformer with positions for the images that it was trained and judged on.
+
+  Other libraries interpolate otherwise, or refuse; ours does so at every call.
+
+  Args:
+    tensors: from `plain`.
+    info: from `export.read`.
+
+  Returns:
+    (tensors, info, notes), as they were where positions are for that size already.
+  """
+  views = info["image"]["global_size"]
+  own, size = sizes.pair(info["model"].get("image_size") or views), sizes.pair(views)
+  if "pos_embed" not in tensors or own == size:
+    return tensors, info, []
+  patch = tensors["patch_embed.proj.weight"].shape[-1]
+  grids = [tuple(side // patch for side in sides) for sides in (own, size)]
+  offset = info["model"].get("position_offset", 0.1)
+  positions = np.asarray(vit.resized(tensors["pos_embed"], *grids, offset))
+  before, now = sizes.text(info["model"]["image_size"]), sizes.text(views)
+  note = f"position embedding resampled from {before} to {now} px, the size of the views"
+  info = {**info, "model": {**info["model"], "image_size": views}}
+  return {**tensors, "pos_embed": positions}, info, [note]
+
+
 def kind_of(info: dict) -> str:
   """ "vit" or "resnet".
 
