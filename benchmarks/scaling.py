@@ -2,7 +2,7 @@
 
 Plans each recipe for each slice (`protojax plan`, compiled ahead of time; nothing runs on a TPU),
 writes docs/results/scale.json after each and the table of docs/scale.md at the end. What is in the
-file of the same commit is not compiled again, so that the same command goes on. Needs libtpu (pip
+file is not compiled again, so that the same command goes on; --again does. Needs libtpu (pip
 install -e ".[plan]"); a full recipe takes minutes.
 """
 
@@ -100,6 +100,8 @@ def section(found: dict) -> str:
     key: sorted({str(one[key]) for one in found.values()}) for key in ("commit", "versions")
   }
   about = f"Commit {', '.join(several['commit'])}; {'; '.join(several['versions'])}.\n"
+  if (whole := len(ROWS) * len(SLICES)) > len(found):
+    about += f"{len(found)} of {whole} have been compiled; the same command goes on.\n"
   return f"{_BEGIN}\n{about}\n{table(found)}{_END}"
 
 
@@ -116,6 +118,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--slices", nargs="*", default=list(SLICES))
   parser.add_argument("--batch_size", type=int, default=1024, help="of all chips of a slice")
   parser.add_argument("--set", nargs="*", default=[], metavar="model.depth=1", help="to try it")
+  parser.add_argument("--again", action="store_true", help="what is there, too")
   parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="file to write to")
   arguments = parser.parse_args(argv)
   flags = [
@@ -125,7 +128,7 @@ def main(argv: list[str]) -> None:
   for name in arguments.rows:
     for slice_ in arguments.slices:
       key = f"{name}, {slice_}"
-      if found.get(key, {}).get("commit") == records.commit():
+      if key in found and not arguments.again:
         continue
       print(key, flush=True)
       try:

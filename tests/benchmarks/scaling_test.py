@@ -5,7 +5,6 @@ import subprocess
 import pytest
 
 from benchmarks import scaling, step
-from benchmarks.accelerator import records
 
 _FITS = {
   "devices": 16,
@@ -37,7 +36,7 @@ def test_a_plan_is_a_line_and_one_that_does_not_fit_says_so():
   assert len({line.count("|") for line in (head, rule, fits, too_much)}) == 1
 
 
-def test_every_plan_is_made_once_a_commit_and_one_that_fails_is_left_out(
+def test_every_plan_is_made_once_unless_again_and_one_that_fails_is_left_out(
   monkeypatch, tmp_path, capsys
 ):
   asked = []
@@ -50,12 +49,13 @@ def test_every_plan_is_made_once_a_commit_and_one_that_fails_is_left_out(
     return _FITS
 
   monkeypatch.setattr(scaling, "plan", plan)
-  monkeypatch.setattr(records, "commit", lambda: "abc")
   rows = ["ViT-S, gmm", "ViT-S, ibot"]
   command = ["--rows", *rows, "--slices", "v5e:4x4", "--batch_size=64", "--set", "model.depth=1"]
   for _ in range(2):
     scaling.main([*command, f"--out={tmp_path}/scale.json"])
   assert asked == [(rows[0], "v5e:4x4"), (rows[1], "v5e:4x4"), (rows[1], "v5e:4x4")]
+  scaling.main([*command, f"--out={tmp_path}/scale.json", "--again"])
+  assert asked[3] == (rows[0], "v5e:4x4")
   said = capsys.readouterr().out
   assert "ViT-S, ibot, v5e:4x4: status 2, left out" in said and "| 16,000 |" in said
 
