@@ -206,9 +206,10 @@ def published() -> dict[str, dict]:
 
 
 def by_seed() -> dict[str, list[dict]]:
-  """{row: measures of each of its seeds} of `SEEDS`, as far as published."""
+  """{row: measures of each of its seeds} of those of `SEEDS` that have several."""
   found = [json.loads(p.read_text()) for p in sorted(RESULTS.glob("*.json"))]
-  return {row: [r["measures"] for r in found if r["row"] == row] for row in SEEDS}
+  rows = {row: [r["measures"] for r in found if r["row"] == row] for row in SEEDS}
+  return {row: runs for row, runs in rows.items() if len(runs) > 1}
 
 
 def seed_table() -> str:
@@ -230,8 +231,7 @@ def tables() -> list[str]:
   for names, columns in ((PROTOTYPES, PROTOTYPE_COLUMNS), (METHODS, METHOD_COLUMNS)):
     last = FLOORS if names is PROTOTYPES else ()
     out.append(table({r: rows[r] for r in (*names, *last) if r in rows}, columns))
-  if all(len(runs) > 1 for runs in by_seed().values()):
-    out.insert(1, seed_table())
+  out.insert(1, seed_table())
   return out
 
 
