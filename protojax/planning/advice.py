@@ -124,7 +124,7 @@ def first(
     if side := _side(step, target):
       return (
         f"messages take {share}, many of their bytes the M-step's sums for all prototypes: split "
-        f"these along a side of the slice, --mesh=data:{len(target.devices) // side},model:{side}"
+        f"these over groups of {side} chips, --mesh=data:{len(target.devices) // side},model:{side}"
       )
     return (
       f"messages take {share}, the longest of them the {longest.kind} of "
@@ -148,7 +148,7 @@ def first(
 
 
 def _side(step: compiled.Step, target: targets.Target) -> int:
-  """A side of the slice to split prototypes along, where that makes messages smaller; else 0."""
+  """Over how many chips, a side of the slice, to split prototypes for smaller messages; else 0."""
   sums = [
     one.bytes
     for one in step.counts.collectives
