@@ -18,10 +18,8 @@ import scipy.special
 
 NUM, DIM, ROWS = 16_384, 256, 256
 TEACHER, STUDENT, KAPPA = 0.04, 0.1, 100.0
-BALANCED, SINKHORN_STEPS = (
-  0.05,
-  3,
-)  # temperature of gmm_vit_s's targets; steps there and in its mixture
+BALANCED = 0.05  # temperature of the targets of gmm_vit_s
+SINKHORN_STEPS = 3  # there, and in its mixture
 RESULTS = pathlib.Path(__file__).parents[1] / "docs" / "results" / "precision.json"
 
 

@@ -2,7 +2,7 @@
 
 Plans each recipe for each slice (`protojax plan`, compiled ahead of time; nothing runs on a TPU),
 writes docs/results/scale.json after each and the table of docs/scale.md at the end. What is in the
-file is not compiled again, so that the same command goes on; --again does. Needs libtpu (pip
+file by the same command is not compiled again; --again does. Needs libtpu (pip
 install -e ".[plan]"); a full recipe takes minutes.
 """
 
@@ -41,22 +41,27 @@ def published() -> dict:
   return json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
 
 
+def command(name: str, slice_: str, flags: list[str]) -> list[str]:
+  """What follows `protojax` to plan one row on one slice."""
+  recipe, own = ROWS[name]
+  return ["plan", f"--config={recipe}", f"--topology={slice_}", *own, *flags]
+
+
 def plan(name: str, slice_: str, flags: list[str]) -> dict:
   """The plan of one row on one slice, in a process of its own, with its versions and command.
 
   Raises:
     CalledProcessError: with the program's own line, if it refuses.
   """
-  recipe, own = ROWS[name]
-  command = ["plan", f"--config={recipe}", f"--topology={slice_}", *own, *flags]
+  said = command(name, slice_, flags)
   with tempfile.TemporaryDirectory() as folder:
     out = pathlib.Path(folder) / "plan.json"
-    program = [sys.executable, "-m", "protojax", *command, f"--json={out}"]
+    program = [sys.executable, "-m", "protojax", *said, f"--json={out}"]
     subprocess.run(program, check=True, cwd=records.ROOT, stdout=subprocess.DEVNULL)
     found = json.loads(out.read_text())
   versions = {package: importlib.metadata.version(package) for package in ("jax", "libtpu")}
   about = {"commit": records.commit(), "versions": versions}
-  return found | about | {"command": " ".join(["protojax", *command])}
+  return found | about | {"command": " ".join(["protojax", *said])}
 
 
 def table(found: dict) -> str:
@@ -96,10 +101,9 @@ def section(found: dict) -> str:
   """What stands between the two marks of the page."""
   if not found:
     return f"{_BEGIN}\n{_NOTHING}{_END}"
-  several = {
-    key: sorted({str(one[key]) for one in found.values()}) for key in ("commit", "versions")
-  }
-  about = f"Commit {', '.join(several['commit'])}; {'; '.join(several['versions'])}.\n"
+  commits = sorted({one["commit"] for one in found.values()})
+  versions = sorted({", ".join(map(" ".join, one["versions"].items())) for one in found.values()})
+  about = f"Commit {', '.join(commits)}; {'; '.join(versions)}.\n"
   if (whole := len(ROWS) * len(SLICES)) > len(found):
     about += f"{len(found)} of {whole} have been compiled; the same command goes on.\n"
   return f"{_BEGIN}\n{about}\n{table(found)}{_END}"
@@ -128,7 +132,8 @@ def main(argv: list[str]) -> None:
   for name in arguments.rows:
     for slice_ in arguments.slices:
       key = f"{name}, {slice_}"
-      if key in found and not arguments.again:
+      wanted = " ".join(["protojax", *command(name, slice_, flags)])
+      if found.get(key, {}).get("command") == wanted and not arguments.again:
         continue
       print(key, flush=True)
       try:

@@ -36,6 +36,7 @@ fi
 : "${NAME:?is the name of the TPU: NAME=my-tpu ZONE=us-east5-a PROJECT=my-project bash $0 ...}"
 : "${ZONE:?is the zone of the TPU, such as us-east5-a}"
 : "${PROJECT:?is the Google Cloud project of the TPU}"
+[ ${#run[@]} != 0 ] || command -v gcloud >/dev/null || die "gcloud is not here: install Google Cloud's CLI"
 workdir= before=
 for argument in "$@"; do
   case $argument in
@@ -50,7 +51,7 @@ done
 commit=$(git rev-parse --short HEAD) || die "this is no git clone with a commit to copy"
 [ -z "$(git status --porcelain)" ] || echo "Uncommitted changes stay here; $commit runs." >&2
 tarball=${TMPDIR:-/tmp}/protojax-$commit.tar.gz
-answer=${TMPDIR:-/tmp}/protojax-$commit.answer
+answer=${TMPDIR:-/tmp}/protojax-$NAME-$commit.answer
 slice=(--project="$PROJECT" --zone="$ZONE")
 where=("${slice[@]}" --worker=all)
 tpu=(${run[@]+"${run[@]}"} gcloud compute tpus tpu-vm)
@@ -70,7 +71,9 @@ state() {
   local said tries=0
   [ ${#run[@]} = 0 ] || return 0
   until said=$("${tpu[@]}" describe "$NAME" "${slice[@]}" --format="value(state)" 2>"$answer"); do
-    ! grep -qi "not.found" "$answer" || return 0
+    ! grep -q NOT_FOUND "$answer" || return 0
+    ! grep -qE "PERMISSION_DENIED|UNAUTHENTICATED|INVALID_ARGUMENT" "$answer" ||
+      die "gcloud says of $NAME: $(tail -n 1 "$answer")"
     tries=$((tries + 1))
     [ "$tries" -lt 120 ] || die "nothing could be learned of $NAME for an hour: $(tail -n 1 "$answer")"
     echo "tpu_pod.sh: nothing learned of $NAME, asked again: $(tail -n 1 "$answer")" >&2

@@ -221,6 +221,9 @@ def test_data_sets_of_as_many_images_and_classes_are_told_apart_wherever_they_li
     made(tmp_path / "names", "ab", file="x{}.png"),
   ]
   assert len({one, *others}) == 4
+  earlier, now, then = {"bank": {}}, {"bank": {"names": one}}, {"bank": {"names": "x"}}
+  assert result_files.differences(earlier, now) == []
+  assert result_files.differences(now, then) == [f"bank.names {one} -> x"]
 
 
 def test_long_tail_takes_the_images_the_run_was_trained_on(run):
@@ -455,6 +458,10 @@ def test_unusable_images_are_one_line(run, tmp_path, names, words):
     (["--protocol=linear", "--epochs=0"], "--epochs=0 must be at least 1"),
     (["--protocol=fast"], "invalid choice: 'fast'"),
     (["--data=nothing", "--data_dir=."], "no data set 'nothing'"),
+    (
+      ["--data=digits", "--test_split=train"],
+      "all images of --test_split=train are in --train_spl",
+    ),
     (
       ["--test_split=val"],
       "--test_split=val is of data that --data names; the run's own is config",

@@ -36,7 +36,7 @@ def names(source: sources.Source) -> str:
   some = pipeline.spread(len(source), _NAMED).tolist()
   known = [
     (
-      source.describe(i).rpartition("/")[2],
+      pathlib.PurePath(source.describe(i)).stem,
       None if isinstance(x, sources.CorruptImage) else x["size"],
     )
     for i, x in zip(some, source.read(some), strict=True)
@@ -69,7 +69,10 @@ def differences(before: dict, after: dict, skip: tuple[str, ...] = ()) -> list[s
   names = sorted(
     k
     for k in old.keys() | new.keys()
-    if old.get(k) != new.get(k) and not any(f"{k}.".startswith(f"{s}.") for s in skip)
+    if old.get(k) != new.get(k)
+    and not any(f"{k}.".startswith(f"{s}.") for s in skip)
+    # Earlier results have no names, and may be of the same data set.
+    and not (k.endswith(".names") and None in (old.get(k), new.get(k)))
   )
   return [f"{k} {_short(old.get(k))} -> {_short(new.get(k))}" for k in names]
 

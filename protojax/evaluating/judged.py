@@ -56,6 +56,11 @@ def find(
       "--data_dir, such as a folder of train/ and test/, each of one folder a class"
     ) from None
   bank, test = Images(bank, splits[0]), Images(test, splits[1])
+  if name and (shared := _shared(name, data_dir, *splits)):
+    raise errors.UserError(
+      f"{shared} images of --test_split={test.split} are in --train_split={bank.split} too, where "
+      "each would be its own nearest neighbour: name splits that share none"
+    )
   found = {"bank": bank, "test": test}
   own = (probe.name, probe.data_dir) == (data.name, data.data_dir)
   if "long_tail" in protocols and not name and own and data.imbalance is not None:
@@ -72,7 +77,7 @@ def find(
     found["tail"] = Images(source, split)
     if len(protocols) == 1:
       del found["bank"]
-  for images in (*found.values(), test):
+  for images in found.values():
     sources.require_labels(images.source, "--protocol")
   for images in found.values():
     if images.source.class_names != test.source.class_names:
@@ -85,6 +90,15 @@ def find(
       f"{test.source.name} has one class, so every answer is right: give two classes or more"
     )
   return found
+
+
+def _shared(name: str, data_dir: str | None, train_split: str, test_split: str) -> int | str:
+  """How many images two splits of a data set have in common; "all" of one and the same."""
+  if train_split == test_split:
+    return "all"
+  if not sources.is_prepared(name):
+    return 0
+  return sources.tfds.overlap(name, (train_split, test_split), data_dir)
 
 
 def encode(model: pretrained.Trained, images: Images, layers: Sequence[str]) -> Images:

@@ -109,6 +109,12 @@ def of_run(config) -> tuple[sources.Source, sources.Source, sources.Source | Non
         f"{probe.train_split} too, where each would be its own nearest neighbour: take parts that "
         "share none, such as train[:80%] and train[80%:]"
       )
+  if own and name == "folder" and not test.num_classes:
+    logging.info(
+      "k-NN and linear probe are off: %s has no class folders as %s has", test.name, bank.name
+    )
+    return train, bank, None
+  sources.require_labels(test, "probe.test_split")
   if name == "folder" and probe.test_split == _TEST:
     held_out = sources.find_split(name, "val", data_dir)
     if held_out != test_split:
@@ -119,12 +125,6 @@ def of_run(config) -> tuple[sources.Source, sources.Source, sources.Source | Non
         test_split,
         held_out,
       )
-  if own and name == "folder" and not test.num_classes:
-    logging.info(
-      "k-NN and linear probe are off: %s has no class folders as %s has", test.name, bank.name
-    )
-    return train, bank, None
-  sources.require_labels(test, "probe.test_split")
   if bank.class_names != test.class_names:
     raise errors.UserError(
       f"{bank.name} and {test.name} have different classes ({bank.num_classes} and "

@@ -6,12 +6,13 @@ teacher) under the evaluation transform, detached: nothing here has a gradient.
 """
 
 import functools
+import math
 
 import jax
 import numpy as np
 from absl import logging
 
-from protojax import metrics, progress, sizes
+from protojax import errors, metrics, progress, sizes
 from protojax.data import augment, pipeline
 from protojax.evals import knn, linear, purity
 from protojax.metrics import collapse, uniqueness
@@ -56,8 +57,7 @@ def pixels(config, batch) -> dict[str, jax.Array]:
     config: resolved.
     batch: as `encode.chunks` has it.
   """
-  channels = batch["image"].shape[-1]
-  sides = [min(side, FLOOR_SIDE) for side in sizes.pair(config.augment.global_size)]
+  channels, sides = batch["image"].shape[-1], _floor_sides(config)
   images = augment.evaluate(
     batch["image"],
     sizes.checked("augment.global_size", sides),
@@ -67,6 +67,10 @@ def pixels(config, batch) -> dict[str, jax.Array]:
     original=batch["size"],
   )
   return {"pixels": images.reshape(len(images), -1), "label": batch["label"]}
+
+
+def _floor_sides(config) -> list[int]:
+  return [min(side, FLOOR_SIDE) for side in sizes.pair(config.augment.global_size)]
 
 
 class Snapshot:
@@ -84,6 +88,7 @@ class Snapshot:
     self._config, self._mesh, self._method = config, program.mesh, method
     self._evaluation, self._probe = program.evaluation, program.probe
     self._bank, self._test, self._cached = bank, test, cached or {}
+    self._floor_pixels = math.prod(_floor_sides(config)) * config.data.channels
     replicated = sharding.replicated(self._mesh)
     self._forward = jax.jit(self._forward_fn, out_shardings=replicated)
     self._pixels = jax.jit(functools.partial(pixels, config), out_shardings=replicated)
@@ -169,15 +174,26 @@ class Snapshot:
       return {}
     bank, test = (self._rows(self._pixels, *of) for of in self._floor_images())
     rows = *_labelled(bank, "pixels"), *_labelled(test, "pixels")
-    for name, found, used in ("bank", bank, rows[1]), ("test", test, rows[3]):
-      if lacking := len(found["label"]) - len(used):
-        logging.info(
-          "%d of %d %s images have no label: accuracies leave them out",
-          lacking,
-          len(found["label"]),
-          name,
+    for source, split, found, used in (
+      (self._bank, "train_split", bank, rows[1]),
+      (self._test, "test_split", test, rows[3]),
+    ):
+      num = len(found["label"])
+      if not len(used):
+        raise errors.UserError(
+          f"none of {num} images of {source.name} has a label: name labelled ones, "
+          f"config.probe.{split}=SPLIT"
         )
-    out = {"floor/knn_pixels": self._knn(*rows)} | self._linear_floor("linear_pixels", *rows)
+      if len(used) < num:
+        logging.info(
+          "%d of %d images of %s have no label: accuracies leave them out",
+          num - len(used),
+          num,
+          source.name,
+        )
+    out = {"floor/knn_pixels": self._knn(*rows)}
+    if self._has_linear_floor(*rows[0].shape):
+      out["floor/linear_pixels"] = self._linear_floor(*rows)
     bank, test = (self._run(state, *of, ("features", "label")) for of in self._floor_images())
     rows = *_labelled(bank, "features"), *_labelled(test, "features")
     which = "start" if self._config.init_from else "untrained"
@@ -189,20 +205,20 @@ class Snapshot:
       )
     return out | {"floor/bank_images": len(rows[1]), "floor/test_images": len(rows[3])}
 
-  def _linear_floor(self, name, bank, bank_labels, test, labels) -> dict[str, float]:
-    """{"floor/NAME": accuracy of a linear classifier}, fitted as the floors are, if it is cheap."""
-    num = self._bank.num_classes
-    if len(bank) < 10 or bank.size * num > _FLOOR_PRODUCTS:
-      return {}
+  def _has_linear_floor(self, images: int, pixels: int) -> bool:
+    """Whether a linear classifier of so many images of so many pixels is cheap."""
+    return images >= 10 and images * pixels * self._bank.num_classes <= _FLOOR_PRODUCTS
+
+  def _linear_floor(self, bank, bank_labels, test, labels) -> float:
+    """Accuracy of a linear classifier, fitted as that of the raw pixels is."""
     few = len(bank) < _FLOOR_FEW * bank.shape[1]
     strengths = (*_FLOOR_STRONG, *_FLOOR_STRENGTHS) if few else _FLOOR_STRENGTHS
-    found = linear.evaluate(
+    return linear.evaluate(
       *(bank, bank_labels, test, labels),
-      num_classes=num,
+      num_classes=self._bank.num_classes,
       strengths=strengths,
       max_steps=_FLOOR_STEPS,
-    )
-    return {f"floor/{name}": found["linear"]}
+    )["linear"]
 
   def _floor_images(self):
     """(source, how many of its images) of bank and test."""
@@ -290,8 +306,9 @@ class Snapshot:
       rows = *_labelled(bank, "features"), *_labelled(test, "features")
       fitted = linear.evaluate(*rows, num_classes=self._bank.num_classes)
       measures["probe/linear_fitted"] = fitted["linear"]
-      if (few := self._of_floors(*rows)) is not None:
-        measures |= self._linear_floor("linear", *few)
+      few = self._of_floors(bank, test)
+      if few is not None and self._has_linear_floor(len(few[0]), self._floor_pixels):
+        measures["floor/linear"] = self._linear_floor(*few)
     return measures, arrays
 
   def _encode(self, state):
@@ -313,7 +330,7 @@ class Snapshot:
     if test is not None:
       rows = *_labelled(bank, "features"), *_labelled(test, "features")
       out["probe/knn"] = self._knn(*rows)
-      if (few := self._of_floors(*rows)) is not None:
+      if (few := self._of_floors(bank, test)) is not None:
         out["floor/knn"] = self._knn(*few)
       if self._probe is not None:
         _, _, features, labels = rows
@@ -321,13 +338,16 @@ class Snapshot:
         out["probe/linear"] = float(np.mean(np.asarray(predicted) == labels))
     return out
 
-  def _of_floors(self, bank, bank_labels, test, labels):
-    """These rows on the images of the floors, which they are compared with; None if on them all."""
+  def _of_floors(self, bank, test):
+    """Features and labels of both on the images of the floors; None if these are all there are."""
     (_, few), (_, fewer) = self._floor_images()
-    if few >= len(bank) and fewer >= len(test):
+    if few >= len(bank["label"]) and fewer >= len(test["label"]):
       return None
-    some, others = pipeline.spread(len(bank), few), pipeline.spread(len(test), fewer)
-    return bank[some], bank_labels[some], test[others], labels[others]
+    chosen = ()
+    for rows, most in (bank, few), (test, fewer):
+      some = pipeline.spread(len(rows["label"]), most)
+      chosen += _labelled({name: rows[name][some] for name in ("features", "label")}, "features")
+    return chosen
 
 
 def _labelled(rows: dict[str, np.ndarray], part: str) -> tuple[np.ndarray, np.ndarray]:

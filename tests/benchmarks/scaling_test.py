@@ -46,7 +46,7 @@ def test_every_plan_is_made_once_unless_again_and_one_that_fails_is_left_out(
     if name == "ViT-S, ibot":
       raise subprocess.CalledProcessError(2, "protojax")
     assert flags == ["--config.batch_size=64", "--config.model.depth=1"]
-    return _FITS
+    return _FITS | {"command": " ".join(["protojax", *scaling.command(name, slice_, flags)])}
 
   monkeypatch.setattr(scaling, "plan", plan)
   rows = ["ViT-S, gmm", "ViT-S, ibot"]

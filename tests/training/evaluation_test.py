@@ -6,7 +6,7 @@ import pytest
 import tiny
 from sklearn import neighbors
 
-from protojax import progress
+from protojax import errors, progress
 from protojax.data import pipeline, sources
 from protojax.data.sources import source
 from protojax.training import encode, evaluation, opening, programs, train_step
@@ -126,7 +126,9 @@ def test_floors_are_what_there_is_without_training(setting, monkeypatch):
   assert 0.1 < fewer["floor/linear"] < fewer["probe/linear_fitted"]
 
 
-def test_images_without_a_label_are_left_out_of_accuracies_and_counted(setting, caplog):
+def test_images_without_a_label_are_left_out_of_accuracies_and_counted(
+  setting, caplog, monkeypatch
+):
   program, state, view, _ = setting
   some, rest = [], []
   for whole in view._bank, view._test:
@@ -140,12 +142,31 @@ def test_images_without_a_label_are_left_out_of_accuracies_and_counted(setting, 
   with caplog.at_level("INFO"):
     found = partly.floors(state)
   assert found == half.floors(state)
-  assert "721 of 1442 bank images have no label: accuracies leave them out" in caplog.text
+  assert "721 of 1442 images of digits/train have no label: accuracies leave" in caplog.text
   measures, arrays = partly.final(state)
   expected, _ = half.final(state)
   accuracies = [name for name in expected if name.startswith("probe/")]
   assert accuracies and all(measures[name] == expected[name] for name in accuracies)
   assert arrays["usage"].sum() == len(some[0])
+  # More images than the floors take: the net is compared on theirs, of which half have labels.
+  monkeypatch.setattr(evaluation, "FLOOR_IMAGES", 100)
+  floors, ended = partly.floors(state), partly.final(state)[0]
+  assert 40 < floors["floor/bank_images"] < 60 and "floor/linear" in ended
+  assert ended["floor/knn"] == floors["floor/knn_untrained"]
+  monkeypatch.setattr(evaluation, "_FLOOR_PRODUCTS", 0)
+  assert "floor/linear" not in partly.final(state)[0]
+
+
+def test_a_split_without_a_label_is_one_line(setting):
+  program, state, view, bank = setting
+  images, labels = view._test._read.args
+  read = functools.partial(source.read_items, images, np.full_like(labels, -1))
+  names = bank.class_names
+  test = source.Source("set/test", np.arange(len(labels)), read, class_names=names)
+  with pytest.raises(
+    errors.UserError, match="none of 355 images of set/test has a label: .*test_s"
+  ):
+    evaluation.Snapshot(program, bank=bank, test=test).floors(state)
 
 
 @pytest.mark.parametrize(("pixels", "told"), [(0.2, True), (0.4, False)])
