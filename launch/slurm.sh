@@ -35,8 +35,10 @@ export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu}
 export XLA_FLAGS="--xla_gpu_enable_latency_hiding_scheduler=true ${XLA_FLAGS:-}"
 # In the clone, which all nodes see, as a home may not be: JAX writes on the first process alone, and
 # where that one finds its programs and the others do not, they wait for it to compile.
-mkdir -pm 700 .jax_cache
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR-$PWD/.jax_cache}
+if [ -z "${JAX_COMPILATION_CACHE_DIR+said}" ]; then
+  mkdir -pm 700 .jax_cache
+  export JAX_COMPILATION_CACHE_DIR=$PWD/.jax_cache
+fi
 
 # Slurm signals the steps of a job that is preempted, this script alone at the end of the time, and
 # both when the job is cancelled.

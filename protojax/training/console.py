@@ -270,8 +270,9 @@ class RunLog:
 
   def _on_floors(self, name: str) -> None:
     """Says an accuracy on the images that the floors beside it are of, where these are fewer."""
-    if (value := self.result.get(name)) is not None:
-      bank, test = (self.result[f"floor/{of}_images"] for of in ("bank", "test"))
+    bank, test = (self.result.get(f"floor/{of}_images") for of in ("bank", "test"))
+    value = self.result.get(name)
+    if value is not None and bank is not None and test is not None:
       images = f"{bank:.0f} bank and {test:.0f} test images"
       self._paragraph("          ", f"of the {images} of the floors: {value:.1%}")
 
