@@ -17,7 +17,13 @@ _WANTED = {
   "('Non-boolean argument": "True or False",
 }
 
-
+_LENGTHS = {  # where both are set the first is taken
+  "optim.warmup_steps": "optim.warmup_epochs",
+  "optim.freeze_prototypes_steps": "optim.freeze_prototypes_epochs",
+  "optim.freeze_backbone_steps": "optim.freeze_backbone_epochs",
+  "mixture.horizon_steps": "mixture.horizon_epochs",
+  "mixture.anneal_steps": "mixture.anneal_share",
+}
 _ELSEWHERE = {  # what other programs call it, and the likelier of two
   "lr": "optim.lr",
   "batch": "batch_size",
@@ -106,11 +112,17 @@ def config(recipe: str, changes: list[tuple[str, str | None]]) -> ml_collections
   for one, other in (("num_steps", "num_epochs"), ("num_epochs", "num_steps")):
     if one in given and other not in given and config[one]:
       config[other] = 0
-  # None is none: 0 steps alone would take the recipe's epochs.
-  for kind in ("warmup", "freeze_prototypes", "freeze_backbone"):
-    steps, epochs = f"optim.{kind}_steps", f"optim.{kind}_epochs"
-    if steps in given and epochs not in given and not config.optim[f"{kind}_steps"]:
-      config.optim[f"{kind}_epochs"] = 0.0
+  lengths = trees.flat(config)
+  for steps, epochs in _LENGTHS.items():
+    if steps in given and epochs in given and lengths[steps] and lengths[epochs]:
+      raise errors.UserError(
+        f"config.{steps}={lengths[steps]:g} and config.{epochs}={lengths[epochs]:g} are one length "
+        "twice: give one of them"
+      )
+    if epochs in given and steps not in given:  # the recipe's steps would be taken before it
+      config.update_from_flattened_dict({steps: type(lengths[steps])(0)})
+    elif steps in given and epochs not in given and not lengths[steps] and "optim." in steps:
+      config.update_from_flattened_dict({epochs: 0.0})  # none is none, not the recipe's epochs
   warmup = config.optim.warmup_steps
   if "num_steps" in given and "optim.warmup_steps" not in given and 2 * warmup > config.num_steps:
     # Of another length; in so short a run the learning rate would hardly do anything but rise.

@@ -55,9 +55,14 @@ def test_a_finite_update_is_the_one_without_the_guard(guarded):
   chex.assert_trees_all_close(kept.replace(key=()), expected.replace(key=()), atol=1e-6)
 
 
-def _log(folder, losses, **changes):
-  config = tiny.config(num_steps=len(losses), **changes)
+def _for_log(**changes):
+  config = tiny.config(**changes)
   config.data.num_records = 64
+  return config
+
+
+def _log(folder, losses, **changes):
+  config = _for_log(num_steps=len(losses), **changes)
   skipped = np.full(2, -1, np.int32)
   with console.RunLog(folder, config, start=0, describe=str) as log:
     for step, loss in enumerate(losses):
@@ -86,6 +91,17 @@ def test_so_many_in_a_row_are_left_out_each_with_its_rows_and_then_the_run_ends(
   assert "step 3 left out: the loss is nan (2 in a row, 2 allowed); protojax replay --work" in said
   with pytest.raises(errors.UserError, match="after step 4, 3 updates in a row: lower"):
     _log(tmp_path, [1.0, nan, nan, nan, 2.0], optim__skip_nonfinite=2)
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_though_the_loss_is(tmp_path):
+  norm = {"train/loss": jnp.float32(1.0), "train/grad_norm": jnp.float32(math.inf)}
+  with (
+    pytest.raises(errors.UserError, match="the gradient's norm is inf after step 1: lower"),
+    console.RunLog(tmp_path, _for_log(), start=0, describe=str) as log,
+  ):
+    log.step(0, norm, skipped=np.full(2, -1, np.int32), waited=0.0)
+    log.sync()
+  assert json.loads((tmp_path / "bad_steps.jsonl").read_text())["step"] == 1
 
 
 def test_a_loss_far_above_the_hundred_before_it_is_said_once(tmp_path):

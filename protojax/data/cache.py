@@ -168,10 +168,8 @@ def batches(
   Yields:
     ({key: array [B, ...]}, the corrupt rows that were replaced, or -1, int32 [B] on the host).
   """
-  order = pipeline.shuffled(len(cache.skipped), seed)
   while True:
-    start = step * batch_size
-    rows = np.array([int(order[start + r]) for r in range(batch_size)], np.int32)
+    rows = pipeline.shuffled_rows(len(cache.skipped), seed, step * batch_size, batch_size)
     yield gather(cache, rows, keys), cache.skipped[rows]
     step += 1
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 import grain
 import numpy as np
 from absl import flags, logging
+from grain import experimental
 
 from protojax import errors
 from protojax.data import decoding, sources
@@ -78,9 +79,29 @@ def shuffled(num_records: int, seed: int) -> grain.MapDataset:
     num_records: N of the source.
     seed: as in `batches`.
   """
+  return grain.MapDataset.range(num_records).shuffle(seed=_shuffle_seed(seed)).repeat()
+
+
+def shuffled_rows(num_records: int, seed: int, start: int, count: int) -> np.ndarray:
+  """`shuffled(num_records, seed)[p]` of the positions from `start` on, several times as fast.
+
+  Returns:
+    int32 [count].
+  """
+  first = _shuffle_seed(seed)
+  rows = np.empty(count, np.int32)
+  for i in range(count):
+    epoch, place = divmod(start + i, num_records)
+    epoch_seed = (first + epoch) % 2**32  # as `grain.MapDataset.shuffle` has it
+    rows[i] = experimental.index_shuffle(
+      place, max_index=num_records - 1, seed=epoch_seed, rounds=4
+    )
+  return rows
+
+
+def _shuffle_seed(seed: int) -> int:
   # Nearby seeds must not share epochs: grain shuffles epoch e with seed + e.
-  shuffle = int(np.random.SeedSequence(seed % 2**64).generate_state(1)[0])
-  return grain.MapDataset.range(num_records).shuffle(seed=shuffle).repeat()
+  return int(np.random.SeedSequence(seed % 2**64).generate_state(1)[0])
 
 
 def sequential(

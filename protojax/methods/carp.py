@@ -64,9 +64,13 @@ def make(config) -> base.Method:
   """CARP from `config.method.{num_prototypes, partition_size}`.
 
   Raises:
-    UserError: if the partition size does not divide the number of prototypes.
+    UserError: if the partition size does not divide the number of prototypes, or embeddings are
+      of length one.
   """
   options = config.method
+  errors.require(
+    config, {"head.l2": False}, "CARP has no other temperature than the length of embeddings"
+  )
   size = options.partition_size
   if size < 2 or options.num_prototypes % size:
     raise errors.UserError(

@@ -73,7 +73,8 @@ def make(config) -> base.Method:
     if not options.generative:
       return variables
     shape = (config.batch_size, slots, *image)
-    replay = langevin.init(jax.random.fold_in(key, 1), shape)
+    # Not fold_in(key, 1): that is the second key of the split by which `net` starts prototypes.
+    replay = langevin.init(jax.random.fold_in(key, 2), shape)
     return variables.replace(carry={**variables.carry, "replay": replay})
 
   def log_density(variables, images):

@@ -66,6 +66,7 @@ def make(config) -> base.Method:
   slots = options.queue_length // config.batch_size
   queue_start = max(slots, round(options.queue_start_epoch * config.steps_per_epoch))
   net = student.build_with_prototypes(config)
+  num_rows = config.batch_size * max(2 + config.augment.num_local, 2 * (1 + slots))
   balanced = functools.partial(targets, epsilon=options.epsilon, num_steps=options.sinkhorn_steps)
 
   def init(key):
@@ -78,18 +79,19 @@ def make(config) -> base.Method:
 
   def loss(trained, frozen, views, key, step):
     z, state, stats = net.embed(trained, frozen, views, key)
-    p = soft.softmax(net.scores(state, z).over(options.temperature))
+    scores = functools.partial(net.scores, num_rows=num_rows)
+    p = soft.softmax(scores(state, z).over(options.temperature))
     own, detached = jax.lax.stop_gradient((z[:, None, :2], state))
     if slots:
       queue = jax.lax.stop_gradient(frozen.carry["queue"])
       q = jax.lax.cond(
         step >= queue_start,
-        lambda: balanced(net.scores(detached, jnp.concatenate([own, queue], axis=1))),
-        lambda: balanced(net.scores(detached, own)),
+        lambda: balanced(scores(detached, jnp.concatenate([own, queue], axis=1))),
+        lambda: balanced(scores(detached, own)),
       )
       stats |= {"queued": own}
     else:
-      q = balanced(net.scores(detached, own))
+      q = balanced(scores(detached, own))
     views = [soft.compare_views(p, view) for view in q]
     by_pair = jnp.concatenate([view.cross_entropy for view in views], axis=1)
     value = losses.mean_over_other_views(by_pair)

@@ -123,7 +123,8 @@ class RunLog:
     self._pending = None
     metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
     left_out = metrics.pop("train/skipped", 0.0)
-    if left_out or not math.isfinite(metrics["train/loss"]):
+    finite = all(math.isfinite(metrics[f"train/{k}"]) for k in ("loss", "grad_norm"))
+    if left_out or not finite:
       self._bad(done, metrics)
       return
     self._not_finite = 0

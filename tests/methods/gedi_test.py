@@ -203,6 +203,8 @@ def test_chains_climb_the_density_and_go_back_to_their_slot():
   c, method, variables, _, loss = _parts(**{**_FULL, **changes})
   replay = variables.carry["replay"]
   assert replay.shape == (16, 3, 16, 16, 3)  # 55 images are three batches of 16
+  v = np.asarray(variables.prototypes["v"]).ravel()
+  assert abs(np.corrcoef(v, np.asarray(replay).ravel()[: v.size])[0, 1]) < 0.3  # other draws
   _, out, _ = loss(variables, jax.random.key(2))
   slot, samples = out.stats["chains"]
 

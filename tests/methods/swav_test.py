@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from protojax import errors
 from protojax.methods import swav
 from protojax.models import encoder as encoders
-from protojax.prototypes import mixture
+from protojax.prototypes import mixture, streaming
 from protojax.training import programs, train_step
 
 _QUEUE = {"method__queue_length": 40, "method__queue_start_epoch": 0.0}  # two batches of 16
@@ -132,6 +132,20 @@ def test_loss_and_gradient_are_those_of_the_transcription_with_and_without_queue
     numeric[index] = (_swapped(z, v + d, q) - _swapped(z, v - d, q)) / 2e-5
   error = np.linalg.norm(grads["prototypes"]["v"] - numeric)
   assert error < 1e-5 * np.linalg.norm(numeric)
+
+
+def test_a_queue_that_alone_needs_blocks_gives_the_same_loss(monkeypatch):
+  c, _, variables, _, at_once = _parts()
+  variables = variables.replace(carry={**variables.carry, "queue": jnp.asarray(_queue())})
+  k = c.method.num_prototypes
+  # Up to the views of the batch all at once; with two batches queued a quarter of K at a time.
+  monkeypatch.setattr(streaming, "DENSE", 16 * (2 + c.augment.num_local) * k)
+  monkeypatch.setattr(streaming, "_AT_ONCE_ON_CPU", 96 * k // 4)
+  in_blocks = _parts.__wrapped__()[-1]
+  for step in (1, 2):
+    (one, _, g), (other, _, h) = at_once(variables, step), in_blocks(variables, step)
+    np.testing.assert_allclose(one, other, rtol=1e-5)
+    np.testing.assert_allclose(g["prototypes"]["v"], h["prototypes"]["v"], atol=1e-6)
 
 
 def test_queue_changes_targets_and_gets_no_gradient():

@@ -135,7 +135,8 @@ class PrototypeStudent(NamedTuple):
     method: all but `loss`. Its `update` takes the stats of `embed`.
     embed: (trained, frozen, views, key) -> (z float32 [B, V, D] with a gradient, the state of the
       prototypes that the loss scores with, stats); views 0 and 1 are the global ones.
-    scores: (state, z [..., D]) -> `soft.Scores`.
+    scores: (state, z [..., D], num_rows = those of z) -> `soft.Scores`, prototypes in blocks that
+      suit so many rows: what is compared with each other needs the same ones.
     project: see `Student`.
   """
 
@@ -167,9 +168,9 @@ def build_with_prototypes(config) -> PrototypeStudent:
     state, moved = prototype_set.in_loss(prototypes, trained, frozen, features)
     return z, state, {"batch_stats": batch_stats, "prototypes": moved}
 
-  def scores(state, z):
+  def scores(state, z, num_rows=None):
     rows = prototypes.rows(state)
-    block = prototype_set.block_size(config, z.size // z.shape[-1])
+    block = prototype_set.block_size(config, num_rows or z.size // z.shape[-1])
     return soft.Scores(
       prototypes.align(state, z), rows, block=block, precision=config.method.precision
     )
