@@ -171,6 +171,16 @@ def _resolve_sizes(config: ml_collections.ConfigDict) -> None:
     )
 
 
+_RANGES = (  # what may lie from where to where
+  ("seed", -(2**31), 2**31 - 1),  # JAX's random keys take 32 bits
+  ("teacher.momentum", 0, 1),
+  ("mixture.horizon_steps", 0, math.inf),
+  ("mixture.horizon_epochs", 0, math.inf),
+  ("mixture.anneal_share", 0, 1),
+  ("mixture.anneal_steps", 0, math.inf),
+)
+
+
 def check(config: ml_collections.ConfigDict) -> None:
   """Refuses numbers that no run can have, before its images are looked for.
 
@@ -178,8 +188,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     config: of a recipe, resolved or not.
 
   Raises:
-    UserError: for a number that is not finite, a count below one, a negative setting of `optim`, or
-      a run without a length.
+    UserError: for a number that is not finite or out of its range, a count below one, a negative
+      setting of `optim`, rules that are no pairs, or a run without a length.
   """
   known = trees.flat(config)
   for key, value in known.items():
@@ -187,6 +197,21 @@ def check(config: ml_collections.ConfigDict) -> None:
       raise errors.UserError(f"{key}={value} must be a finite number: set config.{key}")
     if key.startswith("optim.") and isinstance(value, int | float) and value < 0:
       raise errors.UserError(f"{key}={value} must not be negative: set config.{key}")
+    if key.startswith("augment.") and isinstance(value, tuple):
+      if not all(isinstance(item, int | float) for item in value):
+        raise errors.UserError(f"{key}={value} must be numbers: set config.{key}")
+  for key, low, high in _RANGES:
+    if known[key] is not None and not low <= known[key] <= high:
+      raise errors.UserError(f"{key}={known[key]} must be {low} to {high}: set config.{key}")
+  for key in ("mixture.horizon_final", "mixture.beta_final"):
+    if known[key] is not None and not known[key] > 0:
+      raise errors.UserError(f"{key}={known[key]} must be above 0: set config.{key}")
+  for rule in config.mesh.rules:
+    if not isinstance(rule, tuple) or len(rule) != 2 or not all(isinstance(r, str) for r in rule):
+      raise errors.UserError(
+        f"mesh.rules={config.mesh.rules} must be pairs such as (('encoder/', 'fsdp'), ('.*', "
+        "'replicate')): set config.mesh.rules"
+      )
   for key in (
     "batch_size",
     "accum_steps",
@@ -218,7 +243,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     raise errors.UserError(
       f"monitor.prototypes={config.monitor.prototypes} must not be negative (0: all)"
     )
-  if config.num_steps < 0 or config.num_epochs < 0:
-    raise errors.UserError("num_steps and num_epochs must not be negative")
+  if min(config.num_steps, config.num_epochs, config.steps_per_epoch) < 0:
+    raise errors.UserError("num_steps, num_epochs and steps_per_epoch must not be negative")
   if not config.num_steps and not config.num_epochs:
     raise errors.UserError("num_steps=0 and num_epochs=0: set exactly one, the other to 0")

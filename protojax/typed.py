@@ -108,6 +108,7 @@ def config(recipe: str, changes: list[tuple[str, str | None]]) -> ml_collections
   check_keys(list(given), config)
   _change(config, changes)
   _take_own_images(config, recipe, given)
+  _say_what_nothing_reads(config, given)
   # A length that is typed takes the place of the recipe's; two typed ones contradict each other.
   for one, other in (("num_steps", "num_epochs"), ("num_epochs", "num_steps")):
     if one in given and other not in given and config[one]:
@@ -129,6 +130,20 @@ def config(recipe: str, changes: list[tuple[str, str | None]]) -> ml_collections
     config.optim.warmup_steps = max(1, config.num_steps // 10)
     logging.info("optim.warmup_steps %d -> %d", warmup, config.optim.warmup_steps)
   return config
+
+
+def _say_what_nothing_reads(
+  config: ml_collections.ConfigDict, given: dict[str, str | None]
+) -> None:
+  """Of a sweep over such a setting all runs would be the same."""
+  prototypes = config.method.prototypes
+  for section, unread, why in (
+    ("mixture.", prototypes != "mixture", f"method.prototypes={prototypes!r} is no mixture"),
+    ("augment.local_", not config.augment.num_local, "augment.num_local=0: there are none"),
+  ):
+    for key in given if unread else ():
+      if key.startswith(section):
+        logging.warning("config.%s changes nothing here: %s", key, why)
 
 
 def _take_own_images(

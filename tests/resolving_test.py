@@ -1,7 +1,7 @@
 import pytest
 
 from protojax import config as configs
-from protojax import errors, recipes, resolving
+from protojax import errors, recipes, resolving, typed
 
 
 def test_length_is_given_exactly_once():
@@ -59,6 +59,62 @@ def test_batch_larger_than_the_source_is_refused():
   config.num_steps = 5
   with pytest.raises(errors.UserError, match="batch_size=1024 is more than the 100 images"):
     resolving.resolve(config, 100)
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "words"),
+  [
+    ("seed", 99_999_999_999, "seed=99999999999 must be -2147483648 to 2147483647"),
+    ("steps_per_epoch", -5, "steps_per_epoch must not be negative"),
+    ("teacher.momentum", 1.5, "teacher.momentum=1.5 must be 0 to 1: set config.teacher.momentum"),
+    ("mixture.horizon_steps", -7.0, "mixture.horizon_steps=-7.0 must be 0 to inf"),
+    ("mixture.horizon_final", 0.0, "mixture.horizon_final=0.0 must be above 0"),
+    ("mixture.beta_final", -1.0, "mixture.beta_final=-1.0 must be above 0"),
+    ("augment.global_scale", (0.4, "1"), r"augment.global_scale=\(0.4, '1'\) must be numbers"),
+    ("mesh.rules", ("fsdp",), "must be pairs such as"),
+  ],
+)
+def test_numbers_that_no_run_can_have_are_one_line(key, value, words):
+  config = recipes.load("quickstart:debug")
+  with config.ignore_type():
+    config.update_from_flattened_dict({key: value})
+  with pytest.raises(errors.UserError, match=words) as caught:
+    resolving.check(config)
+  assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ("recipe", "typed_as", "changed"),
+  [
+    ("gmm_photos", {"optim.warmup_epochs": "5", "num_epochs": "100"}, "optim.warmup_steps"),
+    ("quickstart", {"mixture.horizon_epochs": "3"}, "mixture.horizon_steps"),
+    ("adapt_cifar10", {"optim.freeze_backbone_epochs": "2"}, "optim.freeze_backbone_steps"),
+  ],
+)
+def test_epochs_that_are_typed_take_the_place_of_the_recipe_s_steps(recipe, typed_as, changed):
+  config = typed.config(recipe, list(typed_as.items()))
+  epochs = float(next(iter(typed_as.values())))
+  section, key = changed.split(".")
+  found = resolving.resolve(config, 6400)
+  assert found[section][key] == epochs * found.steps_per_epoch
+  assert recipes.load(recipe)[section][key] not in (0, found[section][key])
+
+
+def test_one_length_that_is_typed_twice_is_refused():
+  twice = [("optim.warmup_steps", "10"), ("optim.warmup_epochs", "2")]
+  words = "config.optim.warmup_steps=10 and config.optim.warmup_epochs=2 are one length twice"
+  with pytest.raises(errors.UserError, match=words):
+    typed.config("gmm_cifar10", twice)
+
+
+def test_settings_that_nothing_reads_are_said(caplog):
+  changes = [("mixture.kappa", "20"), ("augment.local_size", "(16, 16)")]
+  typed.config("dino_cifar10", [*changes, ("augment.num_local", "0")])
+  said = "config.mixture.kappa changes nothing here: method.prototypes='learned' is no mixture"
+  assert said in caplog.text and "config.augment.local_size changes nothing here" in caplog.text
+  caplog.clear()
+  typed.config("gmm_cifar10", [("mixture.kappa", "20")])
+  assert not caplog.text
 
 
 def test_a_method_named_on_the_command_line_brings_its_options():
