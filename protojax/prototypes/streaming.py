@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from jax.experimental import layout
 from jax.sharding import PartitionSpec
 
@@ -34,6 +35,12 @@ DENSE = 2**27  # logits of a device, 512 MiB of float32, up to which all prototy
 _AT_ONCE = 2**24  # logits of a block above that
 _AT_ONCE_ON_CPU = 2**19  # what its caches hold: blocks four times as large took 1.6 times as long
 LEFT_OUT = 1e30  # the log partition of a row that takes no part: finite, it gives nothing
+
+
+@functools.cache
+def _tell(said: str) -> None:
+  """Warns once: a step asks several times, and is traced several times."""
+  logging.warning("%s", said)
 
 
 def block_size(asked: int | None, num_rows: int, num_prototypes: int) -> int:
@@ -58,7 +65,14 @@ def block_size(asked: int | None, num_rows: int, num_prototypes: int) -> int:
     device = jax.sharding.get_abstract_mesh().abstract_device
     on_cpu = device.device_kind == "cpu" if device else jax.default_backend() == "cpu"
     most = max((_AT_ONCE_ON_CPU if on_cpu else _AT_ONCE) // rows, 1)
-    return next(size for size in range(min(most, held), 0, -1) if held % size == 0)
+    most = min(most, held)
+    found = next(size for size in range(most, 0, -1) if held % size == 0)
+    if 16 * found < most:
+      _tell(
+        f"{held} prototypes of a device cut into equal blocks of {found} only, where {most} would "
+        "fit, and each block costs its time: a number with more divisors is faster"
+      )
+    return found
   if asked < 0 or (asked and held % asked):
     less = next((size for size in range(min(asked, held), 1, -1) if held % size == 0), None)
     near = f", {less} say" if less else ""

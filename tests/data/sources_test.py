@@ -1,5 +1,6 @@
 """Sources: digits, prepared TFDS data, folders, long tails; checked against Pillow and tfds."""
 
+import errno
 import functools
 import importlib
 import io
@@ -23,6 +24,7 @@ import protojax
 from protojax import config as configs
 from protojax import errors
 from protojax.data import pipeline, sources
+from protojax.data.sources import pixels, source
 from protojax.training import loop
 
 _REPO = pathlib.Path(__file__).parents[2]
@@ -483,6 +485,44 @@ def test_a_label_that_is_no_number_takes_no_neighbour_along():
   source = sources.Source("own", np.arange(3), read, class_names=("a", "b"))
   records = list(source.read(range(3)))
   assert [isinstance(record, sources.CorruptImage) for record in records] == [False, True, False]
+
+
+def test_a_disk_that_is_away_is_waited_for_and_no_damaged_image(tmp_path, monkeypatch):
+  write(tmp_path / "a.png")
+  data, asked = sources.build("folder", split=None, data_dir=tmp_path), []
+  read = pixels.read
+
+  def away(file, channels, *, times):
+    asked.append(file)
+    if len(asked) <= times:
+      raise OSError(errno.ESTALE, "Stale file handle")
+    return read(file, channels)
+
+  monkeypatch.setattr(source, "_PAUSES", (0.0, 0.0, None))
+  monkeypatch.setattr(pixels, "read", functools.partial(away, times=2))
+  np.testing.assert_array_equal(data[0]["image"][0, 0], (10, 20, 30))
+  assert len(asked) == 3
+  asked.clear()
+  monkeypatch.setattr(pixels, "read", functools.partial(away, times=9))
+  with pytest.raises(errors.UserError, match="any more .*Stale file handle.*, tried 3 times"):
+    next(data.read([0]))
+
+
+@pytest.mark.survives(
+  "an image of 16 bits among thousands of 8",
+  "the first looks see images of 8 bits alone",
+  "left out and named, with the setting to give: taken as it is it would be almost black",
+)
+def test_a_deep_image_among_others_is_left_out_and_says_what_to_set(tmp_path):
+  for i in range(130):
+    write(tmp_path / f"{i:03}.png")
+  Image.fromarray(np.full((4, 4), 4000, np.uint16)).save(tmp_path / "001.png")
+  data = sources.build("folder", split=None, data_dir=tmp_path)
+  assert data.value_range is None  # every second image was looked at
+  with pytest.raises(sources.CorruptImage, match=r"001.png .*value_range=\(LOW, HIGH\) says what"):
+    data[1]
+  given = sources.build("folder", split=None, data_dir=tmp_path, value_range=(0, 4000))
+  assert given[1]["image"].min() == 255
 
 
 def test_an_array_that_is_no_image_is_corrupt_and_says_why():

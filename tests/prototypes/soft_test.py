@@ -197,3 +197,11 @@ def test_blocks_are_chosen_by_memory_or_asked_for():
     assert streaming.block_size(12, 10, 48) == 12
     with pytest.raises(errors.UserError, match="block=24 .* does not cut the 12 prototypes"):
       streaming.block_size(24, 10, 48)
+
+
+def test_a_number_of_prototypes_that_cuts_into_slivers_is_said_once(caplog):
+  for _ in range(2):
+    assert streaming.block_size(None, 5120, 65_537) == 1  # a prime
+  assert caplog.text.count("65537 prototypes of a device cut into equal blocks of 1 only") == 1
+  streaming.block_size(None, 5120, 65_536)
+  assert "65536" not in caplog.text

@@ -1,8 +1,10 @@
 """What a source is: images and labels by number."""
 
+import errno
 import functools
 import os
 import pathlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,6 +15,15 @@ from protojax import errors
 from protojax.data.sources import pixels
 
 _SAMPLE = 64  # images that the range of deep ones is taken from
+_PASSING = {  # what comes and goes: no handles or memory, a network's disk that is away
+  *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR, errno.EIO, errno.ESTALE),
+  *(errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.EHOSTDOWN, errno.EREMOTEIO),
+}
+_PAUSES = (0.1, 0.5, 2.0, 8.0, None)  # seconds
+_DEEP = (  # taken for 0 to 65,535 it might be all black
+  "more than 8 bits a channel, which no image has that was looked at first: "
+  "config.data.value_range=(LOW, HIGH) says what becomes black and white"
+)
 
 
 class CorruptImage(Exception):
@@ -84,10 +95,18 @@ class Source:
     return record
 
   def read(self, indices: Sequence[int]) -> Iterator[dict[str, Any] | CorruptImage]:
-    """`self[i]` of each index, but faster, and a `CorruptImage` is given, not raised."""
+    """`self[i]` of each index, but faster, and a `CorruptImage` is given, not raised.
+
+    A disk that does not answer is no damaged image: it is asked again for some seconds.
+
+    Raises:
+      UserError: if it does not answer then.
+    """
     records = [self._record(i) for i in indices]
     try:
-      yield from map(self._finish, records, self._read(records))
+      yield from map(self._finish, records, _patiently(self._read, records))
+    except errors.UserError:
+      raise
     except Exception as error:  # one unreadable record must not take the others along
       if len(records) > 1:
         yield from (next(self.read([i])) for i in indices)
@@ -98,7 +117,10 @@ class Source:
     try:
       image, label, *size = found
       if not isinstance(image, np.ndarray):
-        image = pixels.decode(image, self.channels, self.value_range)
+        image = _patiently(pixels.read, image, self.channels)
+        if image.dtype not in (np.uint8, np.bool_) and self.value_range is None:
+          raise ValueError(_DEEP)
+        image = pixels.to_uint8(image, self.channels, self.value_range)
       elif image.dtype == np.uint8 and image.ndim == 3:
         image = pixels.to_uint8(image, self.channels, None)  # colour of one channel is luma
       if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != self.channels:
@@ -107,6 +129,8 @@ class Source:
       height, width = size[0] if size else image.shape[:2]
       label = int(label) if self.num_classes else -1
       return {"image": image, "label": label, "size": (int(height), int(width))}
+    except errors.UserError:
+      raise
     except Exception as error:  # Pillow's plugins raise almost anything on a damaged file
       return self._corrupt(record, error)
 
@@ -140,6 +164,25 @@ class Source:
     if not 0 <= index < len(self):
       raise IndexError(f"record {index} of {len(self)} in {self.name}")
     return int(self._records[index])
+
+
+def _patiently(read: Callable, *args) -> Any:
+  """`read(*args)`, asked again while the machine or a network's disk is to blame, not the file."""
+  for pause in _PAUSES:
+    try:
+      return read(*args)
+    except OSError as error:
+      if error.errno not in _PASSING:
+        raise
+      if pause is None and error.errno in (errno.EIO, errno.EREMOTEIO):
+        raise  # where the disk is damaged
+      if pause is None:
+        raise errors.UserError(
+          f"images cannot be read any more ({error}), tried {len(_PAUSES)} times: nothing is wrong "
+          "with the run, and the same command goes on when the disk is back"
+        ) from None
+      time.sleep(pause)
+  raise AssertionError("the last pause is None")
 
 
 def require_labels(source: Source, who: str) -> None:
