@@ -460,7 +460,7 @@ def test_unusable_images_are_one_line(run, tmp_path, names, words):
     (["--data=nothing", "--data_dir=."], "no data set 'nothing'"),
     (
       ["--data=digits", "--test_split=train"],
-      "all images of --test_split=train are in --train_spl",
+      "1442 images of --test_split=train are in --train_spl",
     ),
     (
       ["--test_split=val"],

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import io
+import os
 import pathlib
 import shutil
 import tarfile
@@ -197,6 +198,16 @@ def test_prepared_photos_keep_sizes_labels_and_all_but_the_loss_of_jpeg(photos, 
 def test_prepared_images_are_called_as_their_files(small):
   test = sources.build("small", split="test", data_dir=small)
   assert [test.describe(i) for i in (0, 1)] == ["test/a/03.jpg", "test/a/11.jpg"]
+
+
+def test_a_name_that_is_no_utf_8_is_prepared_too(photos, tmp_path):
+  folder = tmp_path / "in" / "train"
+  folder.mkdir(parents=True)
+  photo = sorted((photos / "train").rglob("*.jpg"))[0]
+  (folder / os.fsdecode(b"caf\xe9.jpg")).write_bytes(photo.read_bytes())
+  prepare.main(["folder", str(tmp_path / "in"), str(tmp_path / "out"), "--size=24", "--name=cafe"])
+  prepared = sources.build("cafe", split="train", data_dir=tmp_path / "out")
+  assert prepared.describe(0) == "train/caf\ufffd.jpg"
 
 
 def test_a_prepared_set_trains_without_a_test_split_and_refuses_one_that_is_searched_too(

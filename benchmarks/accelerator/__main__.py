@@ -34,6 +34,8 @@ from protojax import errors, files
 _GRACE = 20
 # Starting JAX and tracing a step take this long; with less left nothing is begun.
 _LEAST = 40
+# Until a training has begun and can be gone on with: images decoded, floors, a step compiled.
+_FIRST_CHECKPOINT = 120
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -142,7 +144,11 @@ def _work_through(arguments, parser) -> int:
   if not wanted:
     parser.error(f"--only={' '.join(arguments.only)} names no item: --list shows all")
   over = {"done", "skipped"} | (set() if arguments.retry else {"failed"})
-  left = [item for item in wanted if lines.status(item.name) not in over]
+
+  def is_left(item) -> bool:  # whether the machine works is asked until it does
+    return lines.status(item.name) not in (over - {"failed"} if item.work == "machine" else over)
+
+  left = [item for item in wanted if is_left(item)]
   data = pathlib.Path(arguments.data_dir or "")
   if any(item.work == "row" for item in left) and not (data / "cifar10").is_dir():
     parser.error(
@@ -156,21 +162,38 @@ def _work_through(arguments, parser) -> int:
     "rehearsal": arguments.rehearse,
   }
 
+  if common["card"]:  # JAX would go on without it, on the CPU
+    os.environ.setdefault("JAX_PLATFORMS", "cuda,cpu")
+  last_error: dict[str, str] = {}
+  given_up: set[str] = set()
+
   def report(item, line) -> None:
+    part, error = _part(item), line.get("error")
     with writing:
+      if item.work == "machine" and error:
+        stop.asked = True
+        print(f"the machine does not work: {error}", flush=True)
+      elif error and item.work == "row" and last_error.get(part) == error:
+        given_up.add(part)
+        print(f"{part}: the same error twice, what else it has is left for another call")
+      last_error[part] = error
       ended = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
       lines.append({"item": item.name, **line, **common, "ended": ended})
       print(f"{item.name}: {line['status']} after {line['seconds']:.0f} s", flush=True)
 
   def do(group) -> None:
     while group and not stop.asked and _fits(group[0], arguments, deadline):
+      if _part(group[0]) in given_up:
+        return
       group = _together(group, arguments, deadline, stop, report)
 
   writing = threading.Lock()
   with _Stoppable() as stop, futures.ThreadPoolExecutor(arguments.jobs) as pool:
     for done in [pool.submit(do, group) for group in _groups(left)]:
       done.result()
-  left = [item for item in wanted if lines.status(item.name) not in over | {"failed"}]
+  if any(i.work == "machine" and lines.status(i.name) == "failed" for i in wanted):
+    return 1
+  left = [item for item in wanted if is_left(item)]
   if left:
     print(f"the time is up: the same command goes on with {left[0].name}")
   else:
@@ -178,13 +201,16 @@ def _work_through(arguments, parser) -> int:
   return 0
 
 
+def _part(item: items.Item) -> str:
+  return item.name.partition("/")[0]
+
+
 def _groups(left: list[items.Item]) -> list[list[items.Item]]:
   """What shares a process: neighbours of one part, but for what is timed and has its peaks."""
   groups = []
   for item in left:
-    part = item.name.partition("/")[0]
     alone = item.work in ("speed", "peer_speed")
-    if groups and not alone and groups[-1][0].name.partition("/")[0] == part:
+    if groups and not alone and _part(groups[-1][0]) == _part(item):
       groups[-1].append(item)
     else:
       groups.append([item])
@@ -193,7 +219,10 @@ def _groups(left: list[items.Item]) -> list[list[items.Item]]:
 
 def _fits(item, arguments, deadline) -> bool:
   """Whether it is worth beginning: what cannot go on later must come to its end now."""
-  needed = _LEAST if item.work == "row" else max(_LEAST, item.seconds)
+  needed = max(_LEAST, item.seconds)
+  if item.work == "row":
+    begun = (_folder((arguments.state or arguments.out).resolve(), item) / "run").exists()
+    needed = _LEAST if begun else _FIRST_CHECKPOINT
   if arguments.rehearse:
     needed = 2
   return deadline - time.monotonic() >= needed + _grace(arguments)

@@ -40,7 +40,8 @@ def latest(lines: list[dict], *, rehearsal: bool = False) -> dict[str, dict]:
 
 
 def _on_accelerator(line: dict) -> bool:
-  return bool(line["card"]) or line["result"].get("backend", "cpu") != "cpu"
+  backend = line["result"].get("backend")  # a card that is there need not be used
+  return backend != "cpu" if backend else bool(line["card"])
 
 
 def write(folder: pathlib.Path, *, rehearsal: bool = False) -> str:
@@ -122,6 +123,7 @@ def page(found: dict[str, dict], failed: dict[str, dict]) -> str:
     "versions, commit and command.\n",
     _conditions(found),
   ]
+  groups.pop("machine", None)  # which it is has been said
   for group, lines in groups.items():
     if group == "parity":
       parts += ["## The same numbers as on a CPU\n", _PARITY, parity_table(lines)]

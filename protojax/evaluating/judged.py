@@ -7,6 +7,7 @@ import numpy as np
 
 from protojax import errors, pretrained
 from protojax.data import sources
+from protojax.training import datasets
 
 
 class Images(NamedTuple):
@@ -56,7 +57,8 @@ def find(
       "--data_dir, such as a folder of train/ and test/, each of one folder a class"
     ) from None
   bank, test = Images(bank, splits[0]), Images(test, splits[1])
-  if name and (shared := _shared(name, data_dir, *splits)):
+  pairs = (bank.split, bank.source), (test.split, test.source)
+  if name and (shared := datasets.shared(name, data_dir, *pairs)):
     raise errors.UserError(
       f"{shared} images of --test_split={test.split} are in --train_split={bank.split} too, where "
       "each would be its own nearest neighbour: name splits that share none"
@@ -90,15 +92,6 @@ def find(
       f"{test.source.name} has one class, so every answer is right: give two classes or more"
     )
   return found
-
-
-def _shared(name: str, data_dir: str | None, train_split: str, test_split: str) -> int | str:
-  """How many images two splits of a data set have in common; "all" of one and the same."""
-  if train_split == test_split:
-    return "all"
-  if not sources.is_prepared(name):
-    return 0
-  return sources.tfds.overlap(name, (train_split, test_split), data_dir)
 
 
 def encode(model: pretrained.Trained, images: Images, layers: Sequence[str]) -> Images:

@@ -7,11 +7,12 @@ import numpy as np
 from absl import logging
 
 from protojax import config as configs
-from protojax import errors, files, resolving
+from protojax import errors, files, progress, resolving
 from protojax.data import sources
 
 _KEPT = (("data", "value_range"), ("augment", "mean"), ("augment", "std"))
 _SAMPLE = 1024  # images that mean and standard deviation are taken from
+_AT_ONCE = 16  # of them that are read at a time
 _LOOKED_AT = 16  # images whose sides are compared with the square that they are stored in
 _LEAST_STD = 1.0 / 255.0  # a channel that never changes must not be divided by zero
 
@@ -99,10 +100,15 @@ def channel_statistics(data: sources.Source) -> tuple[tuple[float, ...], tuple[f
     UserError: if none of them can be read.
   """
   sums: list[np.ndarray] = []
-  for record in data.read(np.unique(np.arange(_SAMPLE) * len(data) // _SAMPLE).tolist()):
-    if not isinstance(record, sources.CorruptImage):
-      pixels = record["image"].reshape(-1, data.channels) / 255.0
-      sums.append(np.stack([pixels.mean(axis=0), np.square(pixels).mean(axis=0)]))
+  rows = np.unique(np.arange(_SAMPLE) * len(data) // _SAMPLE)
+  few = np.array_split(rows, -(-len(rows) // _AT_ONCE))  # large images need not all be in memory
+  with progress.Line("measuring the channels", len(few)) as line:
+    for part in few:
+      for record in data.read(part.tolist()):
+        if not isinstance(record, sources.CorruptImage):
+          pixels = record["image"].reshape(-1, data.channels) / 255.0
+          sums.append(np.stack([pixels.mean(axis=0), np.square(pixels).mean(axis=0)]))
+      line.step()
   if not sums:
     raise errors.UserError(f"not one of the first images of {data.name} can be read")
   mean, square = np.mean(sums, axis=0)

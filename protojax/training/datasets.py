@@ -42,6 +42,23 @@ def one_source(config) -> bool:
   )
 
 
+def shared(
+  name: str,
+  data_dir: str | None,
+  one: tuple[str | None, sources.Source],
+  other: tuple[str | None, sources.Source],
+) -> int:
+  """How many images two splits of a data set have in common: (split, its source), twice.
+
+  What a module of the user's builds is not known so well; there it is all of them for equal splits.
+  """
+  if sources.is_prepared(name):
+    return sources.tfds.overlap(name, (str(one[0]), str(other[0])), data_dir)
+  if name in sources.KINDS:
+    return sources.shared(one[1], other[1])
+  return len(other[1]) if one[0] == other[0] else 0
+
+
 def of_run(config) -> tuple[sources.Source, sources.Source, sources.Source | None]:
   """The images that a run needs: (to train on, the bank, labelled test images or None).
 
@@ -72,11 +89,13 @@ def of_run(config) -> tuple[sources.Source, sources.Source, sources.Source | Non
     splits = sorted(sources.shards.found(data_dir, f".{name}"))
     if probe.test_split not in splits:
       logging.info(
-        "k-NN and linear probe are off: the shards in %s are of the splits %s, not %r; choose with "
-        "config.probe.test_split",
+        "k-NN and linear probe are off: the shards in %s are of the splits %s, not %r; %s",
         data_dir,
         ", ".join(splits),
         probe.test_split,
+        "choose with config.probe.test_split"
+        if len(splits) > 1
+        else "names such as train-000.tar and val-000.tar say which are which",
       )
       return train, train, None
   if own and sources.is_prepared(name) and test_split == _TEST:
@@ -101,14 +120,13 @@ def of_run(config) -> tuple[sources.Source, sources.Source, sources.Source | Non
   sources.require_labels(bank, "probe.train_split")
   seen_alike["value_range"] = bank.value_range
   test = sources.build(name, split=test_split, data_dir=data_dir, **seen_alike)
-  if sources.is_prepared(name):
-    both = sources.tfds.overlap(name, (probe.train_split, test_split), data_dir)
-    if both:
-      raise errors.UserError(
-        f"{both} images of probe.test_split={test_split} are in probe.train_split="
-        f"{probe.train_split} too, where each would be its own nearest neighbour: take parts that "
-        "share none, such as train[:80%] and train[80%:]"
-      )
+  prepared = sources.is_prepared(name)
+  if both := shared(name, data_dir, (probe.train_split, bank), (test_split, test)):
+    raise errors.UserError(
+      f"{both} images of probe.test_split={test_split} are in probe.train_split="
+      f"{probe.train_split} too, where each would be its own nearest neighbour: take parts that "
+      "share none" + (", such as train[:80%] and train[80%:]" if prepared else "")
+    )
   if own and name == "folder" and not test.num_classes:
     logging.info(
       "k-NN and linear probe are off: %s has no class folders as %s has", test.name, bank.name

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
-from benchmarks.accelerator import collect, items, parity, records, row, speed
+from benchmarks.accelerator import collect, items, machine, parity, records, row, speed
 from protojax import config as configs
 from protojax import files, methods, resolving, trees
 
@@ -161,6 +161,8 @@ def test_what_cannot_go_on_later_is_not_begun_too_late_and_not_waited_for_endles
   program = importlib.import_module("benchmarks.accelerator.__main__")
   call, row = _Call(tmp_path, tmp_path, rehearse=False), items.Item("x/a", "row", {}, 900)
   timed, now = items.Item("x/a", "speed", {}, 100), time.monotonic()
+  assert program._fits(row, call, now + 145) and not program._fits(row, call, now + 135)
+  (tmp_path / "x" / "a" / "run").mkdir(parents=True)  # it goes on
   assert program._fits(row, call, now + 65) and not program._fits(row, call, now + 55)
   assert program._fits(timed, call, now + 125) and not program._fits(timed, call, now + 115)
   monkeypatch.setattr(program, "_limit", lambda item: 0.5)
@@ -185,7 +187,64 @@ def test_what_is_timed_has_a_process_of_its_own():
   assert sum(groups, []) == [item.name for item in items.ITEMS]
   assert ["speed/gmm"] in groups and ["speed/dino, PyTorch"] in groups
   sizes = {group[0].partition("/")[0]: len(group) for group in groups if len(group) > 1}
-  assert sizes["parity"] == 5 and sizes["patch8"] == 12 and sizes["table1"] == 5
+  assert sizes["parity"] == 4 and sizes["patch8"] == 10 and sizes["table1"] == 5
+  assert groups[0] == ["machine/works"] and ["patch8/dino joint", "patch8/dino mixture"] in groups
+
+
+def test_a_card_that_jax_does_not_use_ends_the_list(tmp_path, monkeypatch):
+  tools = tmp_path / "tools"
+  tools.mkdir()
+  (tools / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA H100, 580.1, 81559 MiB'\n")
+  (tools / "nvidia-smi").chmod(0o755)
+  monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
+  monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+  command = [sys.executable, "-m", "benchmarks.accelerator", f"--out={tmp_path}", "--only"]
+  done = subprocess.run(
+    [*command, "machine", "parity/gmm"],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
+  assert done.returncode == 1
+  assert "does not work: UserError: JAX runs on the CPU beside NVIDIA H100" in done.stdout
+  assert _statuses(tmp_path) == [("machine/works", "failed")]
+  line = records.read(tmp_path / "lines.jsonl")[0]
+  on_cpu = {**line, "status": "done", "result": {"backend": "cpu"}}
+  assert line["card"] == "NVIDIA H100" and collect.latest([on_cpu]) == {}
+
+
+def test_the_machine_is_asked_what_it_has(tmp_path):
+  found = machine.run({}, folder=tmp_path, data_dir=str(tmp_path), rehearse=True)
+  assert (found["backend"], found["memory_bytes"]) == ("cpu", None)
+  assert found["images"].startswith("UserError: no data set 'cifar10' is prepared in")
+  if (_DATA / "cifar10").is_dir():
+    assert machine.run({}, folder=tmp_path, data_dir=str(_DATA), rehearse=True)["images"] == 8
+
+
+def test_rows_that_fail_alike_are_left_and_a_machine_is_asked_until_it_works(
+  tmp_path, monkeypatch, capsys
+):
+  (tmp_path / "cifar10").mkdir()
+  program = importlib.import_module("benchmarks.accelerator.__main__")
+
+  def fails(group, arguments, deadline, stop, report):
+    report(group[0], {"status": "failed", "seconds": 1.0, "error": "E"})
+    return group[1:]
+
+  monkeypatch.setattr(program, "_together", fails)
+  arguments = [f"--out={tmp_path}", f"--data_dir={tmp_path}", "--rehearse", "--only"]
+  assert program.main([*arguments, "patch8, seed 1", "adapt"]) == 0
+  failed = [name for name, _ in _statuses(tmp_path)]
+  assert failed == [
+    *("adapt/mixture", "adapt/joint", "patch8, seed 1/dino joint"),
+    "patch8, seed 1/dino mixture",
+  ]
+  assert "patch8, seed 1: the same error twice" in capsys.readouterr().out
+  for _ in range(2):
+    assert program.main([*arguments, "machine", "parity"]) == 1
+  assert [name for name, _ in _statuses(tmp_path)[4:]] == ["machine/works"] * 2
 
 
 def test_mistakes_are_one_line():

@@ -3,6 +3,7 @@
 import io
 import itertools
 import os
+import pathlib
 import sys
 import zlib
 
@@ -348,3 +349,14 @@ def test_channels_and_ranges_that_are_none_are_refused_by_name(tmp_path, wrong):
   _touch(tmp_path, "a.png")
   with pytest.raises(errors.UserError, match=f"^data.{next(iter(wrong))}="):
     sources.build("folder", split=None, data_dir=tmp_path, **wrong)
+
+
+def test_a_folder_that_may_not_be_looked_into_is_one_line(tmp_path, monkeypatch):
+  def refused(self, *unused, **also_unused):
+    raise PermissionError(13, "Permission denied", str(self))
+
+  for call in ("is_dir", "iterdir"):
+    with monkeypatch.context() as patch:
+      patch.setattr(pathlib.Path, call, refused)
+      with pytest.raises(errors.UserError, match="cannot be looked into: .* denied"):
+        sources.build("folder", split="train", data_dir=tmp_path)

@@ -145,6 +145,14 @@ def test_every_epoch_covers_each_row_once_in_an_order_of_its_own(tmp_path):
   assert len(orders) == 4
 
 
+@pytest.mark.parametrize(("num_records", "seed"), [(7, 0), (1, 3), (50, -2), (64, 2**40)])
+def test_rows_at_once_are_those_of_the_order_one_by_one(num_records, seed):
+  order = pipeline.shuffled(num_records, seed)
+  start, count = num_records - 1, 2 * num_records + 3  # of four epochs
+  rows = pipeline.shuffled_rows(num_records, seed, start, count)
+  assert rows.tolist() == [int(order[start + i]) for i in range(count)]
+
+
 def test_nearby_seeds_share_no_epoch(tmp_path):
   data = folder_of(tmp_path, 30)
   epochs = []

@@ -296,3 +296,36 @@ def test_shards_without_test_images_train_without_a_probe(kind, tmp_path, shards
   config.data.data_dir = str(tmp_path)
   train, bank, test = datasets.of_run(config)
   assert train is bank and len(train) == _COUNT and test is None
+
+
+def test_folders_of_shards_may_be_links(kind, tmp_path, shards):
+  away = tmp_path / "away"
+  away.mkdir()
+  for path in shards.glob(f"*.{kind}"):
+    (away / path.name).symlink_to(path)
+  (tmp_path / "here").mkdir()
+  (tmp_path / "here" / "data").symlink_to(away, target_is_directory=True)
+  source = sources.build(kind, split="train", data_dir=tmp_path / "here")
+  assert len(source) == _COUNT
+
+
+def test_a_bank_that_holds_the_test_images_is_refused(tmp_path, images):
+  """All shards together are one split; their name says no other."""
+  (tmp_path / "a").mkdir()
+  members = [(f"{i}.{images[i][0]}", images[i][1]) for i in range(6)]
+  labels = [(f"{i}.cls", str(i % 2).encode()) for i in range(6)]
+  _tar(tmp_path / "a" / "000.tar", [*members, *labels])
+  config = configs.default()
+  config.data.update({"name": "tar", "data_dir": str(tmp_path)})
+  config.probe.test_split = "a"
+  with pytest.raises(errors.UserError, match="6 images of probe.test_split=a are in probe.train_"):
+    datasets.of_run(config)
+
+
+def test_members_that_a_dot_in_their_name_hides_are_counted(tmp_path, images, caplog):
+  kinds = [images[i][0] for i in range(4)]
+  names = [f"cat.0.{kinds[0]}", f"cat.1.{kinds[1]}", f"x.{kinds[2]}", f"x.mask.{kinds[3]}"]
+  _tar(tmp_path / "train-0.tar", [(name, images[i][1]) for i, name in enumerate(names)])
+  assert len(sources.build("tar", split="train", data_dir=tmp_path)) == 1
+  said = "train-0.tar: 2 images are left out, for in WebDataset a name ends at its first dot: cat.0"
+  assert said in caplog.text and "x.mask" not in caplog.text

@@ -25,10 +25,12 @@ from protojax.data.sources.source import (
   measured_range,
   read_items,
   require_labels,
+  shared,
 )
 
 __all__ = [
   "EXTENSIONS",
+  "KINDS",
   "HELD_OUT",
   "SHARDS",
   "CorruptImage",
@@ -42,6 +44,7 @@ __all__ = [
   "read_items",
   "require_labels",
   "shards",
+  "shared",
   "tfds",
 ]
 

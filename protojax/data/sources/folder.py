@@ -54,7 +54,7 @@ def build(split: str | None, data_dir: str | os.PathLike | None) -> source.Sourc
     if split != "train" or any(n.lower() in (*_TRAIN, *HELD_OUT) for n in names):
       raise errors.UserError(f"no folder {split!r} in {root}: there are {source.listed(names)}")
   left: collections.Counter[str] = collections.Counter()
-  found_files = list(_files(root, left))
+  found_files = list(files_below(root, left))
   paths, others = _images(found_files, left)
   if not paths:
     extensions = sorted({_extension(p) for p in others})
@@ -79,8 +79,9 @@ def build(split: str | None, data_dir: str | os.PathLike | None) -> source.Sourc
   )
   paths = [os.path.join(root, p) for p in paths]
   read = functools.partial(source.read_items, paths, labels)
+  describe = functools.partial(_shown, paths)
   return source.Source(
-    f"folder {root}", np.arange(len(paths)), read, labels, paths.__getitem__, classes
+    f"folder {root}", np.arange(len(paths)), read, labels, describe, list(map(_text, classes))
   )
 
 
@@ -119,10 +120,22 @@ def _sub_folder(root: pathlib.Path, split: str) -> pathlib.Path | None:
 
 
 def _folders(root: pathlib.Path) -> list[pathlib.Path]:
-  return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+  try:
+    return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+  except OSError as error:
+    raise errors.UserError(f"{root} cannot be looked into: {error}") from None
 
 
-def _files(root: pathlib.Path, left: collections.Counter[str]) -> Iterator[str]:
+def _shown(paths: list[str], record: int) -> str:
+  return _text(paths[record])
+
+
+def _text(name: str) -> str:
+  """A file's name that can be printed and written; bytes in it that are no UTF-8 are replaced."""
+  return os.fsencode(name).decode("utf-8", "replace")
+
+
+def files_below(root: pathlib.Path, left: collections.Counter[str]) -> Iterator[str]:
   """Every file below, relative to root; counts what is not one in `left`. Links are followed."""
 
   def identity(path: str | os.PathLike) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """What parquet and tar shards share: which files are which split, and classes from raw labels."""
 
+import collections
 import os
 import pathlib
 import re
@@ -8,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from protojax import errors, files
-from protojax.data.sources import source
+from protojax.data.sources import folder, source
 
 SPLITS = ("train", "val", "valid", "validation", "dev", "test")  # what names of splits look like
 _POINTER = 1024  # bytes, more than a pointer to a file has
@@ -18,8 +19,8 @@ def found(data_dir: str | os.PathLike | None, ending: str) -> dict[str, list[pat
   """The shards below a folder by the split that their names say, {split: [paths], sorted}.
 
   `train-00000-of-00002.parquet`, `train_000.tar`, `imagenet-train-000.tar`, `train/0000.parquet`
-  are of the split "train"; `shard-000.tar` is of "shard" and `000.tar` of its folder. Names that
-  start with a dot are left out.
+  are of the split "train"; `shard-000.tar` is of "shard" and `000.tar` of its folder. Links are
+  followed, names that start with a dot are left out.
 
   Args:
     data_dir: "~" is understood.
@@ -30,10 +31,9 @@ def found(data_dir: str | os.PathLike | None, ending: str) -> dict[str, list[pat
   """
   root = source.folder_of(data_dir, ending[1:])
   splits: dict[str, list[pathlib.Path]] = {}
-  for path in sorted(root.rglob(f"*{ending}")):
-    inside = path.relative_to(root)
-    if path.is_file() and not any(part.startswith(".") for part in inside.parts):
-      splits.setdefault(_split_of(inside), []).append(path)
+  for inside in sorted(map(pathlib.Path, folder.files_below(root, collections.Counter()))):
+    if inside.suffix == ending:
+      splits.setdefault(_split_of(inside), []).append(root / inside)
   if not splits:
     raise errors.UserError(f"{root} holds no {ending} files: name their folder with data_dir")
   return splits
@@ -41,11 +41,11 @@ def found(data_dir: str | os.PathLike | None, ending: str) -> dict[str, list[pat
 
 def _split_of(path: pathlib.Path) -> str:
   match = re.fullmatch(r"(.*?)[-_.]?(\d+(-of-\d+)?([-_.][0-9a-f]+)?)?", path.stem)
-  name, folder = match[1] if match else path.stem, path.parent.name
+  name, above = match[1] if match else path.stem, path.parent.name
   words = [word for word in re.split(r"[-_.]", name) if word in SPLITS]
-  if words or folder in SPLITS:
-    return words[-1] if words else folder
-  return name or folder or "all"
+  if words or above in SPLITS:
+    return words[-1] if words else above
+  return name or above or "all"
 
 
 def of_split(splits: dict[str, list[pathlib.Path]], split: str | None) -> list[pathlib.Path]:

@@ -166,7 +166,7 @@ class Source:
     return int(self._records[index])
 
 
-def _patiently(read: Callable, *args) -> Any:
+def _patiently(read: Callable, *args: Any) -> Any:
   """`read(*args)`, asked again while the machine or a network's disk is to blame, not the file."""
   for pause in _PAUSES:
     try:
@@ -192,6 +192,13 @@ def require_labels(source: Source, who: str) -> None:
       f"{who} needs labels and {source.name} has none: name labelled images (a folder is labelled "
       "if all its images lie in two or more sub-folders, one a class)"
     )
+
+
+def shared(one: Source, other: Source) -> int:
+  """How many images two sources have in common, as their descriptions say: files, or records."""
+  fewer, more = sorted((one, other), key=len)
+  described = {fewer.describe(i) for i in range(len(fewer))}
+  return sum(more.describe(i) in described for i in range(len(more)))
 
 
 def measured_range(source: Source) -> pixels.Range | None:
@@ -239,8 +246,11 @@ def folder_of(data_dir: str | os.PathLike | None, name: str) -> pathlib.Path:
   Raises:
     UserError: if there is no such folder.
   """
-  if data_dir and (root := pathlib.Path(data_dir).expanduser()).is_dir():
-    return root
+  try:
+    if data_dir and (root := pathlib.Path(data_dir).expanduser()).is_dir():
+      return root
+  except OSError as error:  # of a folder above it
+    raise errors.UserError(f"data_dir={data_dir} cannot be looked into: {error}") from None
   if data_dir is None:
     raise errors.UserError(
       f"data_dir=None of data set {name!r} is not a folder: give data_dir=FOLDER (in training "

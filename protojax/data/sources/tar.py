@@ -151,6 +151,7 @@ def _samples(path: pathlib.Path) -> list[_Sample]:
   images: dict[str, tuple[str, int, int]] = {}
   arrays: dict[str, tuple[str, int, int]] = {}
   labels: dict[str, str] = {}
+  dotted: list[tuple[str, str]] = []
   size, last = path.stat().st_size, -1
   try:
     with open(path, "rb") as shard, _archive(shard, size) as archive:
@@ -168,12 +169,21 @@ def _samples(path: pathlib.Path) -> list[_Sample]:
         if f".{extension}" in folder.EXTENSIONS:
           kind = arrays if extension == "npy" else images
           kind.setdefault(key, (member.name, member.offset_data, member.size))
+        elif pathlib.PurePath(extension).suffix in folder.EXTENSIONS:
+          dotted.append((key, member.name))
         elif extension in ("cls", "json") and (label := _label(archive, member)) is not None:
           if extension == "cls" or key not in labels:
             labels[key] = label
   except Exception as error:  # what is in a damaged header fails in many ways
     before, said = len(images or arrays), errors.in_line(error)
     logging.warning("%s is damaged (%s): %d images before that", path, said, before)
+  if alone := [name for key, name in dotted if key not in images and key not in arrays]:
+    logging.warning(
+      "%s: %d images are left out, for in WebDataset a name ends at its first dot: %s",
+      path,
+      len(alone),
+      source.listed(alone),
+    )
   images = images or arrays  # beside pictures an array is something about them, as in a folder
   return [_Sample(*image, labels.get(key)) for key, image in images.items()]
 
