@@ -62,7 +62,16 @@ LONG = {
   "mixture, four times as long, horizon too": _STRETCHED,
   "mixture, four times as long, horizon too, seed 1": _STRETCHED | {"seed": 1},
 }
-ROWS = JOINT | MIXTURE | LONG
+# How far prototypes move: joint ones by the learning rate, those of a mixture by the horizon.
+SPEED = {
+  "joint, half the rate": {"optim.lr": 2e-3},
+  "joint, a sixteenth of the rate": {"optim.lr": 2.5e-4},
+  "mixture, half the horizon": {"mode": "", "mixture.horizon_steps": 3500},
+  "mixture, a fifth of the horizon": {"mode": "", "mixture.horizon_steps": 1400},
+  "mixture, a twentieth of the horizon": {"mode": "", "mixture.horizon_steps": 350},
+  "joint, four times as long, a quarter of the rate": {"num_steps": 10_000, "optim.lr": 1e-3},
+}
+ROWS = JOINT | MIXTURE | LONG | SPEED
 WATCHED = (
   "collapse/unique_0.025",
   "collapse/unique_0.25",
@@ -79,11 +88,13 @@ COLUMNS = {  # of measures: format, factor
   ".25": ("collapse/unique_0.25", ".1f", 100),
   ".5": ("collapse/unique_0.5", ".1f", 100),
   "random, .5": ("collapse/unique_0.5_random", ".1f", 100),
+  "drift": ("collapse/drift", ".2f", 1),
   "relative spacing": ("collapse/relative_uniqueness", ".2f", 1),
   "used": ("collapse/used", ".1f", 100),
   "k-NN": ("probe/knn", ".1f", 100),
   "linear": ("probe/linear_fitted", ".1f", 100),
 }
+CHANGED_SHAPE = {"head.bottleneck", "method.num_prototypes", "method.student_temp"}
 ANGLES = ("unused to minus mean", "used to minus mean", "among unused", "among used")
 
 
@@ -148,10 +159,10 @@ def tables(rows: dict[str, dict]) -> str:
 
 
 def draw(rows: dict[str, dict], path: pathlib.Path) -> None:
-  """Unique prototypes at .25 while training, of joint prototypes and of mixtures: one PNG."""
-  figure = matplotlib.figure.Figure(figsize=(11, 5.6), layout="constrained")
-  panels = figure.subplots(1, 2, sharey=True)
-  for panel, kind in zip(panels, ("joint", "mixture"), strict=True):
+  """One PNG: unique prototypes at .25 while training, joint ones and mixtures; and over drift."""
+  figure = matplotlib.figure.Figure(figsize=(15, 5.6), layout="constrained")
+  panels = figure.subplots(1, 3, sharey=True)
+  for panel, kind in zip(panels[:2], ("joint", "mixture"), strict=True):
     for row in (r for r in rows if r.startswith(kind)):
       points = np.array(rows[row]["curves"]["collapse/unique_0.25"])
       base = row in ("joint", "mixture, balanced")
@@ -162,6 +173,18 @@ def draw(rows: dict[str, dict], path: pathlib.Path) -> None:
     panel.set(title=kind, xlabel="step", xscale="log", ylim=(0, 102))
     panel.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
   panels[0].set_ylabel("unique prototypes at cosine distance .25, %")
+  for kind, marker in (("joint", "o"), ("mixture", "s")):
+    ends = [
+      (found["measures"]["collapse/drift"], 100 * found["measures"]["collapse/unique_0.25"])
+      for row, found in rows.items()
+      if row.startswith(kind) and not CHANGED_SHAPE & found["settings"].keys()
+    ]
+    panels[2].scatter(*zip(*ends, strict=True), marker=marker, label=kind)
+  panels[2].set(
+    title="the end of each run, K = 512, D = 32", xlabel="drift: cosine to where it started"
+  )
+  panels[2].invert_xaxis()
+  panels[2].legend(fontsize=8)
   figure.savefig(path, dpi=100, format="png")
 
 
