@@ -30,6 +30,7 @@ COLUMNS = {
   "unique .25": "collapse/unique_0.25",
   "unique .5": "collapse/unique_0.5",
   "used": "collapse/used",
+  "drift": "collapse/drift",
   "k-NN": "probe/knn",
   "linear": "probe/linear_fitted",
 }
@@ -78,12 +79,13 @@ def table() -> str:
 
 
 def _cell(runs: list[dict], key: str) -> str:
-  """Percent: the mean, and least and most where they differ."""
-  values = [100 * run[key] for run in runs]
-  text = f"{sum(values) / len(values):.1f}"
-  if f"{min(values):.1f}" != f"{max(values):.1f}":
-    text += f" ({min(values):.1f} to {max(values):.1f})"
-  return text
+  """Percent, of drift the cosine: the mean, and least and most where they differ."""
+  factor, form = (1, ".2f") if key == "collapse/drift" else (100, ".1f")
+  values = [factor * run[key] for run in runs]
+  mean, least, most = (
+    format(x, form) for x in (sum(values) / len(values), min(values), max(values))
+  )
+  return mean if least == most else f"{mean} ({least} to {most})"
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ def paper_mixture(config) -> None:
 
   Published: components with weights, means and diagonal covariances; responsibilities by annealed
   posterior; forgetting by responsibility; one EM step before each loss, on the teacher's features
-  of the global views; means on the sphere. Not published and chosen here: the form of the
+  of the global views; means on the sphere. Not read anywhere and chosen here: the form of the
   forgetting and its window (eta = .999), beta from .1 to 1 over half of the run, variances from
   1 / D and their floor, means that start as random directions. The weights stay uniform, see
   `mixture.Options.mass`.

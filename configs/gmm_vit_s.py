@@ -8,9 +8,10 @@ balanced, centred, with a horizon of twice the run, so that another batch size m
 targets are those it was measured with, balanced by Sinkhorn at temperature .05: with DINO's own
 centring a twentieth of decoupled prototypes is used on digits (README, first table). The joint
 baseline with them is `dino_vit_s` with `method.targets=sinkhorn`, `method.teacher_temp=.05`. Mode
-"paper" is a reading of the paper, whose constants are not public: diagonal covariances, forgetting
-by a window of 1,000 rows, beta from .1 to 1 over the first half, moved before the loss; what is
-published of that and what is chosen is said in `paper_mixture` of configs/common.py.
+"paper" is a reading of what others say of the paper, whose constants we have not read: diagonal
+covariances, forgetting by a window of 1,000 rows, beta from .1 to 1 over the first half, moved
+before the loss; what is published of that and what is chosen is said in `paper_mixture` of
+configs/common.py.
 
 Cost: compiled for 64 TPU v5e, 8 images each, a chip needs 1.6 GB of its 16, 1.0 of them within the
 step (`protojax plan --topology=v5e:8x8`, libtpu 0.0.52); for eight devices of a CPU, 64 images

@@ -711,8 +711,8 @@ GEDI = Run(
 
 GMM = Run(
   "gmm_vit_s:paper",
-  "arXiv 2510.20108 as far as abstracts, figures, reviews and notes of it say; its constants are "
-  "not public, so most of these are choices",
+  "arXiv 2510.20108 as far as abstracts, figures, reviews and notes of it say; its body and code "
+  "were not read, so most of these are choices",
   (
     C("model", "means, weights, diagonal covariances", "mixture.covariance", "diagonal"),
     C("features", "the teacher's, both global views", note="same: of the global batch"),
@@ -720,11 +720,11 @@ GMM = Run(
     C("prototypes in the loss", "the new ones, without gradient", note="same"),
     C("means on the sphere", "yes, as figures draw them", note="same: after every step"),
     C("forgetting", "by responsibility", note="same"),
-    C("form of the forgetting", "not public", "mixture.mass", None, "Celaya and Agostini's"),
-    C("EM steps a batch", "not public", note="differs because it is a choice: 1"),
+    C("form of the forgetting", "not read", "mixture.mass", None, "Celaya and Agostini's"),
+    C("EM steps a batch", "not read", note="differs because it is a choice: 1"),
     C(
       "eta",
-      "not public",
+      "not read",
       "mixture.window",
       None,
       "a window of 1,000 rows, eta = .999: our choice",
@@ -736,24 +736,24 @@ GMM = Run(
     ),
     C(
       "beta",
-      "rises; how far is not public",
+      "rises; how far was not read",
       "mixture.beta",
       None,
       ".1 to 1 over the first half of the run: our choice",
     ),
     C(
       "variances, start and floor",
-      "not public",
+      "not read",
       "mixture.variance_floor",
       None,
       "1 / D, and max(1e-4, .05 / D): our choice",
     ),
-    C("means, start", "not public", note="differs because it is a choice: random directions"),
+    C("means, start", "not read", note="differs because it is a choice: random directions"),
     C("balanced responsibilities", "not mentioned", "mixture.balanced", None, "off"),
     C("centred features", "not mentioned", "mixture.center_features", None, "off"),
     C("prototypes K, of CARP", "65,536", "method.num_prototypes", 65_536),
     C("dimension D, of CARP", "256", "head.bottleneck", 256),
-    C("targets of DINO", "not public", "method.targets", None, "centred, as without a mixture"),
+    C("targets of DINO", "not read", "method.targets", None, "centred, as without a mixture"),
     C(
       "loss and encoder",
       "CARP, k-NN 67.7 to 69.5 (ResNet-50, to judge by the number); DINO in the second version",

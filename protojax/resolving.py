@@ -94,6 +94,17 @@ def resolve(config: ml_collections.ConfigDict, num_records: int) -> ml_collectio
     if not mixture.horizon_steps:
       epochs = mixture.horizon_epochs * config.steps_per_epoch
       mixture.horizon_steps = float(epochs or 2 * config.num_steps)
+    elif (
+      config.method.prototypes == "mixture"
+      and mixture.window is None
+      and max(mixture.horizon_steps, mixture.horizon_final or 0.0) < config.num_steps
+    ):
+      logging.warning(
+        "config.mixture.horizon_steps=%g is less than the run of %d steps: prototypes on digits "
+        "drew together then (docs/collapse.md); 0 takes twice the run",
+        mixture.horizon_steps,
+        config.num_steps,
+      )
     if mixture.anneal_share and not mixture.anneal_steps:
       mixture.anneal_steps = max(1, round(mixture.anneal_share * config.num_steps))
     for section, key, default in (

@@ -107,6 +107,17 @@ def test_one_length_that_is_typed_twice_is_refused():
     typed.config("gmm_cifar10", twice)
 
 
+def test_a_horizon_that_a_longer_run_outlives_is_said(caplog):
+  changes = [("num_steps", "10000"), ("data.name", "digits")]
+  resolving.resolve(typed.config("quickstart", changes), 1442)
+  assert "horizon_steps=7000 is less than the run of 10000 steps" in caplog.text
+  caplog.clear()
+  for recipe, changed in (("quickstart", []), ("quickstart:joint", changes)):
+    resolving.resolve(typed.config(recipe, changed), 1442)
+  resolving.resolve(typed.config("quickstart", [*changes, ("mixture.horizon_steps", "0")]), 1442)
+  assert "is less than the run" not in caplog.text
+
+
 def test_settings_that_nothing_reads_are_said(caplog):
   changes = [("mixture.kappa", "20"), ("augment.local_size", "(16, 16)")]
   typed.config("dino_cifar10", [*changes, ("augment.num_local", "0")])
