@@ -14,6 +14,11 @@ def _cells():
   return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
 
 
+def _words(said: str) -> list[str]:
+  """Without numbers, which are not the same on every machine."""
+  return re.findall(r"[A-Za-z]+", said)
+
+
 def test_the_tour_trains_judges_shows_and_loops(tmp_path, monkeypatch, capsys):
   """Every cell prints lines of the form that its committed output has, or draws where it drew."""
   monkeypatch.setenv("TMPDIR", str(tmp_path))
@@ -24,7 +29,7 @@ def test_the_tour_trains_judges_shows_and_loops(tmp_path, monkeypatch, capsys):
     exec("".join(cell["source"]), names)
     said = capsys.readouterr().out
     committed = "".join("".join(o["text"]) for o in cell["outputs"] if o["output_type"] == "stream")
-    assert bool(committed) == bool(said), cell["source"][:1]
+    assert _words(committed) == _words(said), cell["source"][:1]
     drew = any("image/png" in output.get("data", {}) for output in cell["outputs"])
     assert drew == ("".join(cell["source"]).endswith("figure"))
   plt.close("all")
