@@ -1,10 +1,11 @@
 """A long tail of CIFAR-10, joint against decoupled: python -m benchmarks.long_tail --data_dir=DATA
 
-Trains DINO's joint prototypes and a mixture in both of its forms on CIFAR-10 with
-`data.imbalance=100`, 5,000 images of the first class down to 50 of the last, and evaluates each
-with `--protocol=long_tail`: accuracies of the classes with many images (over 100, eight of them)
-and of those with 20 to 100 (two), bank the images that were trained on, test CIFAR-10's; and which
-classes the prototypes serve. Floors: raw pixels, and the net after a step at learning rate 0.
+Trains DINO's joint prototypes, random ones that never move, and a mixture in both of its forms on
+CIFAR-10 with `data.imbalance=100`, 5,000 images of the first class down to 50 of the last, and
+evaluates each with `--protocol=long_tail`: accuracies of all classes in equal parts and of those
+with 20 to 100 images (two), bank the images that were trained on, or equally many of each class,
+test CIFAR-10's; and which classes the prototypes serve. Floors: raw pixels, the net after a step at
+learning rate 0, and the random prototypes.
 Writes docs/results/long_tail.json and prints the table. Rows that are there are not run again.
 """
 
@@ -23,6 +24,7 @@ JOINT = "configs/dino_cifar10.py"
 TRAINED = {
   "untrained encoder": (JOINT, {"num_steps": 1}),
   "joint": (JOINT, {}),
+  "frozen random": ("configs/frozen_cifar10.py", {}),
   "mixture, balanced": ("configs/gmm_cifar10.py", {}),
   "mixture, as in the paper": ("configs/gmm_cifar10.py:paper", {}),
 }
@@ -30,11 +32,13 @@ TAIL = {"data.imbalance": 100.0}
 RESULTS = runs.ROOT / "docs" / "results" / "long_tail.json"
 COLUMNS = {
   "k-NN, balanced": "knn_balanced",
-  "many": "knn_many",
   "medium": "knn_medium",
   "linear, balanced": "linear_balanced",
-  "many ": "linear_many",
   "medium ": "linear_medium",
+  "even bank: k-NN, balanced": "even_knn_balanced",
+  "medium  ": "even_knn_medium",
+  "even bank: linear, balanced": "even_linear_balanced",
+  "medium   ": "even_linear_medium",
   "used": "used",
   "of them of medium": "prototypes_used_medium",
 }

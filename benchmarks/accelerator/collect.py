@@ -345,11 +345,13 @@ def clustering_table(lines: dict[str, dict]) -> str:
 
 _LONG_TAIL = {
   "knn_balanced": "k-NN %, balanced",
-  "knn_many": "many",
   "knn_medium": "medium",
   "linear_balanced": "linear %, balanced",
-  "linear_many": "many",
   "linear_medium": "medium",
+  "even_knn_balanced": "even bank: k-NN %, balanced",
+  "even_knn_medium": "medium",
+  "even_linear_balanced": "even bank: linear %, balanced",
+  "even_linear_medium": "medium",
   "prototypes_used_medium": "used prototypes of medium",
 }
 

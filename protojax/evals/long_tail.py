@@ -1,11 +1,18 @@
-"""Accuracy and prototypes of frequent and rare classes (the cuts of arXiv 1904.05160)."""
+"""Accuracy and prototypes of frequent and rare classes (the cuts of arXiv 1904.05160).
+
+A bank with a hundred times the images of one class recognises the other one hardly ever, however
+good the features are. Two questions, then: what does such a bank recognise, and, "even", what does
+a bank of equally many images a class: what do the features know of the rare ones?
+"""
 
 import numpy as np
 
-from protojax.evals import knn, linear, purity
+from protojax.evals import knn, linear, low_shot, purity
 from protojax.metrics import pairwise
 
 SPLITS = ("many", "medium", "few")
+EVEN = 50  # images a class of an even bank, at most
+DRAWS = 5  # of an even bank
 
 
 def splits(labels: np.ndarray, num_classes: int) -> dict[str, np.ndarray]:
@@ -90,6 +97,60 @@ def allocation(
   return out
 
 
+def even(
+  bank: np.ndarray,
+  bank_labels: np.ndarray,
+  queries: np.ndarray,
+  query_labels: np.ndarray,
+  *,
+  num_classes: int,
+  k: int = 20,
+  temperature: float = 0.07,
+) -> dict[str, float]:
+  """Accuracies with a bank of equally many images a class: of its smallest class, `EVEN` at most.
+
+  Args:
+    as of `evaluate`; k is at most the images of the even bank.
+
+  Returns:
+    {"images_per_class"; "knn_all", "knn_balanced", "knn_many", ..., "linear_all", ...}: k-NN and
+    `low_shot.fit`, means over `DRAWS` draws.
+
+  Raises:
+    UserError: as `knn.scores` and `linear.fit`.
+  """
+  bank_labels = np.asarray(bank_labels)
+  parts = splits(bank_labels, num_classes)
+  counts = np.bincount(bank_labels)
+  per_class = int(min(counts[counts > 0].min(), EVEN))
+  bank, queries = low_shot.unit(bank), low_shot.unit(queries)
+  found = []
+  for seed in range(DRAWS):
+    rows = low_shot.subset(bank_labels, seed=seed, per_class=per_class)
+    few, labels = bank[rows], bank_labels[rows]
+    predicted = {
+      "knn": knn.predict(
+        few,
+        labels,
+        queries,
+        num_classes=num_classes,
+        k=min(k, rows.size),
+        temperature=temperature,
+      ),
+      "linear": linear.predict(low_shot.fit(few, labels, num_classes=num_classes), queries),
+    }
+    found.append(
+      {
+        f"{name}_{part}": value
+        for name, guesses in predicted.items()
+        for part, value in accuracies(guesses, query_labels, parts).items()
+      }
+    )
+  return {"images_per_class": per_class} | {
+    name: float(np.mean([draw[name] for draw in found])) for name in found[0]
+  }
+
+
 def evaluate(
   bank: np.ndarray,
   bank_labels: np.ndarray,
@@ -113,11 +174,11 @@ def evaluate(
 
   Returns:
     {"knn_all", "knn_balanced", "knn_many", ..., "linear_all", ..., "linear_l2": strength chosen on
-    a tenth of the bank}; and "classes_many", "images_many": how many classes and what share of the
-    bank's images each split has, ...
+    a tenth of the bank}; "even_knn_all", ...: those of `even`; and "classes_many", "images_many":
+    how many classes and what share of the bank's images each split has, ...
 
   Raises:
-    UserError: as `knn.scores` and `linear.choose`.
+    UserError: as `knn.scores`, `linear.choose` and `linear.fit`.
   """
   parts = splits(bank_labels, num_classes)
   near = knn.predict(
@@ -127,6 +188,16 @@ def evaluate(
   out = {"linear_l2": l2}
   for name, found in (("knn", near), ("linear", linear.predict(classifier, queries))):
     out |= {f"{name}_{k}": v for k, v in accuracies(found, query_labels, parts).items()}
+  with_even_bank = even(
+    bank,
+    bank_labels,
+    queries,
+    query_labels,
+    num_classes=num_classes,
+    k=k,
+    temperature=temperature,
+  )
+  out |= {f"even_{name}": value for name, value in with_even_bank.items()}
   for name, classes in parts.items():
     out[f"classes_{name}"] = int(classes.size)
     if classes.size:

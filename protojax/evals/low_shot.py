@@ -46,6 +46,45 @@ def subset(
   return np.sort(np.concatenate(rows))
 
 
+def unit(features: np.ndarray) -> np.ndarray:
+  """float32 [N, D] with rows of unit length; a row of zeros stays one."""
+  # Not sklearn's normalize: its last digits are others, and move an image of published accuracies.
+  features = np.asarray(features, np.float32)
+  return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+
+
+def fit(
+  few: np.ndarray,
+  labels: np.ndarray,
+  *,
+  num_classes: int,
+  strength: float = 0.1,
+  max_steps: int = 500,
+) -> linear.Classifier:
+  """Logistic regression without bias, penalty lambda / 2 |weight|^2 on the mean cross entropy.
+
+  Args:
+    few: [n, D] of unit length, see `unit`.
+    labels: int [n].
+    num_classes: C.
+    strength: lambda = strength / n: scikit-learn's C = 1 / strength, whatever n. .1 is that of
+      arXiv 2104.14294, .0025 that of arXiv 2204.07141.
+    max_steps: of L-BFGS.
+
+  Raises:
+    UserError: as `linear.fit`.
+  """
+  return linear.fit(
+    few,
+    labels,
+    num_classes=num_classes,
+    l2=strength / len(few),
+    max_steps=max_steps,
+    standardise=False,
+    intercept=False,
+  )
+
+
 def evaluate(
   bank: np.ndarray,
   bank_labels: np.ndarray,
@@ -61,8 +100,7 @@ def evaluate(
 ) -> dict[str, float]:
   """Accuracy on all test images after fitting to few, over several draws of the few.
 
-  Features have unit length; no bias; penalty lambda / 2 |weight|^2 with lambda = strength / n on
-  the mean cross entropy of the n images (scikit-learn's C = 1 / strength, whatever n).
+  Features are made of unit length; the classifier is `fit`'s.
 
   Args:
     bank: [N, D], what the few are drawn from.
@@ -73,8 +111,7 @@ def evaluate(
     shares: of every class; see `subset`.
     per_class: images of every class.
     seeds: one draw each; two or more.
-    strength: .1 is that of arXiv 2104.14294, .0025 that of arXiv 2204.07141.
-    max_steps: of L-BFGS.
+    strength, max_steps: of `fit`.
 
   Returns:
     {"1_per_class_mean", "1_per_class_std", ..., "1_percent_mean", "1_percent_std", ...}: mean and
@@ -83,11 +120,7 @@ def evaluate(
   Raises:
     UserError: as `subset` and `linear.fit`.
   """
-  # Not sklearn's normalize: its last digits are others, and move an image of published accuracies.
-  bank, queries = (
-    x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-    for x in (np.asarray(bank, np.float32), np.asarray(queries, np.float32))
-  )
+  bank, queries = unit(bank), unit(queries)
   bank_labels, query_labels = np.asarray(bank_labels), np.asarray(query_labels)
   few = {f"{n}_per_class": {"per_class": n} for n in per_class}
   few |= {f"{100 * share:g}_percent": {"share": share} for share in shares}
@@ -97,14 +130,12 @@ def evaluate(
       found = []
       for seed in seeds:
         rows = subset(bank_labels, seed=seed, **size)
-        classifier = linear.fit(
+        classifier = fit(
           bank[rows],
           bank_labels[rows],
           num_classes=num_classes,
-          l2=strength / rows.size,
+          strength=strength,
           max_steps=max_steps,
-          standardise=False,
-          intercept=False,
         )
         found.append(np.mean(linear.predict(classifier, queries) == query_labels))
         line.step()

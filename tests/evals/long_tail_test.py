@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
+import sklearn.linear_model
 from sklearn import metrics
 
-from protojax.evals import knn, linear, long_tail
+from protojax.evals import knn, linear, long_tail, low_shot
 
 
 def _long_tail():
@@ -51,6 +52,32 @@ def test_evaluate_judges_both_classifiers_on_every_split():
   assert [got[f"classes_{s}"] for s in long_tail.SPLITS] == [1, 2, 1]
   assert got["images_many"] == 150 / 289
   assert got["knn_many"] > got["knn_few"]  # frequent classes outvote rare ones
+
+
+def test_an_even_bank_has_as_many_images_of_each_class_as_the_smallest():
+  bank, labels, queries, right = _long_tail()
+  whole = long_tail.evaluate(bank, labels, queries, right, num_classes=4)
+  knns, linears = [], []
+  for seed in range(long_tail.DRAWS):
+    rows = low_shot.subset(labels, seed=seed, per_class=19)
+    few = bank[rows] / np.linalg.norm(bank[rows], axis=1, keepdims=True)
+    assert np.bincount(labels[rows]).tolist() == [19] * 4
+    near = np.asarray(knn.predict(few, labels[rows], queries, num_classes=4))
+    knns.append(np.mean(near[right == 3] == 3))
+    fitted = sklearn.linear_model.LogisticRegression(C=10.0, fit_intercept=False, tol=1e-8)
+    unit = queries / np.linalg.norm(queries, axis=1, keepdims=True)
+    linears.append(np.mean(fitted.fit(few, labels[rows]).predict(unit)[right == 3] == 3))
+  assert whole["even_images_per_class"] == 19
+  assert whole["even_knn_few"] == pytest.approx(np.mean(knns))
+  assert whole["even_linear_few"] == pytest.approx(np.mean(linears))
+  assert whole["even_knn_few"] > whole["knn_few"] + 0.1  # nothing outvotes the rare class
+
+
+def test_an_even_bank_of_one_image_a_class_has_no_more_neighbours_than_images():
+  bank, labels = np.eye(3, dtype=np.float32)[[0, 0, 0, 1, 2]], np.array([0, 0, 0, 1, 2])
+  found = long_tail.even(bank, labels, np.eye(3), np.arange(3), num_classes=3)
+  assert found["images_per_class"] == 1
+  assert found["knn_all"] == found["linear_all"] == found["knn_few"] == 1.0
 
 
 def test_prototypes_serve_the_split_of_their_majority_class():
