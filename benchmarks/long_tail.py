@@ -32,13 +32,11 @@ TAIL = {"data.imbalance": 100.0}
 RESULTS = runs.ROOT / "docs" / "results" / "long_tail.json"
 COLUMNS = {
   "k-NN, balanced": "knn_balanced",
+  "many": "knn_many",
   "medium": "knn_medium",
   "linear, balanced": "linear_balanced",
+  "many ": "linear_many",
   "medium ": "linear_medium",
-  "even bank: k-NN, balanced": "even_knn_balanced",
-  "medium  ": "even_knn_medium",
-  "even bank: linear, balanced": "even_linear_balanced",
-  "medium   ": "even_linear_medium",
   "used": "used",
   "of them of medium": "prototypes_used_medium",
 }
