@@ -94,7 +94,7 @@ def resolve(config: ml_collections.ConfigDict, num_records: int) -> ml_collectio
     if not mixture.horizon_steps:
       epochs = mixture.horizon_epochs * config.steps_per_epoch
       mixture.horizon_steps = float(epochs or 2 * config.num_steps)
-    elif (
+    if (
       config.method.prototypes == "mixture"
       and mixture.window is None
       and max(mixture.horizon_steps, mixture.horizon_final or 0.0) < config.num_steps
@@ -183,7 +183,7 @@ def _resolve_sizes(config: ml_collections.ConfigDict) -> None:
 
 
 _RANGES = (  # what may lie from where to where
-  ("seed", -(2**31), 2**31 - 1),  # JAX's random keys take 32 bits
+  ("seed", -(2**31), 2**32 - 1),  # JAX's random keys take 32 bits
   ("teacher.momentum", 0, 1),
   ("mixture.horizon_steps", 0, math.inf),
   ("mixture.horizon_epochs", 0, math.inf),
@@ -209,7 +209,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     if key.startswith("optim.") and isinstance(value, int | float) and value < 0:
       raise errors.UserError(f"{key}={value} must not be negative: set config.{key}")
     if key.startswith("augment.") and isinstance(value, tuple):
-      if not all(isinstance(item, int | float) for item in value):
+      measured = key in ("augment.mean", "augment.std") and value == (None,)  # as it is typed
+      if not measured and not all(isinstance(item, int | float) for item in value):
         raise errors.UserError(f"{key}={value} must be numbers: set config.{key}")
   for key, low, high in _RANGES:
     if known[key] is not None and not low <= known[key] <= high:

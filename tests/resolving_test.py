@@ -64,7 +64,7 @@ def test_batch_larger_than_the_source_is_refused():
 @pytest.mark.parametrize(
   ("key", "value", "words"),
   [
-    ("seed", 99_999_999_999, "seed=99999999999 must be -2147483648 to 2147483647"),
+    ("seed", 99_999_999_999, "seed=99999999999 must be -2147483648 to 4294967295"),
     ("steps_per_epoch", -5, "steps_per_epoch must not be negative"),
     ("teacher.momentum", 1.5, "teacher.momentum=1.5 must be 0 to 1: set config.teacher.momentum"),
     ("mixture.horizon_steps", -7.0, "mixture.horizon_steps=-7.0 must be 0 to inf"),
@@ -81,6 +81,13 @@ def test_numbers_that_no_run_can_have_are_one_line(key, value, words):
   with pytest.raises(errors.UserError, match=words) as caught:
     resolving.check(config)
   assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["mean", "std"])
+def test_a_mean_that_is_typed_as_none_is_measured(key):
+  config = typed.config("quickstart:debug", [(f"augment.{key}", "None")])
+  resolving.check(config)
+  assert resolving.to_be_measured(config, key)
 
 
 @pytest.mark.parametrize(
@@ -111,6 +118,9 @@ def test_a_horizon_that_a_longer_run_outlives_is_said(caplog):
   changes = [("num_steps", "10000"), ("data.name", "digits")]
   resolving.resolve(typed.config("quickstart", changes), 1442)
   assert "horizon_steps=7000 is less than the run of 10000 steps" in caplog.text
+  caplog.clear()
+  resolving.resolve(typed.config("gmm_cifar10", [("mixture.horizon_epochs", "1")]), 50_000)
+  assert "horizon_steps=390 is less than the run of 2000 steps" in caplog.text
   caplog.clear()
   for recipe, changed in (("quickstart", []), ("quickstart:joint", changes)):
     resolving.resolve(typed.config(recipe, changed), 1442)

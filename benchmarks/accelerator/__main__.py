@@ -100,9 +100,10 @@ def _run_here(arguments) -> None:
   """Items in this process; each leaves result.json or error.json in its folder.
 
   After an error that is not a mistake of ours the process ends: it may have left the device in a
-  state in which nothing works any more.
+  state in which nothing works any more. So it does after two rows with the same one.
   """
   logging.set_verbosity(logging.INFO)
+  last_error = None
   for item in items.ITEMS:
     if item.name in arguments.items:
       folder = _folder(arguments.state.resolve(), item)
@@ -118,8 +119,9 @@ def _run_here(arguments) -> None:
         said = f"{type(error).__name__}: {error}"[:1000]
         end = _tail(traceback.format_exc())
         files.write_json(folder / "error.json", {"error": said, "log": end})
-        if not isinstance(error, errors.UserError):
+        if not isinstance(error, errors.UserError) or (item.work == "row" and said == last_error):
           sys.exit(1)
+        last_error = said
       else:
         files.write_json(folder / "result.json", result)
 
@@ -145,10 +147,8 @@ def _work_through(arguments, parser) -> int:
     parser.error(f"--only={' '.join(arguments.only)} names no item: --list shows all")
   over = {"done", "skipped"} | (set() if arguments.retry else {"failed"})
 
-  def is_left(item) -> bool:  # whether the machine works is asked until it does
-    return lines.status(item.name) not in (over - {"failed"} if item.work == "machine" else over)
-
-  left = [item for item in wanted if is_left(item)]
+  # Whether the machine works is asked in every call: it may be another one.
+  left = [i for i in wanted if i.work == "machine" or lines.status(i.name) not in over]
   data = pathlib.Path(arguments.data_dir or "")
   if any(item.work == "row" for item in left) and not (data / "cifar10").is_dir():
     parser.error(
@@ -162,7 +162,7 @@ def _work_through(arguments, parser) -> int:
     "rehearsal": arguments.rehearse,
   }
 
-  if common["card"]:  # JAX would go on without it, on the CPU
+  if common["card"] and not arguments.rehearse:  # JAX would go on without it, on the CPU
     os.environ.setdefault("JAX_PLATFORMS", "cuda,cpu")
   last_error: dict[str, str] = {}
   given_up: set[str] = set()
@@ -193,7 +193,7 @@ def _work_through(arguments, parser) -> int:
       done.result()
   if any(i.work == "machine" and lines.status(i.name) == "failed" for i in wanted):
     return 1
-  left = [item for item in wanted if is_left(item)]
+  left = [item for item in wanted if lines.status(item.name) not in over | {"failed"}]
   if left:
     print(f"the time is up: the same command goes on with {left[0].name}")
   else:

@@ -17,6 +17,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 
 from protojax import errors, losses
 from protojax.methods import base
@@ -64,13 +65,14 @@ def make(config) -> base.Method:
   """CARP from `config.method.{num_prototypes, partition_size}`.
 
   Raises:
-    UserError: if the partition size does not divide the number of prototypes, or embeddings are
-      of length one.
+    UserError: if the partition size does not divide the number of prototypes.
   """
   options = config.method
-  errors.require(
-    config, {"head.l2": False}, "CARP has no other temperature than the length of embeddings"
-  )
+  if config.head.l2:
+    logging.warning(
+      "head.l2=True: CARP has no other temperature than the length of embeddings, and with all of "
+      "length one assignments stay uniform: set config.head.l2=False"
+    )
   size = options.partition_size
   if size < 2 or options.num_prototypes % size:
     raise errors.UserError(

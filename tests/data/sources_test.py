@@ -386,6 +386,19 @@ def test_a_module_of_the_users_is_a_source_without_a_fork(own_package):
   assert batch["image"].shape == (4, 8, 8, 3) and batch["label"].tolist() == [0, 0, 0, 1]
 
 
+def test_deep_files_of_a_module_take_the_range_that_is_given_or_measured(own_package, tmp_path):
+  Image.fromarray(np.full((4, 4), 4000, np.uint16)).save(tmp_path / "a.png")
+  (own_package / "deep.py").write_text(
+    "import numpy as np\nfrom protojax.data import Source\n"
+    "def read(records):\n"
+    f"  return [({str(tmp_path / 'a.png')!r}, 0) for _ in records]\n"
+    "def build(split, data_dir):\n  return Source('deep', np.arange(3), read)\n"
+  )
+  given = sources.build("own_package.deep", split="train", value_range=(0, 8000))
+  assert given[0]["image"].max() == 128 and given.value_range == (0, 8000)
+  assert sources.build("own_package.deep", split="train").value_range == (0.0, 4095.0)
+
+
 def test_the_source_in_the_architecture_is_one(own_package):
   (text,) = re.findall(r"```python\n(.*?)```", (_REPO / "docs/architecture.md").read_text(), re.S)
   (own_package / "cells.py").write_text(text)

@@ -65,9 +65,11 @@ def test_loss_is_that_of_the_blocks_its_key_draws():
   assert values[0] != values[1]  # other blocks
 
 
-def test_embeddings_of_length_one_are_refused_in_one_line():
-  with pytest.raises(errors.UserError, match="than the length of embeddings; set config.head.l2="):
-    carp.make(_config(head__l2=True))
+def test_embeddings_of_length_one_are_said_to_learn_nothing(caplog):
+  carp.make(_config())
+  assert not caplog.text
+  carp.make(_config(head__l2=True))
+  assert "assignments stay uniform: set config.head.l2=False" in caplog.text
 
 
 @pytest.mark.parametrize("size", [1, 5, 64])

@@ -104,14 +104,15 @@ def build(
   if name in KINDS:
     source = KINDS[name](split, data_dir)
   elif re.fullmatch(_MODULE, name):
-    source = _of_module(name, split, data_dir, channels)
+    source = _of_module(name, split, data_dir, channels, value_range)
   else:
     near = difflib.get_close_matches(name, KINDS, 1, 0.7)
     if near and not (data_dir and (pathlib.Path(data_dir).expanduser() / name).is_dir()):
       raise errors.UserError(f"data.name={name!r} is unknown: did you mean {near[0]}?")
     source = tfds.build(name, split, data_dir)
   source.channels = channels
-  source.value_range = measured_range(source) if value_range is None else value_range
+  if source.value_range is None:
+    source.value_range = measured_range(source) if value_range is None else value_range
   return source if imbalance is None else long_tail(source, imbalance, seed)
 
 
@@ -153,7 +154,11 @@ def _check_range(value_range: Range | None, channels: int) -> None:
 
 
 def _of_module(
-  name: str, split: str | None, data_dir: str | os.PathLike | None, channels: int
+  name: str,
+  split: str | None,
+  data_dir: str | os.PathLike | None,
+  channels: int,
+  value_range: Range | None,
 ) -> Source:
   """What `build(split, data_dir)` of the user's own module `name` returns."""
   module = own_modules.load(name, "data.name")
@@ -176,6 +181,7 @@ def _of_module(
       f"data.name={name!r}: its build returned {type(built).__name__}: return a data.Source"
     )
   built.channels = channels
+  built.value_range = measured_range(built) if value_range is None else value_range
   first = list(built.read(range(min(len(built), _FIRST))))
   if not any(isinstance(record, dict) for record in first):
     said = f"can be read: {first[0]}" if first else "is there"

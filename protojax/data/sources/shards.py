@@ -31,8 +31,10 @@ def found(data_dir: str | os.PathLike | None, ending: str) -> dict[str, list[pat
   """
   root = source.folder_of(data_dir, ending[1:])
   splits: dict[str, list[pathlib.Path]] = {}
+  seen = set()
   for inside in sorted(map(pathlib.Path, folder.files_below(root, collections.Counter()))):
-    if inside.suffix == ending:
+    if inside.suffix == ending and (file := os.path.realpath(root / inside)) not in seen:
+      seen.add(file)  # once, though a link such as "latest" leads to it, too
       splits.setdefault(_split_of(inside), []).append(root / inside)
   if not splits:
     raise errors.UserError(f"{root} holds no {ending} files: name their folder with data_dir")

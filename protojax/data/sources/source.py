@@ -19,7 +19,7 @@ _PASSING = {  # what comes and goes: no handles or memory, a network's disk that
   *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR, errno.EIO, errno.ESTALE),
   *(errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.EHOSTDOWN, errno.EREMOTEIO),
 }
-_PAUSES = (0.1, 0.5, 2.0, 8.0, None)  # seconds
+_PAUSES = (0.1, 0.5, 2.0, 8.0, 30.0, 60.0, 120.0, None)  # seconds
 _DEEP = (  # taken for 0 to 65,535 it might be all black
   "more than 8 bits a channel, which no image has that was looked at first: "
   "config.data.value_range=(LOW, HIGH) says what becomes black and white"
@@ -97,7 +97,7 @@ class Source:
   def read(self, indices: Sequence[int]) -> Iterator[dict[str, Any] | CorruptImage]:
     """`self[i]` of each index, but faster, and a `CorruptImage` is given, not raised.
 
-    A disk that does not answer is no damaged image: it is asked again for some seconds.
+    A disk that does not answer is no damaged image: it is asked again for three minutes or more.
 
     Raises:
       UserError: if it does not answer then.
@@ -168,14 +168,13 @@ class Source:
 
 def _patiently(read: Callable, *args: Any) -> Any:
   """`read(*args)`, asked again while the machine or a network's disk is to blame, not the file."""
-  for pause in _PAUSES:
+  for number, pause in enumerate(_PAUSES):
     try:
       return read(*args)
     except OSError as error:
-      if error.errno not in _PASSING:
+      damaged = error.errno in (errno.EIO, errno.EREMOTEIO)  # or a mount that does not wait
+      if error.errno not in _PASSING or (damaged and number):
         raise
-      if pause is None and error.errno in (errno.EIO, errno.EREMOTEIO):
-        raise  # where the disk is damaged
       if pause is None:
         raise errors.UserError(
           f"images cannot be read any more ({error}), tried {len(_PAUSES)} times: nothing is wrong "
