@@ -60,7 +60,7 @@ LOST = 75  # status of a program whose other processes are lost: nothing to mend
 
 
 class Missing(Exception):
-  """Another process of the run did not come or is lost; `cli.guarded` ends with `LOST`."""
+  """Another process did not come or is lost, or a disk is; `cli.guarded` ends with `LOST`."""
 
 
 def require_positive(options: Mapping[str, Any], *names: str) -> None:

@@ -176,6 +176,9 @@ def told(others: Hosts | None) -> Iterator[None]:
   except errors.UserError as error:
     others.failed(2, str(error))
     raise
+  except errors.Missing as error:
+    others.failed(errors.LOST, str(error))
+    raise
   except KeyboardInterrupt:
     others.failed(130, "interrupted")
     raise

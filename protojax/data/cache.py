@@ -7,6 +7,7 @@ the bit to training without: views, checkpoints and resuming know nothing of it.
 
 import os
 from collections.abc import Iterator
+from concurrent import futures
 from typing import NamedTuple
 
 import jax
@@ -168,10 +169,17 @@ def batches(
   Yields:
     ({key: array [B, ...]}, the corrupt rows that were replaced, or -1, int32 [B] on the host).
   """
-  while True:
-    rows = pipeline.shuffled_rows(len(cache.skipped), seed, step * batch_size, batch_size)
-    yield gather(cache, rows, keys), cache.skipped[rows]
-    step += 1
+
+  def rows_of(step: int) -> np.ndarray:
+    return pipeline.shuffled_rows(len(cache.skipped), seed, step * batch_size, batch_size)
+
+  with futures.ThreadPoolExecutor(1) as ahead:  # milliseconds, while the devices are at work
+    following = ahead.submit(rows_of, step)
+    while True:
+      rows = following.result()
+      step += 1
+      following = ahead.submit(rows_of, step)
+      yield gather(cache, rows, keys), cache.skipped[rows]
 
 
 def sequential(

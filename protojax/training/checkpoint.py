@@ -251,9 +251,18 @@ class Checkpoints:
           return f"{errors.in_line(name)} is damaged"
     except FileNotFoundError as error:
       return f"{pathlib.Path(error.filename).relative_to(folder)} is missing"
-    except (ValueError, OSError) as error:
+    except ValueError as error:
       return f"{_SEAL}: {_one_line(error)}"
+    except OSError as error:
+      said = f"checkpoint {step} in {self._folder}: {self._away(step, error)}"
+      raise errors.UserError(said) from error
     return None
+
+  def _away(self, step: int, error: Exception) -> str:
+    return (
+      f"reading it failed ({_one_line(error)}): the same command tries again; if it never can, "
+      f"delete {self._folder / str(step)} to go on from the one before"
+    )
 
   def _require_fit(self, step: int, abstract: PyTree, there: dict[str, str]) -> None:
     here = _shapes(abstract)
@@ -271,7 +280,8 @@ class Checkpoints:
   ) -> tuple[int, PyTree, dict] | None:
     """The newest checkpoint that can be read, on any mesh.
 
-    A damaged one is passed over with a warning, and removed by the next save.
+    A damaged one is passed over with a warning, and removed by the next save; one that is whole and
+    cannot be read at the moment is not.
 
     Args:
       abstract: pytree like the state, of `jax.ShapeDtypeStruct` with `sharding`; or a function that
@@ -282,8 +292,9 @@ class Checkpoints:
       (step, state, metadata), or None if there is no checkpoint.
 
     Raises:
-      UserError: if there are checkpoints and none can be read, `step` is not there, or the state
-        has other leaves.
+      UserError: if there are checkpoints and none can be read, or the newest that is not damaged
+        cannot be read now (`Missing` with several processes), `step` is not there, or the state has
+        other leaves.
     """
     if (found := self._restore(abstract, step)) is None:
       return None
@@ -319,7 +330,10 @@ class Checkpoints:
         try:
           return step, manager.restore(step, args=ocp.args.Composite(**wanted)), reasons
         except Exception as error:  # orbax and tensorstore raise whatever they like
-          reason = _one_line(error)
+          # No damage, for the files are those that were written: not to be passed over, and
+          # deleted by the next save. Perhaps it befell this process alone.
+          said = f"checkpoint {step} in {self._folder} is whole, but {self._away(step, error)}"
+          raise (errors.UserError if jax.process_count() == 1 else errors.Missing)(said) from error
       reasons[step] = f"{step} ({reason})"
     if reasons:
       raise errors.UserError(

@@ -134,7 +134,9 @@ def _run(config, workdir, report, heard) -> dict[str, float]:
       unseen=True,
     )
     log.measures(done, measures)
-    if config.monitor.stop_on_collapse and log.verdict(done).collapsed:
+    if config.monitor.stop_on_collapse and checkpoint.of_first(
+      lambda: "collapsed" if log.verdict(done).collapsed else None
+    ):  # of all processes alike, though their last digits may differ
       save(done, state)
       raise errors.UserError(
         f"stopped at step {done}, {log.verdict(done).label}: {log.verdict(done).sentence} "

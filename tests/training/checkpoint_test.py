@@ -220,6 +220,32 @@ def test_every_kind_of_damage_is_noticed(tmp_path, what):
 
 
 @pytest.mark.survives(
+  "a disk that fails while a checkpoint is read",
+  "the newest one, which is whole",
+  "one line; nothing is passed over and later deleted, the same command goes on from it",
+)
+@pytest.mark.parametrize("where", ["restore", "sum"])
+def test_a_whole_checkpoint_that_cannot_be_read_now_is_not_passed_over(
+  tmp_path, monkeypatch, where
+):
+  _write(tmp_path, [4, 6])
+
+  def away(*unused, **also_unused):
+    raise OSError(5, "Input/output error")
+
+  with monkeypatch.context() as patch:
+    if where == "restore":
+      patch.setattr(ocp.CheckpointManager, "restore", away)
+    else:
+      patch.setattr(checkpoint, "_sum", away)
+    with pytest.raises(
+      errors.UserError, match="reading it failed .*Input/output error.*/6 to go on"
+    ):
+      _read(tmp_path)
+  assert _read(tmp_path)[0] == 6 and _steps(tmp_path) == ["4", "6"]
+
+
+@pytest.mark.survives(
   "all checkpoints damaged",
   "each of them",
   "one line that names all",
