@@ -66,6 +66,7 @@ LONG = {
 SPEED = {
   "joint, half the rate": {"optim.lr": 2e-3},
   "joint, a sixteenth of the rate": {"optim.lr": 2.5e-4},
+  "mixture, the default horizon, twice the run": {"mode": "", "mixture.horizon_steps": 5000},
   "mixture, half the horizon": {"mode": "", "mixture.horizon_steps": 3500},
   "mixture, a fifth of the horizon": {"mode": "", "mixture.horizon_steps": 1400},
   "mixture, a twentieth of the horizon": {"mode": "", "mixture.horizon_steps": 350},
