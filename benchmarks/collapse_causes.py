@@ -22,6 +22,7 @@ import json
 import os
 import pathlib
 
+import matplotlib
 import matplotlib.figure
 import numpy as np
 
@@ -161,9 +162,10 @@ def tables(rows: dict[str, dict]) -> str:
 
 def draw(rows: dict[str, dict], path: pathlib.Path) -> None:
   """One PNG: unique prototypes at .25 while training, joint ones and mixtures; and over drift."""
-  figure = matplotlib.figure.Figure(figsize=(15, 5.6), layout="constrained")
+  figure = matplotlib.figure.Figure(figsize=(16, 7.2), layout="constrained")
   panels = figure.subplots(1, 3, sharey=True)
   for panel, kind in zip(panels[:2], ("joint", "mixture"), strict=True):
+    panel.set_prop_cycle(color=matplotlib.colormaps["tab20"].colors)
     for row in (r for r in rows if r.startswith(kind)):
       points = np.array(rows[row]["curves"]["collapse/unique_0.25"])
       base = row in ("joint", "mixture, balanced")
@@ -172,7 +174,7 @@ def draw(rows: dict[str, dict], path: pathlib.Path) -> None:
         points[:, 0], 100 * points[:, 1], label=label, color="black" if base else None, lw=1.5
       )
     panel.set(title=kind, xlabel="step", xscale="log", ylim=(0, 102))
-    panel.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
+    panel.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
   panels[0].set_ylabel("unique prototypes at cosine distance .25, %")
   for kind, marker in (("joint", "o"), ("mixture", "s")):
     ends = [
@@ -181,9 +183,7 @@ def draw(rows: dict[str, dict], path: pathlib.Path) -> None:
       if row.startswith(kind) and not CHANGED_SHAPE & found["settings"].keys()
     ]
     panels[2].scatter(*zip(*ends, strict=True), marker=marker, label=kind)
-  panels[2].set(
-    title="the end of each run, K = 512, D = 32", xlabel="drift: cosine to where it started"
-  )
+  panels[2].set(title="at the end, K = 512, D = 32", xlabel="drift: cosine to where it started")
   panels[2].invert_xaxis()
   panels[2].legend(fontsize=8)
   figure.savefig(path, dpi=100, format="png")
