@@ -244,7 +244,8 @@ def test_a_probe_may_change_when_a_run_goes_on_and_the_encoder_does_not_feel_it(
   shutil.rmtree(folder / "eval")
   streams = _streams(monkeypatch)
   caplog.set_level("INFO")
-  loop.run(tiny.run_config(**{"probe.train_split": "test", "probe.k": 5}), str(folder))
+  swapped = {"probe.train_split": "test", "probe.test_split": "train"}
+  loop.run(tiny.run_config(**swapped, **{"probe.k": 5}), str(folder))
   assert (
     "the online linear probe starts fresh: config.probe.train_split was train at step 4; measured "
     "on digits/test from here on"

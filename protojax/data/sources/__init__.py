@@ -181,7 +181,9 @@ def _of_module(
       f"data.name={name!r}: its build returned {type(built).__name__}: return a data.Source"
     )
   built.channels = channels
-  built.value_range = measured_range(built) if value_range is None else value_range
+  built.value_range = value_range
+  if value_range is None and len(built):
+    built.value_range = measured_range(built)
   first = list(built.read(range(min(len(built), _FIRST))))
   if not any(isinstance(record, dict) for record in first):
     said = f"can be read: {first[0]}" if first else "is there"
