@@ -116,9 +116,8 @@ def config(recipe: str, changes: list[tuple[str, str | None]]) -> ml_collections
   lengths = trees.flat(config)
   for steps, epochs in _LENGTHS.items():
     if steps in given and epochs in given and lengths[steps] and lengths[epochs]:
-      raise errors.UserError(
-        f"config.{steps}={lengths[steps]:g} and config.{epochs}={lengths[epochs]:g} are one length "
-        "twice: give one of them"
+      logging.warning(
+        "config.%s=%g counts, config.%s=%g does not", steps, lengths[steps], epochs, lengths[epochs]
       )
     if epochs in given and steps not in given:  # the recipe's steps would be taken before it
       config.update_from_flattened_dict({steps: type(lengths[steps])(0)})

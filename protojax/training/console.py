@@ -123,7 +123,7 @@ class RunLog:
     self._pending = None
     metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
     left_out = metrics.pop("train/skipped", 0.0)
-    finite = all(math.isfinite(metrics[f"train/{k}"]) for k in ("loss", "grad_norm"))
+    finite = all(math.isfinite(metrics.get(f"train/{k}", 0.0)) for k in ("loss", "grad_norm"))
     if left_out or not finite:
       self._bad(done, metrics)
       return
