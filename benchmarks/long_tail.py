@@ -3,9 +3,9 @@
 Trains DINO's joint prototypes, random ones that never move, and a mixture in both of its forms on
 CIFAR-10 with `data.imbalance=100`, 5,000 images of the first class down to 50 of the last, and
 evaluates each with `--protocol=long_tail`: accuracies of all classes in equal parts and of those
-with 20 to 100 images (two), bank the images that were trained on, or equally many of each class,
-test CIFAR-10's; and which classes the prototypes serve. Floors: raw pixels, the net after a step at
-learning rate 0, and the random prototypes.
+with over 100 images (eight) and 20 to 100 (two), bank the images that were trained on (in the JSON
+also equally many of each class), test CIFAR-10's; and which classes the prototypes serve. Floors:
+raw pixels, the net after a step at learning rate 0, and the random prototypes.
 Writes docs/results/long_tail.json and prints the table. Rows that are there are not run again.
 """
 

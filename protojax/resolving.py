@@ -183,7 +183,7 @@ def _resolve_sizes(config: ml_collections.ConfigDict) -> None:
 
 
 _RANGES = (  # what may lie from where to where
-  ("seed", -(2**31), 2**32 - 1),  # JAX's random keys take 32 bits
+  ("seed", -(2**31), 2**31 - 1),  # an int32 where JAX makes a key of it
   ("teacher.momentum", 0, 1),
   ("mixture.horizon_steps", 0, math.inf),
   ("mixture.horizon_epochs", 0, math.inf),
@@ -214,7 +214,8 @@ def check(config: ml_collections.ConfigDict) -> None:
         raise errors.UserError(f"{key}={value} must be numbers: set config.{key}")
   for key, low, high in _RANGES:
     if known[key] is not None and not low <= known[key] <= high:
-      raise errors.UserError(f"{key}={known[key]} must be {low} to {high}: set config.{key}")
+      range_ = f"{low} to {high}" if math.isfinite(high) else f"at least {low}"
+      raise errors.UserError(f"{key}={known[key]} must be {range_}: set config.{key}")
   for key in ("mixture.horizon_final", "mixture.beta_final"):
     if known[key] is not None and not known[key] > 0:
       raise errors.UserError(f"{key}={known[key]} must be above 0: set config.{key}")

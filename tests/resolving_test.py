@@ -64,10 +64,10 @@ def test_batch_larger_than_the_source_is_refused():
 @pytest.mark.parametrize(
   ("key", "value", "words"),
   [
-    ("seed", 99_999_999_999, "seed=99999999999 must be -2147483648 to 4294967295"),
+    ("seed", 3_000_000_000, "seed=3000000000 must be -2147483648 to 2147483647"),
     ("steps_per_epoch", -5, "steps_per_epoch must not be negative"),
     ("teacher.momentum", 1.5, "teacher.momentum=1.5 must be 0 to 1: set config.teacher.momentum"),
-    ("mixture.horizon_steps", -7.0, "mixture.horizon_steps=-7.0 must be 0 to inf"),
+    ("mixture.horizon_steps", -7.0, "mixture.horizon_steps=-7.0 must be at least 0: set"),
     ("mixture.horizon_final", 0.0, "mixture.horizon_final=0.0 must be above 0"),
     ("mixture.beta_final", -1.0, "mixture.beta_final=-1.0 must be above 0"),
     ("augment.global_scale", (0.4, "1"), r"augment.global_scale=\(0.4, '1'\) must be numbers"),

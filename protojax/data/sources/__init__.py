@@ -30,8 +30,8 @@ from protojax.data.sources.source import (
 
 __all__ = [
   "EXTENSIONS",
-  "KINDS",
   "HELD_OUT",
+  "KINDS",
   "SHARDS",
   "CorruptImage",
   "Range",
@@ -110,9 +110,8 @@ def build(
     if near and not (data_dir and (pathlib.Path(data_dir).expanduser() / name).is_dir()):
       raise errors.UserError(f"data.name={name!r} is unknown: did you mean {near[0]}?")
     source = tfds.build(name, split, data_dir)
-  source.channels = channels
-  if source.value_range is None:
-    source.value_range = measured_range(source) if value_range is None else value_range
+  if not re.fullmatch(_MODULE, name):  # of a module its first images have been read by now
+    _take(source, channels, value_range)
   return source if imbalance is None else long_tail(source, imbalance, seed)
 
 
@@ -153,6 +152,13 @@ def _check_range(value_range: Range | None, channels: int) -> None:
     )
 
 
+def _take(source: Source, channels: int, value_range: Range | None) -> None:
+  """Sets how images are decoded; the range of deep ones is measured unless it is given."""
+  source.channels, source.value_range = channels, value_range
+  if value_range is None and len(source):
+    source.value_range = measured_range(source)
+
+
 def _of_module(
   name: str,
   split: str | None,
@@ -180,10 +186,7 @@ def _of_module(
     raise errors.UserError(
       f"data.name={name!r}: its build returned {type(built).__name__}: return a data.Source"
     )
-  built.channels = channels
-  built.value_range = value_range
-  if value_range is None and len(built):
-    built.value_range = measured_range(built)
+  _take(built, channels, value_range)
   first = list(built.read(range(min(len(built), _FIRST))))
   if not any(isinstance(record, dict) for record in first):
     said = f"can be read: {first[0]}" if first else "is there"
