@@ -229,15 +229,16 @@ def test_a_whole_checkpoint_that_cannot_be_read_now_is_not_passed_over(
   tmp_path, monkeypatch, where
 ):
   _write(tmp_path, [4, 6])
+  place, name = (ocp.CheckpointManager, "restore") if where == "restore" else (checkpoint, "_sum")
+  read = getattr(place, name)
 
-  def away(*unused, **also_unused):
-    raise OSError(5, "Input/output error")
+  def away(*given, **options):  # (manager, step) or (file,): of the newest alone
+    if given[-1] == 6 or "6" in getattr(given[0], "parts", ()):
+      raise OSError(5, "Input/output error")
+    return read(*given, **options)
 
   with monkeypatch.context() as patch:
-    if where == "restore":
-      patch.setattr(ocp.CheckpointManager, "restore", away)
-    else:
-      patch.setattr(checkpoint, "_sum", away)
+    patch.setattr(place, name, away)
     with pytest.raises(
       errors.UserError, match="reading it failed .*Input/output error.*/6 to go on"
     ):
