@@ -270,3 +270,6 @@ def test_processes_that_miss_each_other_are_to_be_started_again():
   with pytest.raises(ZeroDivisionError), hosts.told(Others()):
     raise ZeroDivisionError
   assert told[1][0] == 1
+  with pytest.raises(errors.Missing), hosts.told(Others()):
+    raise errors.Missing("a disk is away")
+  assert told[2] == (errors.LOST, "a disk is away")

@@ -131,10 +131,14 @@ def test_pictures_show_views_and_attention(run, cells):
   assert found.views[0][1].text == "global view 1, 16 x 24 px"
 
 
-def test_statistics_are_those_of_all_pixels(cells):
+def test_statistics_are_those_of_all_pixels_a_few_images_at_a_time(cells, monkeypatch):
+  monkeypatch.setattr(data_settings, "_AT_ONCE", 3)
   source = sources.build("folder", split="train", data_dir=cells, channels=5)
   images = np.stack([record["image"] for record in source.read(range(len(source)))]) / 255.0
+  read, asked = source.read, []
+  monkeypatch.setattr(source, "read", lambda rows: asked.append(len(rows)) or read(rows))
   mean, std = data_settings.channel_statistics(source)
+  assert sum(asked) == len(source) and max(asked) <= 3
   np.testing.assert_allclose(mean, images.mean(axis=(0, 1, 2)), atol=6e-5)
   np.testing.assert_allclose(std, images.std(axis=(0, 1, 2)), atol=6e-5)
 

@@ -21,6 +21,7 @@ import safetensors.numpy
 import tiny
 
 from protojax import errors
+from protojax.metrics import rules
 from protojax.training import (
   checkpoint,
   console,
@@ -233,6 +234,18 @@ def test_a_stop_within_a_look_saves_at_once_and_the_look_is_made_when_the_run_go
   assert [r["step"] for r in lines] == sorted(r["step"] for r in lines)
   chex.assert_trees_all_equal(_final(folder)[1], _final(whole)[1])
   assert _losses(folder) == _losses(whole)
+
+
+def test_a_collapsed_run_is_saved_and_ends_where_that_is_asked_for(whole, tmp_path, monkeypatch):
+  folder = shutil.copytree(whole, tmp_path / "run")
+  shutil.rmtree(folder / "checkpoints" / "6")
+  shutil.rmtree(folder / "eval")
+  verdict = rules.Verdict("uniform collapse", "all alike", collapsed=True)
+  monkeypatch.setattr(console.RunLog, "verdict", lambda self, step: verdict)
+  changes = {"monitor.every": 5, "monitor.stop_on_collapse": True}
+  with pytest.raises(errors.UserError, match="stopped at step 5, uniform collapse: all alike"):
+    loop.run(tiny.run_config(**changes), str(folder))
+  assert (folder / "checkpoints" / "5").is_dir()
 
 
 def test_a_probe_may_change_when_a_run_goes_on_and_the_encoder_does_not_feel_it(
